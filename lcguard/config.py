@@ -1,0 +1,230 @@
+"""Run configurations: one YAML file to one frozen (nested) dataclass.
+
+The dataclass is the only schema: its fields, types and defaults say what a file may hold.
+Anything else is refused with the key, the value and the nearest valid key. Values are checked
+strictly (``"3"`` is no integer), except that lists become tuples and strings become paths, which
+YAML cannot write otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line with the fix."""
+
+
+# YAML 1.2's scalars. PyYAML's own are YAML 1.1, where `no` is false, `1:30` is 90 and `1e-3` is a
+# string: each a silent change of what the author wrote.
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader with YAML 1.2 scalars that refuses duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's class attribute)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            # YAML lets the last of two equal keys win: half a policy would vanish unseen.
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever YAML 1.1 or 1.2 would not read back as a string."""
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))  # decimal: YAML 1.1 reads 010 as 8
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+for _kind, _pattern in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), None
+        )
+
+
+def parse_yaml(text: str) -> Any:
+    """Parses one YAML document; raises ``ConfigError`` with the line of a syntax error."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{where}not valid YAML: {problem}") from None
+    except ValueError as error:  # e.g. an integer of more digits than Python converts
+        raise ConfigError(f"not valid YAML: {error}") from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Reads a YAML file whose top level maps strings; an empty file is an empty mapping."""
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: top level is a {type(data).__name__}; write `key: value` lines")
+    return data
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def explain(error: ValidationError, keys: Iterable[str]) -> str:
+    """The first error as one line: key path, value, and the fix.
+
+    ``keys`` are the valid dotted keys without list indices (``edges.forbid``).
+    """
+    errors = error.errors(include_url=False)
+    # A misspelt required key is missing too, and the misspelling is what to say.
+    first = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])
+    kind, loc = first["type"], first["loc"]
+    where = _dotted(loc) or "top level"
+    value = repr(first["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
+    if kind in ("missing", "missing_argument"):
+        fix = f"{where}: missing; add `{loc[-1]}: ...`"
+    elif kind in _UNKNOWN:
+        fix = f"{where} = {value}: unknown key; {_nearest(loc, list(keys))}"
+    elif kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", str(first["ctx"]["expected"]))
+        close = difflib.get_close_matches(str(first["input"]), valid, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"use {first['ctx']['expected']}"
+        fix = f"{where} = {value}: not a valid value; {hint}"
+    else:
+        reason = str(first["msg"]).removeprefix("Value error, ")
+        fix = f"{where} = {value}: {reason[:1].lower()}{reason[1:]}"
+    others = len(errors) - 1
+    fix += f" (and {others} more)" if others else ""
+    return " ".join(fix.split())  # keys and messages may carry line breaks
+
+
+def _dotted(loc: Sequence[int | str]) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return "".join(parts).removeprefix(".")
+
+
+def _nearest(loc: Sequence[int | str], keys: list[str]) -> str:
+    """The valid key most like the last one of ``loc``: a sibling first, then anywhere."""
+    parent = ".".join(part for part in loc[:-1] if isinstance(part, str))
+    prefix = f"{parent}." if parent else ""
+    siblings = [
+        key.removeprefix(prefix)
+        for key in keys
+        if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+    ]
+    name = str(loc[-1])
+    if close := difflib.get_close_matches(name, siblings, 1):
+        return f"did you mean {close[0]!r}?"
+    if moved := [key for key in keys if key.rsplit(".", 1)[-1] == name]:
+        return f"did you mean {moved[0]!r}?"
+    return f"valid keys: {', '.join(siblings)}"
+
+
+def field_paths(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields of a dataclass and of the dataclasses inside it."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        yield prefix + field.name
+        for inner in _dataclasses_in(hints[field.name]):
+            if inner is not cls:  # a recursive type would never end
+                yield from field_paths(inner, f"{prefix}{field.name}.")
+
+
+def _dataclasses_in(hint: Any) -> Iterator[type]:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
+    for argument in get_args(hint):
+        yield from _dataclasses_in(argument)
+
+
+def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """Loads ``path`` as a ``cls``; ``overrides`` are ``a.b=c`` with c parsed as YAML.
+
+    Without a path the defaults of ``cls`` are the file.
+    """
+    name = str(path) if path else "defaults"
+    data = read_mapping(path) if path else {}
+    for override in overrides:
+        _apply(data, override)
+    if overrides:
+        name += " with --set " + " ".join(overrides)
+    # Standard dataclasses take their configuration from the model around them, nested ones too.
+    wrapper: Any = create_model("Run", __config__=ConfigDict(extra="forbid"), run=(cls, ...))
+    try:
+        # Through JSON: strict there still turns lists into tuples and strings into paths.
+        return wrapper.model_validate_json(_as_json({"run": data}, name), strict=True).run  # type: ignore[no-any-return]
+    except ValidationError as error:
+        stripped = ValidationError.from_exception_data(
+            error.title,
+            [{**line, "loc": line["loc"][1:]} for line in error.errors()],  # type: ignore[typeddict-unknown-key]
+        )
+        raise ConfigError(f"{name}: {explain(stripped, field_paths(cls))}") from None
+
+
+def _as_json(data: Any, name: str) -> str:
+    try:
+        return json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}; write plain YAML scalars, lists and keys") from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Sets one ``a.b=c`` in ``data``."""
+    dotted, equals, text = override.partition("=")
+    parts = dotted.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: not of the form a.b=c")
+    try:
+        value = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"--set {override}: {error}") from None
+    for part in parts[:-1]:
+        inner = data.get(part)
+        if inner is None:
+            inner = data[part] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {part} = {inner!r} holds no keys of its own")
+        data = inner
+    data[parts[-1]] = value
+
+
+def dump_config(config: Any) -> str:
+    """YAML text from which ``load_config`` gives ``config`` back."""
+    data = TypeAdapter(type(config)).dump_python(config, mode="json")
+    # ASCII with escapes: as Unicode, PyYAML writes U+0085 in a way that reads back as a space.
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)

@@ -1,0 +1,131 @@
+"""One report in three forms: JSON for machines, Markdown for a repository, HTML for people.
+
+The dict is the report; this file adds no figure. JSON and Markdown are written before the charts
+are drawn, so that a machine without matplotlib keeps its results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcguard.evaluation.html import to_html
+from lcguard.evaluation.tables import Table, details, overview, provenance
+from lcguard.evaluation.verdict import NOT_MEASURED, mapping, number, records, verdict
+
+__all__ = ["to_html", "to_markdown", "verdict", "write_report"]
+
+_PUNCTUATION = re.compile(r"([\\`*_{}\[\]()#!|~$@]|:(?=//))")
+
+
+def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Writes ``report.json``, ``report.md`` and ``report.html``, each in one step.
+
+    A reader never sees half a file. Figures that are not finite become null.
+
+    Raises ``ValueError`` where ``report`` is not JSON, and ``ImportError`` without matplotlib (the
+    JSON and the Markdown are on disk by then).
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the report is not JSON ({error}): use strings, numbers, lists and dicts"
+        ) from error
+    paths = {kind: target / f"report.{kind}" for kind in ("json", "md", "html")}
+    _write(paths["json"], text + "\n")
+    _write(paths["md"], to_markdown(report))
+    _write(paths["html"], to_html(report))
+    return paths
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The report as GitHub-flavoured Markdown; all text from the dict is escaped."""
+    lines = [f"# {_escape(report.get('title') or 'LCGuard evaluation')}", ""]
+    lines += _table(overview(report), level=2)
+    notes = report.get("notes") or []
+    lines += ["## Notes", "", *(f"- {_escape(n)}" for n in notes), ""] if notes else []
+    for table in details(report):
+        lines += _table(table, level=2)
+    lines += ["## Explained contexts", ""]
+    explained = records(report.get("explained"))
+    for context in explained:
+        lines += _explained(context)
+    if not explained:
+        lines += [NOT_MEASURED.capitalize() + ".", ""]
+    lines += _table(provenance(report), level=2)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(table: Table, level: int) -> list[str]:
+    lines = ["#" * level + f" {_escape(table.title)}", ""]
+    if not table.rows:
+        return [*lines, NOT_MEASURED.capitalize() + ".", ""]
+    lines.append("| " + " | ".join(map(_escape, table.headers)) + " |")
+    lines.append("|" + " --- |" * len(table.headers))
+    lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in table.rows]
+    return [*lines, "", *([_escape(table.note), ""] if table.note else [])]
+
+
+def _explained(context: Mapping[str, Any]) -> list[str]:
+    """The text with what was mostly withheld struck out."""
+    title = _escape(context.get("title") or "Context")
+    guard, policy = (_escape(context.get(k, "?")) for k in ("guard", "policy"))
+    text: list[str] = []
+    struck = False
+    for token in records(context.get("tokens")):
+        share = number(mapping(token).get("withheld"))
+        hidden = share is not None and share > 0.5
+        if hidden != struck:
+            text.append("<del>" if hidden else "</del>")
+            struck = hidden
+        text.append(_escape(token.get("text", ""), keep_spaces=True))
+    text.append("</del>" if struck else "")
+    legend = "Struck out: more than half of the token's entries were withheld."
+    return [f"### {title}", "", f"Guard {guard}, policy {policy}. {legend}", "", "".join(text), ""]
+
+
+def _escape(value: Any, keep_spaces: bool = False) -> str:
+    """Text that Markdown renders as itself: no HTML, links, images, mentions or table cells."""
+    text = "".join(c if _harmless(c) else "�" for c in str(value).replace("\n", " "))
+    text = text if keep_spaces else " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _PUNCTUATION.sub(r"\\\1", text)
+
+
+def _harmless(char: str) -> bool:
+    # Control characters, direction overrides and lone surrogates can disguise what follows.
+    return unicodedata.category(char) not in ("Cc", "Cf", "Cs") or char == "\t"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return None if isinstance(value, float) and number(value) is None else value
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces ``path`` by ``text`` atomically."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp keeps a file private; a report is read by others
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

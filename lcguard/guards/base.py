@@ -1,0 +1,150 @@
+"""What every guard is: a module while it is fitted, a frozen ``FrozenGuard`` when it is applied.
+
+A guard rewrites standardised KV, ``z = (kv - mean) / std`` per channel, so that one noise scale
+fits keys and values of every layer. Modules are registered by name; a frozen guard is a folder
+with ``lcguard_config.json`` (the card) and ``guard.safetensors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lcguard.protocols import KVBatch, Mask
+
+
+class KVShape(NamedTuple):
+    """Shape of a model's KV."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Numbers that one token contributes: L * 2 * H * D."""
+        return self.layers * 2 * self.kv_heads * self.head_dim
+
+
+class Rewrite(NamedTuple):
+    """Standardised output of a guard before and after noise."""
+
+    mean: Tensor
+    """``[B, T, L, 2, H * D]``: what the noise is added to; the certificate's m(.)."""
+    withheld: Tensor
+    """``[B, T]`` in 0..1."""
+
+
+class GuardModule(nn.Module):
+    """Base of all guards. Subclasses define ``Config`` and ``rewrite``."""
+
+    name: ClassVar[str] = ""
+    needs_twin: ClassVar[bool] = False
+    trained: ClassVar[bool] = True
+    claim: ClassVar[str] = ""
+    """What the guard claims, and against whom; printed on its card."""
+
+    @dataclass(frozen=True)
+    class Config:
+        noise: float = 0.0
+        """Standard deviation of the Gaussian noise, in units of each channel's own."""
+
+    def __init__(self, shape: KVShape, n_categories: int, config: Any = None) -> None:
+        super().__init__()
+        self.shape, self.n_categories = shape, n_categories
+        self.config = config if config is not None else self.Config()
+        width = shape.kv_heads * shape.head_dim
+        self.register_buffer("center", torch.zeros(shape.layers, 2, width))
+        self.register_buffer("scale", torch.ones(shape.layers, 2, width))
+
+    center: Tensor
+    scale: Tensor
+
+    @classmethod
+    def build(cls, shape: KVShape, n_categories: int, options: dict[str, Any]) -> GuardModule:
+        """From plain options. Raises ``ValueError`` naming an unknown option and the known ones."""
+        known = [f.name for f in fields(cls.Config)]
+        for key in options:
+            if key not in known:
+                raise ValueError(
+                    f"guard {cls.name!r} has no option {key!r}; it has: {', '.join(known)}"
+                )
+        return cls(shape, n_categories, cls.Config(**options))
+
+    def options(self) -> dict[str, Any]:
+        return asdict(self.config)
+
+    @torch.no_grad()
+    def fit_statistics(self, kv: KVBatch) -> None:
+        """Mean and standard deviation of every channel over the valid tokens of raw KV."""
+        z = self.channels(kv)[kv.valid]  # [N, L, 2, H * D]
+        self.center.copy_(z.mean(0))
+        self.scale.copy_(z.std(0).clamp_min(1e-3))
+
+    def channels(self, kv: KVBatch) -> Tensor:
+        """``[B, T, L, 2, H * D]`` from keys and values."""
+        both = torch.stack((kv.keys, kv.values), 2)  # [B, L, 2, H, T, D]
+        return both.permute(0, 4, 1, 2, 3, 5).flatten(4)
+
+    def standardise(self, kv: KVBatch) -> Tensor:
+        """z-scores ``[B, T, L, 2, H * D]``."""
+        return (self.channels(kv) - self.center) / self.scale
+
+    def restore(self, z: Tensor, like: KVBatch) -> KVBatch:
+        """Back from z-scores; padding becomes zero."""
+        x = (z * self.scale + self.center) * like.valid[:, :, None, None, None]
+        x = x.unflatten(4, (self.shape.kv_heads, self.shape.head_dim))
+        x = x.permute(0, 2, 3, 4, 1, 5).to(like.keys.dtype)  # [B, L, 2, H, T, D]
+        return KVBatch(x[:, :, 0], x[:, :, 1], like.valid)
+
+    def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
+        """The deterministic part: ``z [B, T, L, 2, H * D]`` to the mean of the output."""
+        raise NotImplementedError(f"guard {self.name!r} does not rewrite KV")
+
+    def forward(
+        self, kv: KVBatch, mask: Mask, generator: torch.Generator | None = None
+    ) -> tuple[KVBatch, Rewrite]:
+        """Guarded KV and what it was made of."""
+        out = self.rewrite(self.standardise(kv), kv.valid, mask)
+        z = out.mean
+        if self.config.noise > 0:
+            z = z + self.config.noise * draw_noise(z, generator)
+        return self.restore(z, kv), out
+
+
+def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise made on the CPU, so that a seed means the same on every device."""
+    noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    return noise.to(like.device, like.dtype)
+
+
+_REGISTRY: dict[str, type[GuardModule]] = {}
+M = TypeVar("M", bound=type[GuardModule])
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: makes a guard known by name."""
+
+    def wrap(cls: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"guard name {name!r} is taken by {_REGISTRY[name].__qualname__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return wrap
+
+
+def guard_class(name: str) -> type[GuardModule]:
+    """Raises ``ValueError`` naming the registered guards."""
+    if name not in _REGISTRY:
+        raise ValueError(f"guard {name!r} is unknown; known guards: {', '.join(names())}")
+    return _REGISTRY[name]
+
+
+def names() -> list[str]:
+    return sorted(_REGISTRY)

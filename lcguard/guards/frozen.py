@@ -1,0 +1,213 @@
+"""A guard as it is applied: weights that no longer change, and a card that says what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lcguard.categories import CATEGORIES
+from lcguard.guards.base import GuardModule, KVShape, guard_class
+from lcguard.protocols import Guarded, KVBatch, Mask
+
+CARD, WEIGHTS = "lcguard_config.json", "guard.safetensors"
+FORMAT = 1
+
+
+class GuardError(ValueError):
+    """A guard that cannot be loaded, or does not belong to the model or data at hand."""
+
+
+class Card(BaseModel):
+    """What a guard is, for which model, and what was measured of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    guard: str
+    options: dict[str, Any]
+    shape: tuple[int, int, int]
+    """(L, H, D) of the model's KV."""
+    categories: tuple[str, ...] = CATEGORIES
+    model_id: str = ""
+    model_digest: str = ""
+    """Digest of the base model's weights: a guard serves one revision."""
+    claim: str = ""
+    against: str = "the receiving agent, who knows these weights and fits fresh attackers"
+    certificate: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    weights_sha256: str = ""
+
+
+class FrozenGuard:
+    """Implements ``protocols.Guard``. Never trains; noise is a function of the seed alone."""
+
+    def __init__(self, module: GuardModule, card: Card | None = None) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.name = module.name
+        self.needs_twin = module.needs_twin
+        self.card = card or Card(
+            guard=module.name, options=module.options(), shape=tuple(module.shape),
+            claim=module.claim,
+        )  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """Identifies guard, options, model and weights in a segment's manifest."""
+        same = self.card.model_dump(
+            include={"format", "guard", "options", "shape", "categories", "model_digest"},
+            mode="json",
+        )
+        same["weights"] = weights_digest(self.module)
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+    @torch.no_grad()
+    def __call__(
+        self, kv: KVBatch, mask: Mask, *, seed: int = 0, twin: KVBatch | None = None
+    ) -> Guarded:
+        """Rewrites a batch of segments.
+
+        Raises ``GuardError`` for KV of another shape, a mask over other categories, a missing twin
+        or output that is not finite: a failed guard never lets raw KV through.
+        """
+        _, layers, heads, _, dim = kv.keys.shape
+        if (layers, heads, dim) != tuple(self.module.shape):
+            raise GuardError(
+                f"guard {self.name!r} is for KV of (layers, heads, dim) "
+                f"{tuple(self.module.shape)}, the segment has {(layers, heads, dim)}; "
+                "load the guard made for this model"
+            )
+        if mask.forbid.shape != (len(kv), self.module.n_categories):
+            raise GuardError(
+                f"mask of shape {tuple(mask.forbid.shape)} does not fit {len(kv)} segments and "
+                f"{self.module.n_categories} categories"
+            )
+        if self.needs_twin:
+            if twin is None:
+                raise GuardError(
+                    f"guard {self.name!r} sends the twin's KV; prefill it and pass twin=..."
+                )
+            if twin.keys.shape[0] != len(kv):
+                raise GuardError(f"{twin.keys.shape[0]} twins for {len(kv)} segments")
+            return Guarded(twin, torch.zeros(twin.valid.shape))
+        generator = torch.Generator().manual_seed(seed)
+        out, rewrite = self.module(kv, mask, generator)
+        if not bool(torch.isfinite(out.keys).all() and torch.isfinite(out.values).all()):
+            raise GuardError(f"guard {self.name!r} gave values that are not finite; withheld")
+        return Guarded(out, rewrite.withheld)
+
+    def with_card(self, **changes: Any) -> FrozenGuard:
+        """The same guard with changed card entries."""
+        return FrozenGuard(self.module, self.card.model_copy(update=changes))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes card and weights atomically; an existing guard folder is replaced whole."""
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            state = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
+            save_file(state, part / WEIGHTS)
+            card = self.card.model_copy(
+                update={
+                    "weights_sha256": hashlib.sha256((part / WEIGHTS).read_bytes()).hexdigest()
+                }
+            )
+            (part / CARD).write_text(card.model_dump_json(indent=1) + "\n")
+            part.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(part, target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, model_digest: str | None = None,
+        shape: tuple[int, int, int] | None = None, revision: str | None = None,
+    ) -> FrozenGuard:  # fmt: skip
+        """Loads a folder, or a Hugging Face repository where no such folder exists.
+
+        Raises ``GuardError`` in one line for a missing, damaged or foreign guard.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            folder = _download(str(name_or_path), revision)
+        card = _read_card(folder)
+        if model_digest is not None and card.model_digest != model_digest:
+            raise GuardError(
+                f"guard {card.guard!r} in {folder.name} was made for model weights "
+                f"{card.model_digest[:12] or 'unknown'}, this model has {model_digest[:12]}; "
+                "train a guard for this model and revision"
+            )
+        if shape is not None and tuple(shape) != card.shape:
+            raise GuardError(
+                f"guard {card.guard!r} is for KV shape {card.shape}, the model has {tuple(shape)}"
+            )
+        if card.categories != CATEGORIES:
+            raise GuardError(
+                f"guard {card.guard!r} knows categories {card.categories}, this release has "
+                f"{CATEGORIES}; train it again"
+            )
+        module = _build(card)
+        try:
+            digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+            if digest != card.weights_sha256:
+                raise GuardError(
+                    f"{folder.name}/{WEIGHTS} has sha256 {digest[:12]}, its card says "
+                    f"{card.weights_sha256[:12]}; the file was altered or cut"
+                )
+            module.load_state_dict(load_file(folder / WEIGHTS))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise GuardError(f"{folder.name}/{WEIGHTS} cannot be used: {first}") from error
+        return cls(module, card)
+
+
+def _build(card: Card) -> GuardModule:
+    cls = guard_class(card.guard)
+    return cls.build(KVShape(*card.shape), len(card.categories), card.options)
+
+
+def _read_card(folder: Path) -> Card:
+    try:
+        return Card.model_validate_json((folder / CARD).read_text())
+    except OSError as error:
+        raise GuardError(f"{folder.name} has no {CARD}; give a guard's folder") from error
+    except ValidationError as error:
+        e = error.errors()[0]
+        where = ".".join(map(str, e["loc"]))
+        raise GuardError(f"{folder.name}/{CARD}: {where}: {e['msg']}") from error
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[CARD, WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise GuardError(f"guard {repo!r} is neither a folder nor reachable: {first}") from error
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """sha256 over the names and bytes of all tensors of a module."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(name.encode())
+        raw = tensor.detach().cpu().contiguous()
+        sha.update(str((raw.dtype, tuple(raw.shape))).encode())
+        sha.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,77 @@
+"""The counterfactual gate: keep an entry, or replace it by a learned constant.
+
+A context network reads the segment and the forbidden categories and emits a gate per (token,
+layer, K or V). A closed gate (g = 1) replaces the standardised entry by a word of a small learned
+codebook; an open one lets it pass; fixed Gaussian noise lies on both:
+
+    z' = (1 - g) z + g sum_w p_w c_w + sigma n,    g = clamp(1.2 sigmoid(logit) - 0.1, 0, 1).
+
+Word 0 is the constant. The other words carry *derived* values that the policy allows (a band
+without the amount); they are unreachable unless the policy derives a forbidden category.
+Our own; see ``lcguard.training.counterfactual`` for the objective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lcguard.guards.base import GuardModule, KVShape, Rewrite, register
+from lcguard.guards.context import ContextNetwork
+from lcguard.protocols import Mask
+
+
+def hard_clamp(x: Tensor) -> Tensor:
+    """Clamp to 0..1 whose gradient passes: a closed gate can open again."""
+    return x + (x.clamp(0, 1) - x).detach()
+
+
+@register("gate")
+class GateGuard(GuardModule):
+    claim = (
+        "What the policy forbids is withheld from any receiver, fresh attackers included, in "
+        "expectation over records like those it was trained on; see the certificate."
+    )
+
+    @dataclass(frozen=True)
+    class Config(GuardModule.Config):
+        noise: float = 0.3
+        width: int = 96
+        blocks: int = 2
+        words: int = 4
+        """Codebook size: word 0 and the words for derived values."""
+        start_bias: float = -2.0
+        """Initial gate logit: starts at keep."""
+
+    def __init__(self, shape: KVShape, n_categories: int, config: Config | None = None) -> None:
+        super().__init__(shape, n_categories, config)
+        c = self.config
+        if c.words < 1:
+            raise ValueError(f"words {c.words} must be at least 1: word 0 is the constant")
+        channels = shape.kv_heads * shape.head_dim
+        self.context = ContextNetwork(shape, n_categories, c.width, c.blocks)
+        self.gate = nn.Linear(c.width, shape.layers * 2)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, c.start_bias)
+        self.word = nn.Linear(c.width, c.words)
+        self.codebook = nn.Parameter(torch.randn(c.words, shape.layers, 2, channels) * 0.02)
+
+    @torch.no_grad()
+    def start_codebook(self, words: Tensor) -> None:
+        """Starts the words at the standardised KV of placeholders, ``[words, L, 2, H * D]``."""
+        self.codebook.copy_(words)
+
+    def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
+        hidden = self.context(z, valid, mask.vector())
+        logit = self.gate(hidden).unflatten(-1, (self.shape.layers, 2))
+        g = hard_clamp(1.2 * logit.sigmoid() - 0.1)[..., None]
+        p = self.word(hidden).softmax(-1)
+        derives = (mask.forbid & mask.derive).any(-1)[:, None, None]
+        first = torch.zeros_like(p)
+        first[..., 0] = 1.0
+        p = torch.where(derives, p, first)
+        constant = torch.einsum("btw,wlkc->btlkc", p, self.codebook)
+        mean = (1 - g) * z + g * constant
+        return Rewrite(mean, g.mean((2, 3, 4)) * valid)

@@ -1,0 +1,42 @@
+"""A context network that predicts the twin's KV, with noise.
+
+``z' = (1 - e) z + e W h + sigma n``: a sigmoid ``e`` per entry erases and a linear map of the
+context rewrites; trained by regression on the KV of the context without its secrets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lcguard.guards.base import GuardModule, KVShape, Rewrite, register
+from lcguard.guards.context import ContextNetwork
+from lcguard.protocols import Mask
+
+
+@register("regress")
+class RegressGuard(GuardModule):
+    claim = "Approaches the KV of a context without the secrets; the approximation error leaks."
+
+    @dataclass(frozen=True)
+    class Config(GuardModule.Config):
+        noise: float = 0.3
+        width: int = 96
+        blocks: int = 2
+
+    def __init__(self, shape: KVShape, n_categories: int, config: Config | None = None) -> None:
+        super().__init__(shape, n_categories, config)
+        c = self.config
+        self.context = ContextNetwork(shape, n_categories, c.width, c.blocks)
+        self.erase = nn.Linear(c.width, shape.channels)
+        self.write = nn.Linear(c.width, shape.channels)
+        nn.init.zeros_(self.erase.weight)
+        nn.init.constant_(self.erase.bias, -2.0)
+
+    def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
+        hidden = self.context(z, valid, mask.vector())
+        erase = self.erase(hidden).sigmoid().view_as(z)
+        mean = (1 - erase) * z + erase * self.write(hidden).view_as(z)
+        return Rewrite(mean, erase.mean((2, 3, 4)) * valid)

@@ -1,0 +1,213 @@
+"""The signed description that travels with a segment.
+
+``hmac = HMAC-SHA256(deployment key, canonical JSON of every other field)``: whoever lacks the key
+can neither alter a segment nor pass off one of another policy. The manifest holds sizes, digests
+and names, never token ids or text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from torch import Tensor, uint8
+from transformers import PretrainedConfig
+
+from lcguard.cache import kv_shape, layer_kinds, window_tokens
+from lcguard.keys import check_key
+from lcguard.rope import Rotary, canonical
+
+_DOMAIN = b"lcguard manifest\0"
+_CONFIG_FIELDS = (
+    "model_type", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act",
+    "hidden_activation", "rms_norm_eps", "norm_epsilon", "attention_bias", "mlp_bias", "use_bias",
+    "attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier",
+    "embedding_multiplier", "residual_multiplier", "num_experts", "num_local_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+)  # fmt: skip
+
+
+class SegmentError(ValueError):
+    """A segment that must not be used. Names what was found and what was expected, in one line."""
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """SHA-256 of what makes the KV of two models comparable: architecture and rotation.
+
+    Weights are told apart by model id and revision. A fixed list of fields, because the rest of a
+    config changes with the version of transformers that writes it.
+    """
+    shape = dict(zip(("layers", "kv_heads", "head_dim"), kv_shape(config), strict=True))
+    fields = {k: getattr(config, k) for k in _CONFIG_FIELDS if getattr(config, k, None) is not None}
+    described: dict[str, Any] = {
+        **fields,
+        **shape,
+        "layer_kinds": layer_kinds(config),
+        "window_tokens": window_tokens(config),
+        "rope": Rotary.from_config(config).describe(),
+    }
+    return hashlib.sha256(canonical(described)).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over the bytes of a tensor in row-major order, hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def utc_now() -> str:
+    """ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+Name = Annotated[str, Field(max_length=256, pattern=r"^[\x21-\x7e]*$")]
+"""A short identifier without spaces, so that no text travels in it."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+OptionalDigest = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TensorDigests(_Frozen):
+    """SHA-256 over the bytes of each tensor."""
+
+    keys: Digest
+    values: Digest
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> TensorDigests:
+        return cls(keys=tensor_digest(keys), values=tensor_digest(values))
+
+    def check(self, keys: Tensor, values: Tensor) -> None:
+        """Raises ``SegmentError`` unless the tensors have these digests."""
+        for name, tensor, said in (("keys", keys, self.keys), ("values", values, self.values)):
+            found = tensor_digest(tensor)
+            if found != said:
+                raise SegmentError(
+                    f"{name}: SHA-256 is {found[:12]}, the manifest says {said[:12]}"
+                )
+
+
+class Withheld(_Frozen):
+    """What the guard kept back, in total: per-token figures would show where the secrets are."""
+
+    share: Annotated[float, Field(ge=0, le=1)]
+    """Share of all entries."""
+    tokens: Annotated[int, Field(ge=0)]
+    """Tokens with at least one entry withheld."""
+
+
+class Manifest(_Frozen):
+    """Everything a receiver must know, or verify, about a segment."""
+
+    format_version: Literal[1] = 1
+    model_id: Annotated[Name, Field(min_length=1)]
+    revision: Name
+    """Of the weights."""
+    config_digest: Digest
+    rope: dict[str, JsonValue]
+    """``Rotary.describe()``."""
+    n_tokens: Count
+    n_layers: Count
+    n_kv_heads: Count
+    head_dim: Count
+    dtype: Literal["bfloat16", "float16", "float32", "float64"]
+    source_agent: Name
+    edge: Name
+    hop: Annotated[int, Field(ge=0)]
+    """0 at the agent that read the text."""
+    policy_digest: OptionalDigest
+    """Empty where no policy was applied."""
+    guard_digest: OptionalDigest
+    """Empty where no guard was applied."""
+    tensor_digests: TensorDigests
+    created_at: str
+    """ISO 8601, UTC."""
+    withheld: Withheld | None = None
+    hmac: OptionalDigest = ""
+    """Empty until signed."""
+
+    @field_validator("created_at")
+    @classmethod
+    def _utc(cls, text: str) -> str:
+        if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", text):
+            raise ValueError(f"created_at={text!r} is not YYYY-MM-DDTHH:MM:SS+00:00")
+        datetime.fromisoformat(text)
+        return text
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(L, H, T, D)`` of keys and of values."""
+        return self.n_layers, self.n_kv_heads, self.n_tokens, self.head_dim
+
+    def encode(self) -> bytes:
+        """Canonical JSON: the only spelling that ``decode`` accepts."""
+        return canonical(self.model_dump(mode="json"))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Manifest:
+        """The manifest of ``encode``. Raises ``SegmentError`` for any other bytes."""
+        try:
+            manifest = cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "JSON"
+            raise SegmentError(f"manifest: {where}: {first['msg']}") from None
+        if manifest.encode() != data:
+            raise SegmentError("manifest: its bytes are not the canonical JSON of its content")
+        return manifest
+
+    def sign(self, key: bytes) -> Manifest:
+        """The same manifest with its HMAC under ``key``."""
+        return self.model_copy(update={"hmac": self._mac(key)})
+
+    def verify(self, key: bytes) -> None:
+        """Raises ``SegmentError`` unless this manifest was signed with ``key``.
+
+        The right HMAC is not shown: a message that held it would sign a forgery.
+        """
+        if not hmac.compare_digest(self.hmac, self._mac(key)):
+            print_ = hashlib.sha256(b"lcguard key id\0" + key).hexdigest()[:8]
+            raise SegmentError(
+                f"manifest: HMAC {self.hmac[:12] or '(unsigned)'} was not made by this deployment's"
+                f" key (fingerprint {print_}): another key, or altered"
+            )
+
+    def check(
+        self,
+        key: bytes,
+        config: PretrainedConfig | None = None,
+        expect: Mapping[str, object] | None = None,
+    ) -> None:
+        """Raises ``SegmentError`` unless ``key`` signed this and every expected field agrees.
+
+        Costs no tensor bytes: a scheduler can call it before any tensor is read.
+
+        Args:
+            config: the receiver's model: config digest and rotation are compared.
+            expect: manifest fields that must have these values.
+        """
+        self.verify(key)
+        wanted: list[tuple[str, object]] = list((expect or {}).items())
+        if config is not None:
+            wanted.append(("config_digest", config_digest(config)))
+            wanted.append(("rope", Rotary.from_config(config).describe()))
+        for name, value in wanted:
+            if name not in type(self).model_fields:
+                raise ValueError(f"expect[{name!r}] is no manifest field")
+            found = getattr(self, name)
+            if found != value:
+                raise SegmentError(f"{name}: the segment has {found!r}, expected {value!r}")
+
+    def _mac(self, key: bytes) -> str:
+        rest = canonical(self.model_dump(mode="json", exclude={"hmac"}))
+        return hmac.new(check_key(key), _DOMAIN + rest, hashlib.sha256).hexdigest()

@@ -1,0 +1,194 @@
+"""The YAML policy: per edge, what a receiver may not learn.
+
+    version: 1
+    edges:
+      - source: intake
+        audience: billing
+        forbid: [health, government_id]
+        derive: [health]          # the risk band may pass, the value may not
+
+Fails closed: an edge that no entry matches has every category forbidden, a category that the
+policy does not list as known is forbidden everywhere, and a file with any unknown key is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from lcguard.categories import CATEGORIES, DERIVABLE, Category
+from lcguard.config import ConfigError, explain, read_mapping
+
+if TYPE_CHECKING:
+    from lcguard.protocols import Mask
+
+ANY = "*"
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used; the message is one line with the fix."""
+
+
+def _canonical(categories: tuple[Category, ...]) -> tuple[Category, ...]:
+    """In mask order, so that equal policies have equal digests; a repeated name is a mistake."""
+    repeated = [c for i, c in enumerate(categories) if c in categories[:i]]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is listed twice; remove one")
+    return tuple(sorted(categories, key=CATEGORIES.index))
+
+
+CategorySet = Annotated[tuple[Category, ...], AfterValidator(_canonical)]
+
+# A pattern such as `agent-*` would match nobody, so it is refused rather than ignored.
+AgentName = Annotated[str, StringConstraints(pattern=r"^(\*|[^\s*]([^*\r\n\t]*[^\s*])?)$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Edge(_Model):
+    """What ``audience`` may not learn from what ``source`` hands over."""
+
+    source: AgentName
+    """Agent that publishes; ``*`` for any."""
+    audience: AgentName
+    """Agent that consumes; ``*`` for any."""
+    forbid: CategorySet
+    """Categories to hide. Required: an edge that hides nothing says so with ``[]``."""
+    derive: CategorySet = ()
+    """Forbidden categories whose derived value (a band) may pass."""
+    guard: Annotated[str, StringConstraints(min_length=1)] = "gate"
+    """Registered name of the guard."""
+    on_failure: Literal["block"] = "block"
+    """No guarded segment, no hop: raw KV is never sent instead."""
+    ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
+    """Seconds after which the segment's handle is dead."""
+    fixed_length: bool = False
+    """Pad to a fixed token count, so that the length of the segment says nothing."""
+
+    @model_validator(mode="after")
+    def _derive_only_what_is_hidden(self) -> Edge:
+        for category in self.derive:
+            if category not in self.forbid:
+                raise ValueError(f"derive names {category!r}; add it to forbid as well")
+            if category not in DERIVABLE:
+                raise ValueError(
+                    f"derive names {category!r}, which has no derived value; "
+                    f"only {', '.join(DERIVABLE)} have"
+                )
+        return self
+
+    def mask(self, batch: int = 1) -> Mask:
+        """The edge's mask for ``batch`` records: bool tensors ``[B, C]``."""
+        import torch  # here: checking a policy needs no torch
+
+        from lcguard.protocols import Mask
+
+        rows = [
+            torch.tensor([c in names for c in CATEGORIES]) for names in (self.forbid, self.derive)
+        ]
+        return Mask(*(row.repeat(batch, 1) for row in rows))
+
+
+class Policy(_Model):
+    """All edges of a deployment."""
+
+    version: Literal[1]
+    """Version of this file format."""
+    categories: CategorySet = CATEGORIES
+    """Categories that the author knew. Any other category is forbidden on every edge, so that a
+    library update which adds one opens nothing."""
+    edges: tuple[Edge, ...]
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> Policy:
+        names: dict[tuple[str, str], int] = {}
+        for i, edge in enumerate(self.edges):
+            for category in edge.forbid:
+                if category not in self.categories:
+                    raise ValueError(f"edges[{i}].forbid names {category!r}; add it to categories")
+            first = names.setdefault((edge.source, edge.audience), i)
+            if first != i:
+                raise ValueError(
+                    f"edges[{first}] and edges[{i}] are both {edge.source} -> {edge.audience}; "
+                    "merge them"
+                )
+        # `payroll -> *` and `* -> auditor` are equally specific for payroll -> auditor.
+        sources = [source for source, audience in names if source != ANY and audience == ANY]
+        audiences = [audience for source, audience in names if source == ANY and audience != ANY]
+        for pair in product(sources, audiences):
+            if pair not in names:
+                raise ValueError(
+                    f"edges[{names[pair[0], ANY]}] and edges[{names[ANY, pair[1]]}] both match "
+                    f"{pair[0]} -> {pair[1]}; add an edge for exactly that pair"
+                )
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: the same for any order of edges and categories."""
+        data = self.model_dump(mode="json")
+        data["edges"].sort(key=lambda edge: (edge["source"], edge["audience"]))
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def for_edge(self, source: str, audience: str) -> Edge:
+        """The rule for one hop, under its concrete names; everything forbidden without a match."""
+        for name in (source, audience):
+            if not name or ANY in name:
+                raise PolicyError(f"{name!r} is no agent's name; give one without '*'")
+        by_name = {(edge.source, edge.audience): edge for edge in self.edges}
+        for pair in ((source, audience), (source, ANY), (ANY, audience), (ANY, ANY)):
+            if edge := by_name.get(pair):
+                unknown = tuple(c for c in CATEGORIES if c not in self.categories)
+                forbid = _canonical(edge.forbid + unknown)
+                names = {"source": source, "audience": audience}
+                return edge.model_copy(update={**names, "forbid": forbid})
+        return Edge(source=source, audience=audience, forbid=CATEGORIES)
+
+
+_KEYS = (
+    *Policy.model_fields,
+    *(f"edges.{name}" for name in Edge.model_fields),
+)
+
+
+def load_policy(path: str | Path) -> Policy:
+    """Reads and checks a policy file; raises ``PolicyError`` with one line that says the fix."""
+    try:
+        data = read_mapping(Path(path))
+    except ConfigError as error:
+        raise PolicyError(str(error)) from None
+    return parse_policy(data, str(path))
+
+
+def parse_policy(data: dict[str, Any], name: str = "policy") -> Policy:
+    """Checks a policy that is already parsed; ``name`` stands for the file in errors."""
+    try:
+        text = json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"{name}: {error}; write plain YAML scalars, lists and keys") from None
+    try:
+        return Policy.model_validate_json(text)  # JSON, where strict still takes lists for tuples
+    except ValidationError as error:
+        raise PolicyError(f"{name}: {explain(error, _KEYS)}") from None
+
+
+def policy_schema() -> dict[str, Any]:
+    """JSON Schema of a policy file, for editors and other tools."""
+    return Policy.model_json_schema()

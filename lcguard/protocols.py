@@ -1,0 +1,186 @@
+"""What training and evaluation know of the other rooms: tensors, guards, attacks, model runs.
+
+Core code imports none of ``lcguard.agents``, ``lcguard.attacks``, ``lcguard.server``; it receives
+their objects through the protocols of this file.
+
+Shapes everywhere: B batch, L layers, H KV heads, T tokens, D head dim, C categories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVBatch:
+    """Un-rotated keys and values of B token ranges, right-padded to the longest.
+
+    Keys are taken after the key norm and before rotation, so they hold no position; padding
+    entries are never read by a receiver (``valid`` masks them).
+    """
+
+    keys: Tensor
+    """``[B, L, H, T, D]``."""
+    values: Tensor
+    """``[B, L, H, T, D]``."""
+    valid: Tensor
+    """``[B, T]`` bool: False at padding."""
+
+    def to(self, *args: Any, **kwargs: Any) -> KVBatch:
+        """Moves keys and values; ``valid`` follows the device only."""
+        keys = self.keys.to(*args, **kwargs)
+        return KVBatch(keys, self.values.to(*args, **kwargs), self.valid.to(keys.device))
+
+    def __len__(self) -> int:
+        return self.keys.shape[0]
+
+    def __getitem__(self, index: Any) -> KVBatch:
+        """Selects records (a slice or an index tensor, never a bare integer)."""
+        return KVBatch(self.keys[index], self.values[index], self.valid[index])
+
+    def trim(self) -> KVBatch:
+        """The same batch without the columns that are padding for every record."""
+        n = int(self.valid.sum(1).max()) if len(self) else 0
+        return KVBatch(self.keys[..., :n, :], self.values[..., :n, :], self.valid[:, :n])
+
+    def features(self) -> Tensor:
+        """All layers' keys and values of a token side by side: ``[B, T, L * 2 * H * D]``."""
+        both = torch.stack((self.keys, self.values), 2)  # [B, L, 2, H, T, D]
+        return both.permute(0, 4, 1, 2, 3, 5).flatten(2)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which categories a receiver may not learn, per record.
+
+    ``forbid[c]`` hides category c. ``derive[c]`` only matters where ``forbid[c]``: the derived
+    value (a band, an age group) stays allowed while the exact value is hidden.
+    """
+
+    forbid: Tensor
+    """``[B, C]`` bool."""
+    derive: Tensor
+    """``[B, C]`` bool."""
+
+    def vector(self) -> Tensor:
+        """Float conditioning vector ``[B, 2C]``."""
+        return torch.cat((self.forbid, self.forbid & self.derive), -1).float()
+
+    def __getitem__(self, index: Any) -> Mask:
+        return Mask(self.forbid[index], self.derive[index])
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What a guard gives back."""
+
+    kv: KVBatch
+    withheld: Tensor
+    """``[B, T]`` in 0..1: share of a token's entries that was withheld."""
+
+
+@runtime_checkable
+class Guard(Protocol):
+    """A frozen transform of a whole segment (all layers, all tokens of the handoff)."""
+
+    name: str
+    needs_twin: bool
+    """True where the guard sends the KV of the twin instead (secret spans known)."""
+
+    def __call__(
+        self, kv: KVBatch, mask: Mask, *, seed: int = 0, twin: KVBatch | None = None
+    ) -> Guarded:
+        """Rewrites ``kv``. Noise is a function of ``seed``: drawn once per segment.
+
+        Raises ``ValueError`` where ``needs_twin`` and no twin is given.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A value that the edge's policy forbids, as the attacker is scored on it."""
+
+    category: str
+    field: str
+    ids: tuple[int, ...]
+    """Token ids of the value."""
+    positions: tuple[int, int]
+    """Token range ``[start, end)`` of the value in the sender's context."""
+
+
+@dataclass(frozen=True)
+class AttackData:
+    """What a white-box attacker holds: guarded segments with the secrets that went in.
+
+    Training pairs have all fields. ``context_ids`` is what the attacker's own copy of the sender
+    read: a dense auxiliary target. For the records under attack only ``kv``, ``mask`` and the
+    identity of the wanted field may be used; the secrets serve to score.
+    """
+
+    kv: KVBatch
+    context_ids: Tensor
+    """``[B, T]`` long, padding = -100."""
+    secrets: Sequence[Sequence[Secret]]
+    """Per record."""
+    record_ids: Sequence[str]
+    mask: Mask
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.record_ids)
+
+    def with_kv(self, kv: KVBatch) -> AttackData:
+        return replace(self, kv=kv)
+
+    def subset(self, index: Sequence[int]) -> AttackData:
+        rows = torch.as_tensor(list(index), dtype=torch.long)
+        return replace(
+            self,
+            kv=self.kv[rows],
+            context_ids=self.context_ids[rows],
+            secrets=[self.secrets[i] for i in index],
+            record_ids=[self.record_ids[i] for i in index],
+            mask=self.mask[rows],
+            meta=self._meta_of(index),
+        )
+
+    def _meta_of(self, index: Sequence[int]) -> Mapping[str, Any]:
+        """``prompts`` is per record, everything else is about the whole set."""
+        if "prompts" not in self.meta:
+            return self.meta
+        return {**self.meta, "prompts": [self.meta["prompts"][i] for i in index]}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One attempt at one secret."""
+
+    record_id: str
+    category: str
+    field: str
+    ids: tuple[int, ...] | None
+    """Guessed token ids; None where the attack could not be scored (an error)."""
+    nll_nats: float | None = None
+    """Cross-entropy of the true value under the attacker, in nats over the whole value."""
+    token_accuracy: float | None = None
+    """Share of the value's tokens right, each given the true ones before it."""
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """``fit`` on guarded pairs, then ``recover`` from segments of records it never saw."""
+
+    name: str
+    goal: str
+    access: str
+    source: str
+
+    def fit(self, pairs: AttackData, *, seed: int = 0) -> Attack: ...
+
+    def recover(self, data: AttackData) -> list[Guess]: ...

@@ -1,0 +1,135 @@
+"""Records as token ids: what training, attacks and evaluation work on.
+
+A ``TokenRecord`` is one record crossing one edge: the sender's context, the token ranges of its
+values, and the questions that the receiver is asked after the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcguard.categories import CATEGORIES
+from lcguard.protocols import Mask, Secret
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    start: int
+    """First token of the value in the context."""
+    end: int
+    field: str
+    category: str | None
+    band: str | None = None
+    secret: bool = False
+    """True where the edge's policy forbids this value."""
+
+
+@dataclass(frozen=True)
+class TokenQuestion:
+    prompt: tuple[int, ...]
+    """Tokens after the context, up to where the answer starts."""
+    answer: tuple[int, ...]
+    """Answer with its end token."""
+    field: str
+    category: str | None
+    kind: str
+    task: bool
+    """True where the receiver needs the answer for its task."""
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    record_id: str
+    scenario_id: str
+    edge: str
+    record_type: str
+    vertical: str
+    ids: tuple[int, ...]
+    spans: tuple[TokenSpan, ...]
+    questions: tuple[TokenQuestion, ...]
+    forbid: tuple[str, ...]
+    derive: tuple[str, ...] = ()
+
+    def secrets(self) -> list[Secret]:
+        """The values that the edge forbids."""
+        return [
+            Secret(s.category, s.field, self.ids[s.start : s.end], (s.start, s.end))
+            for s in self.spans
+            if s.secret and s.category is not None
+        ]
+
+
+def mask_of(forbid: Sequence[Sequence[str]], derive: Sequence[Sequence[str]]) -> Mask:
+    """Category masks ``[B, C]`` from category names, one sequence a record."""
+    rows = [[[c in names for c in CATEGORIES] for names in which] for which in (forbid, derive)]
+    return Mask(*(torch.tensor(r, dtype=torch.bool).view(-1, len(CATEGORIES)) for r in rows))
+
+
+def masks(records: Sequence[TokenRecord]) -> Mask:
+    """The records' own policies as masks ``[B, C]``."""
+    return mask_of([r.forbid for r in records], [r.derive for r in records])
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Right-padded ``[B, T]`` long tensor."""
+    width = max((len(r) for r in rows), default=0)
+    return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class PackedQuestions:
+    """Several questions a record in one row; each sees the context and itself alone."""
+
+    ids: Tensor
+    """``[B, S]``."""
+    block: Tensor
+    """``[B, S]`` index of the question a token belongs to; -1 at padding."""
+    step: Tensor
+    """``[B, S]`` position inside the question."""
+    labels: Tensor
+    """``[B, S]`` the next answer token where one is due, else ``IGNORE``."""
+
+    def positions(self, context_lengths: Tensor) -> Tensor:
+        """Absolute positions ``[B, S]``: every question directly follows the context."""
+        return context_lengths[:, None] + self.step
+
+    def mask(self, context_valid: Tensor) -> Tensor:
+        """Who sees what: bool ``[B, 1, S, T + S]``."""
+        same = (self.block[:, :, None] == self.block[:, None, :]) & (self.block >= 0)[:, None, :]
+        causal = self.step[:, :, None] >= self.step[:, None, :]
+        eye = torch.eye(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
+        own = (same & causal) | eye  # padding sees itself, or its softmax would be empty
+        context = context_valid[:, None, :].expand(-1, self.ids.shape[1], -1)
+        return torch.cat((context, own), -1)[:, None]
+
+
+def pack_questions(
+    records: Sequence[TokenRecord],
+    wanted: Callable[[TokenRecord, TokenQuestion], bool] = lambda r, q: True,
+    pad_id: int = 0,
+) -> PackedQuestions:
+    """Packs the wanted questions of every record, in order."""
+    ids, block, step, labels = [], [], [], []
+    for record in records:
+        row: list[list[int]] = [[], [], [], []]
+        chosen = [q for q in record.questions if wanted(record, q)]
+        for i, q in enumerate(chosen):
+            tokens = (*q.prompt, *q.answer[:-1])
+            row[0] += tokens
+            row[1] += [i] * len(tokens)
+            row[2] += range(len(tokens))
+            row[3] += [IGNORE] * (len(q.prompt) - 1) + list(q.answer)
+        for target, part in zip((ids, block, step, labels), row, strict=True):
+            target.append(part)
+    return PackedQuestions(pad(ids, pad_id), pad(block, -1), pad(step, 0), pad(labels, IGNORE))
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean attention mask as the additive one that every attention backend takes."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

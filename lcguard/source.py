@@ -1,0 +1,177 @@
+"""The agents' model as training and evaluation use it: prefill contexts, ask about segments.
+
+Works with any transformers causal LM that ``lcguard.cache`` supports; nothing here knows the nano
+agent. Loss and exact match are teacher-forced: a greedy answer is right exactly when the argmax is
+right at every answer token given the right ones before, so one forward pass tells what greedy
+decoding would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lcguard.cache import cache_to_kv, check_supported, kv_shape, kv_to_cache
+from lcguard.protocols import KVBatch
+from lcguard.records import (
+    IGNORE,
+    PackedQuestions,
+    TokenQuestion,
+    TokenRecord,
+    additive,
+    pack_questions,
+    pad,
+)
+from lcguard.rope import Rotary
+
+Wanted = Callable[[TokenRecord, TokenQuestion], bool]
+
+
+class ModelSource:
+    """A frozen model with its rotary embedding.
+
+    Raises ``UnsupportedModelError`` for models whose KV cannot cross a hop exactly.
+    """
+
+    def __init__(self, model: Any, pad_id: int = 0) -> None:
+        check_supported(model.config)
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config
+        self.rotary = Rotary.from_config(model.config)
+        self.shape = kv_shape(model.config)
+        self.pad_id = pad_id
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+
+    @torch.no_grad()
+    def prefill(self, contexts: Sequence[Sequence[int]], batch: int = 64) -> KVBatch:
+        """KV of the contexts, each from position 0; right-padded ``[B, L, H, T, D]``."""
+        width = max(len(c) for c in contexts)
+        layers, heads, dim = self.shape
+        keys = torch.zeros(len(contexts), layers, heads, width, dim, dtype=self.dtype,
+                           device=self.device)  # fmt: skip
+        values = torch.zeros_like(keys)
+        valid = pad([[1] * len(c) for c in contexts], 0).bool().to(self.device)
+        # similar lengths together: less padding
+        order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+        for first in range(0, len(order), batch):
+            rows = order[first : first + batch]
+            ids = pad([contexts[i] for i in rows], self.pad_id).to(self.device)
+            cache = DynamicCache(config=None)
+            # causal attention: padding on the right never reaches the tokens before it
+            self._backbone()(input_ids=ids, past_key_values=cache, use_cache=True)
+            kv = cache_to_kv(cache, self.rotary)
+            n = ids.shape[1]
+            keys[rows, :, :, :n], values[rows, :, :, :n] = kv.keys, kv.values
+        live = valid[:, None, None, :, None]
+        return KVBatch(keys * live, values * live, valid)
+
+    def answer_logits(self, kv: KVBatch, packed: PackedQuestions) -> Tensor:
+        """Logits ``[N, V]`` at the answer tokens of packed questions asked after ``kv``.
+
+        Differentiable in ``kv``.
+        """
+        packed = _to(packed, self.device)
+        lengths = kv.valid.sum(1)
+        hidden = self._backbone()(
+            input_ids=packed.ids,
+            position_ids=packed.positions(lengths),
+            attention_mask=additive(packed.mask(kv.valid), self.dtype),
+            past_key_values=kv_to_cache(kv, self.rotary, self.config),
+            use_cache=True,
+        ).last_hidden_state
+        return self._head(hidden[packed.labels != IGNORE])
+
+    def _backbone(self) -> nn.Module:
+        return getattr(self.model, self.model.base_model_prefix)  # type: ignore[no-any-return]
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.no_grad()
+    def exact_match(
+        self,
+        records: Sequence[TokenRecord],
+        kv: KVBatch,
+        wanted: Wanted = lambda r, q: True,
+        batch: int = 64,
+    ) -> list[list[bool]]:
+        """Per record and wanted question: would greedy decoding give the answer exactly?"""
+        out: list[list[bool]] = []
+        for first in range(0, len(records), batch):
+            part = records[first : first + batch]
+            packed = pack_questions(part, wanted, self.pad_id)
+            if packed.ids.shape[1] == 0:
+                out += [[] for _ in part]
+                continue
+            logits = self.answer_logits(kv[first : first + batch].trim(), packed)
+            right = torch.ones_like(packed.labels, dtype=torch.bool)
+            due = packed.labels != IGNORE
+            right[due] = logits.argmax(-1).cpu() == packed.labels[due]
+            for row, blocks in zip(right, packed.block, strict=True):
+                n = int(blocks.max()) + 1
+                out.append([bool(row[blocks == i].all()) for i in range(n)])
+        return out
+
+    @torch.no_grad()
+    def generate(
+        self,
+        kv: KVBatch,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_id: int,
+        allowed: Tensor | None = None,
+    ) -> list[tuple[int, ...]]:
+        """Greedy answers to one prompt a record, without the end token.
+
+        Args:
+            allowed: optional ``[B, V]`` bool; tokens outside are never produced (the end token
+                always may be).
+        """
+        n = len(prompts)
+        finished = torch.zeros(n, dtype=torch.bool)
+        rows: list[list[int]] = [list(p) for p in prompts]
+        answers: list[list[int]] = [[] for _ in rows]
+        cache = kv_to_cache(kv, self.rotary, self.config)
+        lengths = kv.valid.sum(1)
+        ids, valid = pad(rows, self.pad_id), pad([[1] * len(r) for r in rows], 0).bool()
+        seen, step = kv.valid, torch.arange(ids.shape[1]).expand(n, -1)
+        last = valid.sum(1) - 1
+        for _ in range(max_new_tokens):
+            width = ids.shape[1]
+            causal = torch.ones(width, width, dtype=torch.bool).tril()
+            own = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool)
+            mask = torch.cat((seen[:, None, :].expand(-1, width, -1), own), -1)[:, None]
+            hidden = self._backbone()(
+                input_ids=ids.to(self.device),
+                position_ids=(lengths[:, None] + step).to(self.device),
+                attention_mask=additive(mask, self.dtype).to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            logits = self._head(hidden[torch.arange(n), last]).float().cpu()
+            if allowed is not None:
+                keep = allowed.clone()
+                keep[:, end_id] = True
+                logits = logits.masked_fill(~keep, -torch.inf)
+            token = logits.argmax(-1)
+            finished |= token == end_id
+            if bool(finished.all()):
+                break
+            for i in (~finished).nonzero().flatten().tolist():
+                answers[i].append(int(token[i]))
+            seen = torch.cat((seen, valid), 1)
+            step = step[torch.arange(n), last][:, None] + 1
+            ids, last = token[:, None], torch.zeros(n, dtype=torch.long)
+            valid = torch.ones(n, 1, dtype=torch.bool)
+        return [tuple(a) for a in answers]
+
+
+def _to(packed: PackedQuestions, device: torch.device) -> PackedQuestions:
+    return PackedQuestions(*(t.to(device) for t in vars(packed).values()))

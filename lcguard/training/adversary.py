@@ -1,0 +1,116 @@
+"""Attackers inside the training loop: the minimax of arXiv 2605.22786, with options it lacks.
+
+The guard maximises the attackers' cross-entropy (``ce``) or pulls their prediction to the prior of
+the field (``kl_prior``). Several attackers, resets and lag are options. What these attackers
+recover in the end is *not* a privacy figure: fresh attackers are the judges.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lcguard.protocols import AttackData, KVBatch
+from lcguard.records import IGNORE, TokenRecord
+from lcguard.training.config import AdversaryConfig
+from lcguard.training.dataset import Special, attack_data
+
+
+class Adversary(Protocol):
+    """An attack that can be trained step by step and differentiated through."""
+
+    fields: dict[str, int]
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    def start(self, pairs: AttackData, *, seed: int = 0) -> None: ...
+
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    def update(self, batch: AttackData, optimizer: torch.optim.Optimizer) -> float: ...
+
+    def loss(self, batch: AttackData, *, auxiliary: bool = True) -> Tensor: ...
+
+    def log_probs(self, batch: AttackData) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+AdversaryFactory = Callable[[dict[str, Any]], Adversary]
+
+
+class Ensemble:
+    """The attackers of one training run."""
+
+    def __init__(
+        self, config: AdversaryConfig, factory: AdversaryFactory, pairs: AttackData, seed: int
+    ) -> None:
+        self.config, self._pairs, self._seed = config, pairs, seed
+        self.members: list[Adversary] = [factory(config.options) for _ in range(config.count)]
+        for i, member in enumerate(self.members):
+            member.start(pairs, seed=seed + i)
+        self.optimizers = [m.optimizer() for m in self.members]
+        self.prior = FieldPrior(pairs, self.members[0].fields) if self.members else None
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {f"adversary{i}": m.network for i, m in enumerate(self.members)}
+
+    def guard_term(self, batch: AttackData) -> Tensor:
+        """What the guard adds to its loss: smaller is better hidden."""
+        total = torch.zeros(())
+        for member in self.members:
+            if self.config.objective == "ce":
+                total = total - member.loss(batch, auxiliary=False)
+            elif self.prior is not None:
+                total = total + self.prior.divergence(*member.log_probs(batch))
+        return self.config.weight * total / max(1, len(self.members))
+
+    def learn(self, batch: AttackData, step: int) -> dict[str, float]:
+        """The attackers' own steps on the current (or, with lag, a stale) guard's output."""
+        c = self.config
+        if not self.members or step % c.lag:
+            return {}
+        if c.reset_every and step and step % c.reset_every == 0:
+            which = (step // c.reset_every) % len(self.members)
+            self.members[which].start(self._pairs, seed=self._seed + 1000 + step)
+            self.optimizers[which] = self.members[which].optimizer()
+        loss = 0.0
+        for member, optimizer in zip(self.members, self.optimizers, strict=True):
+            for _ in range(c.steps_per_guard_step):
+                loss += member.update(batch, optimizer) / len(self.members)
+        return {"attacker_nats": loss / c.steps_per_guard_step}
+
+
+class FieldPrior:
+    """Token distribution of each field at each step of the value, with add-one smoothing."""
+
+    def __init__(self, pairs: AttackData, fields: dict[str, int], steps: int = 8) -> None:
+        vocab, end = int(pairs.meta["vocab"]), int(pairs.meta["end_id"])
+        counts: dict[tuple[int, int], Counter[int]] = {}
+        for secrets in pairs.secrets:
+            for s in secrets:
+                for k, token in enumerate((*s.ids, end)):
+                    key = fields.get(s.field, len(fields)), min(k, steps - 1)
+                    counts.setdefault(key, Counter())[token] += 1
+        self.steps = steps
+        self.table = torch.full((len(fields) + 1, steps, vocab), 1.0 / vocab)
+        for (field, k), counter in counts.items():
+            for token, n in counter.items():
+                self.table[field, k, token] += n
+        self.table /= self.table.sum(-1, keepdim=True)
+
+    def divergence(self, fields: Tensor, labels: Tensor, logp: Tensor) -> Tensor:
+        """Mean KL(prior || attacker) in nats over the tokens that are due."""
+        at = torch.arange(labels.shape[1]).clamp_max(self.steps - 1)
+        prior = self.table[fields[:, None], at[None]]  # [N, K, V]
+        due = labels != IGNORE
+        kl = (prior * (prior.clamp_min(1e-12).log() - logp)).sum(-1)
+        return kl[due].mean() if bool(due.any()) else logp.sum() * 0.0
+
+
+def pairs_of(records: Sequence[TokenRecord], kv: KVBatch, special: Special) -> AttackData:
+    """Attack pairs of a step's records; detach the KV before the attackers learn from it."""
+    return attack_data(records, kv, special)

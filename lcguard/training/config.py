@@ -1,0 +1,84 @@
+"""Everything that determines a training run; one YAML file, unknown keys refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class AdversaryConfig:
+    """Attackers inside the training loop."""
+
+    count: int = 0
+    """How many; 0 trains without."""
+    weight: float = 0.0
+    """beta: weight of the adversarial term in the guard's loss."""
+    objective: Literal["ce", "kl_prior"] = "ce"
+    """``ce`` maximises the attacker's cross-entropy (the paper's minus L_rec); ``kl_prior`` pulls
+    the attacker's prediction to the prior of the field."""
+    steps_per_guard_step: int = 1
+    lag: int = 1
+    """The attackers learn only every ``lag``-th guard step."""
+    reset_every: int = 0
+    """Re-initialise one attacker in turn every so many steps; 0 never."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the attack that serves as adversary."""
+    attack: str = "decoder"
+
+
+@dataclass(frozen=True)
+class PolicyMix:
+    """Which policies the guard sees in training."""
+
+    all_rate: float = 0.4
+    """Share of records under which everything is forbidden."""
+    none_rate: float = 0.05
+    category_rate: float = 0.5
+    """Otherwise every category is forbidden with this probability."""
+    derive_rate: float = 0.25
+    """Probability that a forbidden derivable category keeps its derived value."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    guard: str = "gate"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the guard, such as ``width`` or ``bottleneck``."""
+    seed: int = 0
+    steps: int = 500
+    batch: int = 32
+    lr: float = 2e-3
+    warmup: int = 30
+    questions: int = 6
+    """Most questions a record and step."""
+    kl_weight: float = 1.0
+    """Receiver on guarded KV against receiver on raw KV."""
+    ce_weight: float = 1.0
+    """Receiver on guarded KV against the true answers."""
+    band_weight: float = 3.0
+    """Extra weight of allowed derived answers to forbidden values."""
+    pair_weight: float = 0.2
+    """Weight of log1p(pair leak in nats)."""
+    twin_weight: float = 0.0
+    """Weight of the mean squared distance to the twin's KV."""
+    gate_weight: float = 0.05
+    """Weight of the mean withheld share, for guards that withhold."""
+    leak_ramp: int = 60
+    """Steps over which the leak terms grow to full weight."""
+    temperature: float = 1.0
+    """Of the teacher in the KL term."""
+    policies: PolicyMix = field(default_factory=PolicyMix)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    checkpoint_every: int = 50
+    certificate_pairs: int = 400
+    certificate_level: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "questions", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.adversary.weight and not self.adversary.count:
+            raise ValueError(
+                f"adversary.weight={self.adversary.weight} without attackers: set adversary.count"
+            )

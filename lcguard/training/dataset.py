@@ -1,0 +1,114 @@
+"""Records with their KV: prefilled once, guarded often."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lcguard.protocols import AttackData, Guard, KVBatch, Mask
+from lcguard.records import IGNORE, TokenRecord, masks, pad
+from lcguard.source import ModelSource
+from lcguard.training.twins import fixed_length_twin, neutral_twin
+
+
+@dataclass(frozen=True)
+class Special:
+    """What of the tokenizer is needed below the text level."""
+
+    end_id: int
+    neutral_id: int
+    vocab: int
+    special_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocab: int) -> Special:
+        """Neutral token: the letter X, which every vocabulary has."""
+        neutral = tokenizer("X", add_special_tokens=False)["input_ids"][-1]
+        return cls(int(tokenizer.eos_token_id), int(neutral), vocab,
+                   tuple(sorted(tokenizer.all_special_ids)))  # fmt: skip
+
+
+def with_policy(
+    records: Sequence[TokenRecord], forbid: Sequence[str], derive: Sequence[str] = ()
+) -> list[TokenRecord]:
+    """The same records under another policy: which values are secrets changes with it."""
+    return [
+        replace(
+            r,
+            forbid=tuple(forbid),
+            derive=tuple(derive),
+            spans=tuple(replace(s, secret=s.category in forbid) for s in r.spans),
+        )
+        for r in records
+    ]
+
+
+def _prompts(record: TokenRecord) -> list[tuple[int, ...]]:
+    """For every secret the direct question about its field, or any question of the record."""
+    direct = {q.field: q.prompt for q in record.questions if q.kind == "direct"}
+    fallback = next((q.prompt for q in record.questions), ())
+    return [direct.get(s.field, fallback) for s in record.secrets()]
+
+
+def attack_data(records: Sequence[TokenRecord], kv: KVBatch, special: Special) -> AttackData:
+    """Pairs of segment and secrets."""
+    return AttackData(
+        kv=kv,
+        context_ids=pad([r.ids for r in records], IGNORE),
+        secrets=[r.secrets() for r in records],
+        record_ids=[r.record_id for r in records],
+        mask=masks(records),
+        meta={
+            "vocab": special.vocab,
+            "end_id": special.end_id,
+            "special_ids": special.special_ids,
+            "prompts": [_prompts(r) for r in records],
+        },
+    )
+
+
+def guard_all(
+    guard: Guard,
+    records: Sequence[TokenRecord],
+    kv: KVBatch,
+    source: ModelSource,
+    special: Special,
+    *,
+    seed: int = 0,
+    fixed_length: bool = False,
+    batch: int = 128,
+) -> KVBatch:
+    """Every record's segment through the guard, under the record's own policy."""
+    mask = masks(records)
+    twin = None
+    if guard.needs_twin:
+        make = fixed_length_twin if fixed_length else neutral_twin
+        twin = source.prefill([make(r, r.forbid, special.neutral_id) for r in records])
+    parts = []
+    for first in range(0, len(records), batch):
+        rows = slice(first, first + batch)
+        part = Mask(mask.forbid[rows], mask.derive[rows])
+        out = guard(kv[rows], part, seed=seed + first, twin=None if twin is None else twin[rows])
+        parts.append(out.kv)
+    return KVBatch(
+        torch.cat([p.keys for p in parts]),
+        torch.cat([p.values for p in parts]),
+        torch.cat([p.valid for p in parts]),
+    )
+
+
+def blind(data: AttackData, seed: int = 0) -> AttackData:
+    """The same pairs with every segment replaced by another record's: the floor's data."""
+    n = len(data)
+    if n < 2:
+        raise ValueError(f"{n} records cannot be shuffled; a blind floor needs at least 2")
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    other = torch.empty(n, dtype=torch.long)
+    other[order] = torch.tensor(order[1:] + order[:1])  # a cycle: no record keeps its own
+    ids = torch.full_like(data.context_ids, IGNORE)
+    return replace(data, kv=data.kv[other], context_ids=ids)

@@ -1,0 +1,173 @@
+"""The loss of one training step.
+
+    L = a KL(receiver on raw || receiver on guarded) + b CE(answers)
+        + c log1p(pair leak) + d twin distance + e withheld share - beta L_rec
+
+Pair leak, in nats: ``||m(raw) - m(raw')||^2 / (2 sigma^2)``, with raw' the same context whose
+forbidden secrets are resampled, through the whole guard (our own; evidence in the README). It
+bounds what one draw of the segment tells about the secrets. ``log1p`` keeps a large leak from
+drowning the receiver's loss. The adversarial term is the minimax of arXiv 2605.22786.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lcguard.categories import CATEGORIES, DERIVABLE
+from lcguard.guards.base import GuardModule
+from lcguard.protocols import KVBatch, Mask
+from lcguard.records import IGNORE, TokenQuestion, TokenRecord, masks, pack_questions
+from lcguard.source import ModelSource
+from lcguard.training.config import PolicyMix, TrainConfig
+from lcguard.training.dataset import with_policy
+from lcguard.training.twins import ValuePool, neutral_twin
+
+
+def sample_policy(rng: random.Random, mix: PolicyMix) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Forbidden categories, and those of them that keep their derived value."""
+    kind = rng.random()
+    if kind < mix.none_rate:
+        return (), ()
+    everything = kind < mix.none_rate + mix.all_rate
+    forbid = tuple(c for c in CATEGORIES if everything or rng.random() < mix.category_rate)
+    derive = tuple(c for c in forbid if c in DERIVABLE and rng.random() < mix.derive_rate)
+    return forbid, derive
+
+
+def permitted(record: TokenRecord, question: TokenQuestion) -> bool:
+    """May this audience have the answer?"""
+    if question.category is None or question.category not in record.forbid:
+        return True
+    return question.kind == "derived" and question.category in record.derive
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one step sees."""
+
+    records: list[TokenRecord]
+    raw: KVBatch
+    pair: KVBatch | None
+    twin: KVBatch | None
+    mask: Mask
+
+
+def step_data(
+    rng: random.Random,
+    records: Sequence[TokenRecord],
+    pool: ValuePool,
+    source: ModelSource,
+    config: TrainConfig,
+    neutral_id: int,
+) -> StepData:
+    """Draws records, policies, questions and counterfactuals, and prefills them together."""
+    chosen = []
+    for record in rng.sample(list(records), min(config.batch, len(records))):
+        (record,) = with_policy([record], *sample_policy(rng, config.policies))
+        questions = [q for q in record.questions if permitted(record, q)]
+        rng.shuffle(questions)
+        # allowed derived answers first: they are rare and the hardest to keep
+        questions.sort(key=lambda q: q.category not in record.derive)
+        chosen.append(replace(record, questions=tuple(questions[: config.questions])))
+    contexts = [r.ids for r in chosen]
+    n, want_pair, want_twin = len(chosen), config.pair_weight > 0, config.twin_weight > 0
+    if want_pair:
+        contexts += [pool.resample(rng, r, r.forbid, r.derive) for r in chosen]
+    if want_twin:
+        contexts += [neutral_twin(r, r.forbid, neutral_id) for r in chosen]
+    kv = source.prefill(contexts, batch=len(contexts))
+    return StepData(
+        chosen,
+        kv[:n],
+        kv[n : 2 * n] if want_pair else None,
+        kv[-n:] if want_twin else None,
+        masks(chosen),
+    )
+
+
+class Losses(NamedTuple):
+    total: Tensor
+    metrics: dict[str, float]
+    guarded: KVBatch
+
+
+def pair_leak_nats(first: Tensor, second: Tensor, valid: Tensor, noise: float) -> Tensor:
+    """``[B]`` nats between two guards' means ``[B, T, L, 2, H * D]``.
+
+    Raises ``ValueError`` for a guard without noise: its pair leak is infinite.
+    """
+    if noise <= 0:
+        raise ValueError(f"noise {noise} must be positive: without noise the pair leak is infinite")
+    distance = (first - second).square().sum((2, 3, 4)) * valid
+    return distance.sum(1) / (2 * noise**2)
+
+
+def guard_losses(
+    module: GuardModule,
+    data: StepData,
+    source: ModelSource,
+    config: TrainConfig,
+    generator: torch.Generator,
+    step: int,
+) -> Losses:
+    """Everything but the adversarial term; differentiable in the guard."""
+    guarded, out = module(data.raw, data.mask, generator)
+    ramp = min(1.0, (step + 1) / max(1, config.leak_ramp))
+    total, metrics = receiver_loss(guarded, data, source, config)
+    if data.pair is not None:
+        other = module.rewrite(module.standardise(data.pair), data.pair.valid, data.mask)
+        leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
+        hidden = data.mask.forbid.any(1)
+        total = total + ramp * config.pair_weight * torch.log1p(leak).mean()
+        metrics["pair_nats"] = float(leak[hidden].mean()) if bool(hidden.any()) else 0.0
+    if data.twin is not None:
+        gap = (out.mean - module.standardise(data.twin)).square().mean((2, 3, 4))
+        gap = (gap * data.raw.valid).sum() / data.raw.valid.sum()
+        total = total + ramp * config.twin_weight * gap
+        metrics["twin_mse"] = float(gap)
+    share = (out.withheld * data.raw.valid).sum() / data.raw.valid.sum()
+    if config.gate_weight and out.withheld.requires_grad:
+        total = total + config.gate_weight * share
+    metrics["withheld"] = float(share)
+    return Losses(total, metrics, guarded)
+
+
+def receiver_loss(
+    guarded: KVBatch, data: StepData, source: ModelSource, config: TrainConfig
+) -> tuple[Tensor, dict[str, float]]:
+    """Distillation and cross-entropy on the answers that the audience may have."""
+    packed = pack_questions(data.records, pad_id=source.pad_id)
+    labels = packed.labels[packed.labels != IGNORE].to(guarded.keys.device)
+    if not len(labels):
+        return guarded.keys.sum() * 0.0, {"accuracy": float("nan")}
+    weight = _answer_weights(data.records, packed.labels, packed.block, config.band_weight)
+    weight = weight.to(labels.device) / weight.sum()
+    logits = source.answer_logits(guarded, packed)
+    total = config.ce_weight * (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
+    if config.kl_weight:
+        with torch.no_grad():
+            teacher = source.answer_logits(data.raw, packed) / config.temperature
+        kl = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True,
+                      reduction="none").sum(-1)  # fmt: skip
+        total = total + config.kl_weight * (kl * weight).sum()
+    accuracy = float((logits.argmax(-1) == labels).float().mean())
+    return total, {"accuracy": accuracy, "task_nats": float(total)}
+
+
+def _answer_weights(
+    records: Sequence[TokenRecord], labels: Tensor, block: Tensor, band_weight: float
+) -> Tensor:
+    """``[N]``: one for every answer token, more for derived answers to forbidden values."""
+    weight = torch.ones_like(labels, dtype=torch.float32)
+    for i, record in enumerate(records):
+        for j, q in enumerate(record.questions):
+            if q.category is not None and q.category in record.forbid:
+                weight[i][block[i] == j] = band_weight
+    return weight[labels != IGNORE]

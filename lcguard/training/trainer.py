@@ -1,0 +1,184 @@
+"""The training loop of every guard, through accelerate: CPU, one GPU or many.
+
+Batches, policies, counterfactuals and noise are functions of ``(seed, step, process)``, so a run
+that was killed resumes from its last checkpoint to the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import Progress, TextColumn
+from torch import nn
+
+from lcguard.categories import CATEGORIES
+from lcguard.guards.base import GuardModule, KVShape, guard_class
+from lcguard.guards.frozen import FrozenGuard
+from lcguard.protocols import AttackData
+from lcguard.records import TokenRecord
+from lcguard.source import ModelSource
+from lcguard.training.adversary import AdversaryFactory, Ensemble, pairs_of
+from lcguard.training.checkpoint import load_checkpoint, save_checkpoint
+from lcguard.training.config import TrainConfig
+from lcguard.training.dataset import Special, attack_data, with_policy
+from lcguard.training.objective import guard_losses, step_data
+from lcguard.training.twins import ValuePool
+
+
+@dataclass
+class Run:
+    """A finished training run."""
+
+    guard: FrozenGuard
+    ensemble: Ensemble
+    metrics: list[dict[str, Any]]
+    seconds: float
+
+
+def make_module(config: TrainConfig, source: ModelSource) -> GuardModule:
+    """The untrained guard for the source's model."""
+    torch.manual_seed(config.seed)
+    return guard_class(config.guard).build(
+        KVShape(*source.shape), len(CATEGORIES), dict(config.options)
+    )
+
+
+def prepare(
+    module: GuardModule, records: Sequence[TokenRecord], source: ModelSource, special: Special
+) -> AttackData:
+    """Fits the guard's statistics; returns raw pairs with everything forbidden."""
+    sample = with_policy(records[:384], CATEGORIES)
+    raw = source.prefill([r.ids for r in sample])
+    module.fit_statistics(raw)
+    start = getattr(module, "start_codebook", None)
+    if start is not None:
+        # placeholder KV: constants that the receiver reads as "a token, but no value"
+        words = module.codebook.shape[0]
+        fill = source.prefill([(special.neutral_id,) * (w + 4) for w in range(words)])
+        z = module.standardise(fill)
+        start(torch.stack([z[w, 3 + w] for w in range(words)]))
+    return attack_data(sample, raw, special)
+
+
+def train_guard(
+    config: TrainConfig, records: Sequence[TokenRecord], source: ModelSource, special: Special,
+    out: Path, factory: AdversaryFactory | None = None, progress: bool | None = None,
+) -> Run:
+    """Trains on ``records`` and returns the frozen guard.
+
+    ``out`` gets ``metrics.jsonl`` and, while the run lasts, ``checkpoint.safetensors``. Raises
+    ``ValueError`` for a guard without parameters, an adversary without factory, or a loss that is
+    not finite.
+    """  # fmt: skip
+    if not guard_class(config.guard).trained:
+        raise ValueError(f"guard {config.guard!r} has nothing to train; use it as it is")
+    if config.adversary.count and factory is None:
+        raise ValueError("config.adversary.count > 0 needs a factory for the attackers")
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(cpu=source.device.type == "cpu")
+    module = make_module(config, source)
+    pairs = prepare(module, records, source, special)
+    module.to(source.device)
+    ensemble = Ensemble(config.adversary, factory or _no_adversary, pairs, config.seed)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=0.01)
+    state = out / "checkpoint.safetensors"
+    first, spent = 0, 0.0
+    if state.exists():
+        meta = load_checkpoint(state, {"guard": module, **ensemble.modules()},
+                               [optimizer, *ensemble.optimizers])  # fmt: skip
+        if meta["config"] != json.loads(json.dumps(asdict(config))):
+            raise ValueError(f"{state} belongs to another configuration; delete it or use another out")
+        first, spent = meta["step"], meta["seconds"]
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    pool, rank = ValuePool(records), accelerator.process_index
+    metrics = _kept_metrics(out / "metrics.jsonl", first)
+    started = time.monotonic() - spent
+    with _bar(progress, accelerator.is_main_process) as bar:
+        task = bar.add_task(f"train {config.guard}", total=config.steps, completed=first, note="")
+        for step in range(first, config.steps):
+            row = _step(config, step, rank, records, pool, source, special, module, wrapped,
+                        optimizer, ensemble, accelerator)  # fmt: skip
+            metrics.append({"step": step, **row})
+            bar.update(task, advance=1, note=_note(row))
+            if accelerator.is_main_process and (
+                (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+            ):
+                _write_metrics(out / "metrics.jsonl", metrics)
+                save_checkpoint(
+                    state, {"guard": module, **ensemble.modules()},
+                    [getattr(optimizer, "optimizer", optimizer), *ensemble.optimizers],
+                    {"step": step + 1, "seconds": time.monotonic() - started,
+                     "config": asdict(config)},
+                )  # fmt: skip
+    return Run(FrozenGuard(module), ensemble, metrics, time.monotonic() - started)
+
+
+def _step(
+    config: TrainConfig, step: int, rank: int, records: Sequence[TokenRecord], pool: ValuePool,
+    source: ModelSource, special: Special, module: GuardModule, wrapped: nn.Module,
+    optimizer: Any, ensemble: Ensemble, accelerator: Accelerator,
+) -> dict[str, float]:  # fmt: skip
+    rng = random.Random(f"{config.seed}/{step}/{rank}")
+    generator = torch.Generator().manual_seed(rng.getrandbits(48))
+    data = step_data(rng, records, pool, source, config, special.neutral_id)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * _rate(step, config)
+    module.train()
+    losses = guard_losses(wrapped, data, source, config, generator, step)
+    total = losses.total
+    if ensemble.members:
+        total = total + ensemble.guard_term(pairs_of(data.records, losses.guarded, special))
+    if not math.isfinite(float(total.detach())):
+        raise ValueError(f"loss is {float(total.detach())} at step {step}; lower lr={config.lr}")
+    optimizer.zero_grad(set_to_none=True)
+    accelerator.backward(total)
+    accelerator.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    row = {"loss": float(total.detach()), **losses.metrics}
+    if ensemble.members:
+        kv = losses.guarded
+        stale = type(kv)(kv.keys.detach(), kv.values.detach(), kv.valid)
+        row |= ensemble.learn(pairs_of(data.records, stale, special), step)
+    return row
+
+
+def _rate(step: int, config: TrainConfig) -> float:
+    """Warm-up, flat, and linear to a tenth over the last third."""
+    left = (config.steps - step) / (config.steps / 3)
+    return min(1.0, (step + 1) / config.warmup, 0.1 + 0.9 * max(0.0, left))
+
+
+def _no_adversary(options: dict[str, Any]) -> Any:
+    raise ValueError("no adversary configured")
+
+
+def _bar(progress: bool | None, main: bool) -> Progress:
+    shown = sys.stderr.isatty() if progress is None else progress
+    return Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"),
+                    disable=not (shown and main))  # fmt: skip
+
+
+def _note(row: dict[str, float]) -> str:
+    return "  ".join(f"{k} {v:.3g}" for k, v in row.items())
+
+
+def _write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    part.replace(path)
+
+
+def _kept_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
+    if not steps or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()][:steps]

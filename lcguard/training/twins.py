@@ -1,0 +1,94 @@
+"""Counterfactual contexts: the same text with other secrets, or with none.
+
+A *twin* has every secret replaced by a neutral token at the same positions; a *pair* has the
+forbidden secrets resampled from values of the same field and token count, so that the two contexts
+line up token by token. Where a derived value is allowed, resampling holds it fixed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from lcguard.records import TokenRecord, TokenSpan
+
+Key = tuple[str, int, str | None]
+
+
+def forbidden_spans(record: TokenRecord, forbid: Sequence[str]) -> list[TokenSpan]:
+    """Values of the forbidden categories."""
+    return [s for s in record.spans if s.category is not None and s.category in forbid]
+
+
+def neutral_twin(record: TokenRecord, forbid: Sequence[str], neutral_id: int) -> tuple[int, ...]:
+    """The context with each forbidden value overwritten by ``neutral_id``, token by token."""
+    ids = list(record.ids)
+    for span in forbidden_spans(record, forbid):
+        ids[span.start : span.end] = [neutral_id] * (span.end - span.start)
+    return tuple(ids)
+
+
+def fixed_length_twin(
+    record: TokenRecord, forbid: Sequence[str], neutral_id: int, length_tokens: int = 4
+) -> tuple[int, ...]:
+    """As ``neutral_twin``, but every value becomes ``length_tokens`` tokens: hides lengths too."""
+    ids: list[int] = []
+    at = 0
+    for span in sorted(forbidden_spans(record, forbid), key=lambda s: s.start):
+        ids += [*record.ids[at : span.start], *[neutral_id] * length_tokens]
+        at = span.end
+    return (*ids, *record.ids[at:])
+
+
+class ValuePool:
+    """Values of each field by token count (and band), from which pairs are resampled."""
+
+    def __init__(self, records: Sequence[TokenRecord]) -> None:
+        self._by_key: dict[Key, list[tuple[int, ...]]] = defaultdict(list)
+        self._by_length: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)
+        self._tokens: dict[str, list[int]] = defaultdict(list)
+        for record in records:
+            for span in record.spans:
+                if span.category is None:
+                    continue
+                value, n = record.ids[span.start : span.end], span.end - span.start
+                self._by_key[span.field, n, None].append(value)
+                if span.band is not None:
+                    self._by_key[span.field, n, span.band].append(value)
+                self._by_length[span.category, n].append(value)
+                self._tokens[span.category] += value
+
+    def draw(self, rng: random.Random, span: TokenSpan, *, hold_band: bool) -> tuple[int, ...]:
+        """Another value for the span, of as many tokens.
+
+        Falls back from the field to the category, then to single tokens of the category: rare
+        lengths still get a counterfactual. Raises ``ValueError`` for a category without values.
+        """
+        n = span.end - span.start
+        band = span.band if hold_band else None
+        options = self._by_key.get((span.field, n, band), [])
+        if len(options) < 2 and band is None:
+            options = self._by_length.get((str(span.category), n), [])
+        if len(options) >= 2 or (options and band is not None):
+            return options[int(rng.random() * len(options))]
+        tokens = self._tokens.get(str(span.category))
+        if not tokens:
+            raise ValueError(
+                f"no value of category {span.category!r} to resample from; "
+                "add training records that have it"
+            )
+        return tuple(rng.choice(tokens) for _ in range(n))
+
+    def resample(
+        self,
+        rng: random.Random,
+        record: TokenRecord,
+        forbid: Sequence[str],
+        derive: Sequence[str] = (),
+    ) -> tuple[int, ...]:
+        """The pair: the context with every forbidden value redrawn."""
+        ids = list(record.ids)
+        for span in forbidden_spans(record, forbid):
+            ids[span.start : span.end] = self.draw(rng, span, hold_band=span.category in derive)
+        return tuple(ids)

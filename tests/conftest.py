@@ -1,0 +1,24 @@
+"""What every test gets: few threads, the same random numbers each time."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(2)
+
+# A shared machine is slow at times; that is no failure.
+settings.register_profile("lcguard", deadline=None)
+settings.load_profile("lcguard")
+
+
+@pytest.fixture(autouse=True)
+def deterministic_seeds() -> None:
+    """Seeds the global generators before each test."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

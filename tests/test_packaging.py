@@ -1,0 +1,192 @@
+"""The wheel holds every module under its lcguard name only; rooms import what they may."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("agents", "attacks", "server")
+NAMESPACES = ("agents", "agents/nano", "agents/scenarios", "agents/backends", "attacks", "server")
+PROBE = "packaging_probe"
+
+
+def python(*args: str, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=os.environ | env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the wheel is made from, so that building leaves nothing in the checkout.
+
+    Each room gets one more module: the packaging is tested whatever the rooms hold.
+    """
+    copy = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    for name in ("lcguard", *ROOMS):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    for folder in NAMESPACES:
+        (copy / folder).mkdir(exist_ok=True)
+        (copy / folder / f"{PROBE}.py").write_text("VALUE = 1\n")
+    (copy / "agents/nano/weights-v1.0").mkdir()
+    (copy / "agents/nano/weights-v1.0/model.safetensors").write_bytes(b"x")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_rooms_are_links_without_init() -> None:
+    for room in ROOMS:
+        assert os.readlink(ROOT / "lcguard" / room) == f"../{room}"
+        assert not (ROOT / room / "__init__.py").exists()
+
+
+def test_wheel_holds_every_module(source: Path, wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0] for name in names} == {"lcguard", "lcguard-0.1.0.dist-info"}
+    expected = {
+        path.relative_to(source).as_posix()
+        for folder in [source / "lcguard", *(source / "lcguard" / room for room in ROOMS)]
+        for path in folder.rglob("*.py")
+    }
+    assert {f"lcguard/{folder}/{PROBE}.py" for folder in NAMESPACES} <= expected
+    assert {name for name in names if name.endswith(".py")} == expected
+
+
+def test_wheel_holds_the_data(source: Path, wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    nano = source / "lcguard/agents/nano"
+    kinds = {".json", ".safetensors", ".jinja", ".txt", ".yaml", ".md"}
+    expected = {
+        path.relative_to(source).as_posix() for path in nano.rglob("*") if path.suffix in kinds
+    }
+    assert expected | {"lcguard/py.typed"} <= names
+
+
+def test_installed_beside_openai_agents(wheel: Path, tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for room in ROOMS:
+        (site / room).mkdir(parents=True)
+        (site / room / "__init__.py").write_text("OWNER = 'someone else'\n")
+    python(
+        *("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"),
+        *("--target", str(site), str(wheel)),
+        cwd=elsewhere,
+    )
+    code = f"""
+import agents, attacks, server, lcguard, lcguard.agents.nano.{PROBE}, lcguard.attacks.{PROBE}
+import lcguard.attacks, lcguard.server.{PROBE}
+for module in (agents, attacks, server):
+    assert module.OWNER == "someone else"
+for module in (lcguard, lcguard.attacks.{PROBE}, lcguard.server.{PROBE}):
+    assert module.__file__.startswith({str(site)!r}), module.__file__
+"""
+    python("-c", code, cwd=elsewhere, PYTHONPATH=str(site))
+
+
+def test_rooms_import_from_another_folder(tmp_path: Path) -> None:
+    code = "import lcguard.agents, lcguard.attacks, lcguard.server"
+    python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+# Who may import whom. Core is what lies in no room; the command line composes everything.
+FORBIDDEN = {
+    "core": {"agents", "attacks", "server", "cli"},
+    "agents": {"attacks", "server", "cli"},
+    "attacks": {"agents", "server", "cli"},
+    "server": {"attacks", "cli"},
+    "cli": set(),
+}
+
+
+def room_of(module: str) -> str:
+    part = (*module.split("."), "")[1]
+    if part in ("cli", "__main__"):
+        return "cli"
+    return part if part in ROOMS else "core"
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Every name that the module imports, also lazily or as a string constant."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = ast.unparse(node.func).rsplit(".", 1)[-1]
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.args[0].value
+
+
+def violations(path: Path, module: str, package: str) -> list[str]:
+    room, found = room_of(module), []
+    for name in imports(ast.parse(path.read_text(encoding="utf-8")), package):
+        parts = (*name.split("."), "")
+        if parts[0] in ROOMS or (parts[0] == "lcguard" and parts[1] in FORBIDDEN[room]):
+            found.append(f"{module} ({room}) imports {name}")
+    return found
+
+
+def test_rooms_import_what_they_may() -> None:
+    found: list[str] = []
+    seen = 0
+    for folder, _, files in os.walk(ROOT / "lcguard", followlinks=True):
+        for file in files:
+            if not file.endswith(".py"):
+                continue
+            path = Path(folder, file)
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            package = ".".join(parts[:-1])
+            found += violations(path, ".".join(parts), package)
+            seen += 1
+    assert seen > 5
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "allowed"),
+    [
+        ("lcguard.store", "import lcguard.agents", False),
+        ("lcguard.store", "from lcguard import server", False),
+        ("lcguard.store", "from .attacks import base", False),
+        ("lcguard.guards.gate", "from ..agents.nano import model", False),
+        ("lcguard.guards.gate", "def f():\n    import lcguard.attacks.base", False),
+        ("lcguard.agents.leakage", "from lcguard.attacks import base", False),
+        ("lcguard.agents.leakage", "from lcguard.protocols import Mask", True),
+        ("lcguard.attacks.probe", "import agents", False),
+        ("lcguard.server.app", "from lcguard.agents import orchestrator", True),
+        ("lcguard.server.app", "import_module('lcguard.attacks.base')", False),
+        ("lcguard.cli", "import lcguard.attacks, lcguard.server", True),
+    ],
+)
+def test_import_rules_bite(tmp_path: Path, module: str, code: str, allowed: bool) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(code)
+    assert (not violations(path, module, module.rpartition(".")[0])) is allowed
