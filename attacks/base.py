@@ -7,8 +7,9 @@ pairs as it likes from records of its own. It is fitted from scratch after the g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -52,7 +53,7 @@ class BaseAttack:
         pass
 
     def __init__(self, config: Any = None) -> None:
-        self.config = config if config is not None else self.Config()
+        self.config: Any = config if config is not None else self.Config()
 
     @classmethod
     def build(cls, options: dict[str, Any] | None = None) -> BaseAttack:
@@ -63,7 +64,8 @@ class BaseAttack:
                 raise ValueError(
                     f"attack {cls.name!r} has no option {key!r}; it has: {', '.join(known)}"
                 )
-        return cls(replace(cls.Config(), **(options or {})))
+        default = cls.Config()
+        return cls(replace(default, **{k: _value(cls, default, k, v) for k, v in (options or {}).items()}))
 
     def options(self) -> dict[str, Any]:
         return asdict(self.config)
@@ -73,6 +75,20 @@ class BaseAttack:
 
     def recover(self, data: AttackData) -> list[Guess]:
         raise NotImplementedError(f"attack {self.name!r} defines no recover")
+
+
+def _value(cls: type[BaseAttack], default: Any, key: str, value: Any) -> Any:
+    """A nested mapping, as in a YAML file, changes the nested defaults."""
+    inner = getattr(default, key)
+    if not (isinstance(value, Mapping) and is_dataclass(inner)):
+        return value
+    known = [f.name for f in fields(inner)]
+    for name in value:
+        if name not in known:
+            raise ValueError(
+                f"attack {cls.name!r} has no option {key}.{name}; {key} has: {', '.join(known)}"
+            )
+    return replace(inner, **value)  # type: ignore[type-var]
 
 
 _REGISTRY: dict[str, type[BaseAttack]] = {}
@@ -96,9 +112,8 @@ def register(name: str) -> Callable[[A], A]:
 
 def load_all() -> None:
     """Imports the built-in attacks and those of the ``lcguard.attacks`` entry-point group."""
-    from lcguard.attacks import decoder, injection, probe
-
-    assert decoder and injection and probe
+    for module in ("decoder", "injection", "probe"):
+        import_module(f"lcguard.attacks.{module}")
     for entry in entry_points(group="lcguard.attacks"):
         entry.load()
 

@@ -65,7 +65,9 @@ class DecoderAttack(BaseAttack):
     def start(self, pairs: AttackData, *, seed: int = 0) -> None:
         """Makes the network (or copies the warm one) without training it."""
         torch.manual_seed(seed)
-        if self.warm is not None and self.warm.net is not None:
+        if self.warm is not None:
+            if self.warm.net is None:
+                raise ValueError("the warm attack is not fitted; fit it on clean KV first")
             self.net, self.fields = copy.deepcopy(self.warm.net), dict(self.warm.fields)
             return
         names = {s.field for secrets in pairs.secrets for s in secrets}
@@ -116,7 +118,7 @@ class DecoderAttack(BaseAttack):
         self.network.train()
         loss = self.loss(batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         optimizer.step()
         return float(loss.detach())
@@ -130,8 +132,9 @@ class DecoderAttack(BaseAttack):
         if len(targets.rows):
             logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, targets.prefix)
             out = F.nll_loss(logp.flatten(0, 1), targets.labels.flatten(), ignore_index=IGNORE)
-        if auxiliary and self.config.token_loss:
-            ids = batch.context_ids[:, : kv.valid.shape[1]]
+        ids = aligned(batch.context_ids, kv.valid.shape[1])
+        # no known token (a blind floor, a guard that moves tokens): the mean over none is NaN
+        if auxiliary and self.config.token_loss and bool((ids != IGNORE).any()):
             out = out + self.config.token_loss * F.cross_entropy(
                 read.tokens.flatten(0, 1), ids.flatten(), ignore_index=IGNORE
             )
@@ -225,6 +228,11 @@ class DecoderAttack(BaseAttack):
 
 def _until(row: Sequence[int], end: int) -> tuple[int, ...]:
     return tuple(row[: row.index(end)]) if end in row else tuple(row)
+
+
+def aligned(ids: Tensor, width: int) -> Tensor:
+    """``[B, width]``: a guard's output may be longer or shorter than the context was."""
+    return F.pad(ids, (0, max(0, width - ids.shape[1])), value=IGNORE)[:, :width]
 
 
 def _batches(data: AttackData, size: int) -> list[AttackData]:

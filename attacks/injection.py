@@ -38,13 +38,15 @@ class InjectionAttack(BaseAttack):
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         super().__init__(config)
-        self.source, self.decode = source, decode
-        self._allowed: dict[str, Tensor] = {}
+        # not `source`: that is where the attack comes from
+        self.receiver, self.decode = source, decode
+        self._allowed: dict[str, Tensor] | None = None
 
     def fit(self, pairs: AttackData, *, seed: int = 0) -> InjectionAttack:
         """Learns each field's alphabet from the attacker's own records."""
         if self.decode is None:
             raise ValueError("injection needs the tokenizer: give decode=tokenizer.decode")
+        self._allowed = {}
         if not self.config.restrict:
             return self
         letters: dict[str, set[str]] = {}
@@ -60,8 +62,10 @@ class InjectionAttack(BaseAttack):
 
     def recover(self, data: AttackData) -> list[Guess]:
         """Greedy answers. ``data.meta['prompts']`` holds one prompt per record and secret."""
-        if self.source is None:
+        if self.receiver is None:
             raise ValueError("injection needs the receiver's model: give source=ModelSource(...)")
+        if self._allowed is None:
+            raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
         prompts: Sequence[Sequence[Sequence[int]]] = data.meta["prompts"]
         flat = [
             (i, s, prompt)
@@ -74,7 +78,7 @@ class InjectionAttack(BaseAttack):
             part = flat[first : first + 128]
             rows = torch.tensor([i for i, _, _ in part])
             allowed = torch.stack([self._allowed.get(s.field, everything) for _, s, _ in part])
-            answers = self.source.generate(
+            answers = self.receiver.generate(
                 data.kv[rows].trim(), [p for _, _, p in part], self.config.max_tokens,
                 int(data.meta["end_id"]), allowed,
             )  # fmt: skip

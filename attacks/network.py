@@ -88,7 +88,8 @@ class Writer(nn.Module):
         copy = point @ read.tokens.softmax(-1)[rows]
         share = self.mix(x).sigmoid()
         own = self.head(x).softmax(-1)
-        return (share * copy + (1 - share) * own).clamp_min(1e-9).log()
+        mixed: Tensor = share * copy + (1 - share) * own
+        return mixed.clamp_min(1e-9).log()
 
 
 def _causal(block: Block, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcguard.attacks.base import BaseAttack, FitConfig, register
+from lcguard.attacks.decoder import aligned
 from lcguard.protocols import AttackData, Guess
 from lcguard.records import IGNORE
 
@@ -56,7 +57,7 @@ class ProbeAttack(BaseAttack):
                               for p in (inside, outside) if len(p)])  # fmt: skip
             loss = F.cross_entropy(self.net(x[rows]), y[rows])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
         return self
 
@@ -88,23 +89,28 @@ class _Standardise(nn.Module):
         self.register_buffer("center", center)
         self.register_buffer("scale", scale)
 
+    center: Tensor
+    scale: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.center) / self.scale  # type: ignore[no-any-return, operator]
+        return (x - self.center) / self.scale
 
 
 def _positions(pairs: AttackData) -> tuple[Tensor, Tensor, Tensor]:
     """Features ``[N, F]``, tokens ``[N]`` and whether a position is a secret's, of all tokens."""
     n = pairs.kv.valid.shape[1]
+    ids = aligned(pairs.context_ids, n).clone()
     secret = torch.zeros_like(pairs.kv.valid)
     for i, secrets in enumerate(pairs.secrets):
         for s in secrets:
-            secret[i, s.positions[0] : s.positions[1]] = True
-    ids = pairs.context_ids[:, :n]
+            start, end = s.positions[0], min(s.positions[1], n)
+            secret[i, start:end] = True
+            # the secrets are known even where the rest of the context is not (a blind floor)
+            ids[i, start:end] = torch.tensor(s.ids[: max(0, end - start)], dtype=torch.long)
     known = pairs.kv.valid & (ids != IGNORE)
     order = list(range(len(pairs)))
     random.Random(0).shuffle(order)
     rows = torch.tensor(order[:1024])  # enough tokens to learn from, little enough to hold
     known_rows = known[rows]
-    return (
-        pairs.kv[rows].features().float()[known_rows], ids[rows][known_rows], secret[rows][known_rows]
-    )  # fmt: skip
+    features = pairs.kv[rows].features().float()[known_rows]
+    return features, ids[rows][known_rows], secret[rows][known_rows]

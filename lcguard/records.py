@@ -79,7 +79,8 @@ def masks(records: Sequence[TokenRecord]) -> Mask:
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Right-padded ``[B, T]`` long tensor."""
     width = max((len(r) for r in rows), default=0)
-    return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.long)
+    full = [list(r) + [value] * (width - len(r)) for r in rows]
+    return torch.tensor(full, dtype=torch.long).view(len(rows), width)  # two-dimensional if empty
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,10 @@ def pack_questions(
     pad_id: int = 0,
 ) -> PackedQuestions:
     """Packs the wanted questions of every record, in order."""
-    ids, block, step, labels = [], [], [], []
+    ids: list[list[int]] = []
+    block: list[list[int]] = []
+    step: list[list[int]] = []
+    labels: list[list[int]] = []
     for record in records:
         row: list[list[int]] = [[], [], [], []]
         chosen = [q for q in record.questions if wanted(record, q)]

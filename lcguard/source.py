@@ -81,7 +81,9 @@ class ModelSource:
             input_ids=packed.ids,
             position_ids=packed.positions(lengths),
             attention_mask=additive(packed.mask(kv.valid), self.dtype),
-            past_key_values=kv_to_cache(kv, self.rotary, self.config),
+            past_key_values=kv_to_cache(
+                kv, self.rotary, self.config, suffix_tokens=_longest(packed)
+            ),
             use_cache=True,
         ).last_hidden_state
         return self._head(hidden[packed.labels != IGNORE])
@@ -90,8 +92,10 @@ class ModelSource:
         return getattr(self.model, self.model.base_model_prefix)  # type: ignore[no-any-return]
 
     def _head(self, hidden: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        scaling = getattr(self.config, "logits_scaling", None)  # Granite
+        logits = logits / scaling if scaling else logits
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
         return torch.tanh(logits / cap) * cap if cap else logits
 
     @torch.no_grad()
@@ -138,10 +142,13 @@ class ModelSource:
         finished = torch.zeros(n, dtype=torch.bool)
         rows: list[list[int]] = [list(p) for p in prompts]
         answers: list[list[int]] = [[] for _ in rows]
-        cache = kv_to_cache(kv, self.rotary, self.config)
-        lengths = kv.valid.sum(1)
+        longest = max((len(r) for r in rows), default=0) + max_new_tokens
+        cache = kv_to_cache(kv, self.rotary, self.config, suffix_tokens=longest)
+        # masks and positions are made on the CPU, wherever the model is
+        seen = kv.valid.cpu()
+        lengths = seen.sum(1)
         ids, valid = pad(rows, self.pad_id), pad([[1] * len(r) for r in rows], 0).bool()
-        seen, step = kv.valid, torch.arange(ids.shape[1]).expand(n, -1)
+        step = torch.arange(ids.shape[1]).expand(n, -1)
         last = valid.sum(1) - 1
         for _ in range(max_new_tokens):
             width = ids.shape[1]
@@ -171,6 +178,11 @@ class ModelSource:
             ids, last = token[:, None], torch.zeros(n, dtype=torch.long)
             valid = torch.ones(n, 1, dtype=torch.bool)
         return [tuple(a) for a in answers]
+
+
+def _longest(packed: PackedQuestions) -> int:
+    """Tokens of the longest question with its answer."""
+    return int(packed.step.max()) + 1 if packed.step.numel() else 0
 
 
 def _to(packed: PackedQuestions, device: torch.device) -> PackedQuestions:

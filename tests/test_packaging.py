@@ -123,7 +123,7 @@ FORBIDDEN = {
 
 def room_of(module: str) -> str:
     part = (*module.split("."), "")[1]
-    if part in ("cli", "__main__"):
+    if part in ("cli", "commands", "__main__"):
         return "cli"
     return part if part in ROOMS else "core"
 

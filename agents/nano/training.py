@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class NanoConfig:
     mlp: int = 384
     max_positions: int = 8192
     rope_theta: float = 10_000.0
-    steps: int = 4000
+    steps: int = 2600
     batch: int = 32
     questions: int = 8
     """Most questions a row."""
@@ -56,6 +56,8 @@ class NanoConfig:
     """Last share of the steps in which the learning rate falls to zero."""
     short_steps: int = 600
     """Steps with short records at the start."""
+    coined_start: int = 1000
+    """Step from which half of the names are coined (see ``values``)."""
     save_every: int = 250
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
@@ -124,7 +126,9 @@ class Rows(IterableDataset[Batch]):
         rng = random.Random(f"{c.seed}/{step}")
         g = c.generator
         if step < c.short_steps:  # copying is learned sooner where there is less to search
-            g = GeneratorConfig(g.seed, g.split, 2, 3, 1, g.generic_rate, g.max_agents, 0)
+            g = replace(g, min_fields=2, max_fields=3, filler=1, absent_questions=0)
+        if step >= c.coined_start and g.split == "train":
+            g = replace(g, split="coined")
         # all rows of a batch alike, or most of it would be padding
         n = 2 if rng.random() < c.two_contexts else 1
         rows = [n] * (c.batch // n)
@@ -145,7 +149,7 @@ def _fewer(rng: random.Random, record: TokenRecord, n: int) -> TokenRecord:
     questions = record.questions
     if len(questions) > n:
         questions = tuple(rng.sample(questions, n))
-    return TokenRecord(**{**record.__dict__, "questions": questions})
+    return replace(record, questions=questions)
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """Samplers of field values: Faker's name lists, checksum-valid identifiers from python-stdnum.
 
 Every sampler takes a ``random.Random`` and a split. Open vocabularies (names, companies, streets)
-are cut in two: a record of the split ``test`` uses only entries that no ``train`` record ever has.
+are cut in two: a record of the split ``test`` uses only entries that no ``train`` record ever has. The
+split ``coined`` is ``train`` with half of the open words spliced from two others: with so many names
+an agent has to copy what it reads instead of recognising it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from stdnum.us import ssn as us_ssn
 
 Sampler = Callable[[random.Random, str], str]
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "coined", "test")
 _HELD_OUT = 5  # every fifth entry of an open vocabulary belongs to the test split
 
 
@@ -45,7 +47,11 @@ def vocabulary(name: str, split: str) -> tuple[str, ...]:
 
 def pick(rng: random.Random, name: str, split: str) -> str:
     words = vocabulary(name, split)
-    return words[int(rng.random() * len(words))]
+    word = words[int(rng.random() * len(words))]
+    if split != "coined" or name.endswith("suffix") or rng.random() < 0.5:
+        return word
+    other = words[int(rng.random() * len(words))]
+    return word[: rng.randint(1, len(word))] + other[rng.randint(0, len(other) - 1) :].lower()
 
 
 def digits(rng: random.Random, n: int) -> str:

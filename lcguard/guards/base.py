@@ -7,6 +7,7 @@ with ``lcguard_config.json`` (the card) and ``guard.safetensors``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -56,7 +57,9 @@ class GuardModule(nn.Module):
     def __init__(self, shape: KVShape, n_categories: int, config: Any = None) -> None:
         super().__init__()
         self.shape, self.n_categories = shape, n_categories
-        self.config = config if config is not None else self.Config()
+        self.config: Any = config if config is not None else self.Config()
+        if not 0 <= self.config.noise < math.inf:  # NaN too: it would switch the noise off
+            raise ValueError(f"noise {self.config.noise} must be a finite number, 0 or more")
         width = shape.kv_heads * shape.head_dim
         self.register_buffer("center", torch.zeros(shape.layers, 2, width))
         self.register_buffer("scale", torch.ones(shape.layers, 2, width))
@@ -109,8 +112,12 @@ class GuardModule(nn.Module):
         self, kv: KVBatch, mask: Mask, generator: torch.Generator | None = None
     ) -> tuple[KVBatch, Rewrite]:
         """Guarded KV and what it was made of."""
-        out = self.rewrite(self.standardise(kv), kv.valid, mask)
+        raw = self.standardise(kv)
+        out = self.rewrite(raw, kv.valid, mask)
         z = out.mean
+        if z is raw and not self.config.noise:  # nothing changed: no rounding either
+            live = kv.valid[:, None, None, :, None]
+            return KVBatch(kv.keys * live, kv.values * live, kv.valid), out
         if self.config.noise > 0:
             z = z + self.config.noise * draw_noise(z, generator)
         return self.restore(z, kv), out

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
@@ -57,7 +57,7 @@ class FrozenGuard:
         self.name = module.name
         self.needs_twin = module.needs_twin
         self.card = card or Card(
-            guard=module.name, options=module.options(), shape=tuple(module.shape),
+            guard=module.name, options=module.options(), shape=(*module.shape,),
             claim=module.claim,
         )  # fmt: skip
 
@@ -97,9 +97,14 @@ class FrozenGuard:
                 raise GuardError(
                     f"guard {self.name!r} sends the twin's KV; prefill it and pass twin=..."
                 )
-            if twin.keys.shape[0] != len(kv):
-                raise GuardError(f"{twin.keys.shape[0]} twins for {len(kv)} segments")
-            return Guarded(twin, torch.zeros(twin.valid.shape))
+            if len(twin) != len(kv):
+                raise GuardError(f"{len(twin)} twins for {len(kv)} segments")
+            if (twin.keys.shape[1:3], twin.keys.shape[4]) != ((layers, heads), dim):
+                raise GuardError(
+                    f"twin of shape {tuple(twin.keys.shape)} is not KV of the model that made "
+                    f"{tuple(kv.keys.shape)}"
+                )
+            kv = twin
         generator = torch.Generator().manual_seed(seed)
         out, rewrite = self.module(kv, mask, generator)
         if not bool(torch.isfinite(out.keys).all() and torch.isfinite(out.values).all()):
@@ -112,9 +117,12 @@ class FrozenGuard:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes card and weights atomically; an existing guard folder is replaced whole."""
-        target = Path(folder)
+        target = Path(folder).resolve()
+        if target.exists() and not _replaceable(target):
+            raise GuardError(f"{target.name} exists and is no guard's folder; give a new one")
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        old = part.with_name(part.name + "-old")
         try:
             state = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
             save_file(state, part / WEIGHTS)
@@ -126,11 +134,14 @@ class FrozenGuard:
             (part / CARD).write_text(card.model_dump_json(indent=1) + "\n")
             part.chmod(0o755)
             if target.exists():
-                shutil.rmtree(target)
+                os.replace(target, old)
             os.replace(part, target)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
+            if old.exists():
+                os.replace(old, target)
             raise
+        shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def from_pretrained(
@@ -145,6 +156,8 @@ class FrozenGuard:
         if not folder.is_dir():
             folder = _download(str(name_or_path), revision)
         card = _read_card(folder)
+        if card.format != FORMAT:
+            raise GuardError(f"{folder.name} has format {card.format}, this release reads {FORMAT}")
         if model_digest is not None and card.model_digest != model_digest:
             raise GuardError(
                 f"guard {card.guard!r} in {folder.name} was made for model weights "
@@ -162,13 +175,14 @@ class FrozenGuard:
             )
         module = _build(card)
         try:
-            digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+            raw = (folder / WEIGHTS).read_bytes()
+            digest = hashlib.sha256(raw).hexdigest()
             if digest != card.weights_sha256:
                 raise GuardError(
                     f"{folder.name}/{WEIGHTS} has sha256 {digest[:12]}, its card says "
                     f"{card.weights_sha256[:12]}; the file was altered or cut"
                 )
-            module.load_state_dict(load_file(folder / WEIGHTS))
+            module.load_state_dict(load(raw))
         except (OSError, SafetensorError, RuntimeError) as error:
             first = str(error).splitlines()[0]
             raise GuardError(f"{folder.name}/{WEIGHTS} cannot be used: {first}") from error
@@ -176,15 +190,23 @@ class FrozenGuard:
 
 
 def _build(card: Card) -> GuardModule:
-    cls = guard_class(card.guard)
-    return cls.build(KVShape(*card.shape), len(card.categories), card.options)
+    try:
+        cls = guard_class(card.guard)
+        return cls.build(KVShape(*card.shape), len(card.categories), card.options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise GuardError(f"{CARD}: {str(error).splitlines()[0]}") from error
+
+
+def _replaceable(target: Path) -> bool:
+    """A guard's folder or an empty one; anything else is not ours to delete."""
+    return target.is_dir() and ((target / CARD).is_file() or not any(target.iterdir()))
 
 
 def _read_card(folder: Path) -> Card:
     try:
         return Card.model_validate_json((folder / CARD).read_text())
-    except OSError as error:
-        raise GuardError(f"{folder.name} has no {CARD}; give a guard's folder") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise GuardError(f"{folder.name} has no readable {CARD}; give a guard's folder") from error
     except ValidationError as error:
         e = error.errors()[0]
         where = ".".join(map(str, e["loc"]))

@@ -8,7 +8,7 @@ codebook; an open one lets it pass; fixed Gaussian noise lies on both:
 
 Word 0 is the constant. The other words carry *derived* values that the policy allows (a band
 without the amount); they are unreachable unless the policy derives a forbidden category.
-Our own; see ``lcguard.training.counterfactual`` for the objective.
+Our own; see ``lcguard.training.objective`` for how it is trained.
 """
 
 from __future__ import annotations

@@ -71,12 +71,14 @@ class Ensemble:
     def learn(self, batch: AttackData, step: int) -> dict[str, float]:
         """The attackers' own steps on the current (or, with lag, a stale) guard's output."""
         c = self.config
-        if not self.members or step % c.lag:
+        if not self.members:
             return {}
         if c.reset_every and step and step % c.reset_every == 0:
             which = (step // c.reset_every) % len(self.members)
             self.members[which].start(self._pairs, seed=self._seed + 1000 + step)
             self.optimizers[which] = self.members[which].optimizer()
+        if step % c.lag:  # after the reset, or a lag would skip some attackers' resets for good
+            return {}
         loss = 0.0
         for member, optimizer in zip(self.members, self.optimizers, strict=True):
             for _ in range(c.steps_per_guard_step):

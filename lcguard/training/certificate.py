@@ -69,7 +69,7 @@ def success_ceiling(nats: float, blind_guess: float) -> float:
 
     Raises ``ValueError`` for a negative information or a p0 outside 0..1.
     """
-    if nats < 0 or not 0 <= blind_guess <= 1:
+    if not nats >= 0 or not 0 <= blind_guess <= 1:  # NaN fails both
         raise ValueError(f"nats={nats} must be >= 0 and blind_guess={blind_guess} within 0..1")
     p0 = min(max(blind_guess, 1e-6), 1.0)
     low, high = p0, 1.0

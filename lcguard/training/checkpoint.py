@@ -35,6 +35,15 @@ def save_checkpoint(
     os.replace(part, path)
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """The metadata alone. Raises ``ValueError`` for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {}).get("meta", "{}")))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint {path.name} cannot be read ({error}); delete it") from error
+
+
 def load_checkpoint(
     path: Path,
     modules: dict[str, nn.Module],
@@ -46,24 +55,25 @@ def load_checkpoint(
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"checkpoint {path.name} cannot be read ({error}); delete it") from error
+    meta = read_meta(path)
     for name, module in modules.items():
         prefix = f"module/{name}/"
         state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"checkpoint {path.name} does not fit module {name!r}: {error}"
+                f"checkpoint {path.name} does not fit module {name!r}: {reason}"
             ) from error
     for i, optimizer in enumerate(optimizers):
         state_dict = optimizer.state_dict()
         state_dict["state"] = _optimizer_state(tensors, f"opt/{i}/")
         optimizer.load_state_dict(state_dict)
-    return dict(meta)
+    return meta
 
 
 def _optimizer_state(tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:

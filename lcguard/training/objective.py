@@ -126,16 +126,16 @@ def guard_losses(
         leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
         hidden = data.mask.forbid.any(1)
         total = total + ramp * config.pair_weight * torch.log1p(leak).mean()
-        metrics["pair_nats"] = float(leak[hidden].mean()) if bool(hidden.any()) else 0.0
+        metrics["pair_nats"] = float(leak.detach()[hidden].mean()) if bool(hidden.any()) else 0.0
     if data.twin is not None:
         gap = (out.mean - module.standardise(data.twin)).square().mean((2, 3, 4))
         gap = (gap * data.raw.valid).sum() / data.raw.valid.sum()
         total = total + ramp * config.twin_weight * gap
-        metrics["twin_mse"] = float(gap)
+        metrics["twin_mse"] = float(gap.detach())
     share = (out.withheld * data.raw.valid).sum() / data.raw.valid.sum()
     if config.gate_weight and out.withheld.requires_grad:
         total = total + config.gate_weight * share
-    metrics["withheld"] = float(share)
+    metrics["withheld"] = float(share.detach())
     return Losses(total, metrics, guarded)
 
 
@@ -158,7 +158,7 @@ def receiver_loss(
                       reduction="none").sum(-1)  # fmt: skip
         total = total + config.kl_weight * (kl * weight).sum()
     accuracy = float((logits.argmax(-1) == labels).float().mean())
-    return total, {"accuracy": accuracy, "task_nats": float(total)}
+    return total, {"accuracy": accuracy, "task_nats": float(total.detach())}
 
 
 def _answer_weights(

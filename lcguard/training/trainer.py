@@ -28,7 +28,7 @@ from lcguard.protocols import AttackData
 from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
 from lcguard.training.adversary import AdversaryFactory, Ensemble, pairs_of
-from lcguard.training.checkpoint import load_checkpoint, save_checkpoint
+from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import Special, attack_data, with_policy
 from lcguard.training.objective import guard_losses, step_data
@@ -63,7 +63,7 @@ def prepare(
     start = getattr(module, "start_codebook", None)
     if start is not None:
         # placeholder KV: constants that the receiver reads as "a token, but no value"
-        words = module.codebook.shape[0]
+        words = int(module.config.words)
         fill = source.prefill([(special.neutral_id,) * (w + 4) for w in range(words)])
         z = module.standardise(fill)
         start(torch.stack([z[w, 3 + w] for w in range(words)]))
@@ -94,10 +94,13 @@ def train_guard(
     state = out / "checkpoint.safetensors"
     first, spent = 0, 0.0
     if state.exists():
+        # before the weights: those of another configuration need not even fit
+        if read_meta(state).get("config") != json.loads(json.dumps(asdict(config))):
+            raise ValueError(
+                f"{state} belongs to another configuration; delete it or use another out"
+            )
         meta = load_checkpoint(state, {"guard": module, **ensemble.modules()},
                                [optimizer, *ensemble.optimizers])  # fmt: skip
-        if meta["config"] != json.loads(json.dumps(asdict(config))):
-            raise ValueError(f"{state} belongs to another configuration; delete it or use another out")
         first, spent = meta["step"], meta["seconds"]
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     pool, rank = ValuePool(records), accelerator.process_index
@@ -155,7 +158,7 @@ def _step(
 def _rate(step: int, config: TrainConfig) -> float:
     """Warm-up, flat, and linear to a tenth over the last third."""
     left = (config.steps - step) / (config.steps / 3)
-    return min(1.0, (step + 1) / config.warmup, 0.1 + 0.9 * max(0.0, left))
+    return min(1.0, (step + 1) / max(1, config.warmup), 0.1 + 0.9 * max(0.0, left))
 
 
 def _no_adversary(options: dict[str, Any]) -> Any:

@@ -59,11 +59,12 @@ class ValuePool:
                 self._by_length[span.category, n].append(value)
                 self._tokens[span.category] += value
 
-    def draw(self, rng: random.Random, span: TokenSpan, *, hold_band: bool) -> tuple[int, ...]:
+    def draw(self, rng: random.Random, span: TokenSpan, *, hold_band: bool) -> tuple[int, ...] | None:
         """Another value for the span, of as many tokens.
 
         Falls back from the field to the category, then to single tokens of the category: rare
-        lengths still get a counterfactual. Raises ``ValueError`` for a category without values.
+        lengths still get a counterfactual. With ``hold_band`` there is no such fallback: a band of
+        which the pool knows no value of that length gives None. Raises ``ValueError`` for a category without values.
         """
         n = span.end - span.start
         band = span.band if hold_band else None
@@ -72,6 +73,8 @@ class ValuePool:
             options = self._by_length.get((str(span.category), n), [])
         if len(options) >= 2 or (options and band is not None):
             return options[int(rng.random() * len(options))]
+        if band is not None:
+            return None
         tokens = self._tokens.get(str(span.category))
         if not tokens:
             raise ValueError(
@@ -90,5 +93,7 @@ class ValuePool:
         """The pair: the context with every forbidden value redrawn."""
         ids = list(record.ids)
         for span in forbidden_spans(record, forbid):
-            ids[span.start : span.end] = self.draw(rng, span, hold_band=span.category in derive)
+            value = self.draw(rng, span, hold_band=span.category in derive)
+            if value is not None:
+                ids[span.start : span.end] = value
         return tuple(ids)

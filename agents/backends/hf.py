@@ -1,0 +1,56 @@
+"""Agents on transformers: loads a causal LM and its tokenizer from a folder or the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from lcguard.agents.nano.load import model_path
+from lcguard.agents.scenarios.encode import Encoder
+from lcguard.guards.frozen import weights_digest
+from lcguard.source import ModelSource
+from lcguard.training.dataset import Special
+
+
+@dataclass(frozen=True)
+class HFBackend:
+    """A model ready to prefill, answer and be attacked."""
+
+    name: str
+    source: ModelSource
+    encoder: Encoder
+    special: Special
+    digest: str
+    """Digest of the weights: guards are bound to it."""
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.encoder.tokenizer
+
+    def decode(self, ids: Any) -> str:
+        return str(self.tokenizer.decode(list(ids)))
+
+
+def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
+    """Loads ``nano``, a model folder or a hub repository.
+
+    Raises ``ValueError`` in one line where the model cannot be loaded or is not supported.
+    """
+    path = str(model_path()) if name == "nano" else name
+    hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {Path(path).name!r} cannot be loaded: {first}") from error
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    source = ModelSource(model.to(chosen), int(pad))
+    return HFBackend(name, source, Encoder(tokenizer), Special.of(tokenizer, model.config.vocab_size),
+                     weights_digest(model))  # fmt: skip

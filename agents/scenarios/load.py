@@ -1,0 +1,105 @@
+"""Hops from any source, for the command line and the scripts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from lcguard.agents.scenarios.agentleak import read_agentleak
+from lcguard.agents.scenarios.generator import GeneratorConfig, make_scenario
+from lcguard.agents.scenarios.jsonl import read_jsonl
+from lcguard.agents.scenarios.types import Hop, Scenario, hops_of
+from lcguard.agents.scenarios.values import SPLITS
+
+Source = Literal["generator", "agentleak", "jsonl"]
+SOURCES: tuple[Source, ...] = get_args(Source)
+
+
+def load_scenarios(
+    source: Source,
+    *,
+    path: Path | None = None,
+    seed: int = 0,
+    split: str = "test",
+    n: int | None = None,
+    min_fields: int = GeneratorConfig.min_fields,
+    max_fields: int = GeneratorConfig.max_fields,
+) -> list[Scenario]:
+    """Scenarios of a source.
+
+    ``n`` is the number of scenarios: how many the generator makes, or how many are drawn from a
+    file (None: all; drawn by ``seed``, kept in the file's order). ``split`` and the field counts
+    are the generator's; ``path`` is the file's (AgentLeak: default from LCGUARD_DATA).
+
+    Raises ``ValueError`` for an unknown source or split, a missing ``n`` or ``path``, counts out
+    of range, and whatever the readers refuse.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source {source!r} is unknown; use one of {', '.join(SOURCES)}")
+    if n is not None and n < 1:
+        raise ValueError(f"n = {n}: ask for at least one scenario")
+    if source == "generator":
+        if n is None:
+            raise ValueError("the generator never ends; pass n, the number of scenarios")
+        if not 2 <= min_fields <= max_fields:
+            raise ValueError(
+                f"min_fields = {min_fields}, max_fields = {max_fields}: use 2 <= min <= max "
+                "(a record holds a secret and a task field)"
+            )
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
+        config = GeneratorConfig(seed, split, min_fields, max_fields)
+        return [make_scenario(config, i) for i in range(n)]
+    if source == "agentleak":
+        scenarios = read_agentleak(path)
+    elif path is None:
+        raise ValueError("source 'jsonl' reads your own file; pass its path")
+    else:
+        scenarios = read_jsonl(path)
+    if n is None or n >= len(scenarios):
+        return scenarios
+    drawn = random.Random(f"load/{seed}").sample(range(len(scenarios)), n)
+    return [scenarios[i] for i in sorted(drawn)]
+
+
+def load_hops(
+    source: Source,
+    *,
+    path: Path | None = None,
+    seed: int = 0,
+    split: str = "test",
+    n: int | None = None,
+    min_fields: int = GeneratorConfig.min_fields,
+    max_fields: int = GeneratorConfig.max_fields,
+) -> list[Hop]:
+    """The hops of ``load_scenarios``; raises what that raises."""
+    return hops_of(
+        load_scenarios(
+            source, path=path, seed=seed, split=split, n=n,
+            min_fields=min_fields, max_fields=max_fields,
+        )
+    )  # fmt: skip
+
+
+def split_hops(
+    hops: Sequence[Hop], train_share: float = 0.5, seed: int = 0
+) -> tuple[list[Hop], list[Hop]]:
+    """Two disjoint parts, by scenario: hops of one scenario share people and policy.
+
+    Raises ``ValueError`` where the share is not between 0 and 1 or there are fewer than two
+    scenarios to divide.
+    """
+    if not 0 < train_share < 1:
+        raise ValueError(f"train_share = {train_share}: use a share between 0 and 1")
+    names = sorted({h.scenario_id for h in hops})
+    if len(names) < 2:
+        raise ValueError(f"{len(names)} scenario(s) cannot be split in two; load more")
+    random.Random(f"split/{seed}").shuffle(names)
+    wanted = round(train_share * len(names))
+    train = set(names[: min(max(wanted, 1), len(names) - 1)])
+    return (
+        [h for h in hops if h.scenario_id in train],
+        [h for h in hops if h.scenario_id not in train],
+    )

@@ -1,0 +1,159 @@
+"""Puts the rooms together for the command line and the scripts: model, data, guards, attacks.
+
+Only this package and ``cli`` know core, agents and attacks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lcguard.agents.backends.hf import HFBackend, load_backend
+from lcguard.agents.nano.load import guard_path
+from lcguard.agents.scenarios.load import load_hops, split_hops
+from lcguard.agents.scenarios.types import Hop
+from lcguard.attacks.base import attack_class
+from lcguard.attacks.decoder import DecoderAttack
+from lcguard.attacks.injection import InjectionAttack
+from lcguard.categories import CATEGORIES
+from lcguard.evaluation.manifest import run_manifest
+from lcguard.evaluation.outcomes import Journal
+from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
+from lcguard.evaluation.report import write_report
+from lcguard.evaluation.runner import AttackFactory, Runner, Setup
+from lcguard.evaluation.summary import run_all
+from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.protocols import Attack
+from lcguard.records import TokenRecord
+
+PRESETS = Path(__file__).parent.parent / "agents" / "nano" / "presets"
+
+
+def preset(name: str) -> Path:
+    """A configuration shipped with the nano agent. Raises ``ValueError`` naming those there are."""
+    path = PRESETS / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise ValueError(f"preset {name!r} is unknown; shipped: {known}")
+    return path
+
+
+def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
+    """A guard that fits the backend's model and revision; anything else is refused."""
+    if bool(spec.guard) == bool(spec.path):
+        raise ValueError(f"guard {spec.name!r}: give either guard (a name) or path, not both")
+    if spec.path:
+        path = spec.path
+        if path.startswith("nano:"):
+            path = str(guard_path(path.removeprefix("nano:")))
+        return FrozenGuard.from_pretrained(path, model_digest=backend.digest,
+                                           shape=backend.source.shape)  # fmt: skip
+    cls = guard_class(spec.guard)
+    if cls.trained:
+        raise ValueError(f"guard {spec.name!r}: {spec.guard!r} is trained; give path to its folder")
+    module = cls.build(KVShape(*backend.source.shape), len(CATEGORIES), dict(spec.options))
+    return FrozenGuard(module)
+
+
+def fit_plain_guards(
+    guards: dict[str, FrozenGuard], backend: HFBackend, records: Sequence[TokenRecord]
+) -> None:
+    """Channel statistics for guards without weights of their own (Gaussian noise is per channel)."""
+    plain = [g for g in guards.values() if not g.module.trained]
+    if plain:
+        raw = backend.source.prefill([r.ids for r in records[:256]])
+        for guard in plain:
+            guard.module.fit_statistics(raw)
+
+
+def attack_factory(backend: HFBackend, broken_at: float | None) -> AttackFactory:
+    """Builds attacks from specs; ``broken_at`` ends the fitting of one that has already won."""
+
+    def make(spec: AttackSpec, warm: Attack | None, early: bool) -> Attack:
+        cls = attack_class(spec.attack)
+        options: dict[str, Any] = dict(spec.options)
+        fit = options.pop("fit", None)
+        attack = cls.build(options)
+        if fit is not None or early:
+            config: Any = attack.config
+            if hasattr(config, "fit"):
+                changes = {**(fit or {}), **({"stop_at": 0.97} if early and broken_at else {})}
+                attack.config = replace(config, fit=replace(config.fit, **changes))
+        if isinstance(attack, DecoderAttack) and isinstance(warm, DecoderAttack):
+            attack.warm = warm
+        if isinstance(attack, InjectionAttack):
+            attack.receiver, attack.decode = backend.source, backend.decode
+        return attack
+
+    return make
+
+
+def hops_for(data: DataConfig) -> tuple[list[Hop], list[Hop]]:
+    """Attackers' and victims' hops; no scenario is in both."""
+    if data.source == "generator":
+        wanted = (("train", data.train_records, data.seed), ("test", data.test_records, data.seed + 1))
+        train, test = (
+            load_hops("generator", path=None, seed=seed, split=split, n=n,
+                      min_fields=data.min_fields, max_fields=data.max_fields)
+            for split, n, seed in wanted
+        )  # fmt: skip
+        return train, test
+    path = Path(data.path) if data.path else None
+    hops = load_hops(data.source, path=path, seed=data.seed, split="test", n=None,
+                     min_fields=data.min_fields, max_fields=data.max_fields)  # fmt: skip
+    share = data.train_records / (data.train_records + data.test_records)
+    train, test = split_hops(hops, share, data.seed)
+    return train[: data.train_records], test[: data.test_records]
+
+
+def setup(config: EvalConfig, say: Callable[[str], None], device: str | None = None) -> Setup:
+    """Loads everything a run needs. Raises ``ValueError`` in one line for anything missing."""
+    backend = load_backend(config.model, device)
+    guards = {g.name: load_guard(g, backend) for g in config.guards}
+    train, test = (backend.encoder.encode(hops) for hops in hops_for(config.data))
+    if not train or not test:
+        raise ValueError(f"{config.data.source}: {len(train)} train and {len(test)} test records; "
+                         "both must be above 0")  # fmt: skip
+    fit_plain_guards(guards, backend, train)
+    return Setup(config, backend.source, backend.special, backend.decode, train, test, guards,
+                 attack_factory(backend, config.broken_at), say)  # fmt: skip
+
+
+def evaluate(
+    config: EvalConfig, out: Path, command: str, say: Callable[[str], None] = lambda text: None,
+    device: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs or resumes an evaluation in ``out`` and writes its report there."""
+    made = setup(config, say, device)
+    out.mkdir(parents=True, exist_ok=True)
+    with Journal(out / "attempts.jsonl") as journal:
+        runner = Runner(made, journal)
+        figures = run_all(runner)
+    report = {
+        "title": config.title,
+        **run_manifest(command, list(config.seeds), config),
+        "model": {"name": config.model, "shape": list(made.source.shape)},
+        "data": {
+            "source": config.data.source,
+            "train_records": len(made.train),
+            "test_records": len(made.test),
+            "secrets": sum(len(r.secrets()) for r in made.test),
+            "task_questions": sum(q.task for r in made.test for q in r.questions),
+        },
+        **figures,
+        "notes": list(NOTES),
+    }
+    write_report(report, out)
+    return report
+
+
+NOTES = (
+    "Fresh ASR: attackers fitted from scratch after the guard was frozen, on guarded segments of "
+    "their own records, knowing the guard; the best of them, mean over categories, exact match.",
+    "Training-time ASR is what the attacker that a guard was trained against recovers in the end. "
+    "It is not a privacy figure; it stands here to show how far it can lie.",
+    "Floor: the same attack fitted and scored on segments of other records. Ceiling: on raw KV.",
+    "Utility: share of task questions answered exactly, greedy decoding, from the segment alone.",
+)

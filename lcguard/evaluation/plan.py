@@ -1,0 +1,95 @@
+"""What one evaluation run does; one YAML file, unknown keys refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lcguard.categories import CATEGORIES
+
+
+@dataclass(frozen=True)
+class GuardSpec:
+    """A guard under test."""
+
+    name: str
+    """Label in the report."""
+    guard: str = ""
+    """Registered name, for guards without weights; else give ``path``."""
+    path: str = ""
+    """A guard's folder, a repository, or ``nano:NAME`` for one shipped with the nano agent."""
+    options: dict[str, Any] = field(default_factory=dict)
+    fixed_length: bool = False
+    """Redaction that also hides how long each value was."""
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """A fresh attack."""
+
+    name: str
+    attack: str = "decoder"
+    options: dict[str, Any] = field(default_factory=dict)
+    warm: bool = False
+    """Start from the same attack fitted on clean KV."""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    name: str
+    forbid: tuple[str, ...] = CATEGORIES
+    derive: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where records come from. Attackers are fitted on ``train``, everything is measured on
+    ``test``; the two share no scenario."""
+
+    source: Literal["generator", "agentleak", "jsonl"] = "generator"
+    path: str = ""
+    """Folder or file of the source; AgentLeak's default is ``LCGUARD_DATA``."""
+    seed: int = 1000
+    train_records: int = 1200
+    test_records: int = 256
+    min_fields: int = 5
+    max_fields: int = 8
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    title: str = "LCGuard evaluation"
+    model: str = "nano"
+    """``nano`` or a model folder or repository."""
+    data: DataConfig = field(default_factory=DataConfig)
+    guards: tuple[GuardSpec, ...] = ()
+    attacks: tuple[AttackSpec, ...] = ()
+    policies: tuple[PolicySpec, ...] = ()
+    """Policies under which the guard of ``policy_guard`` is measured."""
+    policy_guard: str = "gate"
+    policy_attacks: tuple[str, ...] = ()
+    """Names of the fresh attacks used there."""
+    derived: PolicySpec | None = None
+    """Policy under which derived answers to forbidden values are measured."""
+    seeds: tuple[int, ...] = (0,)
+    broken_at: float | None = 0.9
+    """Skip a guard's remaining attacks once one recovers this share; None runs all."""
+    injection: bool = True
+    explain: int = 2
+    """Contexts shown token by token in the report."""
+
+    def __post_init__(self) -> None:
+        for kind, specs in (("guards", self.guards), ("attacks", self.attacks),
+                            ("policies", self.policies)):  # fmt: skip
+            labels = [s.name for s in specs]
+            twice = sorted({n for n in labels if labels.count(n) > 1})
+            if twice:
+                raise ValueError(f"{kind}: the name {twice[0]!r} is used twice")
+        known = [a.name for a in self.attacks]
+        for name in self.policy_attacks:
+            if name not in known:
+                raise ValueError(f"policy_attacks: {name!r} is not one of attacks: {known}")
+        if self.policies and self.policy_guard not in [g.name for g in self.guards]:
+            raise ValueError(f"policy_guard {self.policy_guard!r} is not one of guards")
+        if not self.seeds:
+            raise ValueError("seeds is empty; give at least one")

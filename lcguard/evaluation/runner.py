@@ -1,0 +1,262 @@
+"""Runs an evaluation, unit by unit: every unit's attempts are committed to a journal, so a run
+that was killed goes on where it stopped and ends in the same report.
+
+A unit is one guard (or none), policy, attack and seed. Fresh attacks are fitted here, on guarded
+segments of the attacker's own records, after the guard was frozen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
+from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec, PolicySpec
+from lcguard.evaluation.statistics import mean_over_categories
+from lcguard.guards.frozen import FrozenGuard
+from lcguard.protocols import Attack, AttackData, Guess, KVBatch
+from lcguard.records import IGNORE, TokenQuestion, TokenRecord
+from lcguard.source import ModelSource
+from lcguard.training.dataset import Special, attack_data, blind, guard_all, with_policy
+
+AttackFactory = Callable[[AttackSpec, Attack | None, bool], Attack]
+"""``(spec, warm, stop_early) -> unfitted attack``."""
+EDGE = "edge"
+"""Policy label: every record under its own edge's policy."""
+
+
+@dataclass
+class Setup:
+    """Everything a run needs, composed by the caller."""
+
+    config: EvalConfig
+    source: ModelSource
+    special: Special
+    decode: Callable[[Sequence[int]], str]
+    train: list[TokenRecord]
+    test: list[TokenRecord]
+    guards: dict[str, FrozenGuard]
+    attack: AttackFactory
+    say: Callable[[str], None] = lambda text: None
+    timing: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Runner:
+    """One evaluation run over a journal."""
+
+    def __init__(self, setup: Setup, journal: Journal) -> None:
+        overlap = {r.scenario_id for r in setup.train} & {r.scenario_id for r in setup.test}
+        if overlap:
+            raise ValueError(
+                f"{len(overlap)} scenarios are in both train and test, such as "
+                f"{sorted(overlap)[0]!r}: attackers must not be fitted on test records"
+            )
+        self.s, self.journal = setup, journal
+        self._raw: tuple[KVBatch, KVBatch] | None = None
+        self._warm: dict[tuple[str, int], Attack] = {}
+        self._guarded: tuple[Any, AttackData, AttackData] | None = None
+
+    # -- data
+
+    def raw(self) -> tuple[KVBatch, KVBatch]:
+        """Unguarded KV of the train and test records."""
+        if self._raw is None:
+            started = time.perf_counter()
+            self._raw = tuple(  # type: ignore[assignment]
+                self.s.source.prefill([r.ids for r in rs]) for rs in (self.s.train, self.s.test)
+            )
+            n = len(self.s.train) + len(self.s.test)
+            self.s.timing["prefill"] = {"ms": (time.perf_counter() - started) / n * 1e3}
+        assert self._raw is not None
+        return self._raw
+
+    def records(self, policy: PolicySpec | None) -> tuple[list[TokenRecord], list[TokenRecord]]:
+        if policy is None:
+            return self.s.train, self.s.test
+        return tuple(with_policy(rs, policy.forbid, policy.derive)
+                     for rs in (self.s.train, self.s.test))  # type: ignore[return-value]  # fmt: skip
+
+    def pairs(
+        self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int
+    ) -> tuple[AttackData, AttackData]:
+        """Attacker's and victim's pairs behind a guard (None: no guard)."""
+        key = (spec.name if spec else "", policy.name if policy else EDGE, seed)
+        if self._guarded is not None and self._guarded[0] == key:
+            return self._guarded[1], self._guarded[2]
+        made = []
+        for i, (records, raw) in enumerate(zip(self.records(policy), self.raw(), strict=True)):
+            kv = raw
+            if spec is not None:
+                started = time.perf_counter()
+                # the victim's noise is not the attacker's
+                kv = guard_all(self.s.guards[spec.name], records, raw, self.s.source,
+                               self.s.special, seed=seed * 1_000_003 + i * 500_009,
+                               fixed_length=spec.fixed_length)  # fmt: skip
+                spent = (time.perf_counter() - started) / len(records) * 1e3
+                self.s.timing.setdefault(spec.name, {})["ms"] = spent
+            data = attack_data(records, kv, self.s.special)
+            if spec is not None and spec.fixed_length:  # tokens moved: no per-position target
+                data = replace(data, context_ids=torch.full_like(data.context_ids, IGNORE))
+            made.append(data)
+        self._guarded = (key, made[0], made[1])
+        return made[0], made[1]
+
+    # -- units
+
+    def unit(
+        self, kind: str, guard: str, policy: str, attack: str, seed: int,
+        make: Callable[[], list[Attempt]], detail: Any = None,
+    ) -> list[Attempt]:  # fmt: skip
+        """Attempts of a unit, from the journal or made and committed now."""
+        identity = {"kind": kind, "guard": guard, "policy": policy, "attack": attack,
+                    "seed": seed, "data": asdict(self.s.config.data), "model": self.s.config.model,
+                    "detail": detail}  # fmt: skip
+        known = self.journal.done(identity)
+        if known is None:
+            started = time.perf_counter()
+            known = make()
+            self.journal.write(identity, known)
+            took = time.perf_counter() - started
+            self.s.say(f"{kind:9} {guard:14} {policy:14} {attack:16} seed {seed}  {took:5.1f} s")
+        return known
+
+    def utility(self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int) -> list[Attempt]:
+        """Is every question that the audience may ask answered right from the segment?
+
+        ``utility`` are task questions; ``allowed`` are values of categories that the policy
+        allows; ``derived`` are allowed derived answers to forbidden values.
+        """
+
+        def make() -> list[Attempt]:
+            records = self.records(policy)[1]
+            kv = self.pairs(spec, policy, seed)[1].kv
+            out = []
+            for kind, wanted in QUESTIONS.items():
+                for r, right in zip(records, self.s.source.exact_match(records, kv, wanted), strict=True):
+                    asked = [q for q in r.questions if wanted(r, q)]
+                    for i, (q, ok) in enumerate(zip(asked, right, strict=True)):
+                        out.append(self._attempt(
+                            r, spec, policy, "receiver", seed, q.category or "task",
+                            f"{q.field}/{q.kind}/{i}", kind,
+                            Outcome.SUCCESS if ok else Outcome.RESISTED,
+                        ))  # fmt: skip
+            return out
+
+        return self.unit("utility", spec.name if spec else "none",
+                         policy.name if policy else EDGE, "receiver", seed, make,
+                         self._detail(spec, None))  # fmt: skip
+
+    def attack(
+        self, spec: GuardSpec | None, policy: PolicySpec | None, attack: AttackSpec, seed: int,
+        kind: str = "attack",
+    ) -> list[Attempt]:  # fmt: skip
+        """A fresh attack on a guard; with ``kind`` floor on segments of other records."""
+
+        def make() -> list[Attempt]:
+            train, test = self.pairs(spec, policy, seed)
+            if kind == "floor":
+                train, test = blind(train, seed), blind(test, seed + 1)
+            warm = self.clean(attack, seed) if attack.warm and spec is not None else None
+            early = kind == "attack" and self.s.config.broken_at is not None
+            fitted = self.s.attack(attack, warm, early).fit(train, seed=seed)
+            return self.score(fitted.recover(test), spec, policy, attack.name, seed, kind)
+
+        return self.unit(kind, spec.name if spec else "none", policy.name if policy else EDGE,
+                         attack.name, seed, make, self._detail(spec, attack))  # fmt: skip
+
+    def clean(self, attack: AttackSpec, seed: int) -> Attack:
+        """The attack fitted on unguarded KV of the attacker's own records, for a warm start."""
+        key = (attack.name, seed)
+        if key not in self._warm:
+            data = attack_data(with_policy(self.s.train, _all(self.s.train)), self.raw()[0],
+                               self.s.special)  # fmt: skip
+            cold = replace(attack, warm=False)
+            self._warm[key] = self.s.attack(cold, None, True).fit(data, seed=seed)
+        return self._warm[key]
+
+    def score(
+        self, guesses: Sequence[Guess], spec: GuardSpec | None, policy: PolicySpec | None,
+        attack: str, seed: int, kind: str,
+    ) -> list[Attempt]:  # fmt: skip
+        """Guesses against the truth, as text; one attempt per secret."""
+        truth: dict[str, TokenRecord] = {r.record_id: r for r in self.records(policy)[1]}
+        out = []
+        for record_id, group in _by_record(guesses).items():
+            record = truth[record_id]
+            secrets = record.secrets()
+            for i, (guess, secret) in enumerate(zip(group, secrets, strict=True)):
+                outcome = Outcome.ERROR
+                if guess.ids is not None:
+                    same = self.s.decode(guess.ids).strip() == self.s.decode(secret.ids).strip()
+                    outcome = Outcome.SUCCESS if same else Outcome.RESISTED
+                out.append(self._attempt(record, spec, policy, attack, seed, secret.category,
+                                         f"{secret.field}/{i}", kind, outcome,
+                                         guess.token_accuracy, guess.nll_nats))  # fmt: skip
+        return out
+
+    def _attempt(
+        self, r: TokenRecord, spec: GuardSpec | None, policy: PolicySpec | None, attack: str,
+        seed: int, category: str, field_name: str, kind: Any, outcome: Outcome,
+        score: float | None = None, nll: float | None = None,
+    ) -> Attempt:  # fmt: skip
+        return Attempt(
+            scenario=r.scenario_id, edge=r.edge, record=r.record_id,
+            guard=spec.name if spec else "none", policy=policy.name if policy else EDGE,
+            attack=attack, seed=seed, category=category, field=field_name, kind=kind,
+            outcome=outcome, score=score, nll_nats=nll,
+        )  # fmt: skip
+
+    def _detail(self, spec: GuardSpec | None, attack: AttackSpec | None) -> dict[str, Any]:
+        """What must be the same for a stored unit to count as done."""
+        guard = self.s.guards[spec.name].digest if spec else None
+        return {"guard": guard, "fixed_length": bool(spec and spec.fixed_length),
+                "attack": asdict(attack) if attack else None,
+                "broken_at": self.s.config.broken_at}  # fmt: skip
+
+    def run_guard(self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int,
+                  attacks: Sequence[AttackSpec]) -> list[Attempt]:  # fmt: skip
+        """All attacks on a guard; the rest are skipped once one has broken it."""
+        out: list[Attempt] = []
+        for attack in attacks:
+            got = self.attack(spec, policy, attack, seed)
+            out += got
+            value = mean_over_categories(got, n_boot=2).value
+            limit = self.s.config.broken_at
+            if limit is not None and value is not None and value >= limit:
+                break
+        return out
+
+
+def is_task(record: TokenRecord, question: TokenQuestion) -> bool:
+    return question.task and question.kind != "absent"
+
+
+def is_allowed(record: TokenRecord, question: TokenQuestion) -> bool:
+    """A direct question about a value of a category that the policy does not forbid."""
+    return (
+        question.kind == "direct" and question.category is not None
+        and question.category not in record.forbid
+    )  # fmt: skip
+
+
+def is_derived(record: TokenRecord, question: TokenQuestion) -> bool:
+    """An allowed derived answer to a forbidden value."""
+    return question.kind == "derived" and question.category in record.derive
+
+
+QUESTIONS = {"utility": is_task, "allowed": is_allowed, "derived": is_derived}
+
+
+def _all(records: Sequence[TokenRecord]) -> tuple[str, ...]:
+    return tuple(sorted({s.category for r in records for s in r.spans if s.category is not None}))
+
+
+def _by_record(guesses: Sequence[Guess]) -> dict[str, list[Guess]]:
+    out: dict[str, list[Guess]] = {}
+    for guess in guesses:
+        out.setdefault(guess.record_id, []).append(guess)
+    return out

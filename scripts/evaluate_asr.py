@@ -1,0 +1,37 @@
+"""Measures what guarded hops leak: the same as ``lcguard eval run``.
+
+    python scripts/evaluate_asr.py main --out runs/main                # the three-seed benchmark
+    python scripts/evaluate_asr.py agentleak --data PATH --out runs/agentleak
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lcguard.commands.compose import evaluate, preset
+from lcguard.commands.script import run_script
+from lcguard.config import load_config
+from lcguard.evaluation.plan import EvalConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="YAML file, or a preset: demo, main, agentleak")
+    parser.add_argument("--set", action="append", default=[], dest="sets", metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=Path("runs/eval"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--device")
+    args = parser.parse_args(argv)
+    path = Path(args.config)
+    if not path.suffix:
+        path = preset(args.config)
+    sets = args.sets + ([f"data.path={args.data}"] if args.data else [])
+    command = "python scripts/evaluate_asr.py " + " ".join([args.config, *args.sets])
+    evaluate(load_config(EvalConfig, path, sets), args.out, command, print, args.device)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,135 @@
+"""Prints the README's tables from ``benchmarks/results``; with ``--write`` puts them in place.
+
+    python scripts/readme_tables.py            # print
+    python scripts/readme_tables.py --write    # rewrite README.md between its markers
+    python scripts/readme_tables.py --check    # exit 1 where README.md shows other figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lcguard.commands.script import run_script
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def interval(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f" [{pair[0]:.3f}, {pair[1]:.3f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
+
+
+def guards(report: dict[str, Any]) -> str:
+    """The main table of a report."""
+    head = ("guard", "utility", "training-time ASR", "fresh ASR [95%]", "best attack", "injection",
+            "floor", "ceiling", "recovered / resisted")  # fmt: skip
+    return table(head, [
+        (r["guard"], f"{figure(r['utility'])} of {figure(r['utility_vanilla'])}",
+         figure(r["asr_train"]), figure(r["asr_fresh"]) + interval(r["asr_fresh_ci"]),
+         str(r["asr_fresh_best"]), figure(r["asr_injection"]), figure(r["floor"]),
+         figure(r["ceiling"]), f"{r['counts']['success']} / {r['counts']['resisted']}")
+        for r in report["results"]
+    ])  # fmt: skip
+
+
+def policies(report: dict[str, Any]) -> str:
+    """One gate under several policies, and derived answers."""
+    head = ("policy of the gate", "task", "allowed secrets", "fresh ASR on forbidden [95%]", "floor")
+    out = table(head, [
+        (f"forbid {p['policy']}", f"{figure(p['utility'])} of {figure(p['utility_vanilla'])}",
+         f"{figure(p['allowed_accuracy'])} of {figure(p['allowed_accuracy_vanilla'])}",
+         figure(p["asr_forbidden"]) + interval(p["asr_forbidden_ci"]), figure(p["floor"]))
+        for p in report["policies"]
+    ])  # fmt: skip
+    if report.get("derived"):
+        head = ("derived value allowed, exact value forbidden", "derived answers right",
+                "fresh ASR of the exact value [95%]", "best guess knowing the derived value")  # fmt: skip
+        out += "\n\n" + table(head, [
+            (d["source_category"],
+             f"{figure(d['accuracy'])} of {figure(d['accuracy_vanilla'])}",
+             figure(d["asr_exact"]) + interval(d.get("asr_exact_ci")),
+             figure(d["asr_exact_best_guess"]))
+            for d in report["derived"]
+        ])  # fmt: skip
+    return out
+
+
+def certificate(report: dict[str, Any]) -> str:
+    """What the certified guards' segments can tell at most."""
+    head = ("guard", "pair leak, mean", "95% upper bound", "median", "99%", "largest",
+            "unguarded, same noise", "ASR ceiling", "pairs")  # fmt: skip
+    return table(head, [
+        (r["guard"], f"{c['mean_nats']:.2f} nats", f"{c['upper_nats']:.2f}",
+         f"{c['median_nats']:.2f}", f"{c['p99_nats']:.1f}", f"{c['max_nats']:.1f}",
+         f"{c['raw_nats']:.0f}", "vacuous" if c["vacuous"] else f"{c['asr_ceiling']:.2f}",
+         str(c["n_pairs"]))
+        for r in report["results"] if (c := r.get("certificate"))
+    ])  # fmt: skip
+
+
+def nano(accuracy: dict[str, Any]) -> str:
+    return table(("questions", "exact match", "asked"), [
+        (kind, figure(value), str(accuracy["questions"][kind]))
+        for kind, value in accuracy["accuracy"].items()
+    ])  # fmt: skip
+
+
+def sections() -> dict[str, str]:
+    """Marker name to table; results that were not made are left out."""
+    out: dict[str, str] = {}
+    main = RESULTS / "main.json"
+    if main.exists():
+        report = json.loads(main.read_text())
+        out |= {"main": guards(report), "policies": policies(report),
+                "certificate": certificate(report)}  # fmt: skip
+    if (RESULTS / "agentleak.json").exists():
+        out["agentleak"] = guards(json.loads((RESULTS / "agentleak.json").read_text()))
+    check = RESULTS / "nano.json"
+    if check.exists():
+        out["nano"] = nano(json.loads(check.read_text()))
+    return out
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """README text with the tables between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    for name, body in tables.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no markers <!-- {name} --> and <!-- /{name} -->")
+        text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    readme, tables = ROOT / "README.md", sections()
+    if args.write or args.check:
+        before = readme.read_text()
+        after = fill(before, tables)
+        if args.check:
+            return int(before != after)
+        readme.write_text(after)
+        return 0
+    print("\n\n".join(f"{name}\n\n{body}" for name, body in tables.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
