@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcguard.attacks.base import BaseAttack, FitConfig, register
-from lcguard.attacks.network import Network
+from lcguard.attacks.network import Network, Read
 from lcguard.protocols import AttackData, Guess
 from lcguard.records import IGNORE, pad
 
@@ -49,6 +49,8 @@ class DecoderAttack(BaseAttack):
         max_tokens: int = 40
         token_loss: float = 0.5
         """Weight of the auxiliary target."""
+        token_every: int = 4
+        """One position in so many is computed in a step."""
         fit: FitConfig = field(default_factory=FitConfig)
 
     def __init__(self, config: Config | None = None, warm: DecoderAttack | None = None) -> None:
@@ -69,6 +71,7 @@ class DecoderAttack(BaseAttack):
             if self.warm.net is None:
                 raise ValueError("the warm attack is not fitted; fit it on clean KV first")
             self.net, self.fields = copy.deepcopy(self.warm.net), dict(self.warm.fields)
+            self.net.to(pairs.kv.keys.device)
             return
         names = {s.field for secrets in pairs.secrets for s in secrets}
         self.fields = {name: i for i, name in enumerate(sorted(names))}
@@ -76,7 +79,7 @@ class DecoderAttack(BaseAttack):
         vocab = self.config.vocab or int(pairs.meta["vocab"])
         # one entry more: a field that the training pairs never had
         self.net = Network(channels, vocab, len(self.fields) + 1, self.config.width,
-                           self.config.blocks)  # fmt: skip
+                           self.config.blocks).to(pairs.kv.keys.device)  # fmt: skip
         sample = pairs.subset(range(min(256, len(pairs))))
         self.net.reader.fit_statistics(sample.kv.features()[sample.kv.valid].float())
 
@@ -128,24 +131,37 @@ class DecoderAttack(BaseAttack):
         kv = batch.kv.trim()
         read = self.network.reader(kv.features().float(), kv.valid)
         targets = self.targets(batch)
-        out = read.tokens.new_zeros(())
+        out = read.tokens.sum() * 0.0
         if len(targets.rows):
-            logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, targets.prefix)
-            out = F.nll_loss(logp.flatten(0, 1), targets.labels.flatten(), ignore_index=IGNORE)
-        ids = aligned(batch.context_ids, kv.valid.shape[1])
+            due = targets.labels != IGNORE
+            logits = self.network.head(self._write(read, kv.valid, targets)[due])
+            out = F.cross_entropy(logits, targets.labels[due])
+        ids = aligned(batch.context_ids, kv.valid.shape[1]).to(kv.valid.device)
         # no known token (a blind floor, a guard that moves tokens): the mean over none is NaN
-        if auxiliary and self.config.token_loss and bool((ids != IGNORE).any()):
-            out = out + self.config.token_loss * F.cross_entropy(
-                read.tokens.flatten(0, 1), ids.flatten(), ignore_index=IGNORE
-            )
+        known = ids != IGNORE
+        if auxiliary and self.config.token_loss and bool(known.any()):
+            # a share of the positions teaches as much as all, at a fraction of the vocabulary's
+            # cost; which ones is a function of the batch, so that training resumes exactly
+            at = torch.arange(ids.shape[1], device=ids.device) + ids.clamp_min(0).sum(1)[:, None]
+            keep = known & (at % self.config.token_every == 0)
+            keep = keep if bool(keep.any()) else known
+            logits = self.network.head(read.tokens[keep])
+            out = out + self.config.token_loss * F.cross_entropy(logits, ids[keep])
+        return out
+
+    def _write(self, read: Read, valid: Tensor, targets: Targets) -> Tensor:
+        """What the head turns into the next token, ``[N, K, d]``."""
+        out: Tensor = self.network.writer(
+            read, targets.rows, valid, targets.fields, targets.prefix
+        )
         return out
 
     def log_probs(self, batch: AttackData) -> tuple[Tensor, Tensor, Tensor]:
         """Fields ``[N]``, labels ``[N, K]`` and log-probabilities ``[N, K, V]``, differentiable."""
         kv, targets = batch.kv.trim(), self.targets(batch)
         read = self.network.reader(kv.features().float(), kv.valid)
-        logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, targets.prefix)
-        return targets.fields, targets.labels, logp
+        logits = self.network.head(self._write(read, kv.valid, targets))
+        return targets.fields, targets.labels, logits.log_softmax(-1)
 
     @property
     def network(self) -> Network:
@@ -159,12 +175,13 @@ class DecoderAttack(BaseAttack):
         end = int(batch.meta["end_id"])
         values = [s.ids[: self.config.max_tokens] for _, s in flat]
         unknown = len(self.fields)
-        return Targets(
+        targets = (
             torch.tensor([i for i, _ in flat], dtype=torch.long),
             torch.tensor([self.fields.get(s.field, unknown) for _, s in flat], dtype=torch.long),
             pad([(start, *v) for v in values], 0),
             pad([(*v, end) for v in values], IGNORE),
         )
+        return Targets(*(t.to(batch.kv.keys.device) for t in targets))
 
     # -- attacking
 
@@ -184,12 +201,13 @@ class DecoderAttack(BaseAttack):
         if not len(targets.rows):
             return torch.zeros(0), torch.zeros(0), torch.zeros(0)
         read = self.network.reader(kv.features().float(), kv.valid)
-        logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, targets.prefix)
+        logp = self.network.head(self._write(read, kv.valid, targets)).log_softmax(-1)
         due = targets.labels != IGNORE
         nll = -(logp.gather(-1, targets.labels.clamp_min(0)[..., None])[..., 0] * due).sum(1)
         hit = (logp.argmax(-1) == targets.labels) & due
         value = due.clone()
-        value[torch.arange(len(due)), due.sum(1) - 1] = False  # the end is no token of the value
+        # the end is no token of the value
+        value[torch.arange(len(due), device=due.device), due.sum(1) - 1] = False
         accuracy = (hit & value).sum(1) / value.sum(1).clamp_min(1)
         return nll, accuracy, (hit | ~due).all(1).float()
 
@@ -215,10 +233,10 @@ class DecoderAttack(BaseAttack):
             return []
         read = self.network.reader(kv.features().float(), kv.valid)
         prefix, end = targets.prefix[:, :1], int(part.meta["end_id"])
-        done = torch.zeros(len(prefix), dtype=torch.bool)
+        done = torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
         for _ in range(self.config.max_tokens + 1):
-            logp = self.network.writer(read, targets.rows, kv.valid, targets.fields, prefix)
-            token = logp[:, -1].argmax(-1)
+            written = self.network.writer(read, targets.rows, kv.valid, targets.fields, prefix)
+            token = self.network.head(written[:, -1]).argmax(-1)
             done |= token == end
             if bool(done.all()):
                 break
@@ -236,9 +254,7 @@ def aligned(ids: Tensor, width: int) -> Tensor:
 
 
 def _batches(data: AttackData, size: int) -> list[AttackData]:
-    return [
-        data.subset(range(i, min(i + size, len(data)))) for i in range(0, len(data), size)
-    ]
+    return [data.subset(range(i, min(i + size, len(data)))) for i in range(0, len(data), size)]
 
 
 def longer(config: DecoderAttack.Config, factor: int) -> DecoderAttack.Config:

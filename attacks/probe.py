@@ -44,7 +44,7 @@ class ProbeAttack(BaseAttack):
         c = self.config
         norm = _Standardise(center, scale)
         self.net = nn.Sequential(norm, nn.Linear(x.shape[1], c.width), nn.GELU(),
-                                 nn.Linear(c.width, int(pairs.meta["vocab"])))  # fmt: skip
+                                 nn.Linear(c.width, int(pairs.meta["vocab"]))).to(x.device)  # fmt: skip
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=c.fit.lr)
         rng = torch.Generator().manual_seed(seed)
         inside, outside = secret.nonzero()[:, 0], (~secret).nonzero()[:, 0]
@@ -70,14 +70,14 @@ class ProbeAttack(BaseAttack):
         for i, (record, secrets) in enumerate(zip(data.record_ids, data.secrets, strict=True)):
             for s in secrets:
                 start, end = s.positions
-                true = torch.tensor(s.ids)
+                true = torch.tensor(s.ids, device=features.device)
                 here = features[i, start:end]
                 if len(here) < len(s.ids):  # the guard moved the tokens: nothing to read
                     out.append(Guess(record, s.category, s.field, (), None, 0.0))
                     continue
                 logp = self.net(here).log_softmax(-1)
                 guess = logp.argmax(-1)
-                nll = -logp[torch.arange(len(true)), true].sum()
+                nll = -logp.gather(1, true[:, None]).sum()
                 out.append(Guess(record, s.category, s.field, tuple(guess.tolist()), float(nll),
                                  float((guess == true).float().mean())))  # fmt: skip
         return out
@@ -100,17 +100,18 @@ def _positions(pairs: AttackData) -> tuple[Tensor, Tensor, Tensor]:
     """Features ``[N, F]``, tokens ``[N]`` and whether a position is a secret's, of all tokens."""
     n = pairs.kv.valid.shape[1]
     ids = aligned(pairs.context_ids, n).clone()
-    secret = torch.zeros_like(pairs.kv.valid)
+    valid = pairs.kv.valid.cpu()
+    secret = torch.zeros_like(valid)
     for i, secrets in enumerate(pairs.secrets):
         for s in secrets:
             start, end = s.positions[0], min(s.positions[1], n)
             secret[i, start:end] = True
             # the secrets are known even where the rest of the context is not (a blind floor)
             ids[i, start:end] = torch.tensor(s.ids[: max(0, end - start)], dtype=torch.long)
-    known = pairs.kv.valid & (ids != IGNORE)
+    known = valid & (ids != IGNORE)
     order = list(range(len(pairs)))
     random.Random(0).shuffle(order)
     rows = torch.tensor(order[:1024])  # enough tokens to learn from, little enough to hold
     known_rows = known[rows]
     features = pairs.kv[rows].features().float()[known_rows]
-    return features, ids[rows][known_rows], secret[rows][known_rows]
+    return features, ids[rows][known_rows].to(features.device), secret[rows][known_rows]

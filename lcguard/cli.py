@@ -12,8 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
-                  help="Guards for the KV caches that LLM agents hand to each other.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Guards for the KV caches that LLM agents hand to each other.",
+)
 eval_app = typer.Typer(no_args_is_help=True, help="Measure what a guarded hop leaks.")
 policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
 app.add_typer(eval_app, name="eval")
@@ -34,8 +38,15 @@ def _say(console: Console) -> Callable[[str], None]:
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(title=report["title"])
-    for name in ("guard", "utility", "training-time ASR", "fresh ASR", "injection", "floor",
-                 "ceiling"):  # fmt: skip
+    for name in (
+        "guard",
+        "utility",
+        "training-time ASR",
+        "fresh ASR",
+        "injection",
+        "floor",
+        "ceiling",
+    ):
         table.add_column(name)
     for r in report["results"]:
         keys = ("utility", "asr_train", "asr_fresh", "asr_injection", "floor", "ceiling")
@@ -94,20 +105,23 @@ def train(
 ) -> None:
     """Train a guard, certify it, and write it to OUT/guard."""
     from lcguard.commands.compose import preset
-    from lcguard.config import load_config
     from lcguard.commands.train import TrainRun, run_training
+    from lcguard.config import load_config
 
     path = config if config.suffix else preset(f"train-{config}")
     changes = list(sets or []) + ([f"data.path={data}"] if data else [])
     console = Console(stderr=True)
-    summary = run_training(load_config(TrainRun, path, changes), out, _command(), _say(console),
-                           device)  # fmt: skip
+    summary = run_training(
+        load_config(TrainRun, path, changes), out, _command(), _say(console), device
+    )
     Console().print_json(data=summary)
 
 
 @app.command()
 def explain(
-    text: Annotated[str | None, typer.Argument(help="A context; by default a generated one.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="A context; by default a generated one.")
+    ] = None,
     guard: Annotated[str, typer.Option(help="Folder or nano:NAME.")] = "nano:gate",
     model: Annotated[str, typer.Option()] = "nano",
     forbid: Annotated[str, typer.Option(help="Comma-separated categories.")] = "",

@@ -176,10 +176,14 @@ class Guess:
 class Attack(Protocol):
     """``fit`` on guarded pairs, then ``recover`` from segments of records it never saw."""
 
-    name: str
-    goal: str
-    access: str
-    source: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def goal(self) -> str: ...
+
+    @property
+    def access(self) -> str: ...
 
     def fit(self, pairs: AttackData, *, seed: int = 0) -> Attack: ...
 

@@ -1,7 +1,7 @@
 """Measures what guarded hops leak: the same as ``lcguard eval run``.
 
-    python scripts/evaluate_asr.py main --out runs/main                # the three-seed benchmark
-    python scripts/evaluate_asr.py agentleak --data PATH --out runs/agentleak
+python scripts/evaluate_asr.py main --out runs/main                # the three-seed benchmark
+python scripts/evaluate_asr.py agentleak --data PATH --out runs/agentleak
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Prints the README's tables from ``benchmarks/results``; with ``--write`` puts them in place.
 
-    python scripts/readme_tables.py            # print
-    python scripts/readme_tables.py --write    # rewrite README.md between its markers
-    python scripts/readme_tables.py --check    # exit 1 where README.md shows other figures
+python scripts/readme_tables.py            # print
+python scripts/readme_tables.py --write    # rewrite README.md between its markers
+python scripts/readme_tables.py --check    # exit 1 where README.md shows other figures
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def interval(pair: Sequence[float] | None) -> str:
@@ -35,57 +35,121 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def guards(report: dict[str, Any]) -> str:
     """The main table of a report."""
-    head = ("guard", "utility", "training-time ASR", "fresh ASR [95%]", "best attack", "injection",
-            "floor", "ceiling", "recovered / resisted")  # fmt: skip
-    return table(head, [
-        (r["guard"], f"{figure(r['utility'])} of {figure(r['utility_vanilla'])}",
-         figure(r["asr_train"]), figure(r["asr_fresh"]) + interval(r["asr_fresh_ci"]),
-         str(r["asr_fresh_best"]), figure(r["asr_injection"]), figure(r["floor"]),
-         figure(r["ceiling"]), f"{r['counts']['success']} / {r['counts']['resisted']}")
-        for r in report["results"]
-    ])  # fmt: skip
+    head = (
+        "guard",
+        "utility",
+        "training-time ASR",
+        "fresh ASR [95%]",
+        "best attack",
+        "injection",
+        "floor",
+        "ceiling",
+        "recovered / resisted",
+    )
+    return table(
+        head,
+        [
+            (
+                r["guard"],
+                f"{figure(r['utility'])} of {figure(r['utility_vanilla'])}",
+                figure(r["asr_train"]),
+                figure(r["asr_fresh"]) + interval(r["asr_fresh_ci"]),
+                str(r["asr_fresh_best"]),
+                figure(r["asr_injection"]),
+                figure(r["floor"]),
+                figure(r["ceiling"]),
+                f"{r['counts']['success']} / {r['counts']['resisted']}",
+            )
+            for r in report["results"]
+        ],
+    )
 
 
 def policies(report: dict[str, Any]) -> str:
     """One gate under several policies, and derived answers."""
-    head = ("policy of the gate", "task", "allowed secrets", "fresh ASR on forbidden [95%]", "floor")
-    out = table(head, [
-        (f"forbid {p['policy']}", f"{figure(p['utility'])} of {figure(p['utility_vanilla'])}",
-         f"{figure(p['allowed_accuracy'])} of {figure(p['allowed_accuracy_vanilla'])}",
-         figure(p["asr_forbidden"]) + interval(p["asr_forbidden_ci"]), figure(p["floor"]))
-        for p in report["policies"]
-    ])  # fmt: skip
+    head = (
+        "policy of the gate",
+        "task",
+        "allowed secrets",
+        "fresh ASR on forbidden [95%]",
+        "floor",
+    )
+    out = table(
+        head,
+        [
+            (
+                f"forbid {p['policy']}",
+                f"{figure(p['utility'])} of {figure(p['utility_vanilla'])}",
+                f"{figure(p['allowed_accuracy'])} of {figure(p['allowed_accuracy_vanilla'])}",
+                figure(p["asr_forbidden"]) + interval(p["asr_forbidden_ci"]),
+                figure(p["floor"]),
+            )
+            for p in report["policies"]
+        ],
+    )
     if report.get("derived"):
-        head = ("derived value allowed, exact value forbidden", "derived answers right",
-                "fresh ASR of the exact value [95%]", "best guess knowing the derived value")  # fmt: skip
-        out += "\n\n" + table(head, [
-            (d["source_category"],
-             f"{figure(d['accuracy'])} of {figure(d['accuracy_vanilla'])}",
-             figure(d["asr_exact"]) + interval(d.get("asr_exact_ci")),
-             figure(d["asr_exact_best_guess"]))
-            for d in report["derived"]
-        ])  # fmt: skip
+        head = (
+            "derived value allowed, exact value forbidden",
+            "derived answers right",
+            "fresh ASR of the exact value [95%]",
+            "best guess knowing the derived value",
+        )
+        out += "\n\n" + table(
+            head,
+            [
+                (
+                    d["source_category"],
+                    f"{figure(d['accuracy'])} of {figure(d['accuracy_vanilla'])}",
+                    figure(d["asr_exact"]) + interval(d.get("asr_exact_ci")),
+                    figure(d["asr_exact_best_guess"]),
+                )
+                for d in report["derived"]
+            ],
+        )
     return out
 
 
 def certificate(report: dict[str, Any]) -> str:
     """What the certified guards' segments can tell at most."""
-    head = ("guard", "pair leak, mean", "95% upper bound", "median", "99%", "largest",
-            "unguarded, same noise", "ASR ceiling", "pairs")  # fmt: skip
-    return table(head, [
-        (r["guard"], f"{c['mean_nats']:.2f} nats", f"{c['upper_nats']:.2f}",
-         f"{c['median_nats']:.2f}", f"{c['p99_nats']:.1f}", f"{c['max_nats']:.1f}",
-         f"{c['raw_nats']:.0f}", "vacuous" if c["vacuous"] else f"{c['asr_ceiling']:.2f}",
-         str(c["n_pairs"]))
-        for r in report["results"] if (c := r.get("certificate"))
-    ])  # fmt: skip
+    head = (
+        "guard",
+        "pair leak, mean",
+        "95% upper bound",
+        "median",
+        "99%",
+        "largest",
+        "unguarded, same noise",
+        "ASR ceiling",
+        "pairs",
+    )
+    return table(
+        head,
+        [
+            (
+                r["guard"],
+                f"{c['mean_nats']:.2f} nats",
+                f"{c['upper_nats']:.2f}",
+                f"{c['median_nats']:.2f}",
+                f"{c['p99_nats']:.1f}",
+                f"{c['max_nats']:.1f}",
+                f"{c['raw_nats']:.0f}",
+                "vacuous" if c["vacuous"] else f"{c['asr_ceiling']:.2f}",
+                str(c["n_pairs"]),
+            )
+            for r in report["results"]
+            if (c := r.get("certificate"))
+        ],
+    )
 
 
 def nano(accuracy: dict[str, Any]) -> str:
-    return table(("questions", "exact match", "asked"), [
-        (kind, figure(value), str(accuracy["questions"][kind]))
-        for kind, value in accuracy["accuracy"].items()
-    ])  # fmt: skip
+    return table(
+        ("questions", "exact match", "asked"),
+        [
+            (kind, figure(value), str(accuracy["questions"][kind]))
+            for kind, value in accuracy["accuracy"].items()
+        ],
+    )
 
 
 def sections() -> dict[str, str]:
@@ -94,8 +158,11 @@ def sections() -> dict[str, str]:
     main = RESULTS / "main.json"
     if main.exists():
         report = json.loads(main.read_text())
-        out |= {"main": guards(report), "policies": policies(report),
-                "certificate": certificate(report)}  # fmt: skip
+        out |= {
+            "main": guards(report),
+            "policies": policies(report),
+            "certificate": certificate(report),
+        }
     if (RESULTS / "agentleak.json").exists():
         out["agentleak"] = guards(json.loads((RESULTS / "agentleak.json").read_text()))
     check = RESULTS / "nano.json"

@@ -1,8 +1,8 @@
 """Trains and certifies a guard: the same as ``lcguard train``, for use with accelerate.
 
-    python scripts/train_guard.py gate --out runs/gate
-    accelerate launch scripts/train_guard.py my.yaml --out runs/mine
-    python scripts/train_guard.py my.yaml --data my.jsonl --set data.source=jsonl --out runs/mine
+python scripts/train_guard.py gate --out runs/gate
+accelerate launch scripts/train_guard.py my.yaml --out runs/mine
+python scripts/train_guard.py my.yaml --data my.jsonl --set data.source=jsonl --out runs/mine
 """
 
 from __future__ import annotations

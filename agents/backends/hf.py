@@ -45,12 +45,18 @@ def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
     hf_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"model {Path(path).name!r} cannot be loaded: {first}") from error
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    source = ModelSource(model.to(chosen), int(pad))
-    return HFBackend(name, source, Encoder(tokenizer), Special.of(tokenizer, model.config.vocab_size),
-                     weights_digest(model))  # fmt: skip
+    model.to(chosen)
+    source = ModelSource(model, int(pad))
+    return HFBackend(
+        name,
+        source,
+        Encoder(tokenizer),
+        Special.of(tokenizer, model.config.vocab_size),
+        weights_digest(model),
+    )

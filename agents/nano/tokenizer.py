@@ -47,8 +47,11 @@ def train_tokenizer(vocab_size: int, n_records: int, seed: int = 0) -> PreTraine
     )
     tokenizer.train_from_iterator(_texts(n_records, seed), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
-        additional_special_tokens=list(SPECIAL[2:]), model_max_length=4096,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=list(SPECIAL[2:]),
+        model_max_length=4096,
+    )
     fast.chat_template = TEMPLATE
     return fast

@@ -64,14 +64,23 @@ class NanoConfig:
 
 def model_config(config: NanoConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=config.vocab_size, hidden_size=config.hidden, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim, intermediate_size=config.mlp, tie_word_embeddings=True,
-        max_position_embeddings=config.max_positions, rms_norm_eps=1e-6,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.mlp,
+        tie_word_embeddings=True,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, attention_bias=False, use_sliding_window=False,
-    )  # fmt: skip
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        attention_bias=False,
+        use_sliding_window=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,9 +111,7 @@ def collate(rows: list[list[TokenRecord]], joint: list[bool], pad_id: int) -> Ba
     allowed = allowed | torch.eye(n, dtype=torch.bool)
     top = torch.cat((allowed, torch.zeros(len(rows), n, packed.ids.shape[1], dtype=torch.bool)), -1)
     mask = torch.cat((top[:, None], packed.mask(valid)), 2)
-    positions = torch.cat(
-        (torch.arange(n).expand(len(rows), n), packed.positions(valid.sum(1))), 1
-    )
+    positions = torch.cat((torch.arange(n).expand(len(rows), n), packed.positions(valid.sum(1))), 1)
     labels = torch.cat((torch.full_like(context, IGNORE), packed.labels), 1)
     return Batch(torch.cat((context, packed.ids), 1), positions, mask, labels)
 
@@ -152,7 +159,7 @@ def _fewer(rng: random.Random, record: TokenRecord, n: int) -> TokenRecord:
     return replace(record, questions=questions)
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_logits(model: Qwen3ForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits ``[N, V]`` and labels ``[N]`` at the answer tokens alone."""
     hidden = model.model(
         input_ids=batch.ids,
@@ -181,9 +188,11 @@ def schedule(config: NanoConfig, step: int) -> float:
 
 
 def train(
-    config: NanoConfig, out: Path, tokenizer: PreTrainedTokenizerFast | None = None,
+    config: NanoConfig,
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     init: Qwen3ForCausalLM | None = None,
-) -> Qwen3ForCausalLM:  # fmt: skip
+) -> Qwen3ForCausalLM:
     """Trains and writes ``out``, an ordinary model folder, with ``train_log.jsonl`` beside it.
 
     Batches are a function of the step, so a run that was killed resumes from its last checkpoint
@@ -205,7 +214,8 @@ def train(
     rows = Rows(config, Encoder(tokenizer), first)
     loader = DataLoader(rows, batch_size=None, num_workers=1, prefetch_factor=8)
     started, running = time.monotonic() - spent, 0.0
-    with (out / "train_log.jsonl").open("a" if first else "w") as log:
+    _keep_log(out / "train_log.jsonl", first)
+    with (out / "train_log.jsonl").open("a") as log:
         for step, batch in zip(range(first, config.steps), loader, strict=False):
             factor = schedule(config, step)
             for lr, group in zip(base, (g for o in opts for g in o.param_groups), strict=True):
@@ -216,9 +226,12 @@ def train(
             seconds = time.monotonic() - started
             if step % 20 == 0 or step == config.steps - 1:
                 row: dict[str, Any] = {
-                    "step": step, "loss": round(loss, 4), "token_accuracy": round(running, 4),
-                    "tokens": seen, "seconds": round(seconds, 1),
-                }  # fmt: skip
+                    "step": step,
+                    "loss": round(loss, 4),
+                    "token_accuracy": round(running, 4),
+                    "tokens": seen,
+                    "seconds": round(seconds, 1),
+                }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
             if (step + 1) % config.save_every == 0:
@@ -230,8 +243,15 @@ def train(
     return model
 
 
+def _keep_log(path: Path, steps: int) -> None:
+    """Drops the lines that a killed run wrote after its last checkpoint."""
+    lines = path.read_text().splitlines() if path.exists() and steps else []
+    kept = [line for line in lines if json.loads(line)["step"] < steps]
+    path.write_text("".join(f"{line}\n" for line in kept))
+
+
 def update(
-    model: nn.Module, batch: Batch, opts: list[torch.optim.Optimizer], step: int
+    model: Qwen3ForCausalLM, batch: Batch, opts: list[torch.optim.Optimizer], step: int
 ) -> tuple[float, float]:
     """One step; returns the loss in nats and the share of answer tokens right."""
     logits, labels = answer_logits(model, batch)

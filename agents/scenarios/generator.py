@@ -40,7 +40,8 @@ def _generic(rng: random.Random, split: str) -> FieldType:
 
 def choose_fields(rng: random.Random, kind: RecordType, low: int, high: int) -> list[FieldType]:
     """At least one secret and one task field; the rest by the schema's rates."""
-    wanted = rng.randint(low, min(high, len(kind.fields)))
+    most = len(kind.fields)
+    wanted = rng.randint(min(low, most), min(high, most))
     pool = list(kind.fields)
     weights = [f.rate for f in pool]
     chosen: list[FieldType] = []

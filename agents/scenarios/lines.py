@@ -58,5 +58,5 @@ def _parse(where: str, line: str, model: type[M]) -> M:
         ) from error
     except ValidationError as error:
         raise ScenarioError(f"{where}: {explain(error, keys_of(model))}") from error
-    except RecursionError:
-        raise ScenarioError(f"{where}: nested too deeply; write a flat JSON object") from None
+    except (RecursionError, ValueError) as error:  # too deep, or a number of 5,000 digits
+        raise ScenarioError(f"{where}: {error}; write a plain JSON object") from error

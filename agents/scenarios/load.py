@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from lcguard.agents.scenarios.agentleak import read_agentleak
 from lcguard.agents.scenarios.generator import GeneratorConfig, make_scenario
 from lcguard.agents.scenarios.jsonl import read_jsonl
+from lcguard.agents.scenarios.schema import RECORD_TYPES
 from lcguard.agents.scenarios.types import Hop, Scenario, hops_of
 from lcguard.agents.scenarios.values import SPLITS
 
@@ -43,10 +44,11 @@ def load_scenarios(
     if source == "generator":
         if n is None:
             raise ValueError("the generator never ends; pass n, the number of scenarios")
-        if not 2 <= min_fields <= max_fields:
+        most = min(len(kind.fields) for kind in RECORD_TYPES)
+        if not 2 <= min_fields <= min(max_fields, most):
             raise ValueError(
-                f"min_fields = {min_fields}, max_fields = {max_fields}: use 2 <= min <= max "
-                "(a record holds a secret and a task field)"
+                f"min_fields = {min_fields}, max_fields = {max_fields}: use 2 <= min <= max and a "
+                f"min of at most {most}, what the smallest record type has"
             )
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")

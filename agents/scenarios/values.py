@@ -120,6 +120,7 @@ def account_number(rng: random.Random, split: str) -> str:
     kind = rng.random()
     if kind < 0.34:
         body = digits(rng, 12)
+        body += f"{sum(map(int, body)):02}"[-2:]  # a sort code and eight digits: fourteen in all
         return iban.format("GB" + iban.calc_check_digits("GB00WEST" + body) + "WEST" + body, "")
     if kind < 0.67:
         stem = "4" + digits(rng, 14)

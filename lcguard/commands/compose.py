@@ -48,8 +48,9 @@ def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
         path = spec.path
         if path.startswith("nano:"):
             path = str(guard_path(path.removeprefix("nano:")))
-        return FrozenGuard.from_pretrained(path, model_digest=backend.digest,
-                                           shape=backend.source.shape)  # fmt: skip
+        return FrozenGuard.from_pretrained(
+            path, model_digest=backend.digest, shape=backend.source.shape
+        )
     cls = guard_class(spec.guard)
     if cls.trained:
         raise ValueError(f"guard {spec.name!r}: {spec.guard!r} is trained; give path to its folder")
@@ -60,7 +61,7 @@ def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
 def fit_plain_guards(
     guards: dict[str, FrozenGuard], backend: HFBackend, records: Sequence[TokenRecord]
 ) -> None:
-    """Channel statistics for guards without weights of their own (Gaussian noise is per channel)."""
+    """Channel statistics for guards without weights of their own: Gaussian noise is per channel."""
     plain = [g for g in guards.values() if not g.module.trained]
     if plain:
         raw = backend.source.prefill([r.ids for r in records[:256]])
@@ -93,16 +94,34 @@ def attack_factory(backend: HFBackend, broken_at: float | None) -> AttackFactory
 def hops_for(data: DataConfig) -> tuple[list[Hop], list[Hop]]:
     """Attackers' and victims' hops; no scenario is in both."""
     if data.source == "generator":
-        wanted = (("train", data.train_records, data.seed), ("test", data.test_records, data.seed + 1))
+        # coined names: attackers and guards have to read tokens, not to recognise names
+        wanted = (
+            ("coined", data.train_records, data.seed),
+            ("test", data.test_records, data.seed + 1),
+        )
         train, test = (
-            load_hops("generator", path=None, seed=seed, split=split, n=n,
-                      min_fields=data.min_fields, max_fields=data.max_fields)
+            load_hops(
+                "generator",
+                path=None,
+                seed=seed,
+                split=split,
+                n=n,
+                min_fields=data.min_fields,
+                max_fields=data.max_fields,
+            )[:n]
             for split, n, seed in wanted
-        )  # fmt: skip
+        )
         return train, test
     path = Path(data.path) if data.path else None
-    hops = load_hops(data.source, path=path, seed=data.seed, split="test", n=None,
-                     min_fields=data.min_fields, max_fields=data.max_fields)  # fmt: skip
+    hops = load_hops(
+        data.source,
+        path=path,
+        seed=data.seed,
+        split="test",
+        n=None,
+        min_fields=data.min_fields,
+        max_fields=data.max_fields,
+    )
     share = data.train_records / (data.train_records + data.test_records)
     train, test = split_hops(hops, share, data.seed)
     return train[: data.train_records], test[: data.test_records]
@@ -114,17 +133,31 @@ def setup(config: EvalConfig, say: Callable[[str], None], device: str | None = N
     guards = {g.name: load_guard(g, backend) for g in config.guards}
     train, test = (backend.encoder.encode(hops) for hops in hops_for(config.data))
     if not train or not test:
-        raise ValueError(f"{config.data.source}: {len(train)} train and {len(test)} test records; "
-                         "both must be above 0")  # fmt: skip
+        raise ValueError(
+            f"{config.data.source}: {len(train)} train and {len(test)} test records; "
+            "both must be above 0"
+        )
     fit_plain_guards(guards, backend, train)
-    return Setup(config, backend.source, backend.special, backend.decode, train, test, guards,
-                 attack_factory(backend, config.broken_at), say)  # fmt: skip
+    return Setup(
+        config,
+        backend.source,
+        backend.special,
+        backend.decode,
+        train,
+        test,
+        guards,
+        attack_factory(backend, config.broken_at),
+        say,
+    )
 
 
 def evaluate(
-    config: EvalConfig, out: Path, command: str, say: Callable[[str], None] = lambda text: None,
+    config: EvalConfig,
+    out: Path,
+    command: str,
+    say: Callable[[str], None] = lambda text: None,
     device: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Runs or resumes an evaluation in ``out`` and writes its report there."""
     made = setup(config, say, device)
     out.mkdir(parents=True, exist_ok=True)

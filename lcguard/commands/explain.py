@@ -33,8 +33,13 @@ def explain_text(text: str | None, guard: str, model: str, forbid: str, seed: in
     hop = Hop(hop.scenario_id, EdgeSpec("sender", "receiver", names), hop.record)
     frozen = load_guard(GuardSpec("guard", path=guard), backend)
     (record_ids,) = backend.encoder.encode([hop])
-    tokens = explain_tokens(frozen, record_ids, backend.source.prefill([record_ids.ids]),
-                            masks([record_ids]), backend.decode)  # fmt: skip
+    tokens = explain_tokens(
+        frozen,
+        record_ids,
+        backend.source.prefill([record_ids.ids]),
+        masks([record_ids]),
+        backend.decode,
+    )
     out = Text()
     for token in tokens:
         share = token["withheld"]

@@ -51,9 +51,12 @@ def adversary_factory(name: str) -> Callable[[dict[str, Any]], Adversary]:
 
 
 def run_training(
-    run: TrainRun, out: Path, command: str, say: Callable[[str], None] = lambda text: None,
+    run: TrainRun,
+    out: Path,
+    command: str,
+    say: Callable[[str], None] = lambda text: None,
     device: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains, certifies and writes ``out/guard``, ``config.yaml``, ``metrics.jsonl`` and
     ``summary.json``; a run that was killed goes on from its checkpoint.
 
@@ -66,23 +69,38 @@ def run_training(
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(run))
     say(f"{len(train)} training and {len(test)} held-out records, model {run.model}")
-    done = train_guard(run.train, train, backend.source, backend.special, out,
-                       adversary_factory(run.train.adversary.attack))  # fmt: skip
+    done = train_guard(
+        run.train,
+        train,
+        backend.source,
+        backend.special,
+        out,
+        adversary_factory(run.train.adversary.attack),
+    )
     say(f"trained {run.train.steps} steps in {done.seconds:.0f} s")
     held_out = with_policy(test[: run.train.certificate_pairs], CATEGORIES)
     certificate = None
     if run.train.pair_weight > 0 or run.train.twin_weight > 0:
-        found = certify(done.guard.module, held_out, backend.source,
-                        level=run.train.certificate_level, seed=run.train.seed + 1)  # fmt: skip
+        found = certify(
+            done.guard.module,
+            held_out,
+            backend.source,
+            level=run.train.certificate_level,
+            seed=run.train.seed + 1,
+        )
         certificate = found.to_dict() if found else None
     figures = held_out_figures(done, held_out, backend)
     guard = done.guard.with_card(
         model_id=run.model,
         model_digest=backend.digest,
         certificate=certificate,
-        training={"command": command, "config": asdict(run), "seconds": round(done.seconds, 1),
-                  **figures},
-    )  # fmt: skip
+        training={
+            "command": command,
+            "config": asdict(run),
+            "seconds": round(done.seconds, 1),
+            **figures,
+        },
+    )
     guard.save_pretrained(out / "guard")
     summary = {
         "guard": run.train.guard,
@@ -101,12 +119,13 @@ def held_out_figures(
 ) -> dict[str, float | None]:
     """Utility on held-out records, and what the training-time attackers recover of them."""
     raw = backend.source.prefill([r.ids for r in records])
-    kv = guard_all(FrozenGuard(done.guard.module), records, raw, backend.source, backend.special,
-                   seed=9)  # fmt: skip
+    kv = guard_all(
+        FrozenGuard(done.guard.module), records, raw, backend.source, backend.special, seed=9
+    )
     right = [x for row in backend.source.exact_match(records, kv, is_task) for x in row]
     before = [x for row in backend.source.exact_match(records, raw, is_task) for x in row]
     data = attack_data(records, kv, backend.special)
-    asr = [_mean_over_categories(m, data) for m in done.ensemble.members]
+    asr = [recovered(m, data) for m in done.ensemble.members]
     return {
         "utility": sum(right) / len(right) if right else None,
         "utility_vanilla": sum(before) / len(before) if before else None,
@@ -114,8 +133,8 @@ def held_out_figures(
     }
 
 
-def _mean_over_categories(member: Any, data: Any) -> float:
-    """Exact match of a training-time attacker, mean over categories."""
+def recovered(member: Any, data: Any) -> float:
+    """Exact match of a fitted attack, mean over categories."""
     hits: dict[str, list[bool]] = {}
     truth = {r: iter(s) for r, s in zip(data.record_ids, data.secrets, strict=True)}
     for guess in member.recover(data):

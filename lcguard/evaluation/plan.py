@@ -79,8 +79,11 @@ class EvalConfig:
     """Contexts shown token by token in the report."""
 
     def __post_init__(self) -> None:
-        for kind, specs in (("guards", self.guards), ("attacks", self.attacks),
-                            ("policies", self.policies)):  # fmt: skip
+        for kind, specs in (
+            ("guards", self.guards),
+            ("attacks", self.attacks),
+            ("policies", self.policies),
+        ):
             labels = [s.name for s in specs]
             twice = sorted({n for n in labels if labels.count(n) > 1})
             if twice:

@@ -77,8 +77,9 @@ class Runner:
     def records(self, policy: PolicySpec | None) -> tuple[list[TokenRecord], list[TokenRecord]]:
         if policy is None:
             return self.s.train, self.s.test
-        return tuple(with_policy(rs, policy.forbid, policy.derive)
-                     for rs in (self.s.train, self.s.test))  # type: ignore[return-value]  # fmt: skip
+        return tuple(
+            with_policy(rs, policy.forbid, policy.derive) for rs in (self.s.train, self.s.test)
+        )  # type: ignore[return-value]
 
     def pairs(
         self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int
@@ -93,9 +94,15 @@ class Runner:
             if spec is not None:
                 started = time.perf_counter()
                 # the victim's noise is not the attacker's
-                kv = guard_all(self.s.guards[spec.name], records, raw, self.s.source,
-                               self.s.special, seed=seed * 1_000_003 + i * 500_009,
-                               fixed_length=spec.fixed_length)  # fmt: skip
+                kv = guard_all(
+                    self.s.guards[spec.name],
+                    records,
+                    raw,
+                    self.s.source,
+                    self.s.special,
+                    seed=seed * 1_000_003 + i * 500_009,
+                    fixed_length=spec.fixed_length,
+                )
                 spent = (time.perf_counter() - started) / len(records) * 1e3
                 self.s.timing.setdefault(spec.name, {})["ms"] = spent
             data = attack_data(records, kv, self.s.special)
@@ -108,13 +115,26 @@ class Runner:
     # -- units
 
     def unit(
-        self, kind: str, guard: str, policy: str, attack: str, seed: int,
-        make: Callable[[], list[Attempt]], detail: Any = None,
-    ) -> list[Attempt]:  # fmt: skip
+        self,
+        kind: str,
+        guard: str,
+        policy: str,
+        attack: str,
+        seed: int,
+        make: Callable[[], list[Attempt]],
+        detail: Any = None,
+    ) -> list[Attempt]:
         """Attempts of a unit, from the journal or made and committed now."""
-        identity = {"kind": kind, "guard": guard, "policy": policy, "attack": attack,
-                    "seed": seed, "data": asdict(self.s.config.data), "model": self.s.config.model,
-                    "detail": detail}  # fmt: skip
+        identity = {
+            "kind": kind,
+            "guard": guard,
+            "policy": policy,
+            "attack": attack,
+            "seed": seed,
+            "data": asdict(self.s.config.data),
+            "model": self.s.config.model,
+            "detail": detail,
+        }
         known = self.journal.done(identity)
         if known is None:
             started = time.perf_counter()
@@ -124,7 +144,9 @@ class Runner:
             self.s.say(f"{kind:9} {guard:14} {policy:14} {attack:16} seed {seed}  {took:5.1f} s")
         return known
 
-    def utility(self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int) -> list[Attempt]:
+    def utility(
+        self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int
+    ) -> list[Attempt]:
         """Is every question that the audience may ask answered right from the segment?
 
         ``utility`` are task questions; ``allowed`` are values of categories that the policy
@@ -136,24 +158,44 @@ class Runner:
             kv = self.pairs(spec, policy, seed)[1].kv
             out = []
             for kind, wanted in QUESTIONS.items():
-                for r, right in zip(records, self.s.source.exact_match(records, kv, wanted), strict=True):
+                for r, right in zip(
+                    records, self.s.source.exact_match(records, kv, wanted), strict=True
+                ):
                     asked = [q for q in r.questions if wanted(r, q)]
                     for i, (q, ok) in enumerate(zip(asked, right, strict=True)):
-                        out.append(self._attempt(
-                            r, spec, policy, "receiver", seed, q.category or "task",
-                            f"{q.field}/{q.kind}/{i}", kind,
-                            Outcome.SUCCESS if ok else Outcome.RESISTED,
-                        ))  # fmt: skip
+                        out.append(
+                            self._attempt(
+                                r,
+                                spec,
+                                policy,
+                                "receiver",
+                                seed,
+                                q.category or "task",
+                                f"{q.field}/{q.kind}/{i}",
+                                kind,
+                                Outcome.SUCCESS if ok else Outcome.RESISTED,
+                            )
+                        )
             return out
 
-        return self.unit("utility", spec.name if spec else "none",
-                         policy.name if policy else EDGE, "receiver", seed, make,
-                         self._detail(spec, None))  # fmt: skip
+        return self.unit(
+            "utility",
+            spec.name if spec else "none",
+            policy.name if policy else EDGE,
+            "receiver",
+            seed,
+            make,
+            self._detail(spec, None),
+        )
 
     def attack(
-        self, spec: GuardSpec | None, policy: PolicySpec | None, attack: AttackSpec, seed: int,
+        self,
+        spec: GuardSpec | None,
+        policy: PolicySpec | None,
+        attack: AttackSpec,
+        seed: int,
         kind: str = "attack",
-    ) -> list[Attempt]:  # fmt: skip
+    ) -> list[Attempt]:
         """A fresh attack on a guard; with ``kind`` floor on segments of other records."""
 
         def make() -> list[Attempt]:
@@ -165,23 +207,36 @@ class Runner:
             fitted = self.s.attack(attack, warm, early).fit(train, seed=seed)
             return self.score(fitted.recover(test), spec, policy, attack.name, seed, kind)
 
-        return self.unit(kind, spec.name if spec else "none", policy.name if policy else EDGE,
-                         attack.name, seed, make, self._detail(spec, attack))  # fmt: skip
+        return self.unit(
+            kind,
+            spec.name if spec else "none",
+            policy.name if policy else EDGE,
+            attack.name,
+            seed,
+            make,
+            self._detail(spec, attack),
+        )
 
     def clean(self, attack: AttackSpec, seed: int) -> Attack:
         """The attack fitted on unguarded KV of the attacker's own records, for a warm start."""
         key = (attack.name, seed)
         if key not in self._warm:
-            data = attack_data(with_policy(self.s.train, _all(self.s.train)), self.raw()[0],
-                               self.s.special)  # fmt: skip
+            data = attack_data(
+                with_policy(self.s.train, _all(self.s.train)), self.raw()[0], self.s.special
+            )
             cold = replace(attack, warm=False)
             self._warm[key] = self.s.attack(cold, None, True).fit(data, seed=seed)
         return self._warm[key]
 
     def score(
-        self, guesses: Sequence[Guess], spec: GuardSpec | None, policy: PolicySpec | None,
-        attack: str, seed: int, kind: str,
-    ) -> list[Attempt]:  # fmt: skip
+        self,
+        guesses: Sequence[Guess],
+        spec: GuardSpec | None,
+        policy: PolicySpec | None,
+        attack: str,
+        seed: int,
+        kind: str,
+    ) -> list[Attempt]:
         """Guesses against the truth, as text; one attempt per secret."""
         truth: dict[str, TokenRecord] = {r.record_id: r for r in self.records(policy)[1]}
         out = []
@@ -193,32 +248,70 @@ class Runner:
                 if guess.ids is not None:
                     same = self.s.decode(guess.ids).strip() == self.s.decode(secret.ids).strip()
                     outcome = Outcome.SUCCESS if same else Outcome.RESISTED
-                out.append(self._attempt(record, spec, policy, attack, seed, secret.category,
-                                         f"{secret.field}/{i}", kind, outcome,
-                                         guess.token_accuracy, guess.nll_nats))  # fmt: skip
+                out.append(
+                    self._attempt(
+                        record,
+                        spec,
+                        policy,
+                        attack,
+                        seed,
+                        secret.category,
+                        f"{secret.field}/{i}",
+                        kind,
+                        outcome,
+                        guess.token_accuracy,
+                        guess.nll_nats,
+                    )
+                )
         return out
 
     def _attempt(
-        self, r: TokenRecord, spec: GuardSpec | None, policy: PolicySpec | None, attack: str,
-        seed: int, category: str, field_name: str, kind: Any, outcome: Outcome,
-        score: float | None = None, nll: float | None = None,
-    ) -> Attempt:  # fmt: skip
+        self,
+        r: TokenRecord,
+        spec: GuardSpec | None,
+        policy: PolicySpec | None,
+        attack: str,
+        seed: int,
+        category: str,
+        field_name: str,
+        kind: Any,
+        outcome: Outcome,
+        score: float | None = None,
+        nll: float | None = None,
+    ) -> Attempt:
         return Attempt(
-            scenario=r.scenario_id, edge=r.edge, record=r.record_id,
-            guard=spec.name if spec else "none", policy=policy.name if policy else EDGE,
-            attack=attack, seed=seed, category=category, field=field_name, kind=kind,
-            outcome=outcome, score=score, nll_nats=nll,
-        )  # fmt: skip
+            scenario=r.scenario_id,
+            edge=r.edge,
+            record=r.record_id,
+            guard=spec.name if spec else "none",
+            policy=policy.name if policy else EDGE,
+            attack=attack,
+            seed=seed,
+            category=category,
+            field=field_name,
+            kind=kind,
+            outcome=outcome,
+            score=score,
+            nll_nats=nll,
+        )
 
     def _detail(self, spec: GuardSpec | None, attack: AttackSpec | None) -> dict[str, Any]:
         """What must be the same for a stored unit to count as done."""
         guard = self.s.guards[spec.name].digest if spec else None
-        return {"guard": guard, "fixed_length": bool(spec and spec.fixed_length),
-                "attack": asdict(attack) if attack else None,
-                "broken_at": self.s.config.broken_at}  # fmt: skip
+        return {
+            "guard": guard,
+            "fixed_length": bool(spec and spec.fixed_length),
+            "attack": asdict(attack) if attack else None,
+            "broken_at": self.s.config.broken_at,
+        }
 
-    def run_guard(self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int,
-                  attacks: Sequence[AttackSpec]) -> list[Attempt]:  # fmt: skip
+    def run_guard(
+        self,
+        spec: GuardSpec | None,
+        policy: PolicySpec | None,
+        seed: int,
+        attacks: Sequence[AttackSpec],
+    ) -> list[Attempt]:
         """All attacks on a guard; the rest are skipped once one has broken it."""
         out: list[Attempt] = []
         for attack in attacks:
@@ -238,9 +331,10 @@ def is_task(record: TokenRecord, question: TokenQuestion) -> bool:
 def is_allowed(record: TokenRecord, question: TokenQuestion) -> bool:
     """A direct question about a value of a category that the policy does not forbid."""
     return (
-        question.kind == "direct" and question.category is not None
+        question.kind == "direct"
+        and question.category is not None
         and question.category not in record.forbid
-    )  # fmt: skip
+    )
 
 
 def is_derived(record: TokenRecord, question: TokenQuestion) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from lcguard.evaluation.outcomes import Attempt
 from lcguard.evaluation.plan import AttackSpec, GuardSpec, PolicySpec
-from lcguard.evaluation.runner import EDGE, Runner, is_derived
+from lcguard.evaluation.runner import EDGE, Runner
 from lcguard.evaluation.statistics import (
     any_of_k,
     asr,
@@ -130,7 +130,7 @@ def policy_row(runner: Runner, policy: PolicySpec, floor: Sequence[Attempt]) -> 
     vanilla += runner.utility(None, policy, c.seeds[0])
     best = best_attack(attempts) if attempts else None
     blind = mean_over_categories([a for a in floor if a.category in policy.forbid])
-    row = {
+    row: dict[str, Any] = {
         "policy": policy.name,
         "guard": spec.name,
         "forbidden": list(policy.forbid),
@@ -144,8 +144,10 @@ def policy_row(runner: Runner, policy: PolicySpec, floor: Sequence[Attempt]) -> 
         "floor": blind.value if policy.forbid else None,
         "counts": counts(attempts),
     }
-    runner.s.say(f"policy {policy.name}: ASR {_f(row['asr_forbidden'])}, floor {_f(row['floor'])}, "
-                 f"allowed {_f(row['allowed_accuracy'])}")  # fmt: skip
+    runner.s.say(
+        f"policy {policy.name}: ASR {_f(row['asr_forbidden'])}, floor {_f(row['floor'])}, "
+        f"allowed {_f(row['allowed_accuracy'])}"
+    )
     return row
 
 
@@ -175,23 +177,27 @@ def derived_rows(runner: Runner, policy: PolicySpec) -> list[dict[str, Any]]:
         if span.band is not None
     }
     for category in policy.derive:
-        hit = [guess.get((key[1].split("/")[0], band)) == ids
-               for key, (band, ids) in banded.items()
-               if _category(test, key) == category]  # fmt: skip
+        hit = [
+            guess.get((key[1].split("/")[0], band)) == ids
+            for key, (band, ids) in banded.items()
+            if _category(test, key) == category
+        ]
         exact = [a for a in attempts if a.category == category and (a.record, a.field) in banded]
         best = best_attack(exact) if exact else None
-        rows.append({
-            "guard": spec.name,
-            "policy": policy.name,
-            "question": "derived value of a forbidden " + category + " field",
-            "source_category": category,
-            "accuracy": rate([a for a in utility if a.category == category], "derived"),
-            "accuracy_vanilla": rate([a for a in vanilla if a.category == category], "derived"),
-            "asr_exact": best.value if best else None,
-            "asr_exact_ci": best.ci if best else None,
-            "asr_exact_best_guess": float(np.mean(hit)) if hit else None,
-            "n": len(hit),
-        })  # fmt: skip
+        rows.append(
+            {
+                "guard": spec.name,
+                "policy": policy.name,
+                "question": "derived value of a forbidden " + category + " field",
+                "source_category": category,
+                "accuracy": rate([a for a in utility if a.category == category], "derived"),
+                "accuracy_vanilla": rate([a for a in vanilla if a.category == category], "derived"),
+                "asr_exact": best.value if best else None,
+                "asr_exact_ci": best.ci if best else None,
+                "asr_exact_best_guess": float(np.mean(hit)) if hit else None,
+                "n": len(hit),
+            }
+        )
     return rows
 
 
@@ -232,15 +238,19 @@ def explain_record(
         "title": record.record_id,
         "guard": guard.name,
         "policy": policy,
-        "tokens": explain_tokens(guard, record, runner.s.source.prefill([record.ids]),
-                                 masks([record]), runner.s.decode),
-    }  # fmt: skip
+        "tokens": explain_tokens(
+            guard, record, runner.s.source.prefill([record.ids]), masks([record]), runner.s.decode
+        ),
+    }
 
 
 def explain_tokens(
-    guard: FrozenGuard, record: TokenRecord, kv: Any, mask: Mask,
+    guard: FrozenGuard,
+    record: TokenRecord,
+    kv: Any,
+    mask: Mask,
     decode: Callable[[Sequence[int]], str],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Token texts with the share withheld and the category of the value they belong to."""
     if guard.needs_twin:
         withheld = torch.zeros(len(record.ids))
@@ -292,6 +302,8 @@ def _f(value: float | None) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return (f"==> {row['guard']}: utility {_f(row['utility'])} of {_f(row['utility_vanilla'])}, "
-            f"fresh ASR {_f(row['asr_fresh'])} ({row['asr_fresh_best']}), "
-            f"injection {_f(row['asr_injection'])}, floor {_f(row['floor'])}")  # fmt: skip
+    return (
+        f"==> {row['guard']}: utility {_f(row['utility'])} of {_f(row['utility_vanilla'])}, "
+        f"fresh ASR {_f(row['asr_fresh'])} ({row['asr_fresh_best']}), "
+        f"injection {_f(row['asr_injection'])}, floor {_f(row['floor'])}"
+    )

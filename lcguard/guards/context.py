@@ -32,7 +32,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -59,7 +61,7 @@ class ContextNetwork(nn.Module):
 
     def forward(self, z: Tensor, valid: Tensor, policy: Tensor) -> Tensor:
         flat = z.flatten(2)
-        x = self.read(F.layer_norm(flat, flat.shape[-1:])) + self.policy(policy)[:, None]
+        x = self.read(F.layer_norm(flat, flat.shape[-1:])) + self.policy(policy.to(z.device))[:, None]
         for block in self.blocks:
             x = block(x, valid)
         return self.norm(x)  # type: ignore[no-any-return]

@@ -68,7 +68,7 @@ class GateGuard(GuardModule):
         logit = self.gate(hidden).unflatten(-1, (self.shape.layers, 2))
         g = hard_clamp(1.2 * logit.sigmoid() - 0.1)[..., None]
         p = self.word(hidden).softmax(-1)
-        derives = (mask.forbid & mask.derive).any(-1)[:, None, None]
+        derives = (mask.forbid & mask.derive).any(-1)[:, None, None].to(z.device)
         first = torch.zeros_like(p)
         first[..., 0] = 1.0
         p = torch.where(derives, p, first)

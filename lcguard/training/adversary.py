@@ -60,7 +60,7 @@ class Ensemble:
 
     def guard_term(self, batch: AttackData) -> Tensor:
         """What the guard adds to its loss: smaller is better hidden."""
-        total = torch.zeros(())
+        total = batch.kv.keys.new_zeros((), dtype=torch.float32)
         for member in self.members:
             if self.config.objective == "ce":
                 total = total - member.loss(batch, auxiliary=False)
@@ -106,7 +106,8 @@ class FieldPrior:
 
     def divergence(self, fields: Tensor, labels: Tensor, logp: Tensor) -> Tensor:
         """Mean KL(prior || attacker) in nats over the tokens that are due."""
-        at = torch.arange(labels.shape[1]).clamp_max(self.steps - 1)
+        self.table = self.table.to(logp.device)
+        at = torch.arange(labels.shape[1], device=logp.device).clamp_max(self.steps - 1)
         prior = self.table[fields[:, None], at[None]]  # [N, K, V]
         due = labels != IGNORE
         kl = (prior * (prior.clamp_min(1e-12).log() - logp)).sum(-1)

@@ -82,28 +82,53 @@ def success_ceiling(nats: float, blind_guess: float) -> float:
 
 
 def upper_bound(values: Sequence[float], level: float) -> float:
-    """One-sided upper confidence bound on the mean (normal quantile; n is in the hundreds)."""
+    """One-sided upper confidence bound on the mean, by Student's t.
+
+    Raises ``ValueError`` for values that are not finite or a level outside 0.5..1.
+    """
     x = np.asarray(values, dtype=float)
+    if not 0.5 <= level < 1:
+        raise ValueError(f"level={level} must be at least 0.5 and below 1")
+    if not np.isfinite(x).all():
+        raise ValueError("a pair leak is not finite: nothing can be certified")
     if len(x) < 2:
         return math.inf
-    z = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(level)))
-    return float(x.mean() + z * x.std(ddof=1) / math.sqrt(len(x)))
+    return float(x.mean() + _student(level, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+
+
+def _student(level: float, degrees: int) -> float:
+    """Quantile of Student's t by bisection of its distribution function."""
+    # P(T > t) = I_x(n/2, 1/2) / 2 with x = n / (n + t^2), here as the integral over the angle
+    angle = np.linspace(0.0, math.pi / 2, 20_001)
+    density = np.cos(angle) ** (degrees - 1)
+    below = 0.5 + 0.5 * np.concatenate(
+        ([0.0], np.cumsum((density[1:] + density[:-1]) / 2))
+    ) / np.sum((density[1:] + density[:-1]) / 2)
+    return float(math.sqrt(degrees) * math.tan(float(np.interp(level, below, angle))))
 
 
 def blind_guess(records: Sequence[TokenRecord]) -> float:
-    """Mean over forbidden fields of their most frequent value's share."""
+    """Mean over forbidden fields of their most frequent value's share.
+
+    Only fields with 20 values or more count; 1.0 (any ceiling is vacuous) where there is none.
+    """
     values: dict[str, Counter[tuple[int, ...]]] = {}
     for r in records:
         for s in forbidden_spans(r, r.forbid):
             values.setdefault(s.field, Counter())[r.ids[s.start : s.end]] += 1
     shares = [c.most_common(1)[0][1] / c.total() for c in values.values() if c.total() >= 20]
-    return float(np.mean(shares)) if shares else 0.0
+    return float(np.mean(shares)) if shares else 1.0
 
 
 @torch.no_grad()
 def pair_leaks(
-    module: GuardModule, records: Sequence[TokenRecord], pool: ValuePool, source: ModelSource,
-    seed: int, batch: int = 64, raw: bool = False,
+    module: GuardModule,
+    records: Sequence[TokenRecord],
+    pool: ValuePool,
+    source: ModelSource,
+    seed: int,
+    batch: int = 64,
+    raw: bool = False,
 ) -> list[float]:
     """Nats per held-out pair, through the whole guard (or, with ``raw``, past it)."""
     rng, out = random.Random(seed), []
@@ -120,13 +145,17 @@ def pair_leaks(
 
 
 def certify(
-    module: GuardModule, records: Sequence[TokenRecord], source: ModelSource, *,
-    level: float = 0.95, seed: int = 0,
+    module: GuardModule,
+    records: Sequence[TokenRecord],
+    source: ModelSource,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Certificate | None:
     """Certificate on held-out records under their own policies; None for a guard without noise.
 
     Raises ``ValueError`` where no record has a forbidden value.
-    """  # fmt: skip
+    """
     if module.config.noise <= 0:
         return None
     held_out = [r for r in records if forbidden_spans(r, r.forbid)]
@@ -141,7 +170,15 @@ def certify(
     upper, p0 = upper_bound(leaks, level), blind_guess(held_out)
     ceiling = success_ceiling(upper, p0)
     return Certificate(
-        float(np.mean(leaks)), upper, level, float(np.median(leaks)),
-        float(np.quantile(leaks, 0.99)), max(leaks), float(np.mean(raw)), len(leaks), p0,
-        ceiling, ceiling >= 0.9,
-    )  # fmt: skip
+        float(np.mean(leaks)),
+        upper,
+        level,
+        float(np.median(leaks)),
+        float(np.quantile(leaks, 0.99)),
+        max(leaks),
+        float(np.mean(raw)),
+        len(leaks),
+        p0,
+        ceiling,
+        ceiling >= 0.9,
+    )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcguard.categories import CATEGORIES, DERIVABLE
@@ -110,25 +110,29 @@ def pair_leak_nats(first: Tensor, second: Tensor, valid: Tensor, noise: float) -
 
 
 def guard_losses(
-    module: GuardModule,
+    module: nn.Module,
     data: StepData,
     source: ModelSource,
     config: TrainConfig,
     generator: torch.Generator,
     step: int,
 ) -> Losses:
-    """Everything but the adversarial term; differentiable in the guard."""
+    """Everything but the adversarial term; differentiable in the guard.
+
+    ``module`` is the guard, or what accelerate wrapped it in.
+    """
     guarded, out = module(data.raw, data.mask, generator)
+    guard: GuardModule = getattr(module, "module", module)
     ramp = min(1.0, (step + 1) / max(1, config.leak_ramp))
     total, metrics = receiver_loss(guarded, data, source, config)
     if data.pair is not None:
-        other = module.rewrite(module.standardise(data.pair), data.pair.valid, data.mask)
-        leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
+        other = guard.rewrite(guard.standardise(data.pair), data.pair.valid, data.mask)
+        leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, guard.config.noise)
         hidden = data.mask.forbid.any(1)
         total = total + ramp * config.pair_weight * torch.log1p(leak).mean()
         metrics["pair_nats"] = float(leak.detach()[hidden].mean()) if bool(hidden.any()) else 0.0
     if data.twin is not None:
-        gap = (out.mean - module.standardise(data.twin)).square().mean((2, 3, 4))
+        gap = (out.mean - guard.standardise(data.twin)).square().mean((2, 3, 4))
         gap = (gap * data.raw.valid).sum() / data.raw.valid.sum()
         total = total + ramp * config.twin_weight * gap
         metrics["twin_mse"] = float(gap.detach())

@@ -87,8 +87,8 @@ def train_guard(
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=source.device.type == "cpu")
     module = make_module(config, source)
-    pairs = prepare(module, records, source, special)
     module.to(source.device)
+    pairs = prepare(module, records, source, special)
     ensemble = Ensemble(config.adversary, factory or _no_adversary, pairs, config.seed)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=0.01)
     state = out / "checkpoint.safetensors"

@@ -1,0 +1,24 @@
+"""One row per registered guard and attack: name -> options small enough for a test.
+
+Contract tests in test_guards.py and test_attacks.py fail for a registered name without a row, and
+run every row through the properties that all guards, or all attacks, have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+GUARDS: dict[str, dict[str, Any]] = {
+    "identity": {},
+    "gaussian": {"noise": 0.5},
+    "residual": {"bottleneck": 4},
+    "gate": {"width": 32, "blocks": 1, "words": 3, "noise": 0.1},
+    "regress": {"width": 32, "blocks": 1, "noise": 0.2},
+    "redact": {},
+}
+
+ATTACKS: dict[str, dict[str, Any]] = {
+    "decoder": {"width": 64, "fit": {"steps": 260, "batch": 32, "lr": 3e-3, "warmup": 10}},
+    "probe": {"width": 96, "fit": {"steps": 200, "batch": 512, "lr": 3e-3, "warmup": 10}},
+    "injection": {"max_tokens": 8},
+}

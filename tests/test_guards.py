@@ -1,0 +1,415 @@
+"""What every registered guard does and refuses; and what single guards are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lcguard.categories import CATEGORIES
+from lcguard.guards import frozen
+from lcguard.guards.base import GuardModule, KVShape, guard_class, names, register
+from lcguard.guards.frozen import CARD, WEIGHTS, FrozenGuard, GuardError
+from lcguard.protocols import Guard, Guarded, KVBatch, Mask
+from tests.fixtures import forbid_all, random_kv
+from tests.matrix import GUARDS
+
+SHAPE = KVShape(2, 2, 8)
+LENGTHS = (5, 9, 2)
+NOISY = [n for n in GUARDS if n in ("gaussian", "gate", "regress")]
+OWN = [n for n in GUARDS if n != "redact"]
+
+
+def module_of(name: str, **changes: Any) -> GuardModule:
+    """Random parameters and statistics: some guards start as the identity, which hides much."""
+    module = guard_class(name).build(SHAPE, len(CATEGORIES), {**GUARDS[name], **changes})
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+        module.center.normal_()
+        module.scale.uniform_(0.5, 2.0)
+    return module
+
+
+def guard_of(name: str, **changes: Any) -> FrozenGuard:
+    return FrozenGuard(module_of(name, **changes)).with_card(model_digest="d" * 64)
+
+
+def apply(guard: FrozenGuard, kv: KVBatch, seed: int = 0, mask: Mask | None = None) -> Guarded:
+    twin = random_kv(kv.valid.sum(1).tolist(), seed=99).to(kv.keys.dtype)
+    return guard(kv, mask or forbid_all(len(kv)), seed=seed, twin=twin)
+
+
+def same(a: KVBatch, b: KVBatch) -> bool:
+    return torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+
+
+def test_every_registered_guard_has_a_row() -> None:
+    assert names() == sorted(GUARDS)
+
+
+@pytest.mark.parametrize("name", GUARDS)
+class TestEveryGuard:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_keeps_shape_dtype_and_padding(self, name: str, dtype: torch.dtype) -> None:
+        kv = random_kv(LENGTHS).to(dtype)
+        out = apply(guard_of(name), kv)
+        assert out.kv.keys.shape == out.kv.values.shape == kv.keys.shape
+        assert out.kv.keys.dtype == out.kv.values.dtype == dtype
+        assert torch.equal(out.kv.valid, kv.valid)
+        padding = ~kv.valid[:, None, None, :, None].expand_as(kv.keys)
+        assert not out.kv.keys[padding].any()
+        assert not out.kv.values[padding].any()
+        assert out.kv.keys[~padding].all()
+        assert out.withheld.shape == kv.valid.shape
+        assert bool(((out.withheld >= 0) & (out.withheld <= 1)).all())
+
+    def test_is_a_function_of_its_input_and_the_seed(self, name: str) -> None:
+        guard, kv = guard_of(name), random_kv(LENGTHS)
+        first = apply(guard, kv, seed=3)
+        torch.manual_seed(1234)  # the global generator has no say
+        assert same(first.kv, apply(guard, kv, seed=3).kv)
+        assert same(first.kv, apply(guard, kv, seed=4).kv) == (name not in NOISY)
+
+    def test_padding_changes_nothing(self, name: str) -> None:
+        """A record alone and in a padded batch: the same mean, garbage in the padding or not."""
+        module, kv = module_of(name).eval(), random_kv(LENGTHS)
+        dirty = KVBatch(*(t + 50.0 * ~kv.valid[:, None, None, :, None] for t in (kv.keys, kv.values)),
+                        kv.valid)  # fmt: skip
+        mask = forbid_all(len(kv))
+        batch = module.rewrite(module.standardise(dirty), kv.valid, mask).mean
+        for i, n in enumerate(LENGTHS):
+            one = kv[i : i + 1].trim()
+            alone = module.rewrite(module.standardise(one), one.valid, mask[i : i + 1]).mean
+            torch.testing.assert_close(alone[0], batch[i, :n], atol=2e-5, rtol=1e-4)
+
+    def test_is_frozen(self, name: str) -> None:
+        guard = guard_of(name)
+        assert isinstance(guard, Guard)
+        assert not guard.module.training
+        assert not any(p.requires_grad for p in guard.module.parameters())
+        kv = random_kv(LENGTHS)
+        kv.keys.requires_grad_()
+        assert not apply(guard, kv).kv.keys.requires_grad
+
+    def test_loads_as_saved(self, name: str, tmp_path: Path) -> None:
+        guard, kv = guard_of(name), random_kv(LENGTHS)
+        guard.save_pretrained(tmp_path / "new" / "guard")
+        loaded = FrozenGuard.from_pretrained(tmp_path / "new" / "guard", model_digest="d" * 64,
+                                             shape=SHAPE)  # fmt: skip
+        assert same(apply(guard, kv).kv, apply(loaded, kv).kv)
+        assert loaded.digest == guard.digest
+        assert loaded.card.options == guard.module.options()
+        assert [p.name for p in (tmp_path / "new").iterdir()] == ["guard"]
+
+    def test_unknown_option_is_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"guard '{name}' has no option 'colour'; it has: noise"):
+            guard_class(name).build(SHAPE, len(CATEGORIES), {"colour": 1})
+
+    @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf")])
+    def test_impossible_noise_is_refused(self, name: str, noise: float) -> None:
+        with pytest.raises(ValueError, match="noise .* must be a finite number"):
+            guard_class(name).build(SHAPE, len(CATEGORIES), {**GUARDS[name], "noise": noise})
+
+    def test_output_that_is_not_finite_is_refused(self, name: str) -> None:
+        kv = random_kv(LENGTHS)
+        kv.values[1, 0, 0, 3, 2] = float("nan")
+        with pytest.raises(GuardError, match="not finite; withheld"):
+            guard_of(name)(kv, forbid_all(3), twin=kv)
+
+    def test_overflow_of_the_dtype_is_refused(self, name: str) -> None:
+        guard, kv = guard_of(name), random_kv(LENGTHS).to(torch.float16)
+        guard.module.center.fill_(1e6)  # cancels where the entry passes, overflows with any noise
+        guard.module.scale.fill_(1e6)
+        if name in ("identity", "redact"):  # nothing is computed, so nothing overflows
+            assert same(guard(kv, forbid_all(3), twin=kv).kv, kv)
+            return
+        with pytest.raises(GuardError, match="not finite; withheld"):
+            guard(kv, forbid_all(3))
+
+    def test_foreign_kv_and_mask_are_refused(self, name: str) -> None:
+        guard, kv = guard_of(name), random_kv(LENGTHS)
+        other = random_kv(LENGTHS, (2, 1, 8))
+        with pytest.raises(GuardError, match=r"\(2, 2, 8\), the segment has \(2, 1, 8\)"):
+            guard(other, forbid_all(3), twin=other)
+        with pytest.raises(GuardError, match="mask of shape"):
+            guard(kv, forbid_all(2), twin=kv)
+
+
+def test_same_seed_other_weights_other_digest() -> None:
+    a, b = guard_of("gate"), guard_of("gate")
+    assert a.digest == b.digest
+    b.module.codebook.data[0, 0, 0, 0] += 1e-3
+    assert a.digest != b.digest
+    assert a.digest != a.with_card(model_digest="e" * 64).digest
+
+
+class TestRedact:
+    def test_needs_its_twin(self) -> None:
+        guard, kv = guard_of("redact"), random_kv(LENGTHS)
+        with pytest.raises(GuardError, match="sends the twin's KV"):
+            guard(kv, forbid_all(3))
+        with pytest.raises(GuardError, match="2 twins for 3 segments"):
+            guard(kv, forbid_all(3), twin=kv[:2])
+        with pytest.raises(GuardError, match="is not KV of the model"):
+            guard(kv, forbid_all(3), twin=random_kv(LENGTHS, (2, 1, 8)))
+
+    def test_output_is_the_twin_whatever_the_segment(self) -> None:
+        guard, twin = guard_of("redact"), random_kv((7, 3, 4), seed=5)
+        for seed in (0, 1):
+            out = guard(random_kv(LENGTHS, seed=seed), forbid_all(3), twin=twin)
+            assert same(out.kv, twin)
+            assert torch.equal(out.kv.valid, twin.valid)
+
+
+def test_identity_is_exact() -> None:
+    """Whatever its statistics: rounding would blur the yardstick."""
+    kv = random_kv(LENGTHS)
+    assert same(apply(guard_of("identity"), kv).kv, kv)
+    assert not same(apply(guard_of("identity", noise=0.01), kv).kv, kv)
+
+
+def test_residual_starts_as_the_identity() -> None:
+    kv = random_kv(LENGTHS)
+    fresh = FrozenGuard(guard_class("residual").build(SHAPE, len(CATEGORIES), {}))
+    torch.testing.assert_close(apply(fresh, kv).kv.keys, kv.keys)
+    assert (apply(guard_of("residual"), kv).kv.keys - kv.keys).abs().max() > 0.1
+
+
+def test_gaussian_noise_has_the_size_it_says() -> None:
+    module = module_of("gaussian", noise=0.7)
+    kv = random_kv((400,) * 8)
+    out = FrozenGuard(module)(kv, forbid_all(8)).kv
+    z = module.standardise(out) - module.standardise(kv)
+    assert float(z.std()) == pytest.approx(0.7, rel=0.02)
+    assert float(z.mean().abs()) < 0.02
+
+
+class TestGate:
+    def forced(self, logit: float, **changes: Any) -> GuardModule:
+        module = module_of("gate", **changes)
+        with torch.no_grad():
+            module.gate.weight.zero_()
+            module.gate.bias.fill_(logit)
+        return module.eval()
+
+    def mean(self, module: GuardModule, kv: KVBatch, mask: Mask | None = None) -> torch.Tensor:
+        mask = mask or forbid_all(len(kv))
+        return module.rewrite(module.standardise(kv), kv.valid, mask).mean.detach()
+
+    def test_closed_gate_tells_nothing(self) -> None:
+        module = self.forced(20.0)
+        first, second = (random_kv((6, 6), seed=s) for s in (0, 1))
+        assert torch.equal(self.mean(module, first), self.mean(module, second))
+        out = module(first, forbid_all(2), torch.Generator().manual_seed(0))[1]
+        assert torch.equal(out.withheld, torch.ones(2, 6))
+
+    def test_open_gate_is_the_identity_with_noise(self) -> None:
+        module = self.forced(-20.0)
+        kv = random_kv((6, 6))
+        z = module.standardise(kv)
+        assert torch.equal(self.mean(module, kv), z)
+        out = FrozenGuard(module)(kv, forbid_all(2), seed=5).kv
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(module.standardise(out), z + 0.1 * noise, atol=1e-5, rtol=1e-4)
+
+    def test_words_need_a_derived_category(self) -> None:
+        """Word 0 alone, unless a category is both forbidden and derived."""
+        module, kv = self.forced(20.0), random_kv((6, 6))
+        constant = module.codebook[0].expand(2, 6, -1, -1, -1).detach()
+        forbidden, derived = forbid_all(2), forbid_all(2, derive=True)
+        only_derive = Mask(torch.zeros_like(forbidden.forbid), derived.derive)
+        for mask in (forbidden, only_derive):
+            assert torch.equal(self.mean(module, kv, mask), constant)
+        assert not torch.allclose(self.mean(module, kv, derived), constant, atol=1e-2)
+        mixed = Mask(forbidden.forbid, torch.stack((forbidden.derive[0], derived.derive[0])))
+        out = self.mean(module, kv, mixed)
+        assert torch.equal(out[0], constant[0])
+        assert not torch.allclose(out[1], constant[1], atol=1e-2)
+
+    def test_gradient_passes_the_clamp(self) -> None:
+        """A gate that is shut or wide open can still move."""
+        for logit in (4.0, -4.0):
+            module = self.forced(logit).requires_grad_()
+            kv = random_kv((6,))
+            out = module.rewrite(module.standardise(kv), kv.valid, forbid_all(1))
+            assert set(out.withheld.flatten().tolist()) == {float(logit > 0)}
+            out.withheld.sum().backward()
+            assert float(module.gate.bias.grad.abs().min()) > 0
+
+    def test_learns_to_obey_the_mask(self) -> None:
+        """One category closes the gate and another does not, after a few steps."""
+        module = guard_class("gate").build(SHAPE, len(CATEGORIES), GUARDS["gate"])
+        kv = random_kv((6, 6))
+        forbid = torch.zeros(2, len(CATEGORIES), dtype=torch.bool)
+        forbid[0, 0] = forbid[1, 1] = True
+        mask, want = Mask(forbid, torch.zeros_like(forbid)), torch.tensor([[1.0], [0.0]])
+        swapped = Mask(forbid.flip(0), mask.derive)
+
+        def withheld(m: Mask) -> torch.Tensor:
+            return module.rewrite(module.standardise(kv), kv.valid, m).withheld
+
+        before = withheld(mask).detach()
+        assert float((before[0] - before[1]).abs().max()) < 0.2
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+        for _ in range(40):
+            loss = (withheld(mask) - want).square().mean()
+            loss = loss + (withheld(swapped) - want.flip(0)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        after, other = withheld(mask).detach(), withheld(swapped).detach()
+        assert float(after[0].min()) > 0.9 > 0.1 > float(after[1].max())
+        assert float(other[1].min()) > 0.9 > 0.1 > float(other[0].max())
+
+    def test_a_codebook_without_words_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="words 0 must be at least 1"):
+            guard_class("gate").build(SHAPE, len(CATEGORIES), {"words": 0})
+
+
+def test_regress_approaches_its_target() -> None:
+    module = guard_class("regress").build(SHAPE, len(CATEGORIES), {**GUARDS["regress"], "noise": 0.0})
+    raw, twin = random_kv((6, 6)), random_kv((6, 6), seed=1)
+    target = module.standardise(twin)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(40):
+        mean = module.rewrite(module.standardise(raw), raw.valid, forbid_all(2)).mean
+        loss = (mean - target).square().mean()
+        errors.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert errors[-1] < 0.2 * errors[0]
+
+
+# -- the folder on disk
+
+
+def rewrite_card(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    card = json.loads((folder / CARD).read_text())
+    change(card)
+    (folder / CARD).write_text(json.dumps(card))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    guard_of("gate").save_pretrained(tmp_path / "guard")
+    return tmp_path / "guard"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"format": 99}, "has format 99, this release reads 1"),
+        ({"guard": "nothing"}, "guard 'nothing' is unknown; known guards: "),
+        ({"options": {"colour": 1}}, "guard 'gate' has no option 'colour'"),
+        ({"options": {"width": 31}}, "width 31 must be a multiple of 32"),
+        ({"options": {"width": "wide"}}, CARD),
+        ({"shape": [2, 2]}, "shape"),
+        ({"shape": [2, 2, 4]}, "cannot be used"),
+        ({"categories": ["person"]}, "train it again"),
+        ({"weights_sha256": "0" * 64}, "was altered or cut"),
+    ],
+)
+def test_changed_cards_are_refused(folder: Path, change: dict[str, Any], message: str) -> None:
+    rewrite_card(folder, lambda card: card.update(change))
+    with pytest.raises(GuardError) as error:
+        FrozenGuard.from_pretrained(folder)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_folders_are_refused(folder: Path) -> None:
+    raw = (folder / WEIGHTS).read_bytes()
+    for damaged in (raw[:-5], raw[:3], b"", bytes([*raw[:-1], raw[-1] ^ 1])):
+        (folder / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(GuardError, match="altered or cut"):
+            FrozenGuard.from_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(GuardError, match="cannot be used"):
+        FrozenGuard.from_pretrained(folder)
+    (folder / CARD).write_bytes(b"\xff\xfe")
+    with pytest.raises(GuardError, match="no readable"):
+        FrozenGuard.from_pretrained(folder)
+    (folder / CARD).unlink()
+    with pytest.raises(GuardError, match="give a guard's folder"):
+        FrozenGuard.from_pretrained(folder)
+
+
+def test_weights_that_match_the_card_but_not_the_guard_are_refused(folder: Path) -> None:
+    """An honest digest does not make foreign weights fit."""
+    state = load_file(folder / WEIGHTS)
+    state.pop("codebook")
+    save_file(state, folder / WEIGHTS)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    rewrite_card(folder, lambda card: card.update(weights_sha256=digest))
+    with pytest.raises(GuardError, match="cannot be used"):
+        FrozenGuard.from_pretrained(folder)
+
+
+def test_foreign_models_are_refused(folder: Path) -> None:
+    assert FrozenGuard.from_pretrained(folder, model_digest="d" * 64, shape=SHAPE)
+    with pytest.raises(GuardError, match="was made for model weights dddddddddddd, this model has e"):
+        FrozenGuard.from_pretrained(folder, model_digest="e" * 64)
+    with pytest.raises(GuardError, match=r"for KV shape \(2, 2, 8\), the model has \(2, 1, 8\)"):
+        FrozenGuard.from_pretrained(folder, shape=(2, 1, 8))
+
+
+def test_a_guard_without_known_model_serves_none(tmp_path: Path) -> None:
+    FrozenGuard(module_of("gate")).save_pretrained(tmp_path / "guard")
+    with pytest.raises(GuardError, match="model weights unknown"):
+        FrozenGuard.from_pretrained(tmp_path / "guard", model_digest="e" * 64)
+
+
+@pytest.mark.parametrize("step", ["save_file", "os.replace"])
+def test_a_failed_save_leaves_the_old_guard(
+    folder: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    calls = []
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if step == "os.replace" and len(calls) != 2:  # the second one puts the new guard in place
+            return real(*args, **kwargs)
+        raise OSError("disk full")
+
+    if step == "os.replace":
+        real = frozen.os.replace
+        monkeypatch.setattr(frozen.os, "replace", fail)
+    else:
+        monkeypatch.setattr(frozen, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        guard_of("identity").save_pretrained(folder)
+    monkeypatch.undo()
+    assert calls
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_save_replaces_guards_and_nothing_else(folder: Path) -> None:
+    (folder / "stale").touch()
+    guard_of("identity").save_pretrained(folder)
+    assert FrozenGuard.from_pretrained(folder).name == "identity"
+    assert sorted(p.name for p in folder.iterdir()) == sorted((CARD, WEIGHTS))
+    with pytest.raises(GuardError, match="is no guard's folder"):
+        guard_of("identity").save_pretrained(folder.parent)
+    assert folder.exists()
+    (folder.parent / "empty").mkdir()
+    guard_of("identity").save_pretrained(folder.parent / "empty")
+
+
+def test_names_are_unique() -> None:
+    with pytest.raises(ValueError, match="guard name 'gate' is taken by GateGuard"):
+        register("gate")(type("Other", (GuardModule,), {}))
+    with pytest.raises(ValueError, match="guard 'none' is unknown; known guards: gate"):
+        guard_class("none")
