@@ -9,7 +9,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+from tests.fixtures import world
+
+__all__ = ["world"]  # a fixture of all tests
+
+# Two threads wait for each other longer than they compute: these tensors are tiny.
+torch.set_num_threads(1)
 
 # A shared machine is slow at times; that is no failure.
 settings.register_profile("lcguard", deadline=None)

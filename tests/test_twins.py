@@ -12,7 +12,7 @@ from lcguard.categories import CATEGORIES, DERIVABLE
 from lcguard.records import TokenRecord, TokenSpan
 from lcguard.training.dataset import with_policy
 from lcguard.training.twins import ValuePool, fixed_length_twin, forbidden_spans, neutral_twin
-from tests.conftest import World
+from tests.fixtures import World
 
 BANDS = {f.name: f.band for r in RECORD_TYPES for f in r.fields if f.band is not None}
 POLICIES = [(), ("person",), ("finance", "health"), CATEGORIES]
