@@ -65,7 +65,8 @@ class BaseAttack:
                     f"attack {cls.name!r} has no option {key!r}; it has: {', '.join(known)}"
                 )
         default = cls.Config()
-        return cls(replace(default, **{k: _value(cls, default, k, v) for k, v in (options or {}).items()}))
+        values = {k: _value(cls, default, k, v) for k, v in (options or {}).items()}
+        return cls(replace(default, **values))
 
     def options(self) -> dict[str, Any]:
         return asdict(self.config)

@@ -107,7 +107,7 @@ class DecoderAttack(BaseAttack):
             self.steps_done = step + 1
             if n_check and step and step % c.check_every == 0:
                 self.held_back = self.exact_rate(check)
-                if self.held_back >= float(c.stop_at or 1):
+                if c.stop_at is not None and self.held_back >= c.stop_at:
                     break
         self.network.eval()
         return self

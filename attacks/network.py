@@ -1,7 +1,7 @@
 """The decoder attack's network: reads a whole segment, writes secrets token by token.
 
-Reader: standardised KV of all layers -> linear -> which token each position holds (``tokens``), then
-bidirectional blocks -> what it belongs to (``states``). Writer: (field, previous tokens) -> causal
+Reader: standardised KV of all layers -> linear -> which token each position holds (``tokens``),
+then bidirectional blocks -> what it belongs to (``states``). Writer: (field, previous tokens) -> causal
 self-attention -> attention over the states; a pointer fetches the token that stands where it looks.
 One head turns fetched and read-off tokens into words of the vocabulary, so a single good inversion
 of single tokens is enough to quote a secret.
@@ -80,6 +80,8 @@ class Writer(nn.Module):
         tokens before, starting with the start token.
         """
         x = _causal(self.causal, self.token(prefix) + self.field(field)[:, None])
+        if not len(rows):  # a batch in which nothing is secret
+            return x
         # all secrets of a record side by side: its states are attended to once, not copied per
         # secret
         slot = _slots(rows)

@@ -18,7 +18,11 @@ GUARDS: dict[str, dict[str, Any]] = {
 }
 
 ATTACKS: dict[str, dict[str, Any]] = {
-    "decoder": {"width": 64, "fit": {"steps": 260, "batch": 32, "lr": 3e-3, "warmup": 10}},
+    "decoder": {
+        "width": 32,
+        "max_tokens": 8,
+        "fit": {"steps": 200, "batch": 48, "lr": 6e-3, "warmup": 10},
+    },
     "probe": {"width": 96, "fit": {"steps": 200, "batch": 512, "lr": 3e-3, "warmup": 10}},
     "injection": {"max_tokens": 8},
 }

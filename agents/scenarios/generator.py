@@ -34,7 +34,8 @@ class GeneratorConfig:
 
 
 def _generic(rng: random.Random, split: str) -> FieldType:
-    label = f"{pick(rng, 'word', split)} {rng.choice(('code', 'entry', 'item', 'reference', 'remark'))}"
+    word = pick(rng, "word", split)
+    label = f"{word} {rng.choice(('code', 'entry', 'item', 'reference', 'remark'))}"
     return FieldType(label.replace(" ", "_"), None, anything, (label,))
 
 
@@ -78,7 +79,8 @@ def write_record(
         before, after = phrasing.sentence(rng, rng.choice(field.labels), kind.noun)
         text += before if not text or text.endswith("\n") else " " + before
         band = field.band(value) if field.band else None
-        spans.append(Span(len(text), len(text) + len(value), field.name, field.category, value, band))
+        end = len(text) + len(value)
+        spans.append(Span(len(text), end, field.name, field.category, value, band))
         text += value + after
         label = rng.choice(field.labels)
         asked = phrasing.question(rng, label, kind.noun)

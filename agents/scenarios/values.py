@@ -1,9 +1,9 @@
 """Samplers of field values: Faker's name lists, checksum-valid identifiers from python-stdnum.
 
 Every sampler takes a ``random.Random`` and a split. Open vocabularies (names, companies, streets)
-are cut in two: a record of the split ``test`` uses only entries that no ``train`` record ever has. The
-split ``coined`` is ``train`` with half of the open words spliced from two others: with so many names
-an agent has to copy what it reads instead of recognising it.
+are cut in two: a record of the split ``test`` uses only entries that no ``train`` record ever has.
+The split ``coined`` is ``train`` with half of the open words spliced from two others: with so many
+names an agent has to copy what it reads instead of recognising it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def ssn(rng: random.Random, split: str) -> str:
 
 
 def address(rng: random.Random, split: str) -> str:
-    street = f"{rng.randint(1, 9999)} {pick(rng, 'last', split)} {pick(rng, 'street_suffix', split)}"
+    number, name = rng.randint(1, 9999), pick(rng, "last", split)
+    street = f"{number} {name} {pick(rng, 'street_suffix', split)}"
     if rng.random() < 0.3:
         street += f" Apt. {rng.randint(1, 999)}"
     city = f"{pick(rng, 'last', split)}{pick(rng, 'city_suffix', split)}"

@@ -38,6 +38,11 @@ class Rewrite(NamedTuple):
     """``[B, T, L, 2, H * D]``: what the noise is added to; the certificate's m(.)."""
     withheld: Tensor
     """``[B, T]`` in 0..1."""
+    gates: Tensor | None = None
+    """Logits ``[B, T, L, 2]`` of withholding an entry, for guards that decide by entry."""
+    by_category: Tensor | None = None
+    """The same for every category on its own, forbidden or not: ``[B, T, C, 2, L, 2]``, first
+    hiding the value, then hiding all but what is derived from it."""
 
 
 class GuardModule(nn.Module):

@@ -48,20 +48,25 @@ class Block(nn.Module):
 
 
 class ContextNetwork(nn.Module):
-    """``z [B, T, L, 2, H * D]`` and a policy vector ``[B, 2C]`` to hidden states ``[B, T, d]``."""
+    """``z [B, T, L, 2, H * D]`` and a policy vector ``[B, 2C]`` to hidden states ``[B, T, d]``.
+
+    ``n_categories`` 0 makes a network that does not read the policy.
+    """
 
     def __init__(self, shape: KVShape, n_categories: int, width: int, blocks: int) -> None:
         super().__init__()
         if width % 32:
             raise ValueError(f"width {width} must be a multiple of 32, the size of a head")
         self.read = nn.Linear(shape.channels, width)
-        self.policy = nn.Linear(2 * n_categories, width)
+        self.policy = nn.Linear(2 * n_categories, width) if n_categories else None
         self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, z: Tensor, valid: Tensor, policy: Tensor) -> Tensor:
+    def forward(self, z: Tensor, valid: Tensor, policy: Tensor | None = None) -> Tensor:
         flat = z.flatten(2)
-        x = self.read(F.layer_norm(flat, flat.shape[-1:])) + self.policy(policy.to(z.device))[:, None]
+        x = self.read(F.layer_norm(flat, flat.shape[-1:]))
+        if self.policy is not None and policy is not None:
+            x = x + self.policy(policy.to(z.device))[:, None]
         for block in self.blocks:
             x = block(x, valid)
         return self.norm(x)  # type: ignore[no-any-return]

@@ -127,9 +127,7 @@ class FrozenGuard:
             state = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
             save_file(state, part / WEIGHTS)
             card = self.card.model_copy(
-                update={
-                    "weights_sha256": hashlib.sha256((part / WEIGHTS).read_bytes()).hexdigest()
-                }
+                update={"weights_sha256": hashlib.sha256((part / WEIGHTS).read_bytes()).hexdigest()}
             )
             (part / CARD).write_text(card.model_dump_json(indent=1) + "\n")
             part.chmod(0o755)

@@ -1,10 +1,12 @@
 """The counterfactual gate: keep an entry, or replace it by a learned constant.
 
-A context network reads the segment and the forbidden categories and emits a gate per (token,
-layer, K or V). A closed gate (g = 1) replaces the standardised entry by a word of a small learned
-codebook; an open one lets it pass; fixed Gaussian noise lies on both:
+A context network reads the segment and emits one gate per (category, token, layer, K or V). Those
+of the forbidden categories are joined, so any subset of categories is a policy and one that forbids
+nothing changes nothing. A closed gate (g = 1) replaces the standardised entry by a word of a small
+learned codebook; an open one lets it pass; fixed Gaussian noise lies on both:
 
-    z' = (1 - g) z + g sum_w p_w c_w + sigma n,    g = clamp(1.2 sigmoid(logit) - 0.1, 0, 1).
+    z' = (1 - g) z + g sum_w p_w c_w + sigma n,
+    g = clamp(1.2 sigmoid(logsumexp over forbidden categories) - 0.1, 0, 1).
 
 Word 0 is the constant. The other words carry *derived* values that the policy allows (a band
 without the amount); they are unreachable unless the policy derives a forbidden category.
@@ -21,6 +23,10 @@ from torch import Tensor, nn
 from lcguard.guards.base import GuardModule, KVShape, Rewrite, register
 from lcguard.guards.context import ContextNetwork
 from lcguard.protocols import Mask
+
+
+NEVER = -30.0
+"""Logit of a gate that the policy does not ask for; finite, or its gradient would be NaN."""
 
 
 def hard_clamp(x: Tensor) -> Tensor:
@@ -42,8 +48,8 @@ class GateGuard(GuardModule):
         blocks: int = 2
         words: int = 4
         """Codebook size: word 0 and the words for derived values."""
-        start_bias: float = -2.0
-        """Initial gate logit: starts at keep."""
+        start_bias: float = -4.0
+        """Initial logit of each category's gate: starts at keep."""
 
     def __init__(self, shape: KVShape, n_categories: int, config: Config | None = None) -> None:
         super().__init__(shape, n_categories, config)
@@ -51,11 +57,12 @@ class GateGuard(GuardModule):
         if c.words < 1:
             raise ValueError(f"words {c.words} must be at least 1: word 0 is the constant")
         channels = shape.kv_heads * shape.head_dim
-        self.context = ContextNetwork(shape, n_categories, c.width, c.blocks)
-        self.gate = nn.Linear(c.width, shape.layers * 2)
-        nn.init.zeros_(self.gate.weight)
+        self.context = ContextNetwork(shape, 0, c.width, c.blocks)
+        # every category has a gate to hide its values and one to hide all but the derived value
+        self.gate = nn.Linear(c.width, n_categories * 2 * shape.layers * 2)
+        nn.init.normal_(self.gate.weight, std=0.02)
         nn.init.constant_(self.gate.bias, c.start_bias)
-        self.word = nn.Linear(c.width, c.words)
+        self.word = nn.Linear(c.width, n_categories * c.words)
         self.codebook = nn.Parameter(torch.randn(c.words, shape.layers, 2, channels) * 0.02)
 
     @torch.no_grad()
@@ -64,14 +71,26 @@ class GateGuard(GuardModule):
         self.codebook.copy_(words)
 
     def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
-        hidden = self.context(z, valid, mask.vector())
-        logit = self.gate(hidden).unflatten(-1, (self.shape.layers, 2))
+        hidden = self.context(z, valid)
+        own = self.gate(hidden).unflatten(-1, (self.n_categories, 2, self.shape.layers, 2))
+        forbid, derive = (
+            m.to(z.device)[:, None, :, None, None] for m in (mask.forbid, mask.derive)
+        )
+        asked = torch.where(derive, own[:, :, :, 1], own[:, :, :, 0])
+        asked = asked.masked_fill(~forbid, NEVER)  # [B, T, C, L, 2]
+        logit = asked.logsumexp(2)
         g = hard_clamp(1.2 * logit.sigmoid() - 0.1)[..., None]
-        p = self.word(hidden).softmax(-1)
-        derives = (mask.forbid & mask.derive).any(-1)[:, None, None].to(z.device)
-        first = torch.zeros_like(p)
-        first[..., 0] = 1.0
-        p = torch.where(derives, p, first)
+        p = self._words(hidden, asked, mask)
         constant = torch.einsum("btw,wlkc->btlkc", p, self.codebook)
         mean = (1 - g) * z + g * constant
-        return Rewrite(mean, g.mean((2, 3, 4)) * valid)
+        return Rewrite(mean, g.mean((2, 3, 4)) * valid, logit, own)
+
+    def _words(self, hidden: Tensor, asked: Tensor, mask: Mask) -> Tensor:
+        """``[B, T, W]``: word 0, or a mixture where the entry belongs to a derived category."""
+        p = self.word(hidden).unflatten(-1, (self.n_categories, -1)).softmax(-1)
+        first = torch.zeros_like(p)
+        first[..., 0] = 1.0
+        derives = (mask.forbid & mask.derive).to(p.device)[:, None, :, None]
+        belongs = asked.mean((3, 4)).softmax(-1)[..., None]
+        # word 0 to the last bit where nothing is derived: a sum of shares would be 1 only nearly
+        return first[:, :, 0] + ((p - first) * derives * belongs).sum(2)

@@ -62,6 +62,14 @@ class TrainConfig:
     """Weight of log1p(pair leak in nats)."""
     twin_weight: float = 0.0
     """Weight of the mean squared distance to the twin's KV."""
+    label_steps: int = 0
+    """First so many steps teach a gate where the values of each category stand, from the spans
+    alone: cheap, and the counterfactuals then only have to say what else to withhold."""
+    label_weight: float = 0.0
+    """Weight of the spans' labels in the steps after that."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: the hidden matrices by Muon, the rest by AdamW."""
+    muon_lr: float = 0.02
     gate_weight: float = 0.05
     """Weight of the mean withheld share, for guards that withhold."""
     leak_ramp: int = 60

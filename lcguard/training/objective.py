@@ -123,13 +123,17 @@ def guard_losses(
     """
     guarded, out = module(data.raw, data.mask, generator)
     guard: GuardModule = getattr(module, "module", module)
-    ramp = min(1.0, (step + 1) / max(1, config.leak_ramp))
+    ramp = min(1.0, (step + 1 - config.label_steps) / max(1, config.leak_ramp))
     total, metrics = receiver_loss(guarded, data, source, config)
     if data.pair is not None:
         other = guard.rewrite(guard.standardise(data.pair), data.pair.valid, data.mask)
         leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, guard.config.noise)
         hidden = data.mask.forbid.any(1)
         total = total + ramp * config.pair_weight * torch.log1p(leak).mean()
+        if config.label_weight and out.by_category is not None:
+            labels = closing_loss(out.by_category, data.records)
+            total = total + config.label_weight * labels
+            metrics["label_nats"] = float(labels.detach())
         metrics["pair_nats"] = float(leak.detach()[hidden].mean()) if bool(hidden.any()) else 0.0
     if data.twin is not None:
         gap = (out.mean - guard.standardise(data.twin)).square().mean((2, 3, 4))
@@ -141,6 +145,42 @@ def guard_losses(
         total = total + config.gate_weight * share
     metrics["withheld"] = float(share.detach())
     return Losses(total, metrics, guarded)
+
+
+def value_labels(records: Sequence[TokenRecord], like: Tensor) -> Tensor:
+    """``[B, T, C]``: one where a token belongs to a value of the category."""
+    value = torch.zeros(like.shape[:3], device=like.device)
+    for i, record in enumerate(records):
+        for span in record.spans:
+            if span.category is not None:
+                value[i, span.start : span.end, CATEGORIES.index(span.category)] = 1.0
+    return value
+
+
+def label_loss(module: GuardModule, records: Sequence[TokenRecord], raw: KVBatch) -> Tensor:
+    """Cross-entropy in nats a token: each category's gates close on its values, and there alone.
+
+    Raises ``ValueError`` for a guard without gates.
+    """
+    everything = torch.ones(len(records), module.n_categories, dtype=torch.bool)
+    out = module.rewrite(module.standardise(raw), raw.valid, Mask(everything, ~everything))
+    if out.by_category is None:
+        raise ValueError(f"guard {module.name!r} has no gates to label; set label_steps to 0")
+    own = out.by_category.flatten(3)[raw.valid]
+    value = value_labels(records, out.by_category)[raw.valid][..., None].expand_as(own)
+    loss = F.binary_cross_entropy_with_logits(own, value, reduction="none")
+    return loss.mean(-1).sum(-1).mean()
+
+
+def closing_loss(by_category: Tensor, records: Sequence[TokenRecord]) -> Tensor:
+    """Cross-entropy in nats of closing each category's gates on its own values.
+
+    What else they close on, what follows a value, is for the pair leak to say.
+    """
+    inside = value_labels(records, by_category).bool()
+    if not bool(inside.any()):
+        return by_category.sum() * 0.0
+    return F.softplus(-by_category[:, :, :, 0][inside]).mean()
 
 
 def receiver_loss(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.progress import Progress, TextColumn
-from torch import nn
+from torch import Tensor, nn
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
@@ -31,7 +31,7 @@ from lcguard.training.adversary import AdversaryFactory, Ensemble, pairs_of
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import Special, attack_data, with_policy
-from lcguard.training.objective import guard_losses, step_data
+from lcguard.training.objective import guard_losses, label_loss, step_data
 from lcguard.training.twins import ValuePool
 
 
@@ -71,8 +71,13 @@ def prepare(
 
 
 def train_guard(
-    config: TrainConfig, records: Sequence[TokenRecord], source: ModelSource, special: Special,
-    out: Path, factory: AdversaryFactory | None = None, progress: bool | None = None,
+    config: TrainConfig,
+    records: Sequence[TokenRecord],
+    source: ModelSource,
+    special: Special,
+    out: Path,
+    factory: AdversaryFactory | None = None,
+    progress: bool | None = None,
 ) -> Run:
     """Trains on ``records`` and returns the frozen guard.
 
@@ -90,7 +95,7 @@ def train_guard(
     module.to(source.device)
     pairs = prepare(module, records, source, special)
     ensemble = Ensemble(config.adversary, factory or _no_adversary, pairs, config.seed)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=0.01)
+    optimizers = make_optimizers(module, config)
     state = out / "checkpoint.safetensors"
     first, spent = 0, 0.0
     if state.exists():
@@ -100,17 +105,16 @@ def train_guard(
                 f"{state} belongs to another configuration; delete it or use another out"
             )
         meta = load_checkpoint(state, {"guard": module, **ensemble.modules()},
-                               [optimizer, *ensemble.optimizers])  # fmt: skip
+                               [*optimizers, *ensemble.optimizers])  # fmt: skip
         first, spent = meta["step"], meta["seconds"]
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
     pool, rank = ValuePool(records), accelerator.process_index
     metrics = _kept_metrics(out / "metrics.jsonl", first)
     started = time.monotonic() - spent
     with _bar(progress, accelerator.is_main_process) as bar:
         task = bar.add_task(f"train {config.guard}", total=config.steps, completed=first, note="")
         for step in range(first, config.steps):
-            row = _step(config, step, rank, records, pool, source, special, module, wrapped,
-                        optimizer, ensemble, accelerator)  # fmt: skip
+            row = _step(config, step, rank, records, pool, source, special, module,
+                        optimizers, ensemble, accelerator)  # fmt: skip
             metrics.append({"step": step, **row})
             bar.update(task, advance=1, note=_note(row))
             if accelerator.is_main_process and (
@@ -119,7 +123,7 @@ def train_guard(
                 _write_metrics(out / "metrics.jsonl", metrics)
                 save_checkpoint(
                     state, {"guard": module, **ensemble.modules()},
-                    [getattr(optimizer, "optimizer", optimizer), *ensemble.optimizers],
+                    [*optimizers, *ensemble.optimizers],
                     {"step": step + 1, "seconds": time.monotonic() - started,
                      "config": asdict(config)},
                 )  # fmt: skip
@@ -128,31 +132,66 @@ def train_guard(
 
 def _step(
     config: TrainConfig, step: int, rank: int, records: Sequence[TokenRecord], pool: ValuePool,
-    source: ModelSource, special: Special, module: GuardModule, wrapped: nn.Module,
-    optimizer: Any, ensemble: Ensemble, accelerator: Accelerator,
+    source: ModelSource, special: Special, module: GuardModule,
+    optimizers: Sequence[torch.optim.Optimizer], ensemble: Ensemble, accelerator: Accelerator,
 ) -> dict[str, float]:  # fmt: skip
     rng = random.Random(f"{config.seed}/{step}/{rank}")
     generator = torch.Generator().manual_seed(rng.getrandbits(48))
-    data = step_data(rng, records, pool, source, config, special.neutral_id)
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * _rate(step, config)
     module.train()
-    losses = guard_losses(wrapped, data, source, config, generator, step)
+    if step < config.label_steps:
+        chosen = rng.sample(list(records), min(config.batch, len(records)))
+        raw = source.prefill([r.ids for r in chosen], batch=len(chosen))
+        labels = label_loss(module, chosen, raw)
+        _descend(labels, module, optimizers, step, config, accelerator)
+        return {"loss": float(labels.detach())}
+    data = step_data(rng, records, pool, source, config, special.neutral_id)
+    losses = guard_losses(module, data, source, config, generator, step)
     total = losses.total
     if ensemble.members:
         total = total + ensemble.guard_term(pairs_of(data.records, losses.guarded, special))
-    if not math.isfinite(float(total.detach())):
-        raise ValueError(f"loss is {float(total.detach())} at step {step}; lower lr={config.lr}")
-    optimizer.zero_grad(set_to_none=True)
-    accelerator.backward(total)
-    accelerator.clip_grad_norm_(module.parameters(), 1.0)
-    optimizer.step()
+    _descend(total, module, optimizers, step, config, accelerator)
     row = {"loss": float(total.detach()), **losses.metrics}
     if ensemble.members:
         kv = losses.guarded
         stale = type(kv)(kv.keys.detach(), kv.values.detach(), kv.valid)
         row |= ensemble.learn(pairs_of(data.records, stale, special), step)
     return row
+
+
+def make_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the context network's matrices and AdamW for the rest."""
+    named = list(module.named_parameters())
+    matrices = [
+        p for n, p in named
+        if config.optimizer == "muon" and p.ndim == 2 and n.startswith("context.")
+    ]  # fmt: skip
+    rest = [p for _, p in named if not any(p is m for m in matrices)]
+    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.01)]
+    if matrices:
+        out.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.01))
+    return out
+
+
+def _descend(
+    loss: Tensor, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int,
+    config: TrainConfig, accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """One step. Gradients are averaged over processes by hand: the guard is small, and its passes
+    (raw, pair, labels) do not all go through one forward, which a wrapper would expect."""
+    if not math.isfinite(float(loss.detach())):
+        raise ValueError(f"loss is {float(loss.detach())} at step {step}; lower lr={config.lr}")
+    for optimizer, base in zip(optimizers, (config.lr, config.muon_lr), strict=False):
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = base * _rate(step, config)
+    accelerator.backward(loss)
+    if accelerator.num_processes > 1:
+        for p in module.parameters():
+            if p.grad is not None:
+                p.grad = accelerator.reduce(p.grad, "mean")
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def _rate(step: int, config: TrainConfig) -> float:
