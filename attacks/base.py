@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from lcguard.protocols import AttackData, Guess
 
@@ -24,6 +24,8 @@ class FitConfig:
 
     steps: int = 300
     lr: float = 2e-3
+    muon_lr: float = 0.02
+    """Of the hidden matrices, for attacks that learn them by Muon."""
     batch: int = 48
     warmup: int = 30
     check_every: int = 50
@@ -56,7 +58,7 @@ class BaseAttack:
         self.config: Any = config if config is not None else self.Config()
 
     @classmethod
-    def build(cls, options: dict[str, Any] | None = None) -> BaseAttack:
+    def build(cls, options: dict[str, Any] | None = None) -> Self:
         """From plain options. Raises ``ValueError`` naming an unknown one and the known ones."""
         known = [f.name for f in fields(cls.Config)]
         for key in options or {}:

@@ -23,6 +23,9 @@ from lcguard.protocols import AttackData, Guess
 from lcguard.records import IGNORE, pad
 
 
+_VOCABULARY = ("head", "writer.token", "writer.field")
+
+
 class Targets(NamedTuple):
     """The secrets of some records, flattened to N."""
 
@@ -93,7 +96,7 @@ class DecoderAttack(BaseAttack):
         rng.shuffle(order)
         n_check = min(96, len(order) // 5) if c.stop_at is not None else 0
         check, order = pairs.subset(order[:n_check]), order[n_check:]
-        optimizer = self.optimizer()
+        optimizers = self.optimizers()
         at = len(order)
         for step in range(c.steps):
             if at + c.batch > len(order):
@@ -101,9 +104,10 @@ class DecoderAttack(BaseAttack):
                 at = 0
             batch = pairs.subset(order[at : at + c.batch])
             at += c.batch
-            for group in optimizer.param_groups:
-                group["lr"] = c.lr * c.rate(step)
-            self.update(batch, optimizer)
+            for optimizer, base in zip(optimizers, (c.lr, c.muon_lr), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = base * c.rate(step)
+            self.update(batch, optimizers)
             self.steps_done = step + 1
             if n_check and step and step % c.check_every == 0:
                 self.held_back = self.exact_rate(check)
@@ -112,18 +116,27 @@ class DecoderAttack(BaseAttack):
         self.network.eval()
         return self
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.network.parameters(), lr=self.config.fit.lr,
-                                 weight_decay=0.01)  # fmt: skip
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the hidden matrices, AdamW for the rest: a fraction of AdamW's steps alone."""
+        named = list(self.network.named_parameters())
+        hidden = [p for n, p in named if p.ndim == 2 and not n.startswith(_VOCABULARY)]
+        rest = [p for n, p in named if p.ndim != 2 or n.startswith(_VOCABULARY)]
+        c = self.config.fit
+        return [
+            torch.optim.AdamW(rest, lr=c.lr, weight_decay=0.01),
+            torch.optim.Muon(hidden, lr=c.muon_lr, weight_decay=0.01),
+        ]
 
-    def update(self, batch: AttackData, optimizer: torch.optim.Optimizer) -> float:
+    def update(self, batch: AttackData, optimizers: Sequence[torch.optim.Optimizer]) -> float:
         """One step on already guarded pairs; returns the loss in nats."""
         self.network.train()
         loss = self.loss(batch)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         return float(loss.detach())
 
     def loss(self, batch: AttackData, *, auxiliary: bool = True) -> Tensor:
@@ -131,7 +144,7 @@ class DecoderAttack(BaseAttack):
         kv = batch.kv.trim()
         read = self.network.reader(kv.features().float(), kv.valid)
         targets = self.targets(batch)
-        out = read.tokens.sum() * 0.0
+        out: Tensor = read.tokens.sum() * 0.0
         if len(targets.rows):
             due = targets.labels != IGNORE
             logits = self.network.head(self._write(read, kv.valid, targets)[due])
@@ -151,9 +164,7 @@ class DecoderAttack(BaseAttack):
 
     def _write(self, read: Read, valid: Tensor, targets: Targets) -> Tensor:
         """What the head turns into the next token, ``[N, K, d]``."""
-        out: Tensor = self.network.writer(
-            read, targets.rows, valid, targets.fields, targets.prefix
-        )
+        out: Tensor = self.network.writer(read, targets.rows, valid, targets.fields, targets.prefix)
         return out
 
     def log_probs(self, batch: AttackData) -> tuple[Tensor, Tensor, Tensor]:

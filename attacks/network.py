@@ -1,10 +1,10 @@
 """The decoder attack's network: reads a whole segment, writes secrets token by token.
 
 Reader: standardised KV of all layers -> linear -> which token each position holds (``tokens``),
-then bidirectional blocks -> what it belongs to (``states``). Writer: (field, previous tokens) -> causal
-self-attention -> attention over the states; a pointer fetches the token that stands where it looks.
-One head turns fetched and read-off tokens into words of the vocabulary, so a single good inversion
-of single tokens is enough to quote a secret.
+then bidirectional blocks -> what it belongs to (``states``). Writer: (field, previous tokens) ->
+causal self-attention -> attention over the states; a pointer fetches the token that stands where it
+looks. One head turns fetched and read-off tokens into words of the vocabulary, so a single good
+inversion of single tokens is enough to quote a secret.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Writer(nn.Module):
         score = self.point_q(x) @ self.point_k(read.states).transpose(1, 2) * x.shape[-1] ** -0.5
         point = score.masked_fill(~valid[:, None], -torch.inf).softmax(-1)
         out: Tensor = point @ read.tokens + self.own(x)
-        return out.unflatten(1, (-1, steps))[rows, slot]
+        picked: Tensor = out.unflatten(1, (-1, steps))[rows, slot]
+        return picked
 
 
 def _slots(rows: Tensor) -> Tensor:

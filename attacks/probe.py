@@ -42,9 +42,12 @@ class ProbeAttack(BaseAttack):
             raise ValueError("no secret position in the training pairs: nothing to probe")
         center, scale = x.mean(0), x.std(0).clamp_min(1e-4)
         c = self.config
-        norm = _Standardise(center, scale)
-        self.net = nn.Sequential(norm, nn.Linear(x.shape[1], c.width), nn.GELU(),
-                                 nn.Linear(c.width, int(pairs.meta["vocab"]))).to(x.device)  # fmt: skip
+        self.net = nn.Sequential(
+            _Standardise(center, scale),
+            nn.Linear(x.shape[1], c.width),
+            nn.GELU(),
+            nn.Linear(c.width, int(pairs.meta["vocab"])),
+        ).to(x.device)
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=c.fit.lr)
         rng = torch.Generator().manual_seed(seed)
         inside, outside = secret.nonzero()[:, 0], (~secret).nonzero()[:, 0]

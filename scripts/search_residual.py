@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
-from lcguard.attacks.base import BaseAttack, FitConfig
+from lcguard.attacks.base import FitConfig
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.attacks.probe import ProbeAttack
 from lcguard.categories import CATEGORIES
@@ -34,15 +34,14 @@ from lcguard.training.dataset import attack_data, guard_all, with_policy
 from lcguard.training.trainer import Run, train_guard
 
 GRID: tuple[dict[str, Any], ...] = (
-    {"bottleneck": 24, "beta": 0.1, "steps": 200, "lag": 1, "objective": "ce"},
-    {"bottleneck": 24, "beta": 0.3, "steps": 200, "lag": 1, "objective": "ce"},
-    {"bottleneck": 24, "beta": 1.0, "steps": 200, "lag": 1, "objective": "ce"},
-    {"bottleneck": 24, "beta": 0.3, "steps": 200, "lag": 4, "objective": "ce"},
-    {"bottleneck": 8, "beta": 0.3, "steps": 200, "lag": 1, "objective": "ce"},
-    {"bottleneck": 64, "beta": 0.3, "steps": 200, "lag": 1, "objective": "ce"},
-    {"bottleneck": 64, "beta": 0.3, "steps": 400, "lag": 1, "objective": "ce"},
-    {"bottleneck": 64, "beta": 1.0, "steps": 200, "lag": 1, "objective": "kl_prior"},
+    {"bottleneck": 24, "beta": 0.3, "steps": 120, "lag": 1, "objective": "ce"},
+    {"bottleneck": 24, "beta": 1.0, "steps": 120, "lag": 1, "objective": "ce"},
+    {"bottleneck": 8, "beta": 0.3, "steps": 120, "lag": 1, "objective": "ce"},
+    {"bottleneck": 64, "beta": 0.3, "steps": 240, "lag": 4, "objective": "ce"},
+    {"bottleneck": 64, "beta": 3.0, "steps": 120, "lag": 1, "objective": "ce"},
+    {"bottleneck": 64, "beta": 1.0, "steps": 120, "lag": 1, "objective": "kl_prior"},
 )
+BROKEN = 0.9
 
 
 def judge(done: Run, backend: HFBackend, data: DataConfig) -> dict[str, float]:
@@ -56,11 +55,11 @@ def judge(done: Run, backend: HFBackend, data: DataConfig) -> dict[str, float]:
         raw = backend.source.prefill([r.ids for r in records])
         kv = guard_all(done.guard, records, raw, backend.source, backend.special, seed=i)
         pairs.append(attack_data(records, kv, backend.special))
-    attacks: dict[str, BaseAttack] = {
-        "probe": ProbeAttack(),
-        "decoder": DecoderAttack(DecoderAttack.Config(fit=FitConfig(steps=300, stop_at=0.95))),
-    }
-    return {name: recovered(a.fit(pairs[0]), pairs[1]) for name, a in attacks.items()}
+    found = {"probe": recovered(ProbeAttack().fit(pairs[0]), pairs[1])}
+    if found["probe"] < BROKEN:  # else the cheap attack has answered the question
+        decoder = DecoderAttack(DecoderAttack.Config(fit=FitConfig(steps=300, stop_at=0.95)))
+        found["decoder"] = recovered(decoder.fit(pairs[0]), pairs[1])
+    return found
 
 
 def one(

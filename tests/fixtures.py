@@ -42,8 +42,9 @@ def tiny_model(kind: str, **changes: Any) -> Any:
     """Two layers, H = 2 KV heads, D = 16, random weights, float32."""
     options: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3,
-        "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "attn_implementation": "eager",
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+        "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+        "attn_implementation": "eager",
     }  # fmt: skip
     config = CONFIG_MAPPING[kind](**(options | KINDS[kind] | changes))
     torch.manual_seed(0)
@@ -94,7 +95,7 @@ class World:
     """Records that nothing was fitted on."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids))
+        return str(self.tokenizer.decode(list(ids)))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "decoder": {
         "width": 32,
         "max_tokens": 8,
-        "fit": {"steps": 200, "batch": 48, "lr": 6e-3, "warmup": 10},
+        "token_every": 1,
+        "fit": {"steps": 200, "batch": 48, "lr": 8e-3, "warmup": 10},
     },
     "probe": {"width": 96, "fit": {"steps": 200, "batch": 512, "lr": 3e-3, "warmup": 10}},
     "injection": {"max_tokens": 8},

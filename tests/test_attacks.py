@@ -233,9 +233,7 @@ def test_longer_and_shorter_segments_than_the_context(pairs: AttackData) -> None
     batch = pairs.subset(range(8))
     for ids in (batch.context_ids[:, :6], torch.nn.functional.pad(batch.context_ids, (0, 9))):
         assert torch.isfinite(attack.loss(replace(batch, context_ids=ids)))
-    assert ProbeAttack.build(few("probe")).fit(
-        replace(pairs, context_ids=pairs.context_ids[:, :6])
-    )
+    assert ProbeAttack.build(few("probe")).fit(replace(pairs, context_ids=pairs.context_ids[:, :6]))
 
 
 def test_subset_keeps_what_belongs_together(victims: AttackData) -> None:

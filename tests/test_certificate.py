@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.categories import CATEGORIES
-from lcguard.guards.base import GuardModule, KVShape, guard_class
+from lcguard.guards.base import GuardModule, KVShape, Rewrite, guard_class
+from lcguard.guards.gate import GateGuard
+from lcguard.guards.gaussian import GaussianGuard
 from lcguard.protocols import Mask
 from lcguard.records import TokenRecord, TokenSpan
 from lcguard.training.certificate import (
@@ -139,9 +141,7 @@ def test_a_guard_that_only_adds_noise_leaks_the_whole_difference(world: World) -
     held_out = [r for r in world.others if r.secrets()]
     for record in held_out:
         pair = pool.resample(rng, record, CATEGORIES)
-        first, second = (
-            module.standardise(world.source.prefill([c])) for c in (record.ids, pair)
-        )
+        first, second = (module.standardise(world.source.prefill([c])) for c in (record.ids, pair))
         total += float((first - second).square().sum() / (2 * 0.3**2))
     assert found.n_pairs == len(held_out)
     assert found.mean_nats == pytest.approx(total / len(held_out), rel=1e-3)
@@ -155,6 +155,7 @@ def test_a_guard_that_only_adds_noise_leaks_the_whole_difference(world: World) -
 
 def test_a_closed_gate_leaks_nothing(world: World) -> None:
     module = of(world, "gate", width=32, blocks=1).train()
+    assert isinstance(module, GateGuard)
     with torch.no_grad():
         module.gate.bias.fill_(20.0)
     records = world.records + world.others
@@ -187,14 +188,11 @@ def test_nothing_is_certified_without_noise_or_secrets(world: World) -> None:
 
 
 def test_a_broken_guard_is_not_certified(world: World) -> None:
-    class Broken(GuardModule):
-        name = "broken"
+    class Broken(GaussianGuard):
+        def rewrite(self, z: torch.Tensor, valid: torch.Tensor, mask: Mask) -> Rewrite:
+            return super().rewrite(z * math.nan, valid, mask)
 
-        def rewrite(self, z: torch.Tensor, valid: torch.Tensor, mask: Mask) -> object:
-            return guard_class("gaussian").rewrite(self, z * math.nan, valid, mask)  # type: ignore[arg-type]
-
-    module = Broken(KVShape(*world.source.shape), len(CATEGORIES),
-                    GuardModule.Config(noise=0.3))  # fmt: skip
+    module = Broken.build(KVShape(*world.source.shape), len(CATEGORIES), {})
     with pytest.raises(ValueError, match="not finite"):
         certify(module, world.others, world.source)
 

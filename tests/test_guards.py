@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lcguard.categories import CATEGORIES
 from lcguard.guards import frozen
 from lcguard.guards.base import GuardModule, KVShape, guard_class, names, register
 from lcguard.guards.frozen import CARD, WEIGHTS, FrozenGuard, GuardError
+from lcguard.guards.gate import GateGuard
 from lcguard.protocols import Guard, Guarded, KVBatch, Mask
 from tests.fixtures import forbid_all, random_kv
 from tests.matrix import GUARDS
@@ -81,8 +83,8 @@ class TestEveryGuard:
     def test_padding_changes_nothing(self, name: str) -> None:
         """A record alone and in a padded batch: the same mean, garbage in the padding or not."""
         module, kv = module_of(name).eval(), random_kv(LENGTHS)
-        dirty = KVBatch(*(t + 50.0 * ~kv.valid[:, None, None, :, None] for t in (kv.keys, kv.values)),
-                        kv.valid)  # fmt: skip
+        garbage = 50.0 * ~kv.valid[:, None, None, :, None]
+        dirty = KVBatch(kv.keys + garbage, kv.values - garbage, kv.valid)
         mask = forbid_all(len(kv))
         batch = module.rewrite(module.standardise(dirty), kv.valid, mask).mean
         for i, n in enumerate(LENGTHS):
@@ -110,12 +112,12 @@ class TestEveryGuard:
         assert [p.name for p in (tmp_path / "new").iterdir()] == ["guard"]
 
     def test_unknown_option_is_refused(self, name: str) -> None:
-        with pytest.raises(ValueError, match=f"guard '{name}' has no option 'colour'; it has: noise"):
+        with pytest.raises(ValueError, match=f"'{name}' has no option 'colour'; it has: noise"):
             guard_class(name).build(SHAPE, len(CATEGORIES), {"colour": 1})
 
     @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf")])
     def test_impossible_noise_is_refused(self, name: str, noise: float) -> None:
-        with pytest.raises(ValueError, match="noise .* must be a finite number"):
+        with pytest.raises(ValueError, match=r"noise .* must be a finite number"):
             guard_class(name).build(SHAPE, len(CATEGORIES), {**GUARDS[name], "noise": noise})
 
     def test_output_that_is_not_finite_is_refused(self, name: str) -> None:
@@ -146,7 +148,7 @@ class TestEveryGuard:
 def test_same_seed_other_weights_other_digest() -> None:
     a, b = guard_of("gate"), guard_of("gate")
     assert a.digest == b.digest
-    b.module.codebook.data[0, 0, 0, 0] += 1e-3
+    next(b.module.parameters()).data.flatten()[0] += 1e-3
     assert a.digest != b.digest
     assert a.digest != a.with_card(model_digest="e" * 64).digest
 
@@ -193,9 +195,11 @@ def test_gaussian_noise_has_the_size_it_says() -> None:
 
 
 class TestGate:
-    def forced(self, logit: float, **changes: Any) -> GuardModule:
-        module = module_of("gate", **changes)
+    def forced(self, logit: float) -> GateGuard:
+        """As it is made, but with every gate at this logit and words worth looking at."""
+        module = GateGuard.build(SHAPE, len(CATEGORIES), GUARDS["gate"])
         with torch.no_grad():
+            module.codebook.normal_()
             module.gate.weight.zero_()
             module.gate.bias.fill_(logit)
         return module.eval()
@@ -220,14 +224,33 @@ class TestGate:
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
         torch.testing.assert_close(module.standardise(out), z + 0.1 * noise, atol=1e-5, rtol=1e-4)
 
+    def test_a_policy_that_forbids_nothing_changes_nothing(self) -> None:
+        kv, forbidden = random_kv((6, 6)), forbid_all(2, derive=True)
+        nothing = Mask(torch.zeros_like(forbidden.forbid), forbidden.derive)
+        for module in (self.forced(20.0), module_of("gate").eval()):
+            assert torch.equal(self.mean(module, kv, nothing), module.standardise(kv))
+            assert not torch.allclose(self.mean(module, kv, forbidden), module.standardise(kv))
+        quiet = FrozenGuard(module_of("gate", noise=0.0))
+        torch.testing.assert_close(quiet(kv, nothing).kv.keys, kv.keys)
+
+    def test_forbidding_more_withholds_more(self) -> None:
+        module, kv = module_of("gate").eval(), random_kv((6,))
+        last = torch.zeros(6)
+        for n in range(len(CATEGORIES) + 1):
+            forbid = torch.arange(len(CATEGORIES))[None] < n
+            mask = Mask(forbid, torch.zeros_like(forbid))
+            out = module.rewrite(module.standardise(kv), kv.valid, mask)
+            withheld = out.withheld.detach()[0]
+            assert bool((withheld >= last - 1e-6).all())
+            last = withheld
+        assert float(last.mean()) > 0.5
+
     def test_words_need_a_derived_category(self) -> None:
         """Word 0 alone, unless a category is both forbidden and derived."""
         module, kv = self.forced(20.0), random_kv((6, 6))
         constant = module.codebook[0].expand(2, 6, -1, -1, -1).detach()
         forbidden, derived = forbid_all(2), forbid_all(2, derive=True)
-        only_derive = Mask(torch.zeros_like(forbidden.forbid), derived.derive)
-        for mask in (forbidden, only_derive):
-            assert torch.equal(self.mean(module, kv, mask), constant)
+        assert torch.equal(self.mean(module, kv, forbidden), constant)
         assert not torch.allclose(self.mean(module, kv, derived), constant, atol=1e-2)
         mixed = Mask(forbidden.forbid, torch.stack((forbidden.derive[0], derived.derive[0])))
         out = self.mean(module, kv, mixed)
@@ -236,12 +259,15 @@ class TestGate:
 
     def test_gradient_passes_the_clamp(self) -> None:
         """A gate that is shut or wide open can still move."""
-        for logit in (4.0, -4.0):
+        for logit in (8.0, -8.0):
             module = self.forced(logit).requires_grad_()
             kv = random_kv((6,))
-            out = module.rewrite(module.standardise(kv), kv.valid, forbid_all(1))
-            assert set(out.withheld.flatten().tolist()) == {float(logit > 0)}
-            out.withheld.sum().backward()
+            for derive in (False, True):
+                mask = forbid_all(1, derive=derive)
+                withheld = module.rewrite(module.standardise(kv), kv.valid, mask).withheld
+                assert set(withheld.flatten().tolist()) == {float(logit > 0)}
+                withheld.sum().backward()
+            assert module.gate.bias.grad is not None
             assert float(module.gate.bias.grad.abs().min()) > 0
 
     def test_learns_to_obey_the_mask(self) -> None:
@@ -275,7 +301,9 @@ class TestGate:
 
 
 def test_regress_approaches_its_target() -> None:
-    module = guard_class("regress").build(SHAPE, len(CATEGORIES), {**GUARDS["regress"], "noise": 0.0})
+    module = guard_class("regress").build(
+        SHAPE, len(CATEGORIES), {**GUARDS["regress"], "noise": 0.0}
+    )
     raw, twin = random_kv((6, 6)), random_kv((6, 6), seed=1)
     target = module.standardise(twin)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
@@ -358,7 +386,7 @@ def test_weights_that_match_the_card_but_not_the_guard_are_refused(folder: Path)
 
 def test_foreign_models_are_refused(folder: Path) -> None:
     assert FrozenGuard.from_pretrained(folder, model_digest="d" * 64, shape=SHAPE)
-    with pytest.raises(GuardError, match="was made for model weights dddddddddddd, this model has e"):
+    with pytest.raises(GuardError, match="model weights dddddddddddd, this model has eeeeeeeeeeee"):
         FrozenGuard.from_pretrained(folder, model_digest="e" * 64)
     with pytest.raises(GuardError, match=r"for KV shape \(2, 2, 8\), the model has \(2, 1, 8\)"):
         FrozenGuard.from_pretrained(folder, shape=(2, 1, 8))
@@ -375,17 +403,17 @@ def test_a_failed_save_leaves_the_old_guard(
     folder: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    calls = []
+    calls, real = [], os.replace
 
     def fail(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
         if step == "os.replace" and len(calls) != 2:  # the second one puts the new guard in place
-            return real(*args, **kwargs)
-        raise OSError("disk full")
+            real(*args, **kwargs)
+        else:
+            raise OSError("disk full")
 
     if step == "os.replace":
-        real = frozen.os.replace
-        monkeypatch.setattr(frozen.os, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
     else:
         monkeypatch.setattr(frozen, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):

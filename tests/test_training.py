@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES, DERIVABLE
 from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard, weights_digest
+from lcguard.guards.gate import GateGuard
 from lcguard.protocols import KVBatch
 from lcguard.records import masks
 from lcguard.training import checkpoint as checkpoint_module
@@ -58,13 +58,13 @@ CONFIGS = {
     ),
     "gate-all": TrainConfig(
         "gate", GUARDS["gate"], twin_weight=0.1, adversary=adversary(count=1, reset_every=2),
-        **SMALL,
+        label_steps=2, optimizer="muon", **SMALL,
     ),
 }  # fmt: skip
 
 
 def train(world: World, config: TrainConfig, out: Path) -> Run:
-    return train_guard(config, world.records, world.source, world.special, out, DecoderAttack.build,
+    return train_guard(config, world.records, world.source, world.special, out, make_adversary,
                        progress=False)  # fmt: skip
 
 
@@ -92,6 +92,10 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
             return self[name]
 
     return Runs()
+
+
+def make_adversary(options: dict[str, Any]) -> DecoderAttack:
+    return DecoderAttack.build(options)
 
 
 class Killed(Exception):
@@ -137,16 +141,16 @@ def test_sigkill_while_writing_a_checkpoint(
     expected = state_of(whole["gate"])
     child = os.fork()
     if child == 0:
-        real, calls = checkpoint_module.os.replace, []
+        real, calls = os.replace, []
 
         def die(*args: Any) -> None:
-            calls.append(args)
-            if len(calls) == 2:
+            calls.append(Path(args[0]).name)
+            if calls.count("checkpoint.part") == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(*args)
 
         try:
-            checkpoint_module.os.replace = die  # type: ignore[assignment]
+            os.replace = die  # type: ignore[assignment]
             train(world, CONFIGS["gate"], tmp_path)
         finally:
             os._exit(7)
@@ -156,9 +160,7 @@ def test_sigkill_while_writing_a_checkpoint(
     assert same(state_of(train(world, CONFIGS["gate"], tmp_path)), expected)
 
 
-def test_another_seed_is_another_guard(
-    world: World, whole: dict[str, Run], tmp_path: Path
-) -> None:
+def test_another_seed_is_another_guard(world: World, whole: dict[str, Run], tmp_path: Path) -> None:
     other = train(world, replace(CONFIGS["gate"], seed=1, steps=1), tmp_path)
     assert not same(state_of(other), state_of(whole["gate"]))
 
@@ -195,6 +197,8 @@ def test_impossible_configurations_are_refused(world: World, tmp_path: Path) -> 
         TrainConfig(steps=0)
     with pytest.raises(ValueError, match="without noise the pair leak is infinite"):
         train(world, TrainConfig("residual", GUARDS["residual"], **SMALL), tmp_path)
+    with pytest.raises(ValueError, match="'regress' has no gates to label; set label_steps to 0"):
+        train(world, replace(CONFIGS["regress"], label_steps=1), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(world: World, tmp_path: Path) -> None:
@@ -246,9 +250,30 @@ def test_regress_training_nears_the_twin(world: World, tmp_path: Path) -> None:
     assert sum(errors[-5:]) < 0.7 * sum(errors[:5])
 
 
+def test_labels_teach_each_gate_its_category(world: World, tmp_path: Path) -> None:
+    """Held out: values of a category are withheld where it is forbidden, and little else."""
+    config = TrainConfig("gate", GUARDS["gate"], steps=80, label_steps=80, batch=12, lr=1e-2,
+                         warmup=2, checkpoint_every=80)  # fmt: skip
+    run = train(world, config, tmp_path)
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
+    shares = {}
+    for forbid in (("person",), tuple(c for c in CATEGORIES if c != "person")):
+        records = with_policy(world.others, forbid)
+        raw = world.source.prefill([r.ids for r in records])
+        withheld = run.guard(raw, masks(records)).withheld
+        for own in (True, False):
+            at = [withheld[i, s.start : s.end] for i, r in enumerate(records) for s in r.spans
+                  if (s.category == "person") == own and s.category is not None]  # fmt: skip
+            shares[len(forbid) == 1, own] = float(torch.cat(at).mean())
+    # before, the two are alike
+    assert shares[True, True] > 2 * shares[True, False]
+    assert shares[False, False] > 1.5 * shares[False, True]
+
+
 def test_codebook_starts_at_placeholders(world: World) -> None:
     """Constants that the receiver reads as tokens, not as noise."""
     module = trainer.make_module(CONFIGS["gate"], world.source)
+    assert isinstance(module, GateGuard)
     random_words = module.codebook.detach().clone()
     trainer.prepare(module, world.records, world.source, world.special)
     fill = world.source.prefill([(world.special.neutral_id,) * 4])
@@ -262,20 +287,20 @@ def test_codebook_starts_at_placeholders(world: World) -> None:
 def ensemble(world: World, **changes: Any) -> Ensemble:
     records = world.records[:40]
     pairs = attack_data(records, world.source.prefill([r.ids for r in records]), world.special)
-    return Ensemble(adversary(**changes), DecoderAttack.build, pairs, seed=0)
+    return Ensemble(adversary(**changes), make_adversary, pairs, seed=0)
 
 
 def test_every_attacker_is_reset_in_turn(world: World) -> None:
     """Also where resets fall on steps that the lag leaves out."""
     team = ensemble(world, lag=2, reset_every=3)
     batch = team._pairs.subset(range(4))
-    nets = [id(m.network) for m in team.members]
+    nets = [m.network for m in team.members]
     fresh: list[int] = []
     for step in range(13):
         learned = team.learn(batch, step)
         assert bool(learned) == (step % 2 == 0)
-        now = [id(m.network) for m in team.members]
-        fresh += [i for i, (a, b) in enumerate(zip(nets, now, strict=True)) if a != b]
+        now = [m.network for m in team.members]
+        fresh += [i for i, (a, b) in enumerate(zip(nets, now, strict=True)) if a is not b]
         nets = now
     assert fresh == [1, 0, 1, 0]
 
@@ -361,10 +386,9 @@ def test_guard_all_redacts_with_the_right_twin(world: World, fixed: bool) -> Non
 
 def test_guard_all_is_the_guard_under_each_records_policy(world: World) -> None:
     records = [*with_policy(world.others[:3], ()), *with_policy(world.others[3:6], CATEGORIES)]
-    module = guard_class("gate").build(KVShape(*world.source.shape), len(CATEGORIES),
-                                       {**GUARDS["gate"], "noise": 0.0})  # fmt: skip
+    options = {**GUARDS["gate"], "noise": 0.0}
+    module = GateGuard.build(KVShape(*world.source.shape), len(CATEGORIES), options)
     with torch.no_grad():
-        module.context.policy.weight.normal_()
         module.gate.weight.normal_()
     guard = FrozenGuard(module)
     raw = world.source.prefill([r.ids for r in records])
@@ -411,14 +435,14 @@ def steps(module: Tied, optimizers: list[torch.optim.Optimizer], n: int) -> None
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Iterator[tuple[Path, Tied]]:
+def saved(tmp_path: Path) -> tuple[Path, Tied]:
     """A checkpoint after 3 steps, and the module as it is after 3 more."""
     path = tmp_path / "deep" / "checkpoint.safetensors"
     module, optimizers = make_tied(0)
     steps(module, optimizers, 3)
     save_checkpoint(path, {"tied": module}, optimizers, {"step": 3})
     steps(module, optimizers, 3)
-    yield path, module
+    return path, module
 
 
 def test_checkpoints_continue_exactly(saved: tuple[Path, Tied]) -> None:
@@ -442,14 +466,15 @@ def test_damaged_checkpoints_are_refused(saved: tuple[Path, Tied], keep: int) ->
     path, _ = saved
     path.write_bytes(path.read_bytes()[:keep])
     module, optimizers = make_tied(1)
-    with pytest.raises(ValueError, match="checkpoint.safetensors cannot be read") as error:
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors cannot be read") as error:
         load_checkpoint(path, {"tied": module}, optimizers)
     assert "\n" not in str(error.value)
 
 
 def test_foreign_checkpoints_are_refused(saved: tuple[Path, Tied]) -> None:
     path, _ = saved
-    for modules in ({"tied": nn.Linear(2, 2)}, {"other": make_tied(1)[0]}):
+    foreign: list[dict[str, nn.Module]] = [{"tied": nn.Linear(2, 2)}, {"other": make_tied(1)[0]}]
+    for modules in foreign:
         with pytest.raises(ValueError, match="does not fit module") as error:
             load_checkpoint(path, modules)
         assert "\n" not in str(error.value)

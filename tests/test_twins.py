@@ -133,8 +133,8 @@ def test_rare_lengths_still_get_a_counterfactual(world: World) -> None:
     contact = {t for r in world.records for s in r.spans if s.category == "contact"
                for t in r.ids[s.start : s.end]}  # fmt: skip
     ids = (*range(3), *range(600, 637), *range(3))
-    odd = TokenRecord("r", "s", "e", "t", "v", ids,
-                      (TokenSpan(3, 40, "phone", "contact", None, True),), (), CATEGORIES)  # fmt: skip
+    span = TokenSpan(3, 40, "phone", "contact", None, True)
+    odd = TokenRecord("r", "s", "e", "t", "v", ids, (span,), (), CATEGORIES)
     pair = ValuePool(world.records).resample(random.Random(0), odd, CATEGORIES)
     assert set(pair[3:40]) <= contact
     assert len(set(pair[3:40])) > 3

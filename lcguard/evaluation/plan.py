@@ -21,6 +21,8 @@ class GuardSpec:
     options: dict[str, Any] = field(default_factory=dict)
     fixed_length: bool = False
     """Redaction that also hides how long each value was."""
+    attacks: tuple[str, ...] = ()
+    """Names of the attacks that are run on it; empty: all."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class AttackSpec:
     options: dict[str, Any] = field(default_factory=dict)
     warm: bool = False
     """Start from the same attack fitted on clean KV."""
+    clean_fit: dict[str, Any] = field(default_factory=lambda: {"steps": 500})
+    """How that one is fitted."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,12 @@ class EvalConfig:
         for name in self.policy_attacks:
             if name not in known:
                 raise ValueError(f"policy_attacks: {name!r} is not one of attacks: {known}")
+        for guard in self.guards:
+            for name in guard.attacks:
+                if name not in known:
+                    raise ValueError(
+                        f"guard {guard.name!r}: {name!r} is not one of attacks: {known}"
+                    )
         if self.policies and self.policy_guard not in [g.name for g in self.guards]:
             raise ValueError(f"policy_guard {self.policy_guard!r} is not one of guards")
         if not self.seeds:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
+from lcguard.evaluation.parallel import side_by_side
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec, PolicySpec
 from lcguard.evaluation.statistics import mean_over_categories
 from lcguard.guards.frozen import FrozenGuard
@@ -125,7 +127,18 @@ class Runner:
         detail: Any = None,
     ) -> list[Attempt]:
         """Attempts of a unit, from the journal or made and committed now."""
-        identity = {
+        identity = self._identity(kind, guard, policy, attack, seed, detail)
+        known = self.journal.done(identity)
+        if known is None:
+            known = make()
+            self.journal.write(identity, known)
+        return known
+
+    def _identity(
+        self, kind: str, guard: str, policy: str, attack: str, seed: int, detail: Any
+    ) -> dict[str, Any]:
+        """What the journal knows a unit by."""
+        return {
             "kind": kind,
             "guard": guard,
             "policy": policy,
@@ -135,14 +148,6 @@ class Runner:
             "model": self.s.config.model,
             "detail": detail,
         }
-        known = self.journal.done(identity)
-        if known is None:
-            started = time.perf_counter()
-            known = make()
-            self.journal.write(identity, known)
-            took = time.perf_counter() - started
-            self.s.say(f"{kind:9} {guard:14} {policy:14} {attack:16} seed {seed}  {took:5.1f} s")
-        return known
 
     def utility(
         self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int
@@ -197,25 +202,54 @@ class Runner:
         kind: str = "attack",
     ) -> list[Attempt]:
         """A fresh attack on a guard; with ``kind`` floor on segments of other records."""
+        return self.attacks(spec, policy, [attack], seed, kind)[0]
 
-        def make() -> list[Attempt]:
+    def attacks(
+        self,
+        spec: GuardSpec | None,
+        policy: PolicySpec | None,
+        attacks: Sequence[AttackSpec],
+        seed: int,
+        kind: str = "attack",
+    ) -> list[list[Attempt]]:
+        """Several fresh attacks on the same segments, those not yet in the journal side by side."""
+        names = (spec.name if spec else "none", policy.name if policy else EDGE)
+        missing = [
+            a for a in attacks
+            if self.journal.done(self._identity(kind, *names, a.name, seed, self._detail(spec, a)))
+            is None
+        ]  # fmt: skip
+        found: dict[str, tuple[list[Guess], float]] = {}
+        if missing:
             train, test = self.pairs(spec, policy, seed)
             if kind == "floor":
                 train, test = blind(train, seed), blind(test, seed + 1)
-            warm = self.clean(attack, seed) if attack.warm and spec is not None else None
-            early = kind == "attack" and self.s.config.broken_at is not None
-            fitted = self.s.attack(attack, warm, early).fit(train, seed=seed)
-            return self.score(fitted.recover(test), spec, policy, attack.name, seed, kind)
+            for a in missing:
+                if a.warm and spec is not None:
+                    self.clean(a, seed)  # here, so that the children share it
 
-        return self.unit(
-            kind,
-            spec.name if spec else "none",
-            policy.name if policy else EDGE,
-            attack.name,
-            seed,
-            make,
-            self._detail(spec, attack),
-        )
+            def job(a: AttackSpec) -> tuple[list[Guess], float]:
+                started = time.perf_counter()
+                warm = self.clean(a, seed) if a.warm and spec is not None else None
+                early = kind == "attack" and self.s.config.broken_at is not None
+                fitted = self.s.attack(a, warm, early).fit(train, seed=seed)
+                return fitted.recover(test), time.perf_counter() - started
+
+            device = self.s.source.device.type
+            done = side_by_side([partial(job, a) for a in missing], device)
+            found = {a.name: r for a, r in zip(missing, done, strict=True)}
+
+        def make(a: AttackSpec) -> list[Attempt]:
+            guesses, seconds = found[a.name]
+            self.s.say(
+                f"{kind:9} {names[0]:20} {names[1]:14} {a.name:14} seed {seed} {seconds:6.1f} s"
+            )
+            return self.score(guesses, spec, policy, a.name, seed, kind)
+
+        return [
+            self.unit(kind, *names, a.name, seed, partial(make, a), self._detail(spec, a))
+            for a in attacks
+        ]
 
     def clean(self, attack: AttackSpec, seed: int) -> Attack:
         """The attack fitted on unguarded KV of the attacker's own records, for a warm start."""
@@ -224,7 +258,7 @@ class Runner:
             data = attack_data(
                 with_policy(self.s.train, _all(self.s.train)), self.raw()[0], self.s.special
             )
-            cold = replace(attack, warm=False)
+            cold = replace(attack, warm=False, options={**attack.options, "fit": attack.clean_fit})
             self._warm[key] = self.s.attack(cold, None, True).fit(data, seed=seed)
         return self._warm[key]
 
@@ -312,16 +346,15 @@ class Runner:
         seed: int,
         attacks: Sequence[AttackSpec],
     ) -> list[Attempt]:
-        """All attacks on a guard; the rest are skipped once one has broken it."""
-        out: list[Attempt] = []
-        for attack in attacks:
-            got = self.attack(spec, policy, attack, seed)
-            out += got
-            value = mean_over_categories(got, n_boot=2).value
-            limit = self.s.config.broken_at
-            if limit is not None and value is not None and value >= limit:
-                break
-        return out
+        """All attacks on a guard; only the first, the cheapest, where that has broken it."""
+        chosen = [a for a in attacks if not spec or not spec.attacks or a.name in spec.attacks]
+        limit = self.s.config.broken_at
+        first = self.attack(spec, policy, chosen[0], seed)
+        value = mean_over_categories(first, n_boot=2).value
+        if limit is not None and value is not None and value >= limit:
+            return first
+        rest = self.attacks(spec, policy, chosen[1:], seed)
+        return first + [a for group in rest for a in group]
 
 
 def is_task(record: TokenRecord, question: TokenQuestion) -> bool:

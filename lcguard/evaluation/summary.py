@@ -65,9 +65,10 @@ def guard_row(
     utility, attempts, injected = [], [], []
     for seed in c.seeds:
         utility += runner.utility(spec, None, seed)
+        if c.injection:  # beside the first attack
+            allowed = [a for a in c.attacks if not spec.attacks or a.name in spec.attacks]
+            injected += runner.attacks(spec, None, [INJECTION, allowed[0]], seed)[0]
         attempts += runner.run_guard(spec, None, seed, c.attacks)
-        if c.injection:
-            injected += runner.attack(spec, None, INJECTION, seed)
     useful = rate(utility, "utility")
     before = rate(vanilla, "utility")
     best = best_attack(attempts)

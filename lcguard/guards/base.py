@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class GuardModule(nn.Module):
     scale: Tensor
 
     @classmethod
-    def build(cls, shape: KVShape, n_categories: int, options: dict[str, Any]) -> GuardModule:
+    def build(cls, shape: KVShape, n_categories: int, options: dict[str, Any]) -> Self:
         """From plain options. Raises ``ValueError`` naming an unknown option and the known ones."""
         known = [f.name for f in fields(cls.Config)]
         for key in options:
@@ -113,6 +113,10 @@ class GuardModule(nn.Module):
         """The deterministic part: ``z [B, T, L, 2, H * D]`` to the mean of the output."""
         raise NotImplementedError(f"guard {self.name!r} does not rewrite KV")
 
+    def finish(self, noisy: Tensor, mask: Mask) -> Tensor:
+        """What happens to the noisy output before it is sent; can reveal nothing more."""
+        return noisy
+
     def forward(
         self, kv: KVBatch, mask: Mask, generator: torch.Generator | None = None
     ) -> tuple[KVBatch, Rewrite]:
@@ -125,7 +129,7 @@ class GuardModule(nn.Module):
             return KVBatch(kv.keys * live, kv.values * live, kv.valid), out
         if self.config.noise > 0:
             z = z + self.config.noise * draw_noise(z, generator)
-        return self.restore(z, kv), out
+        return self.restore(self.finish(z, mask), kv), out
 
 
 def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -5,9 +5,11 @@ of the forbidden categories are joined, so any subset of categories is a policy 
 nothing changes nothing. A closed gate (g = 1) replaces the standardised entry by a word of a small
 learned codebook; an open one lets it pass; fixed Gaussian noise lies on both:
 
-    z' = (1 - g) z + g sum_w p_w c_w + sigma n,
+    z' = B ((1 - g) A z + g sum_w p_w c_w + sigma n),
     g = clamp(1.2 sigmoid(logsumexp over forbidden categories) - 0.1, 0, 1).
 
+A and B, one matrix each per layer and K or V, start as the identity: A shrinks the directions in
+which later tokens carry traces of earlier secrets, so that the noise covers them, and B undoes it.
 Word 0 is the constant. The other words carry *derived* values that the policy allows (a band
 without the amount); they are unreachable unless the policy derives a forbidden category.
 Our own; see ``lcguard.training.objective`` for how it is trained.
@@ -23,7 +25,6 @@ from torch import Tensor, nn
 from lcguard.guards.base import GuardModule, KVShape, Rewrite, register
 from lcguard.guards.context import ContextNetwork
 from lcguard.protocols import Mask
-
 
 NEVER = -30.0
 """Logit of a gate that the policy does not ask for; finite, or its gradient would be NaN."""
@@ -64,6 +65,8 @@ class GateGuard(GuardModule):
         nn.init.constant_(self.gate.bias, c.start_bias)
         self.word = nn.Linear(c.width, n_categories * c.words)
         self.codebook = nn.Parameter(torch.randn(c.words, shape.layers, 2, channels) * 0.02)
+        eye = torch.eye(channels).expand(shape.layers, 2, channels, channels)
+        self.squeeze, self.expand = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
 
     @torch.no_grad()
     def start_codebook(self, words: Tensor) -> None:
@@ -82,12 +85,22 @@ class GateGuard(GuardModule):
         g = hard_clamp(1.2 * logit.sigmoid() - 0.1)[..., None]
         p = self._words(hidden, asked, mask)
         constant = torch.einsum("btw,wlkc->btlkc", p, self.codebook)
-        mean = (1 - g) * z + g * constant
+        squeezed = self._where_forbidden(z, self.squeeze, mask)
+        mean = (1 - g) * squeezed + g * constant
         return Rewrite(mean, g.mean((2, 3, 4)) * valid, logit, own)
+
+    def finish(self, noisy: Tensor, mask: Mask) -> Tensor:
+        """Undoes the squeeze as well as the noise allows."""
+        return self._where_forbidden(noisy, self.expand, mask)
+
+    def _where_forbidden(self, z: Tensor, matrix: Tensor, mask: Mask) -> Tensor:
+        """A linear map per layer and K or V; nothing forbidden, nothing changed."""
+        changed = torch.einsum("btlkc,lkcd->btlkd", z, matrix)
+        return torch.where(mask.forbid.any(1).to(z.device)[:, None, None, None, None], changed, z)
 
     def _words(self, hidden: Tensor, asked: Tensor, mask: Mask) -> Tensor:
         """``[B, T, W]``: word 0, or a mixture where the entry belongs to a derived category."""
-        p = self.word(hidden).unflatten(-1, (self.n_categories, -1)).softmax(-1)
+        p: Tensor = self.word(hidden).unflatten(-1, (self.n_categories, -1)).softmax(-1)
         first = torch.zeros_like(p)
         first[..., 0] = 1.0
         derives = (mask.forbid & mask.derive).to(p.device)[:, None, :, None]

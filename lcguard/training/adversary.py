@@ -30,9 +30,11 @@ class Adversary(Protocol):
 
     def start(self, pairs: AttackData, *, seed: int = 0) -> None: ...
 
-    def optimizer(self) -> torch.optim.Optimizer: ...
+    def optimizers(self) -> list[torch.optim.Optimizer]: ...
 
-    def update(self, batch: AttackData, optimizer: torch.optim.Optimizer) -> float: ...
+    def update(
+        self, batch: AttackData, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> float: ...
 
     def loss(self, batch: AttackData, *, auxiliary: bool = True) -> Tensor: ...
 
@@ -52,8 +54,13 @@ class Ensemble:
         self.members: list[Adversary] = [factory(config.options) for _ in range(config.count)]
         for i, member in enumerate(self.members):
             member.start(pairs, seed=seed + i)
-        self.optimizers = [m.optimizer() for m in self.members]
+        self._owned = [m.optimizers() for m in self.members]
         self.prior = FieldPrior(pairs, self.members[0].fields) if self.members else None
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All members' optimisers, in order: their state belongs in a checkpoint."""
+        return [o for owned in self._owned for o in owned]
 
     def modules(self) -> dict[str, nn.Module]:
         return {f"adversary{i}": m.network for i, m in enumerate(self.members)}
@@ -76,13 +83,13 @@ class Ensemble:
         if c.reset_every and step and step % c.reset_every == 0:
             which = (step // c.reset_every) % len(self.members)
             self.members[which].start(self._pairs, seed=self._seed + 1000 + step)
-            self.optimizers[which] = self.members[which].optimizer()
+            self._owned[which] = self.members[which].optimizers()
         if step % c.lag:  # after the reset, or a lag would skip some attackers' resets for good
             return {}
         loss = 0.0
-        for member, optimizer in zip(self.members, self.optimizers, strict=True):
+        for member, optimizers in zip(self.members, self._owned, strict=True):
             for _ in range(c.steps_per_guard_step):
-                loss += member.update(batch, optimizer) / len(self.members)
+                loss += member.update(batch, optimizers) / len(self.members)
         return {"attacker_nats": loss / c.steps_per_guard_step}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lcguard.categories import CATEGORIES, DERIVABLE
@@ -110,24 +110,20 @@ def pair_leak_nats(first: Tensor, second: Tensor, valid: Tensor, noise: float) -
 
 
 def guard_losses(
-    module: nn.Module,
+    module: GuardModule,
     data: StepData,
     source: ModelSource,
     config: TrainConfig,
     generator: torch.Generator,
     step: int,
 ) -> Losses:
-    """Everything but the adversarial term; differentiable in the guard.
-
-    ``module`` is the guard, or what accelerate wrapped it in.
-    """
+    """Everything but the adversarial term; differentiable in the guard."""
     guarded, out = module(data.raw, data.mask, generator)
-    guard: GuardModule = getattr(module, "module", module)
     ramp = min(1.0, (step + 1 - config.label_steps) / max(1, config.leak_ramp))
     total, metrics = receiver_loss(guarded, data, source, config)
     if data.pair is not None:
-        other = guard.rewrite(guard.standardise(data.pair), data.pair.valid, data.mask)
-        leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, guard.config.noise)
+        other = module.rewrite(module.standardise(data.pair), data.pair.valid, data.mask)
+        leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
         hidden = data.mask.forbid.any(1)
         total = total + ramp * config.pair_weight * torch.log1p(leak).mean()
         if config.label_weight and out.by_category is not None:
@@ -136,7 +132,7 @@ def guard_losses(
             metrics["label_nats"] = float(labels.detach())
         metrics["pair_nats"] = float(leak.detach()[hidden].mean()) if bool(hidden.any()) else 0.0
     if data.twin is not None:
-        gap = (out.mean - guard.standardise(data.twin)).square().mean((2, 3, 4))
+        gap = (out.mean - module.standardise(data.twin)).square().mean((2, 3, 4))
         gap = (gap * data.raw.valid).sum() / data.raw.valid.sum()
         total = total + ramp * config.twin_weight * gap
         metrics["twin_mse"] = float(gap.detach())
@@ -168,6 +164,8 @@ def label_loss(module: GuardModule, records: Sequence[TokenRecord], raw: KVBatch
         raise ValueError(f"guard {module.name!r} has no gates to label; set label_steps to 0")
     own = out.by_category.flatten(3)[raw.valid]
     value = value_labels(records, out.by_category)[raw.valid][..., None].expand_as(own)
+    # open, but not so firmly that the pair leak could not close it any more
+    value = value.clamp(0.01, 1.0)
     loss = F.binary_cross_entropy_with_logits(own, value, reduction="none")
     return loss.mean(-1).sum(-1).mean()
 

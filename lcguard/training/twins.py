@@ -59,12 +59,15 @@ class ValuePool:
                 self._by_length[span.category, n].append(value)
                 self._tokens[span.category] += value
 
-    def draw(self, rng: random.Random, span: TokenSpan, *, hold_band: bool) -> tuple[int, ...] | None:
+    def draw(
+        self, rng: random.Random, span: TokenSpan, *, hold_band: bool
+    ) -> tuple[int, ...] | None:
         """Another value for the span, of as many tokens.
 
         Falls back from the field to the category, then to single tokens of the category: rare
         lengths still get a counterfactual. With ``hold_band`` there is no such fallback: a band of
-        which the pool knows no value of that length gives None. Raises ``ValueError`` for a category without values.
+        which the pool knows no value of that length gives None. Raises ``ValueError`` for a
+        category without values.
         """
         n = span.end - span.start
         band = span.band if hold_band else None
