@@ -204,17 +204,23 @@ def test_a_moved_secret_is_a_wrong_guess_not_an_error(
 # -- blind data
 
 
-def test_blind_takes_every_segment_away(victims: AttackData) -> None:
-    numbered = torch.arange(len(victims)).float()
-    kv = victims.kv
+@pytest.mark.parametrize("n", [2, 3, 31])
+def test_blind_takes_every_segment_away(victims: AttackData, n: int) -> None:
+    """No record keeps its own, whatever the shuffle; nothing else changes hands."""
+    data = victims.subset(range(n))
+    numbered = torch.arange(n).float()
+    kv = data.kv
     marked = type(kv)(numbered[:, None, None, None, None].expand_as(kv.keys), kv.values, kv.valid)
     for seed in range(20):
-        shuffled = blind(victims.with_kv(marked), seed)
+        shuffled = blind(data.with_kv(marked), seed)
         got = shuffled.kv.keys[:, 0, 0, 0, 0]
         assert not (got == numbered).any()
         assert sorted(got.tolist()) == numbered.tolist()
-        assert shuffled.secrets == victims.secrets
+        assert shuffled.secrets == data.secrets
         assert (shuffled.context_ids == IGNORE).all()
+
+
+def test_one_record_has_no_other(victims: AttackData) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         blind(victims.subset([0]))
 

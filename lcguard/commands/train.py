@@ -12,10 +12,10 @@ from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.attacks.base import attack_class
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES
-from lcguard.commands.compose import hops_for
+from lcguard.commands.compose import hops_for, load_guard
 from lcguard.config import dump_config
 from lcguard.evaluation.manifest import run_manifest
-from lcguard.evaluation.plan import DataConfig
+from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.evaluation.runner import is_task
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.records import TokenRecord
@@ -23,7 +23,7 @@ from lcguard.training.adversary import Adversary
 from lcguard.training.certificate import certify
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
-from lcguard.training.trainer import Run, train_guard
+from lcguard.training.trainer import Run, make_module, train_guard
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class TrainRun:
         default_factory=lambda: DataConfig(seed=5000, train_records=3000, test_records=500)
     )
     """``train`` is trained on; ``test`` serves the certificate and the held-out check alone."""
+    init: str = ""
+    """A trained guard to go on from: a folder, or ``nano:NAME``; its options must be the same."""
+    average: float = 1.0
+    """Share of this run's weights in an average with those of ``init``; 1 keeps them as they are.
+    The average of two ends of one trajectory often lies better than both."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -69,6 +74,7 @@ def run_training(
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(run))
     say(f"{len(train)} training and {len(test)} held-out records, model {run.model}")
+    first = start_guard(run, backend)
     done = train_guard(
         run.train,
         train,
@@ -76,8 +82,40 @@ def run_training(
         backend.special,
         out,
         adversary_factory(run.train.adversary.attack),
+        first,
     )
+    if first is not None:
+        average_weights(done.guard, first, run.average)
     say(f"trained {run.train.steps} steps in {done.seconds:.0f} s")
+    guard, figures = finish(run, done, backend, test, command)
+    guard.save_pretrained(out / "guard")
+    summary = {
+        "guard": run.train.guard,
+        "seconds": round(done.seconds, 1),
+        **figures,
+        "run": run_manifest(command, [run.train.seed], run),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    return summary
+
+
+def average_weights(guard: FrozenGuard, other: FrozenGuard, share: float) -> None:
+    """``share`` of the guard's own weights and the rest of the other's, in place.
+
+    Raises ``ValueError`` for a share outside 0..1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"average={share} must be within 0..1")
+    theirs = other.module.state_dict()
+    mixed = {k: share * v + (1 - share) * theirs[k] for k, v in guard.module.state_dict().items()}
+    guard.module.load_state_dict(mixed)
+
+
+def finish(
+    run: TrainRun, done: Run, backend: HFBackend, test: list[TokenRecord], command: str
+) -> tuple[FrozenGuard, dict[str, Any]]:
+    """The guard with its card, and the held-out figures that stand on it."""
     held_out = with_policy(test[: run.train.certificate_pairs], CATEGORIES)
     certificate = None
     if run.train.pair_weight > 0 or run.train.twin_weight > 0:
@@ -90,28 +128,28 @@ def run_training(
         )
         certificate = found.to_dict() if found else None
     figures = held_out_figures(done, held_out, backend)
+    training = {"command": command, "config": asdict(run), "seconds": round(done.seconds, 1)}
     guard = done.guard.with_card(
         model_id=run.model,
         model_digest=backend.digest,
         certificate=certificate,
-        training={
-            "command": command,
-            "config": asdict(run),
-            "seconds": round(done.seconds, 1),
-            **figures,
-        },
+        training={**training, **figures},
     )
-    guard.save_pretrained(out / "guard")
-    summary = {
-        "guard": run.train.guard,
-        "seconds": round(done.seconds, 1),
-        "certificate": certificate,
-        **figures,
-        "run": run_manifest(command, [run.train.seed], run),
-    }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    return summary
+    return guard, {"certificate": certificate, **figures}
+
+
+def start_guard(run: TrainRun, backend: HFBackend) -> FrozenGuard | None:
+    """The guard to go on from. Raises ``ValueError`` where it is another guard than configured."""
+    if not run.init:
+        return None
+    guard = load_guard(GuardSpec("init", path=run.init), backend)
+    wanted = make_module(run.train, backend.source)
+    if guard.name != run.train.guard or guard.module.options() != wanted.options():
+        raise ValueError(
+            f"init {run.init!r} is {guard.name} {guard.module.options()}, the run wants "
+            f"{run.train.guard} {wanted.options()}"
+        )
+    return guard
 
 
 def held_out_figures(

@@ -77,6 +77,7 @@ def train_guard(
     special: Special,
     out: Path,
     factory: AdversaryFactory | None = None,
+    init: FrozenGuard | None = None,
     progress: bool | None = None,
 ) -> Run:
     """Trains on ``records`` and returns the frozen guard.
@@ -94,6 +95,8 @@ def train_guard(
     module = make_module(config, source)
     module.to(source.device)
     pairs = prepare(module, records, source, special)
+    if init is not None:  # weights and statistics of a trained guard
+        module.load_state_dict(init.module.state_dict())
     ensemble = Ensemble(config.adversary, factory or _no_adversary, pairs, config.seed)
     optimizers = make_optimizers(module, config)
     state = out / "checkpoint.safetensors"
