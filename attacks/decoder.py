@@ -22,7 +22,6 @@ from lcguard.attacks.network import Network, Read
 from lcguard.protocols import AttackData, Guess
 from lcguard.records import IGNORE, pad
 
-
 _VOCABULARY = ("head", "writer.token", "writer.field")
 
 

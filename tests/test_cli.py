@@ -98,7 +98,7 @@ def test_guard_of_another_model(tmp_path: Path) -> None:
     line = one_line(
         lcguard(
             "explain", "--model", str(other), "--guard", str(guard_path("gate")), "x", cwd=tmp_path
-        )  # fmt: skip
+        )
     )
     assert "model" in line
     assert "train a guard" in line

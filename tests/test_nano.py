@@ -30,7 +30,7 @@ def test_accuracy_on_held_out_records() -> None:
 def test_it_answers_as_text_and_as_a_segment_alike() -> None:
     """transformers' own generate on the whole conversation gives the segment's answer."""
     agent = load_backend("nano")
-    text = "Employee record. The employee's name is Quella Brandt. Job title: Analyst\nSSN: 941-22-7310."
+    text = "Employee record. The name is Quella Brandt. Job title: Analyst\nSSN: 941-22-7310."
     for question in ("What is the job title?", "What is the SSN?", "Give the name."):
         kv = agent.source.prefill([agent.encoder.context(text)])
         end = agent.special.end_id

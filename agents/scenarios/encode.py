@@ -106,9 +106,7 @@ class Encoder:
             )
         ]
 
-    def _record(
-        self, hop: Hop, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> TokenRecord:
+    def _record(self, hop: Hop, ids: list[int], offsets: list[tuple[int, int]]) -> TokenRecord:
         shift = len(self.format.before)
         spans = []
         for span in hop.record.spans:

@@ -49,9 +49,7 @@ def _cap(text: str) -> str:
 
 def fill(pattern: str, *, label: str = "", noun: str = "", value: str = "{value}") -> str:
     """Fills a pattern; ``{value}`` stays where no value is given."""
-    return pattern.format(
-        label=label, Label=_cap(label), noun=noun, Noun=_cap(noun), value=value
-    )
+    return pattern.format(label=label, Label=_cap(label), noun=noun, Noun=_cap(noun), value=value)
 
 
 def sentence(
