@@ -74,7 +74,7 @@ def test_explain_shows_what_the_gate_withholds(tmp_path: Path) -> None:
         (("train", "gate", "--set", "train.guard=identity"), "nothing to train"),
         (("train", "gate", "--set", "train.options={wide: 3}"), "wide"),
         (("train", "gate", "--set", "data.source=agentleak", "--data", "nowhere"), "nowhere"),
-        (("train", "gate", "--set", "model=no-such-folder"), "no-such-folder"),
+        (("train", "gate", "--set", "model=./no-such-folder"), "no-such-folder"),
         (("eval", "run", "unknown-preset"), "unknown-preset"),
         (("eval", "run", "demo", "--set", "seeds=[]"), "seeds"),
         (("explain", "--forbid", "salary", "x"), "salary"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -136,19 +135,21 @@ def test_logits_are_differentiable_in_the_segment() -> None:
     assert not any(p.requires_grad for p in source.model.parameters())
 
 
+@pytest.mark.parametrize("how", ["logits", "generate"])
 @pytest.mark.parametrize("kind", ["mistral", "gemma2"])
-def test_a_window_too_small_for_segment_and_question_is_refused(kind: str) -> None:
+def test_a_window_too_small_for_segment_and_question_is_refused(kind: str, how: str) -> None:
     """Beyond the window the model would see less than its text shows it, or more."""
     n = len(CONTEXTS[0])
-    asked = [record(CONTEXTS[0], (PROMPTS[0], (30, 31, END)))]
+    asked = pack_questions([record(CONTEXTS[0], (PROMPTS[0], (30, 31, END)))])
 
-    def ask(window: int) -> Any:
+    def ask(window: int) -> object:
         source = ModelSource(tiny_model(kind, sliding_window=window))
         kv = source.prefill(CONTEXTS[:1])
-        source.answer_logits(kv, pack_questions(asked))
+        if how == "logits":
+            return source.answer_logits(kv, asked)
         return source.generate(kv, PROMPTS[:1], 2, END)
 
-    assert ask(n + 5)
+    assert ask(n + 5) is not None
     with pytest.raises(UnsupportedModelError, match=f"{n} segment . 5 suffix tokens"):
         ask(n + 4)
 

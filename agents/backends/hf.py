@@ -42,6 +42,8 @@ def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
     Raises ``ValueError`` in one line where the model cannot be loaded or is not supported.
     """
     path = str(model_path()) if name == "nano" else name
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ValueError(f"model {name!r} is not a folder; give a model folder or a hub repository")
     hf_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -23,7 +23,7 @@ from lcguard.training.adversary import Adversary
 from lcguard.training.certificate import certify
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
-from lcguard.training.trainer import Run, make_module, train_guard
+from lcguard.training.trainer import Run, check_trained, make_module, train_guard
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,17 @@ def run_training(
 
     Raises ``ValueError`` in one line for data, model or options that do not fit.
     """
+    # everything that can be wrong with the input is found before anything is written
+    check_trained(run.train.guard)
     backend = load_backend(run.model, device)
+    make_module(run.train, backend.source)
+    first = start_guard(run, backend)
     train, test = (backend.encoder.encode(hops) for hops in hops_for(run.data))
     if not train or not test:
         raise ValueError(f"{run.data.source}: no records to train on or to certify with")
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(run))
     say(f"{len(train)} training and {len(test)} held-out records, model {run.model}")
-    first = start_guard(run, backend)
     done = train_guard(
         run.train,
         train,

@@ -53,6 +53,12 @@ def make_module(config: TrainConfig, source: ModelSource) -> GuardModule:
     )
 
 
+def check_trained(name: str) -> None:
+    """Raises ``ValueError`` for a guard without parameters, or one that is not known."""
+    if not guard_class(name).trained:
+        raise ValueError(f"guard {name!r} has nothing to train; use it as it is")
+
+
 def prepare(
     module: GuardModule, records: Sequence[TokenRecord], source: ModelSource, special: Special
 ) -> AttackData:
@@ -86,8 +92,7 @@ def train_guard(
     ``ValueError`` for a guard without parameters, an adversary without factory, or a loss that is
     not finite.
     """  # fmt: skip
-    if not guard_class(config.guard).trained:
-        raise ValueError(f"guard {config.guard!r} has nothing to train; use it as it is")
+    check_trained(config.guard)
     if config.adversary.count and factory is None:
         raise ValueError("config.adversary.count > 0 needs a factory for the attackers")
     out.mkdir(parents=True, exist_ok=True)
