@@ -51,6 +51,8 @@ class GuardModule(nn.Module):
     name: ClassVar[str] = ""
     needs_twin: ClassVar[bool] = False
     trained: ClassVar[bool] = True
+    reads_policy: ClassVar[bool] = False
+    """True where a record under a policy that forbids nothing passes without noise."""
     claim: ClassVar[str] = ""
     """What the guard claims, and against whom; printed on its card."""
 
@@ -128,7 +130,10 @@ class GuardModule(nn.Module):
             live = kv.valid[:, None, None, :, None]
             return KVBatch(kv.keys * live, kv.values * live, kv.valid), out
         if self.config.noise > 0:
-            z = z + self.config.noise * draw_noise(z, generator)
+            noise = self.config.noise * draw_noise(z, generator)
+            if self.reads_policy:
+                noise = noise * mask.forbid.any(1).to(z.device)[:, None, None, None, None]
+            z = z + noise
         return self.restore(self.finish(z, mask), kv), out
 
 

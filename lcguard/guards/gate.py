@@ -37,6 +37,7 @@ def hard_clamp(x: Tensor) -> Tensor:
 
 @register("gate")
 class GateGuard(GuardModule):
+    reads_policy = True
     claim = (
         "What the policy forbids is withheld from any receiver, fresh attackers included, in "
         "expectation over records like those it was trained on; see the certificate."
