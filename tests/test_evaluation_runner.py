@@ -35,6 +35,9 @@ TINY = EvalConfig(
 )
 
 
+ONE_GUARD = replace(TINY, guards=TINY.guards[:1], policies=(), derived=None)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("eval")
@@ -110,7 +113,7 @@ def test_explained_contexts_shade_the_secrets(report: tuple[dict[str, Any], Path
 
 
 def test_an_attack_fitted_on_test_records_is_refused(tmp_path: Path) -> None:
-    made = setup(replace(TINY, guards=TINY.guards[:1], policies=(), derived=None), lambda text: None)
+    made = setup(ONE_GUARD, lambda text: None)
     made.train = made.train + made.test[:1]
     with Journal(tmp_path / "attempts.jsonl") as journal, pytest.raises(ValueError, match="both"):
         Runner(made, journal)
@@ -118,7 +121,7 @@ def test_an_attack_fitted_on_test_records_is_refused(tmp_path: Path) -> None:
 
 def test_changed_options_are_not_taken_from_the_journal(tmp_path: Path) -> None:
     """A unit is done only for the very same attack."""
-    made = setup(replace(TINY, guards=TINY.guards[:1], policies=(), derived=None), lambda text: None)
+    made = setup(ONE_GUARD, lambda text: None)
     with Journal(tmp_path / "attempts.jsonl") as journal:
         runner = Runner(made, journal)
         spec, cheap = TINY.guards[0], AttackSpec("probe", "probe", {"fit": {"steps": 2}})
