@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,3 @@ def recovered(member: Any, data: Any) -> float:
         secret = next(truth[guess.record_id])
         hits.setdefault(secret.category, []).append(guess.ids == secret.ids)
     return sum(sum(v) / len(v) for v in hits.values()) / max(1, len(hits))
-
-
-def with_steps(run: TrainRun, steps: int) -> TrainRun:
-    """The same run with another length."""
-    return replace(run, train=replace(run.train, steps=steps))

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lcguard.protocols import AttackData, KVBatch
-from lcguard.records import IGNORE, TokenRecord
+from lcguard.protocols import AttackData
+from lcguard.records import IGNORE
 from lcguard.training.config import AdversaryConfig
-from lcguard.training.dataset import Special, attack_data
 
 
 class Adversary(Protocol):
@@ -117,8 +116,3 @@ class FieldPrior:
         due = labels != IGNORE
         kl = (prior * (prior.clamp_min(1e-12).log() - logp)).sum(-1)
         return kl[due].mean() if bool(due.any()) else logp.sum() * 0.0
-
-
-def pairs_of(records: Sequence[TokenRecord], kv: KVBatch, special: Special) -> AttackData:
-    """Attack pairs of a step's records; detach the KV before the attackers learn from it."""
-    return attack_data(records, kv, special)

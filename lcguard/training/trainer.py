@@ -27,7 +27,7 @@ from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import AttackData
 from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
-from lcguard.training.adversary import AdversaryFactory, Ensemble, pairs_of
+from lcguard.training.adversary import AdversaryFactory, Ensemble
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import Special, attack_data, with_policy
@@ -156,13 +156,13 @@ def _step(
     losses = guard_losses(module, data, source, config, generator, step)
     total = losses.total
     if ensemble.members:
-        total = total + ensemble.guard_term(pairs_of(data.records, losses.guarded, special))
+        total = total + ensemble.guard_term(attack_data(data.records, losses.guarded, special))
     _descend(total, module, optimizers, step, config, accelerator)
     row = {"loss": float(total.detach()), **losses.metrics}
     if ensemble.members:
         kv = losses.guarded
         stale = type(kv)(kv.keys.detach(), kv.values.detach(), kv.valid)
-        row |= ensemble.learn(pairs_of(data.records, stale, special), step)
+        row |= ensemble.learn(attack_data(data.records, stale, special), step)
     return row
 
 
