@@ -132,6 +132,13 @@ class Manifest(_Frozen):
     tensor_digests: TensorDigests
     created_at: str
     """ISO 8601, UTC."""
+    handle: Annotated[str, Field(pattern=r"^([A-Za-z0-9_-]{16,128})?$")] = ""
+    """The name under which a store keeps it: signed, so that two segments cannot change places.
+    Empty outside a store."""
+    audience: Name = ""
+    """The agent that may consume it; empty outside a store."""
+    expires_at_s: Annotated[int, Field(ge=0)] = 0
+    """Unix time after which the handle is dead; 0: never."""
     withheld: Withheld | None = None
     hmac: OptionalDigest = ""
     """Empty until signed."""

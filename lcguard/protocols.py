@@ -93,9 +93,11 @@ class Guard(Protocol):
     """True where the guard sends the KV of the twin instead (secret spans known)."""
 
     def __call__(
-        self, kv: KVBatch, mask: Mask, *, seed: int = 0, twin: KVBatch | None = None
-    ) -> Guarded:
-        """Rewrites ``kv``. Noise is a function of ``seed``: drawn once per segment.
+        self, kv: KVBatch, mask: Mask, *, keys: Sequence[bytes] | None = None,
+        twin: KVBatch | None = None,
+    ) -> Guarded:  # fmt: skip
+        """Rewrites ``kv``. Noise is a function of each segment's key, drawn once per segment:
+        32 secret bytes, fresh ones where ``keys`` is None.
 
         Raises ``ValueError`` where ``needs_twin`` and no twin is given.
         """

@@ -67,6 +67,9 @@ class KVSegment:
         hop: int = 0,
         policy_digest: str = "",
         guard_digest: str = "",
+        handle: str = "",
+        audience: str = "",
+        expires_at_s: int = 0,
         withheld: Withheld | None = None,
     ) -> KVSegment:
         """A segment of un-rotated ``keys`` and ``values [L, H, T, D]`` of the model of ``config``.
@@ -94,6 +97,9 @@ class KVSegment:
             guard_digest=guard_digest,
             tensor_digests=TensorDigests.of(keys, values),
             created_at=utc_now(),
+            handle=handle,
+            audience=audience,
+            expires_at_s=expires_at_s,
             withheld=withheld,
         )
         return cls(keys, values, manifest)

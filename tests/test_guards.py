@@ -18,6 +18,7 @@ from lcguard.guards import frozen
 from lcguard.guards.base import GuardModule, KVShape, guard_class, names, register
 from lcguard.guards.frozen import CARD, WEIGHTS, FrozenGuard, GuardError
 from lcguard.guards.gate import GateGuard
+from lcguard.noise import noise_key, segment_noise
 from lcguard.protocols import Guard, Guarded, KVBatch, Mask
 from tests.fixtures import forbid_all, random_kv
 from tests.matrix import GUARDS
@@ -46,7 +47,8 @@ def guard_of(name: str, **changes: Any) -> FrozenGuard:
 
 def apply(guard: FrozenGuard, kv: KVBatch, seed: int = 0, mask: Mask | None = None) -> Guarded:
     twin = random_kv(kv.valid.sum(1).tolist(), seed=99).to(kv.keys.dtype)
-    return guard(kv, mask or forbid_all(len(kv)), seed=seed, twin=twin)
+    keys = [noise_key(seed, str(row)) for row in range(len(kv))]
+    return guard(kv, mask or forbid_all(len(kv)), keys=keys, twin=twin)
 
 
 def same(a: KVBatch, b: KVBatch) -> bool:
@@ -220,8 +222,9 @@ class TestGate:
         kv = random_kv((6, 6))
         z = module.standardise(kv)
         assert torch.equal(self.mean(module, kv), z)
-        out = FrozenGuard(module)(kv, forbid_all(2), seed=5).kv
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+        keys = [noise_key(5, "a"), noise_key(5, "b")]
+        out = FrozenGuard(module)(kv, forbid_all(2), keys=keys).kv
+        noise = torch.stack([segment_noise(key, tuple(SHAPE), 6) for key in keys])
         torch.testing.assert_close(module.standardise(out), z + 0.1 * noise, atol=1e-5, rtol=1e-4)
 
     def test_a_policy_that_forbids_nothing_changes_nothing(self) -> None:

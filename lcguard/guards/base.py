@@ -8,13 +8,14 @@ with ``lcguard_config.json`` (the card) and ``guard.safetensors``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lcguard.noise import segment_noise
 from lcguard.protocols import KVBatch, Mask
 
 
@@ -31,6 +32,10 @@ class KVShape(NamedTuple):
         return self.layers * 2 * self.kv_heads * self.head_dim
 
 
+Draws = torch.Generator | Sequence[bytes] | None
+"""Where noise comes from: a generator in training, a key for each record on a hop."""
+
+
 class Rewrite(NamedTuple):
     """Standardised output of a guard before and after noise."""
 
@@ -38,11 +43,12 @@ class Rewrite(NamedTuple):
     """``[B, T, L, 2, H * D]``: what the noise is added to; the certificate's m(.)."""
     withheld: Tensor
     """``[B, T]`` in 0..1."""
-    gates: Tensor | None = None
-    """Logits ``[B, T, L, 2]`` of withholding an entry, for guards that decide by entry."""
     by_category: Tensor | None = None
-    """The same for every category on its own, forbidden or not: ``[B, T, C, 2, L, 2]``, first
-    hiding the value, then hiding all but what is derived from it."""
+    """Logits of withholding an entry, for guards that decide by entry, for every category on its
+    own, forbidden or not: ``[B, T, C, 2, L, 2]``, first hiding the value, then hiding all but what
+    is derived from it."""
+    words: Tensor | None = None
+    """Logits ``[B, T, C, W]`` of the words that stand for derived values, where there are any."""
 
 
 class GuardModule(nn.Module):
@@ -119,8 +125,23 @@ class GuardModule(nn.Module):
         """What happens to the noisy output before it is sent; can reveal nothing more."""
         return noisy
 
+    def draw_noise(self, like: Tensor, draws: Draws) -> Tensor:
+        """Standard normal noise made on the CPU, so that a key means the same on every device.
+
+        ``like``: ``[B, T, L, 2, H * D]``. Training draws fast from a generator; a hop draws from
+        the records' keys, whatever batch and padding they come in.
+        """
+        if draws is None or isinstance(draws, torch.Generator):
+            noise = torch.randn(like.shape, generator=draws, dtype=torch.float32)
+        else:
+            if len(draws) != len(like):
+                raise ValueError(f"{len(draws)} noise keys for {len(like)} segments")
+            rows = [segment_noise(key, tuple(self.shape), like.shape[1]) for key in draws]
+            noise = torch.stack(rows)
+        return noise.to(like.device, like.dtype)
+
     def forward(
-        self, kv: KVBatch, mask: Mask, generator: torch.Generator | None = None
+        self, kv: KVBatch, mask: Mask, generator: Draws = None
     ) -> tuple[KVBatch, Rewrite]:
         """Guarded KV and what it was made of."""
         raw = self.standardise(kv)
@@ -130,17 +151,11 @@ class GuardModule(nn.Module):
             live = kv.valid[:, None, None, :, None]
             return KVBatch(kv.keys * live, kv.values * live, kv.valid), out
         if self.config.noise > 0:
-            noise = self.config.noise * draw_noise(z, generator)
+            noise = self.config.noise * self.draw_noise(z, generator)
             if self.reads_policy:
                 noise = noise * mask.forbid.any(1).to(z.device)[:, None, None, None, None]
             z = z + noise
         return self.restore(self.finish(z, mask), kv), out
-
-
-def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise made on the CPU, so that a seed means the same on every device."""
-    noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-    return noise.to(like.device, like.dtype)
 
 
 _REGISTRY: dict[str, type[GuardModule]] = {}

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load, save_file
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
+from lcguard.noise import new_noise_key
 from lcguard.protocols import Guarded, KVBatch, Mask
 
 CARD, WEIGHTS = "lcguard_config.json", "guard.safetensors"
@@ -50,7 +52,7 @@ class Card(BaseModel):
 
 
 class FrozenGuard:
-    """Implements ``protocols.Guard``. Never trains; noise is a function of the seed alone."""
+    """Implements ``protocols.Guard``. Never trains; noise is a function of the keys alone."""
 
     def __init__(self, module: GuardModule, card: Card | None = None) -> None:
         self.module = module.eval().requires_grad_(False)
@@ -73,9 +75,11 @@ class FrozenGuard:
 
     @torch.no_grad()
     def __call__(
-        self, kv: KVBatch, mask: Mask, *, seed: int = 0, twin: KVBatch | None = None
-    ) -> Guarded:
-        """Rewrites a batch of segments.
+        self, kv: KVBatch, mask: Mask, *, keys: Sequence[bytes] | None = None,
+        twin: KVBatch | None = None,
+    ) -> Guarded:  # fmt: skip
+        """Rewrites a batch of segments, with noise from ``keys``: one a segment, a fresh secret
+        one each where None.
 
         Raises ``GuardError`` for KV of another shape, a mask over other categories, a missing twin
         or output that is not finite: a failed guard never lets raw KV through.
@@ -105,8 +109,9 @@ class FrozenGuard:
                     f"{tuple(kv.keys.shape)}"
                 )
             kv = twin
-        generator = torch.Generator().manual_seed(seed)
-        out, rewrite = self.module(kv, mask, generator)
+        if keys is None:
+            keys = [new_noise_key() for _ in range(len(kv))]
+        out, rewrite = self.module(kv, mask, keys)
         if not bool(torch.isfinite(out.keys).all() and torch.isfinite(out.values).all()):
             raise GuardError(f"guard {self.name!r} gave values that are not finite; withheld")
         return Guarded(out, rewrite.withheld)

@@ -8,10 +8,11 @@ learned codebook; an open one lets it pass; fixed Gaussian noise lies on both:
     z' = B ((1 - g) A z + g sum_w p_w c_w + sigma n),
     g = clamp(1.2 sigmoid(logsumexp over forbidden categories) - 0.1, 0, 1).
 
-A and B, one matrix each per layer and K or V, start as the identity: A shrinks the directions in
-which later tokens carry traces of earlier secrets, so that the noise covers them, and B undoes it.
-Word 0 is the constant. The other words carry *derived* values that the policy allows (a band
-without the amount); they are unreachable unless the policy derives a forbidden category.
+A and B, matrices per layer and K or V, are the identity, a common term and one for each forbidden
+category: A shrinks the directions in which later tokens carry traces of earlier secrets, so that the noise
+covers them, and B undoes it. Word 0 is the constant. The other words carry *derived* values that
+the policy allows (a band without the amount); they are unreachable unless the policy derives a
+forbidden category.
 Our own; see ``lcguard.training.objective`` for how it is trained.
 """
 
@@ -48,7 +49,7 @@ class GateGuard(GuardModule):
         noise: float = 0.3
         width: int = 96
         blocks: int = 2
-        words: int = 4
+        words: int = 8
         """Codebook size: word 0 and the words for derived values."""
         start_bias: float = -4.0
         """Initial logit of each category's gate: starts at keep."""
@@ -66,12 +67,13 @@ class GateGuard(GuardModule):
         nn.init.constant_(self.gate.bias, c.start_bias)
         self.word = nn.Linear(c.width, n_categories * c.words)
         self.codebook = nn.Parameter(torch.randn(c.words, shape.layers, 2, channels) * 0.02)
-        eye = torch.eye(channels).expand(shape.layers, 2, channels, channels)
-        self.squeeze, self.expand = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
+        # a policy that forbids little squeezes little: a term for each category, a common one last
+        terms = torch.zeros(n_categories + 1, shape.layers, 2, channels, channels)
+        self.squeeze, self.expand = nn.Parameter(terms.clone()), nn.Parameter(terms.clone())
 
     @torch.no_grad()
     def start_codebook(self, words: Tensor) -> None:
-        """Starts the words at the standardised KV of placeholders, ``[words, L, 2, H * D]``."""
+        """Starts the words at standardised KV, ``[words, L, 2, H * D]``."""
         self.codebook.copy_(words)
 
     def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
@@ -84,24 +86,28 @@ class GateGuard(GuardModule):
         asked = asked.masked_fill(~forbid, NEVER)  # [B, T, C, L, 2]
         logit = asked.logsumexp(2)
         g = hard_clamp(1.2 * logit.sigmoid() - 0.1)[..., None]
-        p = self._words(hidden, asked, mask)
+        spoken = self.word(hidden).unflatten(-1, (self.n_categories, -1))
+        p = self._words(spoken, asked, mask)
         constant = torch.einsum("btw,wlkc->btlkc", p, self.codebook)
         squeezed = self._where_forbidden(z, self.squeeze, mask)
         mean = (1 - g) * squeezed + g * constant
-        return Rewrite(mean, g.mean((2, 3, 4)) * valid, logit, own)
+        return Rewrite(mean, g.mean((2, 3, 4)) * valid, own, spoken)
 
     def finish(self, noisy: Tensor, mask: Mask) -> Tensor:
         """Undoes the squeeze as well as the noise allows."""
         return self._where_forbidden(noisy, self.expand, mask)
 
-    def _where_forbidden(self, z: Tensor, matrix: Tensor, mask: Mask) -> Tensor:
+    def _where_forbidden(self, z: Tensor, terms: Tensor, mask: Mask) -> Tensor:
         """A linear map per layer and K or V; nothing forbidden, nothing changed."""
-        changed = torch.einsum("btlkc,lkcd->btlkd", z, matrix)
-        return torch.where(mask.forbid.any(1).to(z.device)[:, None, None, None, None], changed, z)
+        hides = mask.forbid.any(1, keepdim=True)
+        weights = torch.cat((mask.forbid, hides), 1).to(z.device, z.dtype)
+        sums = torch.einsum("bn,nlkcd->blkcd", weights, terms)
+        changed = z + torch.einsum("btlkc,blkcd->btlkd", z, sums)
+        return torch.where(hides.to(z.device)[:, :, None, None, None], changed, z)
 
-    def _words(self, hidden: Tensor, asked: Tensor, mask: Mask) -> Tensor:
+    def _words(self, spoken: Tensor, asked: Tensor, mask: Mask) -> Tensor:
         """``[B, T, W]``: word 0, or a mixture where the entry belongs to a derived category."""
-        p: Tensor = self.word(hidden).unflatten(-1, (self.n_categories, -1)).softmax(-1)
+        p: Tensor = spoken.softmax(-1)
         first = torch.zeros_like(p)
         first[..., 0] = 1.0
         derives = (mask.forbid & mask.derive).to(p.device)[:, None, :, None]

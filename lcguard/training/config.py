@@ -34,8 +34,7 @@ class PolicyMix:
     all_rate: float = 0.4
     """Share of records under which everything is forbidden."""
     none_rate: float = 0.05
-    category_rate: float = 0.5
-    """Otherwise every category is forbidden with this probability."""
+    """Share under which nothing is; under the rest, a random subset of a random size."""
     derive_rate: float = 0.25
     """Probability that a forbidden derivable category keeps its derived value."""
 

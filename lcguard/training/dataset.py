@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lcguard.noise import noise_key
 from lcguard.protocols import AttackData, Guard, KVBatch, Mask
 from lcguard.records import IGNORE, TokenRecord, masks, pad
 from lcguard.source import ModelSource
@@ -92,7 +93,8 @@ def guard_all(
     for first in range(0, len(records), batch):
         rows = slice(first, first + batch)
         part = Mask(mask.forbid[rows], mask.derive[rows])
-        out = guard(kv[rows], part, seed=seed + first, twin=None if twin is None else twin[rows])
+        keys = [noise_key(seed, r.record_id) for r in records[rows]]
+        out = guard(kv[rows], part, keys=keys, twin=None if twin is None else twin[rows])
         parts.append(out.kv)
     return KVBatch(
         torch.cat([p.keys for p in parts]),

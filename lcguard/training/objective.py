@@ -36,7 +36,10 @@ def sample_policy(rng: random.Random, mix: PolicyMix) -> tuple[tuple[str, ...], 
     if kind < mix.none_rate:
         return (), ()
     everything = kind < mix.none_rate + mix.all_rate
-    forbid = tuple(c for c in CATEGORIES if everything or rng.random() < mix.category_rate)
+    # every number of categories as often as every other: one alone is a policy too
+    count = len(CATEGORIES) if everything else rng.randint(1, len(CATEGORIES) - 1)
+    drawn = set(rng.sample(CATEGORIES, count))
+    forbid = tuple(c for c in CATEGORIES if c in drawn)
     derive = tuple(c for c in forbid if c in DERIVABLE and rng.random() < mix.derive_rate)
     return forbid, derive
 
@@ -46,6 +49,18 @@ def permitted(record: TokenRecord, question: TokenQuestion) -> bool:
     if question.category is None or question.category not in record.forbid:
         return True
     return question.kind == "derived" and question.category in record.derive
+
+
+def draw_batch(rng: random.Random, records: Sequence[TokenRecord], size: int) -> list[TokenRecord]:
+    """``size`` records of similar length, so that little of a batch is padding.
+
+    ``records`` are sorted by length: the batch comes from an eighth of them around a random place.
+    """
+    size = min(size, len(records))
+    width = max(size, len(records) // 8)
+    first = rng.randint(-(width // 2), len(records) - width // 2)
+    first = max(0, min(first, len(records) - width))
+    return rng.sample(records[first : first + width], size)
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ def step_data(
 ) -> StepData:
     """Draws records, policies, questions and counterfactuals, and prefills them together."""
     chosen = []
-    for record in rng.sample(list(records), min(config.batch, len(records))):
+    for record in draw_batch(rng, records, config.batch):
         (record,) = with_policy([record], *sample_policy(rng, config.policies))
         questions = [q for q in record.questions if permitted(record, q)]
         rng.shuffle(questions)
@@ -116,6 +131,7 @@ def guard_losses(
     config: TrainConfig,
     generator: torch.Generator,
     step: int,
+    pool: ValuePool,
 ) -> Losses:
     """Everything but the adversarial term; differentiable in the guard."""
     guarded, out = module(data.raw, data.mask, generator)
@@ -128,6 +144,8 @@ def guard_losses(
         total = total + ramp * config.pair_weight * torch.log1p(leak).mean()
         if config.label_weight and out.by_category is not None:
             labels = closing_loss(out.by_category, data.records)
+            if out.words is not None:
+                labels = labels + word_loss(out.words, data.records, pool)
             total = total + config.label_weight * labels
             metrics["label_nats"] = float(labels.detach())
         metrics["pair_nats"] = float(leak.detach()[hidden].mean()) if bool(hidden.any()) else 0.0
@@ -153,8 +171,28 @@ def value_labels(records: Sequence[TokenRecord], like: Tensor) -> Tensor:
     return value
 
 
-def label_loss(module: GuardModule, records: Sequence[TokenRecord], raw: KVBatch) -> Tensor:
-    """Cross-entropy in nats a token: each category's gates close on its values, and there alone.
+def word_loss(words: Tensor, records: Sequence[TokenRecord], pool: ValuePool) -> Tensor:
+    """Cross-entropy in nats: on a secret with a band, the word that stands for its band.
+
+    ``words``: logits ``[B, T, C, W]``. Only which word it is is taught here; what a word says to
+    the receiver, the receiver's loss teaches the codebook.
+    """
+    label = torch.full(words.shape[:3], IGNORE, device=words.device)
+    for i, record in enumerate(records):
+        for span in record.spans:
+            word = pool.word(span, words.shape[-1])
+            if span.category is not None and word is not None:
+                label[i, span.start : span.end, CATEGORIES.index(span.category)] = word
+    if not bool((label != IGNORE).any()):
+        return words.sum() * 0.0
+    return F.cross_entropy(words.flatten(0, 2), label.flatten(), ignore_index=IGNORE)
+
+
+def label_loss(
+    module: GuardModule, records: Sequence[TokenRecord], raw: KVBatch, pool: ValuePool
+) -> Tensor:
+    """Cross-entropy in nats a token: each category's gates close on its values, and there alone;
+    and the words name the bands.
 
     Raises ``ValueError`` for a guard without gates.
     """
@@ -167,7 +205,8 @@ def label_loss(module: GuardModule, records: Sequence[TokenRecord], raw: KVBatch
     # open, but not so firmly that the pair leak could not close it any more
     value = value.clamp(0.01, 1.0)
     loss = F.binary_cross_entropy_with_logits(own, value, reduction="none")
-    return loss.mean(-1).sum(-1).mean()
+    labels = loss.mean(-1).sum(-1).mean()
+    return labels if out.words is None else labels + 0.1 * word_loss(out.words, records, pool)
 
 
 def closing_loss(by_category: Tensor, records: Sequence[TokenRecord]) -> Tensor:

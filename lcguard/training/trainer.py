@@ -31,7 +31,7 @@ from lcguard.training.adversary import AdversaryFactory, Ensemble
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import Special, attack_data, with_policy
-from lcguard.training.objective import guard_losses, label_loss, step_data
+from lcguard.training.objective import draw_batch, guard_losses, label_loss, step_data
 from lcguard.training.twins import ValuePool
 
 
@@ -60,8 +60,9 @@ def check_trained(name: str) -> None:
 
 
 def prepare(
-    module: GuardModule, records: Sequence[TokenRecord], source: ModelSource, special: Special
-) -> AttackData:
+    module: GuardModule, records: Sequence[TokenRecord], source: ModelSource, special: Special,
+    pool: ValuePool,
+) -> AttackData:  # fmt: skip
     """Fits the guard's statistics; returns raw pairs with everything forbidden."""
     sample = with_policy(records[:384], CATEGORIES)
     raw = source.prefill([r.ids for r in sample])
@@ -72,8 +73,26 @@ def prepare(
         words = int(module.config.words)
         fill = source.prefill([(special.neutral_id,) * (w + 4) for w in range(words)])
         z = module.standardise(fill)
-        start(torch.stack([z[w, 3 + w] for w in range(words)]))
+        book = torch.stack([z[w, 3 + w] for w in range(words)])
+        start(band_means(module.standardise(raw), sample, pool, book))
     return attack_data(sample, raw, special)
+
+
+def band_means(
+    z: Tensor, records: Sequence[TokenRecord], pool: ValuePool, book: Tensor
+) -> Tensor:
+    """The codebook ``[W, L, 2, H * D]`` with the words that stand for bands at the mean of the
+    values of their band: a receiver reads something of the band from it before any training."""
+    found: dict[int, list[Tensor]] = {}
+    for i, record in enumerate(records):
+        for span in record.spans:
+            word = pool.word(span, len(book))
+            if span.category is not None and word is not None:
+                found.setdefault(word, []).append(z[i, span.start : span.end])
+    book = book.clone()
+    for word, values in found.items():
+        book[word] = torch.cat(values).mean(0)
+    return book
 
 
 def train_guard(
@@ -99,7 +118,8 @@ def train_guard(
     accelerator = Accelerator(cpu=source.device.type == "cpu")
     module = make_module(config, source)
     module.to(source.device)
-    pairs = prepare(module, records, source, special)
+    pool = ValuePool(records)
+    pairs = prepare(module, records, source, special, pool)
     if init is not None:  # weights and statistics of a trained guard
         module.load_state_dict(init.module.state_dict())
     ensemble = Ensemble(config.adversary, factory or _no_adversary, pairs, config.seed)
@@ -115,7 +135,8 @@ def train_guard(
         meta = load_checkpoint(state, {"guard": module, **ensemble.modules()},
                                [*optimizers, *ensemble.optimizers])  # fmt: skip
         first, spent = meta["step"], meta["seconds"]
-    pool, rank = ValuePool(records), accelerator.process_index
+    rank = accelerator.process_index
+    records = sorted(records, key=lambda r: len(r.ids))
     metrics = _kept_metrics(out / "metrics.jsonl", first)
     started = time.monotonic() - spent
     with _bar(progress, accelerator.is_main_process) as bar:
@@ -147,13 +168,13 @@ def _step(
     generator = torch.Generator().manual_seed(rng.getrandbits(48))
     module.train()
     if step < config.label_steps:
-        chosen = rng.sample(list(records), min(config.batch, len(records)))
+        chosen = draw_batch(rng, records, config.batch)
         raw = source.prefill([r.ids for r in chosen], batch=len(chosen))
-        labels = label_loss(module, chosen, raw)
+        labels = label_loss(module, chosen, raw, pool)
         _descend(labels, module, optimizers, step, config, accelerator)
         return {"loss": float(labels.detach())}
     data = step_data(rng, records, pool, source, config, special.neutral_id)
-    losses = guard_losses(module, data, source, config, generator, step)
+    losses = guard_losses(module, data, source, config, generator, step, pool)
     total = losses.total
     if ensemble.members:
         total = total + ensemble.guard_term(attack_data(data.records, losses.guarded, special))

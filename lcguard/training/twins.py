@@ -48,6 +48,7 @@ class ValuePool:
         self._by_key: dict[Key, list[tuple[int, ...]]] = defaultdict(list)
         self._by_length: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)
         self._tokens: dict[str, list[int]] = defaultdict(list)
+        bands: set[tuple[str, str]] = set()
         for record in records:
             for span in record.spans:
                 if span.category is None:
@@ -56,8 +57,22 @@ class ValuePool:
                 self._by_key[span.field, n, None].append(value)
                 if span.band is not None:
                     self._by_key[span.field, n, span.band].append(value)
+                    bands.add((span.category, span.band))
                 self._by_length[span.category, n].append(value)
                 self._tokens[span.category] += value
+
+        self.bands = sorted(bands)
+        """Derived values of secrets, as (category, band)."""
+
+    def word(self, span: TokenSpan, words: int) -> int | None:
+        """Which of a codebook's ``words`` stands for the span's band; None where it has none.
+
+        Word 0 is the constant; bands share words where there are more of them than words.
+        """
+        band = (str(span.category), str(span.band))
+        if span.band is None or words < 2 or band not in self.bands:
+            return None
+        return 1 + self.bands.index(band) % (words - 1)
 
     def draw(
         self, rng: random.Random, span: TokenSpan, *, hold_band: bool

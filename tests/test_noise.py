@@ -1,0 +1,76 @@
+"""The noise of a hop: the cipher's own stream, normal, the same however a segment comes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lcguard.noise import key_stream, new_noise_key, noise_key, normals, segment_noise
+from tests.fixtures import forbid_all, random_kv
+from tests.test_guards import guard_of
+
+SHAPE = (3, 2, 24)
+
+
+def test_the_stream_is_chacha20_of_the_standard() -> None:
+    # RFC 8439, appendix A.1, test vectors 1 and 2: a key of zeros, blocks 0 and 1
+    zeros = key_stream(bytes(32), 0, 2)
+    assert zeros[0].tobytes().hex().startswith("76b8e0ada0f13d90405d6ae55386bd28")
+    assert zeros[1].tobytes().hex().startswith("9f07e7be5551387a98ba977c732d080d")
+
+
+def test_draws_are_standard_normal_and_independent() -> None:
+    noise = segment_noise(noise_key(0, "a"), SHAPE, 4000)
+    flat = noise.double().flatten()
+    n = len(flat)
+    assert abs(float(flat.mean())) < 5 / math.sqrt(n)
+    assert abs(float(flat.var()) - 1) < 5 * math.sqrt(2 / n)
+    assert abs(float((flat**4).mean()) - 3) < 0.05
+    for shift in (1, 2, 24):
+        assert abs(float((flat[:-shift] * flat[shift:]).mean())) < 5 / math.sqrt(n)
+    assert float((flat.abs() > 1.959964).double().mean()) == pytest.approx(0.05, abs=0.003)
+
+
+def test_extreme_words_stay_finite() -> None:
+    words = np.array([[0, 0, 2**32 - 1, 2**32 - 1]], dtype=np.uint32)
+    assert bool(torch.isfinite(normals(words)).all())
+
+
+def test_a_part_of_a_segment_has_the_noise_of_its_place() -> None:
+    key = new_noise_key()
+    whole = segment_noise(key, SHAPE, 1300)
+    assert torch.equal(segment_noise(key, SHAPE, 40, first_token=1020), whole[1020:1060])
+    assert not torch.equal(segment_noise(new_noise_key(), SHAPE, 4), whole[:4])
+
+
+def test_batch_and_padding_do_not_change_the_noise() -> None:
+    """Or the same record would get other noise beside other neighbours: two draws to average."""
+    guard = guard_of("gaussian")
+    keys = [noise_key(1, str(i)) for i in range(3)]
+    kv = random_kv((9, 4, 6))
+    together = guard(kv, forbid_all(3), keys=keys).kv
+    alone = guard(kv[1:2].trim(), forbid_all(1), keys=keys[1:2]).kv
+    torch.testing.assert_close(alone.keys, together[1:2].trim().keys)
+
+
+def test_without_keys_the_noise_is_secret_and_new_each_time() -> None:
+    guard, kv = guard_of("gaussian"), random_kv((5,))
+    first, second = (guard(kv, forbid_all(1)).kv for _ in range(2))
+    assert not torch.equal(first.keys, second.keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "message"),
+    [(b"short", 0, "5 bytes"), (bytes(32), 2**32, "exceed 2\\^32"), (bytes(32), -1, "exceed")],
+)
+def test_bad_requests_are_refused(key: bytes, first: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        key_stream(key, first, 1)
+
+
+def test_a_key_for_every_segment() -> None:
+    with pytest.raises(ValueError, match="1 noise keys for 2 segments"):
+        guard_of("gaussian")(random_kv((3, 3)), forbid_all(2), keys=[bytes(32)])
