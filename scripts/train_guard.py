@@ -12,10 +12,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcguard.commands.compose import preset
+from lcguard.commands.compose import load_plan
 from lcguard.commands.script import run_script
 from lcguard.commands.train import TrainRun, run_training
-from lcguard.config import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,11 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
-    path = Path(args.config)
-    if not path.suffix:
-        path = preset(f"train-{args.config}")
-    sets = args.sets + ([f"data.path={args.data}"] if args.data else [])
-    run = load_config(TrainRun, path, sets)
+    run = load_plan(TrainRun, args.config, args.sets, args.data, prefix="train-")
     command = "python scripts/train_guard.py " + " ".join([args.config, *args.sets])
     summary = run_training(run, args.out, command, print, args.device)
     print(json.dumps({k: v for k, v in summary.items() if k != "run"}, indent=1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.nano.load import guard_path
@@ -18,6 +18,7 @@ from lcguard.attacks.base import attack_class
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.attacks.injection import InjectionAttack
 from lcguard.categories import CATEGORIES
+from lcguard.config import load_config
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.outcomes import Journal
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
@@ -28,6 +29,7 @@ from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.protocols import Attack
 from lcguard.records import TokenRecord
 
+T = TypeVar("T")
 PRESETS = Path(__file__).parent.parent / "agents" / "nano" / "presets"
 
 
@@ -38,6 +40,14 @@ def preset(name: str) -> Path:
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise ValueError(f"preset {name!r} is unknown; shipped: {known}")
     return path
+
+
+def load_plan(
+    schema: type[T], config: str | Path, sets: Sequence[str], data: Path | None, prefix: str = ""
+) -> T:
+    """A configuration from a YAML file, or from the preset ``prefix + config``, with overrides."""
+    path = Path(config) if Path(config).suffix else preset(f"{prefix}{config}")
+    return load_config(schema, path, [*sets, *([f"data.path={data}"] if data else [])])
 
 
 def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:

@@ -8,9 +8,9 @@ learned codebook; an open one lets it pass; fixed Gaussian noise lies on both:
     z' = B ((1 - g) A z + g sum_w p_w c_w + sigma n),
     g = clamp(1.2 sigmoid(logsumexp over forbidden categories) - 0.1, 0, 1).
 
-A and B, matrices per layer and K or V, are the identity, a common term and one for each forbidden
-category: A shrinks the directions in which later tokens carry traces of earlier secrets, so that the noise
-covers them, and B undoes it. Word 0 is the constant. The other words carry *derived* values that
+A and B, one matrix each per layer and K or V, start as the identity: A shrinks the directions in
+which later tokens carry traces of earlier secrets, so that the noise covers them, and B undoes it.
+Word 0 is the constant. The other words carry *derived* values that
 the policy allows (a band without the amount); they are unreachable unless the policy derives a
 forbidden category.
 Our own; see ``lcguard.training.objective`` for how it is trained.
@@ -67,9 +67,8 @@ class GateGuard(GuardModule):
         nn.init.constant_(self.gate.bias, c.start_bias)
         self.word = nn.Linear(c.width, n_categories * c.words)
         self.codebook = nn.Parameter(torch.randn(c.words, shape.layers, 2, channels) * 0.02)
-        # a policy that forbids little squeezes little: a term for each category, a common one last
-        terms = torch.zeros(n_categories + 1, shape.layers, 2, channels, channels)
-        self.squeeze, self.expand = nn.Parameter(terms.clone()), nn.Parameter(terms.clone())
+        eye = torch.eye(channels).expand(shape.layers, 2, channels, channels)
+        self.squeeze, self.expand = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
 
     @torch.no_grad()
     def start_codebook(self, words: Tensor) -> None:
@@ -97,13 +96,10 @@ class GateGuard(GuardModule):
         """Undoes the squeeze as well as the noise allows."""
         return self._where_forbidden(noisy, self.expand, mask)
 
-    def _where_forbidden(self, z: Tensor, terms: Tensor, mask: Mask) -> Tensor:
+    def _where_forbidden(self, z: Tensor, matrix: Tensor, mask: Mask) -> Tensor:
         """A linear map per layer and K or V; nothing forbidden, nothing changed."""
-        hides = mask.forbid.any(1, keepdim=True)
-        weights = torch.cat((mask.forbid, hides), 1).to(z.device, z.dtype)
-        sums = torch.einsum("bn,nlkcd->blkcd", weights, terms)
-        changed = z + torch.einsum("btlkc,blkcd->btlkd", z, sums)
-        return torch.where(hides.to(z.device)[:, :, None, None, None], changed, z)
+        changed = torch.einsum("btlkc,lkcd->btlkd", z, matrix)
+        return torch.where(mask.forbid.any(1).to(z.device)[:, None, None, None, None], changed, z)
 
     def _words(self, spoken: Tensor, asked: Tensor, mask: Mask) -> Tensor:
         """``[B, T, W]``: word 0, or a mixture where the entry belongs to a derived category."""

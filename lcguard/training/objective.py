@@ -1,7 +1,7 @@
 """The loss of one training step.
 
     L = a KL(receiver on raw || receiver on guarded) + b CE(answers)
-        + c log1p(pair leak) + d twin distance + e withheld share - beta L_rec
+        + c log1p(pair leak / s) + d twin distance + e withheld share - beta L_rec
 
 Pair leak, in nats: ``||m(raw) - m(raw')||^2 / (2 sigma^2)``, with raw' the same context whose
 forbidden secrets are resampled, through the whole guard (our own; evidence in the README). It
@@ -141,7 +141,8 @@ def guard_losses(
         other = module.rewrite(module.standardise(data.pair), data.pair.valid, data.mask)
         leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
         hidden = data.mask.forbid.any(1)
-        total = total + ramp * config.pair_weight * torch.log1p(leak).mean()
+        scaled = torch.log1p(leak / config.leak_scale_nats)
+        total = total + ramp * config.pair_weight * scaled.mean()
         if config.label_weight and out.by_category is not None:
             labels = closing_loss(out.by_category, data.records)
             if out.words is not None:

@@ -1,0 +1,8 @@
+"""Guarded KV handoff inside stock vLLM. Importing this package imports no vLLM.
+
+    LCGuardConnector    lcguard.vllm.connector: what vLLM loads
+    GuardedLLM          lcguard.vllm.llm: publish and consume from Python
+"""
+
+TESTED_VERSIONS = ("0.32.0",)
+"""Versions of vLLM whose connector interface this package was run against."""

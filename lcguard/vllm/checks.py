@@ -1,0 +1,72 @@
+"""What an engine must be for the connector to start: everything unproved is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lcguard.cache import check_supported
+from lcguard.rope import UnsupportedModelError
+from lcguard.vllm import TESTED_VERSIONS
+from lcguard.vllm.errors import StartError
+
+CONNECTOR = "LCGuardConnector"
+_DTYPES = ("auto", "float16", "half", "bfloat16", "float", "float32")
+
+
+def check_version(version: str) -> None:
+    """Raises ``StartError`` for a vLLM whose connector interface was not tried."""
+    if version.split("+")[0] not in TESTED_VERSIONS:
+        raise StartError(
+            f"vLLM {version} was not tested with this release: install "
+            f"{' or '.join(TESTED_VERSIONS)}"
+        )
+
+
+def check_config(config: Any) -> None:
+    """Raises ``StartError`` for a ``VllmConfig`` under which segments could be wrong or leak."""
+    transfer = config.kv_transfer_config
+    if transfer.kv_load_failure_policy != "fail":
+        raise StartError(
+            f"kv_load_failure_policy={transfer.kv_load_failure_policy!r} would answer from "
+            "placeholder tokens where a segment cannot be loaded: set it to 'fail'"
+        )
+    if transfer.kv_role != "kv_both":
+        raise StartError(f"kv_role={transfer.kv_role!r}: set it to 'kv_both'")
+    if config.cache_config.cache_dtype not in _DTYPES:
+        raise StartError(
+            f"kv_cache_dtype={config.cache_config.cache_dtype!r} packs or quantises the KV cache: "
+            f"use one of {', '.join(_DTYPES)}"
+        )
+    if getattr(config, "speculative_config", None) is not None:
+        raise StartError("speculative decoding was not proved with segments: switch it off")
+    parallel = config.parallel_config
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size",
+                 "prefill_context_parallel_size"):  # fmt: skip
+        if getattr(parallel, name, 1) != 1:
+            raise StartError(f"{name}={getattr(parallel, name)}: only 1 is supported")
+    try:
+        check_supported(config.model_config.hf_text_config)
+    except UnsupportedModelError as error:
+        raise StartError(str(error)) from None
+
+
+def check_groups(kv_cache_config: Any) -> None:
+    """Raises ``StartError`` for hybrid models: several KV-cache groups, or a state that is no KV."""
+    groups = getattr(kv_cache_config, "kv_cache_groups", None) or []
+    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    if len(groups) != 1 or kinds != ["FullAttentionSpec"]:
+        raise StartError(
+            f"the model's KV cache has {len(groups)} group(s) of {', '.join(kinds) or 'nothing'}: "
+            "only one group of full attention is supported"
+        )
+
+
+def check_siblings(names: list[str]) -> None:
+    """Raises ``StartError`` where other connectors stand beside ours: they would save raw KV,
+    or serve other KV under our placeholder tokens."""
+    if CONNECTOR in names and len(names) > 1:
+        others = ", ".join(n for n in names if n != CONNECTOR)
+        raise StartError(
+            f"MultiConnector with {CONNECTOR} and {others}: they would save raw KV beside the "
+            f"guarded one; use {CONNECTOR} alone"
+        )

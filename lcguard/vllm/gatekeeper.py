@@ -1,0 +1,240 @@
+"""Decides whether a handoff may happen: the same checks in the server's front end and in the engine.
+
+The front end turns a refusal into an HTTP status; the engine repeats the checks, because a request
+may come to it by another way, and fails closed there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lcguard.categories import CATEGORIES
+from lcguard.grants import GrantError, check_grant, make_grant, new_handle
+from lcguard.manifest import Manifest, SegmentError
+from lcguard.noise import new_noise_key
+from lcguard.policy import Edge, Policy
+from lcguard.rope import canonical
+from lcguard.store import SegmentNotFound, SegmentStore, StoreError
+from lcguard.vllm.errors import HandoffError
+from lcguard.vllm.request import Consume, Handoff, Publish
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a segment must agree with, and the tokens that stand in for others."""
+
+    model_id: str
+    revision: str
+    """Digest of the weights."""
+    config_digest: str
+    rope: dict[str, Any]
+    placeholder_id: int
+    neutral_id: int
+
+
+@dataclass(frozen=True)
+class PublishPlan:
+    """Everything the worker needs to guard and store a prompt's KV."""
+
+    handle: str
+    source: str
+    audience: str
+    guard: str
+    forbid: tuple[str, ...]
+    derive: tuple[str, ...]
+    policy_digest: str
+    expires_at_s: int
+    hop: int
+    start_token: int
+    """First prompt token of the segment: what was consumed is not published again."""
+    noise_key: bytes
+    """Secret; the same for all ranks of a worker."""
+
+    def answer(self, key: bytes, n_tokens: int, placeholder_id: int) -> dict[str, Any]:
+        """What the publisher learns."""
+        return {
+            "handle": self.handle,
+            "grant": make_grant(key, self.handle, self.audience, self.expires_at_s),
+            "audience": self.audience,
+            "expires_at_s": self.expires_at_s,
+            "n_tokens": n_tokens,
+            "guard": self.guard,
+            "forbid": list(self.forbid),
+            "derive": list(self.derive),
+            "placeholder_id": placeholder_id,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A handoff that may happen."""
+
+    consume: tuple[Manifest, ...] = ()
+    agent: str = ""
+    publish: PublishPlan | None = None
+
+    @property
+    def n_consumed(self) -> int:
+        """Placeholder tokens at the start of the prompt."""
+        return sum(m.n_tokens for m in self.consume)
+
+
+class Gatekeeper:
+    """Checks requests against policy, grants, store and model."""
+
+    def __init__(
+        self, facts: ModelFacts, policy: Policy, guards: Sequence[str], store: SegmentStore,
+        key: bytes, clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.facts, self.policy, self.guards = facts, policy, tuple(guards)
+        self.store, self.key, self.clock = store, key, clock
+
+    def plan(
+        self, handoff: Handoff, prompt: Sequence[int] | None, *,
+        prompt_logprobs: bool = False, samples: int = 1,
+    ) -> Plan:  # fmt: skip
+        """Checks a request whose ``prompt`` starts with the placeholders of what it consumes.
+
+        Raises ``HandoffError`` with the status and the reason.
+        """
+        if prompt is None:
+            raise HandoffError(400, "a handoff needs a prompt of text or tokens, not of embeddings")
+        segments: tuple[Manifest, ...] = ()
+        if handoff.consume is not None:
+            segments = self.segments(handoff.consume)
+        n = sum(m.n_tokens for m in segments)
+        if segments:
+            if prompt_logprobs:
+                raise HandoffError(
+                    400, "prompt log-probabilities (echo, prompt_logprobs) do not exist for "
+                    "consumed tokens: leave them out",
+                )  # fmt: skip
+            if n >= len(prompt):
+                raise HandoffError(
+                    400, f"the prompt has {len(prompt)} tokens with {n} consumed ones: add at "
+                    "least one token of your own",
+                )  # fmt: skip
+            wrong = next((t for t in prompt[:n] if t != self.facts.placeholder_id), None)
+            if wrong is not None:
+                raise HandoffError(
+                    400, f"token {wrong} stands among the first {n} prompt tokens: they must all "
+                    f"be the placeholder {self.facts.placeholder_id}, or leave out placed",
+                )  # fmt: skip
+        publish = None
+        if handoff.publish is not None:
+            if samples != 1:
+                raise HandoffError(400, f"n={samples}: a publish request takes n=1")
+            publish = self._publish(handoff.publish, segments, prompt)
+        agent = handoff.consume.agent if handoff.consume else ""
+        return Plan(segments, agent, publish)
+
+    def segments(self, consume: Consume) -> tuple[Manifest, ...]:
+        """Verified manifests of what a request consumes. Raises ``HandoffError``."""
+        return tuple(self._segment(g.handle, g.grant, consume.agent) for g in consume.segments)
+
+    def _segment(self, handle: str, grant: str, agent: str) -> Manifest:
+        shown = f"{handle[:6]}..."
+        try:
+            # before the store: without a grant nobody learns which handles exist
+            check_grant(self.key, handle, agent, grant, self.clock())
+        except GrantError as error:
+            raise HandoffError(403, f"segment {shown}: {error}") from None
+        try:
+            manifest = self.store.manifest(handle)
+            manifest.check(
+                self.key,
+                expect={
+                    "handle": handle,
+                    "audience": agent,
+                    "revision": self.facts.revision,
+                    "config_digest": self.facts.config_digest,
+                    "rope": self.facts.rope,
+                },
+            )
+        except SegmentNotFound:
+            raise HandoffError(
+                404, f"segment {shown} does not exist: it expired, was revoked or never was"
+            ) from None
+        except SegmentError as error:
+            raise HandoffError(400, f"segment {shown} cannot be used: {error}") from None
+        except StoreError as error:
+            raise HandoffError(404, f"segment {shown} cannot be read: {error}") from None
+        if manifest.expires_at_s and self.clock() >= manifest.expires_at_s:
+            raise HandoffError(404, f"segment {shown} expired: publish again")
+        return manifest
+
+    def edge(self, publish: Publish) -> Edge:
+        """The policy's rule for this hop, tightened by what the request hides beyond it."""
+        edge = self.policy.for_edge(publish.source, publish.audience)
+        hidden = set(edge.forbid) | set(publish.forbid or ())
+        also = set(publish.forbid or ())
+        return edge.model_copy(
+            update={
+                "forbid": tuple(c for c in CATEGORIES if c in hidden),
+                "derive": tuple(c for c in edge.derive if c not in also),
+                "ttl_s": min(edge.ttl_s, publish.ttl_s or edge.ttl_s),
+            }
+        )
+
+    def _publish(
+        self, publish: Publish, consumed: Sequence[Manifest], prompt: Sequence[int]
+    ) -> PublishPlan:
+        edge = self.edge(publish)
+        if edge.guard not in self.guards:
+            known = ", ".join(self.guards)
+            raise HandoffError(
+                400, f"the policy wants guard {edge.guard!r} on {publish.source} -> "
+                f"{publish.audience}, the engine has {known}: add it to guards",
+            )  # fmt: skip
+        if edge.fixed_length:
+            raise HandoffError(
+                400, "fixed_length is not supported inside vLLM: segments keep their token count"
+            )
+        start = sum(m.n_tokens for m in consumed)
+        if start >= len(prompt):
+            raise HandoffError(400, "the prompt has no tokens of its own to publish")
+        if edge.guard == "redact":
+            self._check_redacted(publish, prompt[start:])
+        elif publish.spans is not None:
+            raise HandoffError(
+                400, f"spans are for guard 'redact'; this edge has {edge.guard!r}: leave them out"
+            )
+        return PublishPlan(
+            handle=new_handle(),
+            source=publish.source,
+            audience=publish.audience,
+            guard=edge.guard,
+            forbid=edge.forbid,
+            derive=edge.derive,
+            policy_digest=edge_digest(edge),
+            expires_at_s=int(self.clock() + edge.ttl_s),
+            hop=max((m.hop for m in consumed), default=-1) + 1,
+            start_token=start,
+            noise_key=new_noise_key(),
+        )
+
+    def _check_redacted(self, publish: Publish, own: Sequence[int]) -> None:
+        """Every span must already hold neutral tokens: the front end overwrites them."""
+        if publish.spans is None:
+            raise HandoffError(
+                400, "guard 'redact' needs spans: the token ranges of the secrets, or [] for none"
+            )
+        for start, end in publish.spans:
+            if not 0 <= start < end <= len(own):
+                raise HandoffError(
+                    400, f"span [{start}, {end}) is not within the prompt's {len(own)} tokens"
+                )
+            if any(t != self.facts.neutral_id for t in own[start:end]):
+                raise HandoffError(
+                    400, f"span [{start}, {end}) still holds its secret: load the general plugin "
+                    "lcguard (VLLM_PLUGINS) or send the prompt with neutral tokens",
+                )  # fmt: skip
+
+
+def edge_digest(edge: Edge) -> str:
+    """SHA-256 of an edge's rule as it was applied."""
+    return hashlib.sha256(canonical(edge.model_dump(mode="json"))).hexdigest()

@@ -1,0 +1,51 @@
+"""What the scheduler tells the workers to do in a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from lcguard.vllm.gatekeeper import PublishPlan
+
+
+@dataclass
+class Wanted:
+    """A segment as the scheduler verified it; the worker loads this one or none."""
+
+    handle: str
+    hmac: str
+    """Of its manifest."""
+    n_tokens: int
+
+
+@dataclass
+class LoadJob:
+    """Fill the first tokens of a request from segments."""
+
+    request_id: str
+    blocks: list[int]
+    segments: tuple[Wanted, ...]
+    skip: int
+    """Tokens that are there already: a prefix-cache hit of the same segments."""
+    n_tokens: int
+    failure: str = ""
+    """Why the scheduler refused: the worker then fails the load, so that nothing is computed on
+    placeholders."""
+
+
+@dataclass
+class SaveJob:
+    """Guard and store a request's prompt."""
+
+    request_id: str
+    blocks: list[int]
+    n_tokens: int
+    """Prompt tokens, those consumed included."""
+    plan: PublishPlan
+
+
+@dataclass
+class StepJobs(KVConnectorMetadata):
+    loads: list[LoadJob] = field(default_factory=list)
+    saves: list[SaveJob] = field(default_factory=list)

@@ -1,0 +1,262 @@
+"""``GuardedLLM``: a ``vllm.LLM`` or ``vllm.AsyncLLM`` whose agents hand over guarded KV.
+
+    llm = GuardedLLM.build("my/model", policy="policy.yaml", guards={"gate": "my/guard"})
+    handle = llm.publish(agent="intake", prompt=record, audience="billing")
+    print(llm.generate(agent="billing", prompt=question, consume=[handle]))
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lcguard.keys import KEY_VARIABLE, new_key
+from lcguard.vllm.checks import CONNECTOR
+from lcguard.vllm.errors import HandoffError
+from lcguard.vllm.frontend import failure_of
+from lcguard.vllm.request import PARAM
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A published segment: what the publisher passes on to the audience, as text or JSON."""
+
+    handle: str
+    grant: str
+    audience: str
+    expires_at_s: int
+    n_tokens: int
+    guard: str = ""
+    forbid: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Handle:
+        """Raises ``ValueError`` for a missing field; unknown ones are left out."""
+        try:
+            return cls(
+                str(value["handle"]), str(value["grant"]), str(value["audience"]),
+                int(value["expires_at_s"]), int(value["n_tokens"]), str(value.get("guard", "")),
+                tuple(value.get("forbid", ())),
+            )  # fmt: skip
+        except KeyError as error:
+            raise ValueError(f"handle lacks {error}: pass what publish returned") from None
+
+
+def publish_params(
+    agent: str, audience: str, policy: Sequence[str] | None = None, ttl_s: float | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The ``publish`` part of a request; see ``lcguard.vllm.request.Publish``."""
+    out: dict[str, Any] = {"source": agent, "audience": audience}
+    if policy is not None:
+        out["forbid"] = list(policy)
+    if ttl_s is not None:
+        out["ttl_s"] = float(ttl_s)
+    if spans is not None:
+        out["spans"] = [list(span) for span in spans]
+    return out
+
+
+def consume_params(agent: str, handles: Sequence[Handle]) -> dict[str, Any]:
+    """The ``consume`` part of a request."""
+    return {
+        "agent": agent,
+        "segments": [{"handle": h.handle, "grant": h.grant} for h in handles],
+    }
+
+
+def transfer_config(
+    store: str, policy: str | Path | Mapping[str, Any] | None, guards: Mapping[str, str], **more: Any
+) -> Any:
+    """A ``KVTransferConfig`` with the connector."""
+    from vllm.config import KVTransferConfig
+
+    shown = str(policy) if isinstance(policy, Path) else policy
+    return KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path="lcguard.vllm.connector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"store": store, "policy": shown, "guards": dict(guards), **more},
+    )
+
+
+class _Guarded:
+    """What the two wrappers share."""
+
+    def __init__(self, engine: Any) -> None:
+        config = (getattr(engine, "llm_engine", None) or engine).vllm_config
+        transfer = config.kv_transfer_config
+        if transfer is None or transfer.kv_connector != CONNECTOR:
+            raise ValueError(
+                f"this engine runs without {CONNECTOR}: pass "
+                "kv_transfer_config=lcguard.vllm.llm.transfer_config(...) or use build()"
+            )
+        self.engine = engine
+
+    @staticmethod
+    def _params(params: Any, parts: dict[str, Any], max_tokens: int | None = None) -> Any:
+        """A copy of the sampling parameters with the handoff; greedy by default."""
+        from vllm import SamplingParams
+
+        made = params.clone() if params is not None else SamplingParams(temperature=0, max_tokens=256)
+        if max_tokens is not None:
+            made.max_tokens = max_tokens
+        transfer = dict((made.extra_args or {}).get("kv_transfer_params") or {})
+        parts = {k: v for k, v in parts.items() if v is not None}
+        if parts:
+            made.extra_args = {
+                **(made.extra_args or {}), "kv_transfer_params": {**transfer, PARAM: parts}
+            }  # fmt: skip
+        return made
+
+    @staticmethod
+    def _prompt(prompt: Prompt) -> Any:
+        return prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
+
+    @staticmethod
+    def _handle(output: Any) -> Handle:
+        answer = (output.kv_transfer_params or {}).get(PARAM)
+        if not answer or "handle" not in answer:
+            raise HandoffError(400, "the engine answered without a handle: nothing was published")
+        return Handle.from_dict(answer)
+
+
+def _config(
+    store: str | None, policy: Any, guards: Mapping[str, str] | None, settings: Mapping[str, Any]
+) -> Any:
+    if KEY_VARIABLE not in os.environ:
+        # a key for this process and its workers: nothing outside has to read these segments
+        os.environ[KEY_VARIABLE] = new_key()
+    if store is None:
+        store = "file://" + tempfile.mkdtemp(prefix="lcguard-")
+    return transfer_config(store, policy, guards or {}, **settings)
+
+
+class GuardedLLM(_Guarded):
+    """Wraps a ``vllm.LLM`` that was built with ``transfer_config``, or builds one."""
+
+    @classmethod
+    def build(
+        cls, model: str, *, policy: str | Path | Mapping[str, Any] | None = None,
+        guards: Mapping[str, str] | None = None, store: str | None = None,
+        settings: Mapping[str, Any] | None = None, **options: Any,
+    ) -> GuardedLLM:  # fmt: skip
+        """Starts an engine.
+
+        Args:
+            policy: file or content; None forbids every category on every edge.
+            guards: guard name as the policy uses it -> folder, hub repository or ``nano:NAME``.
+            store: URL; None keeps segments in a temporary folder.
+            settings: further settings of the connector, see ``lcguard.vllm.settings``.
+            options: those of ``vllm.LLM``.
+        """
+        from vllm import LLM
+
+        config = _config(store, policy, guards, settings or {})
+        return cls(LLM(model, kv_transfer_config=config, **options))
+
+    def publish(
+        self, *, agent: str, prompt: Prompt, audience: str, policy: Sequence[str] | None = None,
+        ttl_s: float | None = None, spans: Sequence[tuple[int, int]] | None = None,
+        consume: Sequence[Handle] = (),
+    ) -> Handle:  # fmt: skip
+        """Prefills ``prompt`` and stores its guarded KV for ``audience``.
+
+        Args:
+            policy: categories to hide beyond those of the engine's policy.
+            ttl_s: seconds to live, at most the policy's.
+            spans: token ranges of the secrets, for guard ``redact``.
+            consume: segments to read first; they are not part of what is published.
+
+        Raises ``HandoffError`` where policy, guard or store refuse; nothing is stored then.
+        """
+        parts = {
+            "publish": publish_params(agent, audience, policy, ttl_s, spans),
+            "consume": consume_params(agent, consume) if consume else None,
+        }
+        return self._handle(self._run(prompt, self._params(None, parts, max_tokens=1)))
+
+    def generate(
+        self, *, agent: str, prompt: Prompt, consume: Sequence[Handle] = (), params: Any = None
+    ) -> str:
+        """Text that ``agent`` answers to ``prompt`` after the segments it may consume.
+
+        ``params``: vLLM's ``SamplingParams``; greedy and at most 256 tokens by default. Raises
+        ``HandoffError`` for a segment that is missing, expired or not for this agent.
+        """
+        parts = {"consume": consume_params(agent, consume) if consume else None}
+        return str(self._run(prompt, self._params(params, parts)).outputs[0].text)
+
+    def _run(self, prompt: Prompt, params: Any) -> Any:
+        from vllm.exceptions import GracefulHTTPError
+
+        try:
+            (output,) = self.engine.generate([self._prompt(prompt)], params, use_tqdm=False)
+        except GracefulHTTPError as error:
+            raise HandoffError(int(error.http_status), error.message) from None
+        failure = failure_of(output)
+        if failure is not None:
+            raise failure
+        return output
+
+
+class AsyncGuardedLLM(_Guarded):
+    """The same over a ``vllm.AsyncLLM``: many agents at once on one engine."""
+
+    @classmethod
+    def build(
+        cls, model: str, *, policy: str | Path | Mapping[str, Any] | None = None,
+        guards: Mapping[str, str] | None = None, store: str | None = None,
+        settings: Mapping[str, Any] | None = None, **options: Any,
+    ) -> AsyncGuardedLLM:  # fmt: skip
+        """As ``GuardedLLM.build``; ``options`` are those of ``AsyncEngineArgs``."""
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        config = _config(store, policy, guards, settings or {})
+        args = AsyncEngineArgs(model=model, kv_transfer_config=config, **options)
+        return cls(AsyncLLM.from_engine_args(args))
+
+    async def publish(
+        self, *, agent: str, prompt: Prompt, audience: str, policy: Sequence[str] | None = None,
+        ttl_s: float | None = None, spans: Sequence[tuple[int, int]] | None = None,
+        consume: Sequence[Handle] = (),
+    ) -> Handle:  # fmt: skip
+        """As ``GuardedLLM.publish``."""
+        parts = {
+            "publish": publish_params(agent, audience, policy, ttl_s, spans),
+            "consume": consume_params(agent, consume) if consume else None,
+        }
+        return self._handle(await self._run(prompt, self._params(None, parts, max_tokens=1)))
+
+    async def generate(
+        self, *, agent: str, prompt: Prompt, consume: Sequence[Handle] = (), params: Any = None
+    ) -> str:
+        """As ``GuardedLLM.generate``."""
+        parts = {"consume": consume_params(agent, consume) if consume else None}
+        return str((await self._run(prompt, self._params(params, parts))).outputs[0].text)
+
+    async def _run(self, prompt: Prompt, params: Any) -> Any:
+        from vllm.exceptions import GracefulHTTPError
+
+        output = None
+        try:
+            async for output in self.engine.generate(
+                self._prompt(prompt), params, f"lcguard-{uuid.uuid4().hex}"
+            ):
+                pass
+        except GracefulHTTPError as error:
+            raise HandoffError(int(error.http_status), error.message) from None
+        if output is None:
+            raise HandoffError(400, "the engine answered nothing")
+        return output

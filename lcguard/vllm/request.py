@@ -1,0 +1,92 @@
+"""What a request asks for: ``kv_transfer_params={"lcguard": {...}}``, unknown keys refused.
+
+    {"publish": {"source": "intake", "audience": "billing"}}
+    {"consume": {"agent": "billing", "segments": [{"handle": "...", "grant": "..."}]}}
+
+Both together publish what an agent made of what it consumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from lcguard.categories import Category
+from lcguard.vllm.errors import HandoffError
+
+PARAM = "lcguard"
+Agent = Annotated[str, StringConstraints(pattern=r"^[\x21-\x29\x2b-\x7e]{1,100}$")]
+"""An agent's name: visible ASCII without spaces and ``*``."""
+Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Publish(_Model):
+    """Guard this prompt's KV and keep it for ``audience``."""
+
+    source: Agent
+    audience: Agent
+    forbid: tuple[Category, ...] | None = None
+    """Categories to hide beyond those of the policy: a request can tighten, never loosen."""
+    ttl_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    """Seconds to live; at most the policy's."""
+    spans: tuple[tuple[int, int], ...] | None = None
+    """Token ranges ``[start, end)`` of the secrets in the prompt as sent, for guard ``redact``."""
+
+
+class Grant(_Model):
+    handle: Handle
+    grant: Annotated[str, StringConstraints(max_length=100)]
+
+
+class Consume(_Model):
+    """Put segments before this prompt, one behind the other."""
+
+    agent: Agent
+    """Who consumes: must be the audience of every grant."""
+    segments: Annotated[tuple[Grant, ...], Field(min_length=1, max_length=64)]
+    placed: bool = False
+    """True where the prompt already starts with the placeholder tokens."""
+
+
+class Handoff(_Model):
+    """The value of ``lcguard`` in ``kv_transfer_params``."""
+
+    publish: Publish | None = None
+    consume: Consume | None = None
+
+
+def parse_handoff(params: Mapping[str, Any] | None) -> Handoff | None:
+    """The handoff that a request asks for; None for an ordinary request.
+
+    Raises ``HandoffError`` (400) naming the key at fault.
+    """
+    if not isinstance(params, Mapping) or PARAM not in params:
+        return None
+    value = params[PARAM]
+    if not isinstance(value, Mapping):
+        raise HandoffError(400, f"{PARAM} is {type(value).__name__}: give publish or consume")
+    try:
+        # As JSON would have come: tuples and lists, nothing coerced.
+        handoff = Handoff.model_validate(_tuples(dict(value)))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise HandoffError(400, f"{PARAM}.{where}: {first['msg']}") from None
+    if handoff.publish is None and handoff.consume is None:
+        raise HandoffError(400, f"{PARAM} is empty: give publish or consume")
+    return handoff
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down: a strict model takes nothing else for them."""
+    if isinstance(value, Mapping):
+        return {k: _tuples(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(v) for v in value)
+    return value

@@ -1,0 +1,159 @@
+"""The connector's half in the scheduler: plans handoffs, isolates their prefix-cache blocks.
+
+An exception in here would kill the engine for everybody, so every refusal becomes a plan that
+fails its own request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+
+from lcguard.manifest import SegmentError
+from lcguard.rope import canonical
+from lcguard.store import StoreError
+from lcguard.vllm.errors import HandoffError
+from lcguard.vllm.gatekeeper import Gatekeeper, Plan
+from lcguard.vllm.jobs import LoadJob, SaveJob, StepJobs, Wanted
+from lcguard.vllm.request import PARAM, parse_handoff
+
+logger = init_logger("vllm.lcguard.scheduler")
+
+
+@dataclass
+class Booked:
+    """A request with a handoff, from its arrival to its end."""
+
+    request: Any
+    plan: Plan
+    n_external: int
+    """Tokens that the worker brings."""
+    failure: HandoffError | None = None
+    saved: bool = False
+
+
+class HandoffScheduler:
+    """Scheduler side of one engine."""
+
+    def __init__(self, gatekeeper: Gatekeeper, load_async: bool = False) -> None:
+        self.gatekeeper, self.load_async = gatekeeper, load_async
+        # Per engine and start: nobody else can name a salted block, not even with the same key.
+        self._secret = secrets.token_bytes(32)
+        self._booked: dict[str, Booked] = {}
+        self._ready: dict[str, LoadJob] = {}
+
+    def arrive(self, request: Any) -> None:
+        """A new request, before any look into the prefix cache. Never raises."""
+        if PARAM not in (request.kv_transfer_params or {}):
+            return
+        try:
+            handoff = parse_handoff(request.kv_transfer_params)
+            assert handoff is not None
+            params = request.sampling_params
+            plan = self.gatekeeper.plan(
+                handoff,
+                request.prompt_token_ids,
+                # of the request alone: the engine has seen nothing of it yet
+                prompt_logprobs=params is None or params.prompt_logprobs is not None,
+            )
+            booked = Booked(request, plan, plan.n_consumed)
+            salt = self._salt(plan)
+        except Exception as error:
+            if not isinstance(error, HandoffError):
+                logger.exception("lcguard: planning request %s failed", request.request_id)
+                error = HandoffError(400, f"the handoff could not be planned: {type(error)}")
+            logger.warning("lcguard: request %s refused: %s", request.request_id, error)
+            # all but the last token are claimed, never brought: the request ends in an error
+            booked = Booked(request, Plan(), request.num_prompt_tokens - 1, error)
+            salt = secrets.token_hex(16)
+        # whatever salt the client chose: it must not name our blocks, nor hide in them
+        request.cache_salt = salt
+        request.block_hashes.clear()
+        request.update_block_hashes()
+        # set by prompt log-probabilities; the scheduler would then not ask for the segments
+        request.skip_reading_prefix_cache = False
+        self._booked[request.request_id] = booked
+
+    def _salt(self, plan: Plan) -> str:
+        """Names the prefix-cache blocks of one combination of segments, policy and agent."""
+        consumed = [[m.handle, m.hmac, m.policy_digest, m.audience] for m in plan.consume]
+        source = plan.publish.source if plan.publish else ""
+        text = canonical([consumed, plan.agent, source])
+        return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
+
+    def external_tokens(self, request: Any, n_computed: int) -> tuple[int, bool]:
+        """Tokens that the worker brings beyond ``n_computed``, and whether beside the forward."""
+        booked = self._booked.get(request.request_id)
+        if booked is None or booked.n_external <= n_computed:
+            return 0, False
+        return booked.n_external - n_computed, self.load_async
+
+    def allocated(self, request: Any, blocks: Any, n_external: int) -> None:
+        """Blocks for the external tokens are there."""
+        booked = self._booked.get(request.request_id)
+        if booked is None or n_external <= 0:
+            return
+        self._ready[request.request_id] = LoadJob(
+            request.request_id,
+            list(blocks.get_block_ids()[0]),
+            tuple(Wanted(m.handle, m.hmac, m.n_tokens) for m in booked.plan.consume),
+            skip=booked.n_external - n_external,
+            n_tokens=booked.n_external,
+            failure=str(booked.failure or ""),
+        )
+
+    def step(self, output: Any) -> StepJobs:
+        """The jobs of this step. A prompt is published in the step that computes its end."""
+        jobs = StepJobs(loads=list(self._ready.values()))
+        self._ready.clear()
+        for request_id, n_scheduled in output.num_scheduled_tokens.items():
+            booked = self._booked.get(request_id)
+            if booked is None or booked.plan.publish is None or booked.saved:
+                continue
+            request = booked.request
+            first = request.num_computed_tokens  # before this step
+            if first < request.num_prompt_tokens <= first + n_scheduled:
+                blocks = output.kv_connector_block_state.get_block_ids(request_id)[0]
+                jobs.saves.append(
+                    SaveJob(request_id, list(blocks), request.num_prompt_tokens,
+                            booked.plan.publish)
+                )  # fmt: skip
+                booked.saved = True  # once, whatever preemption does
+        return jobs
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """What the answer says of the handoff; None for an ordinary request."""
+        self._ready.pop(request.request_id, None)
+        booked = self._booked.pop(request.request_id, None)
+        if booked is None:
+            return None
+        if booked.failure is not None:
+            return {PARAM: {"error": str(booked.failure), "status": booked.failure.status}}
+        answer: dict[str, Any] = {}
+        if booked.plan.consume:
+            answer["consumed_tokens"] = booked.plan.n_consumed
+        if booked.plan.publish is not None:
+            answer |= self._published(booked)
+        return {PARAM: answer}
+
+    def _published(self, booked: Booked) -> dict[str, Any]:
+        """Handle and grant, if the worker really stored the segment: only the store knows."""
+        plan, gatekeeper = booked.plan.publish, self.gatekeeper
+        assert plan is not None
+        try:
+            manifest = gatekeeper.store.manifest(plan.handle)
+            manifest.verify(gatekeeper.key)
+        except (SegmentError, StoreError) as error:
+            logger.error("lcguard: %s published nothing: %s", plan.source, error)
+            return {
+                "error": "the segment was not stored: the guard or the store failed, see the "
+                "engine's log; nothing was handed over",
+                "status": 400,
+            }
+        placeholder = gatekeeper.facts.placeholder_id
+        return plan.answer(gatekeeper.key, manifest.n_tokens, placeholder)

@@ -1,0 +1,71 @@
+"""The connector's own settings: vLLM's ``kv_connector_extra_config``, unknown keys refused.
+
+    {"store": "file:///var/lib/lcguard", "policy": "policy.yaml", "guards": {"gate": "nano:gate"}}
+
+The deployment key is not among them, because vLLM logs its configuration: ``LCGUARD_KEY`` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lcguard.policy import Policy, PolicyError, load_policy, parse_policy
+from lcguard.vllm.errors import StartError
+
+PLAIN = ("identity", "redact")
+"""Guards without weights and statistics: usable by name alone."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: str
+    """URL of the segment store: ``file:///...``, ``redis://...``, ``memory://NAME`` (one process)."""
+    store_max_bytes: Annotated[int, Field(gt=0)] | None = None
+    policy: str | dict[str, Any] | None = None
+    """Policy file, or its content. None forbids everything on every edge."""
+    guards: dict[str, str] = {}
+    """Guard name as policies use it -> folder, hub repository or ``nano:NAME``."""
+    load_async: bool = False
+    """Load segments beside the forward pass instead of before it."""
+    placeholder_id: Annotated[int, Field(ge=0)] | None = None
+    """Token that stands for consumed tokens; default the model's padding or end token."""
+    neutral_id: Annotated[int, Field(ge=0)] | None = None
+    """Token that ``redact`` puts in place of a secret's tokens; default the placeholder."""
+
+
+def read_settings(extra: Mapping[str, Any]) -> Settings:
+    """Checks the settings. Raises ``StartError`` naming the key and the known ones."""
+    try:
+        return Settings.model_validate(dict(extra))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        known = ", ".join(Settings.model_fields)
+        raise StartError(
+            f"kv_connector_extra_config.{where}: {first['msg']} (known: {known})"
+        ) from None
+
+
+def policy_of(settings: Settings) -> Policy:
+    """The policy, or one that forbids everything. Raises ``StartError`` for a broken one."""
+    try:
+        if settings.policy is None:
+            return Policy(version=1, edges=())
+        if isinstance(settings.policy, str):
+            return load_policy(settings.policy)
+        return parse_policy(settings.policy)
+    except PolicyError as error:
+        raise StartError(str(error)) from None
+
+
+def guard_folder(path: str) -> str:
+    """The folder of a guard; ``nano:NAME`` is one that came with the package."""
+    if path.startswith("nano:"):
+        return str(Path(str(files("lcguard.agents.nano") / "guards" / path[5:])))
+    return path

@@ -1,0 +1,123 @@
+"""Builds the connector's parts from a ``VllmConfig``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lcguard.cache import kv_shape
+from lcguard.categories import CATEGORIES
+from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.guards.frozen import GuardError
+from lcguard.keys import deployment_key
+from lcguard.manifest import config_digest
+from lcguard.model_digest import checkpoint_digest
+from lcguard.rope import Rotary
+from lcguard.store import SegmentStore, StoreError, open_store
+from lcguard.vllm.errors import StartError
+from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts
+from lcguard.vllm.settings import PLAIN, Settings, guard_folder, policy_of, read_settings
+
+
+def settings_of(config: Any) -> Settings:
+    """The connector's settings in a ``VllmConfig``. Raises ``StartError``."""
+    return read_settings(config.kv_transfer_config.kv_connector_extra_config or {})
+
+
+@lru_cache(maxsize=4)
+def _weights_digest(model: str, revision: str | None) -> str:
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise StartError(f"model {model!r} is not on this machine: download it first") from error
+    try:
+        return checkpoint_digest(folder)
+    except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+def facts_of(config: Any, settings: Settings) -> ModelFacts:
+    """The model's facts. Raises ``StartError`` for token ids outside its vocabulary."""
+    model, text = config.model_config, config.model_config.hf_text_config
+    served = model.served_model_name
+    name = served[0] if isinstance(served, list) else served
+    placeholder = settings.placeholder_id
+    if placeholder is None:
+        ends = getattr(text, "pad_token_id", None), getattr(text, "eos_token_id", None)
+        found = next((i for i in ends if i is not None), 0)
+        placeholder = int(found[0] if isinstance(found, list) else found)
+    neutral = placeholder if settings.neutral_id is None else settings.neutral_id
+    for key, value in (("placeholder_id", placeholder), ("neutral_id", neutral)):
+        if not 0 <= value < model.get_vocab_size():
+            raise StartError(f"{key}={value} is no token: the vocabulary has {model.get_vocab_size()}")
+    return ModelFacts(
+        # a folder's name, not where it lies
+        model_id="_".join(Path(str(name or model.model)).name.split()) or "model",
+        revision=_weights_digest(str(model.model), model.revision),
+        config_digest=config_digest(text),
+        rope=Rotary.from_config(text).describe(),
+        placeholder_id=placeholder,
+        neutral_id=neutral,
+    )
+
+
+def store_of(settings: Settings, one_process: bool) -> SegmentStore:
+    """Opens the store. Raises ``StartError`` for one that scheduler and workers would not share."""
+    try:
+        store = open_store(settings.store, max_bytes=settings.store_max_bytes)
+    except (StoreError, ValueError) as error:
+        raise StartError(f"store {settings.store.split('@')[-1]!r}: {error}") from None
+    if not store.shared and not one_process:
+        raise StartError(
+            f"store {settings.store!r} lives in one process, this engine has several: use "
+            "file:///... or redis://..., or VLLM_ENABLE_V1_MULTIPROCESSING=0"
+        )
+    return store
+
+
+def key_of() -> bytes:
+    """The deployment key. Raises ``StartError`` without ``LCGUARD_KEY``."""
+    try:
+        return deployment_key()
+    except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+def guard_names(settings: Settings) -> list[str]:
+    """Guards that an edge may name."""
+    return sorted({*PLAIN, *settings.guards})
+
+
+def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, FrozenGuard]:
+    """All guards, each made for this model's weights. Raises ``StartError``."""
+    shape = kv_shape(config.model_config.hf_text_config)
+    out = {}
+    for name in guard_names(settings):
+        try:
+            if name in settings.guards:
+                out[name] = FrozenGuard.from_pretrained(
+                    guard_folder(settings.guards[name]), model_digest=facts.revision, shape=shape
+                )
+                if tuple(out[name].card.categories) != CATEGORIES:
+                    raise GuardError("it knows other categories")
+            else:
+                module = guard_class(name).build(KVShape(*shape), len(CATEGORIES), {})
+                out[name] = FrozenGuard(module)
+        except GuardError as error:
+            raise StartError(f"guards.{name}: {error}") from None
+    return out
+
+
+def gatekeeper_of(config: Any, one_process: bool) -> Gatekeeper:
+    """The gatekeeper of an engine or of its front end. Raises ``StartError``."""
+    settings = settings_of(config)
+    return Gatekeeper(
+        facts_of(config, settings), policy_of(settings), guard_names(settings),
+        store_of(settings, one_process), key_of(),
+    )  # fmt: skip

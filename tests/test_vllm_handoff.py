@@ -1,0 +1,358 @@
+"""Guarded handoffs through a real vLLM engine on the CPU: right, isolated, failing closed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from lcguard.grants import make_grant, new_handle
+from lcguard.guards.frozen import GuardError
+from lcguard.manifest import Manifest
+from lcguard.protocols import KVBatch
+from lcguard.records import mask_of
+from lcguard.segment import KVSegment, segments_to_cache
+from lcguard.vllm.errors import HandoffError
+from tests.engine import KEY, Engine, logprobs, make_engine, needs_vllm, question, records, tokens
+
+pytestmark = [
+    needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore"),
+]  # fmt: skip
+SECRET = bytes.fromhex(KEY)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    yield from make_engine(tmp_path_factory.mktemp("engine"))
+
+
+def publish(engine: Engine, ids: Any, audience: str, **more: Any) -> Any:
+    return engine.llm.publish(agent="intake", prompt=list(ids), audience=audience, **more)
+
+
+def consume(*handles: Any, agent: str = "", **more: Any) -> dict[str, Any]:
+    segments = [{"handle": h.handle, "grant": h.grant} for h in handles]
+    return {"consume": {"agent": agent or handles[0].audience, "segments": segments, **more}}
+
+
+def stored(engine: Engine, handle: Any) -> KVSegment:
+    return engine.worker.store.load(handle.handle, SECRET)  # type: ignore[no-any-return]
+
+
+def hf_segment(engine: Engine, ids: Any) -> KVBatch:
+    return engine.agent.source.prefill([tuple(ids)])
+
+
+# -- right
+
+
+def test_an_identity_handoff_answers_like_the_full_text(engine: Engine) -> None:
+    """Any length, several consumers at once beside plain neighbours, prefix caching on."""
+    chosen = records(engine.agent, 6)
+    asks = [question(r).prompt for r in chosen]
+    handles = [publish(engine, r.ids, "identity") for r in chosen]
+    assert len({len(r.ids) % 32 for r in chosen}) > 3  # most end within a block
+    whole = [[*r.ids, *ask] for r, ask in zip(chosen, asks, strict=True)]
+    prompts = whole + [list(ask) for ask in asks] + whole
+    handoffs = [None] * 6 + [consume(h) for h in handles] + [None] * 6
+    out = engine.run(prompts, handoffs)
+    for full, consumed, again in zip(out[:6], out[6:12], out[12:], strict=True):
+        assert tokens(consumed) == tokens(full) == tokens(again)
+        torch.testing.assert_close(logprobs(consumed), logprobs(full), atol=1e-4, rtol=1e-4)
+    right = [
+        tokens(o)[: len(question(r).answer)] == list(question(r).answer)
+        for o, r in zip(out[6:12], chosen, strict=True)
+    ]
+    assert sum(right) >= 5  # the agent answers, it is not merely consistent
+    placed = [engine.agent.source.pad_id] * handles[0].n_tokens + list(asks[0])
+    assert handles[0].n_tokens == len(chosen[0].ids)
+    (same,) = engine.run([placed], [consume(handles[0], placed=True)])
+    assert tokens(same) == tokens(out[6])
+
+
+@pytest.mark.parametrize("name", ["identity", "gaussian", "residual", "gate"])
+def test_vllm_stores_the_segment_that_transformers_makes(
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same text, guard and noise through both backends: equal within float32 rounding."""
+    secret = bytes(range(32))
+    monkeypatch.setattr("lcguard.vllm.gatekeeper.new_noise_key", lambda: secret)
+    (record,) = records(engine.agent, 1, seed=78)
+    segment = stored(engine, publish(engine, record.ids, name))
+    guard = engine.worker.guards[name]
+    raw = hf_segment(engine, record.ids)
+    wanted = guard(raw, mask_of([record_forbid()], [()]), keys=[secret]).kv
+    assert segment.manifest.guard_digest == guard.digest
+    torch.testing.assert_close(segment.keys, wanted.keys[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(segment.values, wanted.values[0], atol=2e-3, rtol=2e-3)
+    if name != "identity":
+        assert not torch.allclose(segment.keys, raw.keys[0], atol=2e-2)
+        assert not torch.allclose(segment.values, raw.values[0], atol=2e-2)
+
+
+def record_forbid() -> tuple[str, ...]:
+    from lcguard.categories import CATEGORIES
+
+    return CATEGORIES
+
+
+def test_redact_stores_the_twin(engine: Engine) -> None:
+    (record,) = records(engine.agent, 1, seed=79)
+    spans = [s.positions for s in record.secrets()]
+    assert spans
+    segment = stored(engine, publish(engine, record.ids, "redact", spans=spans))
+    ids = list(record.ids)
+    for start, end in spans:
+        ids[start:end] = [engine.agent.source.pad_id] * (end - start)
+    twin = hf_segment(engine, ids)
+    torch.testing.assert_close(segment.keys, twin.keys[0], atol=1e-4, rtol=1e-4)
+    raw = hf_segment(engine, record.ids)
+    assert not torch.allclose(segment.values, raw.values[0], atol=0.1)
+    with pytest.raises(HandoffError, match="needs spans"):
+        publish(engine, record.ids, "redact")
+    with pytest.raises(HandoffError, match="not within the prompt"):
+        publish(engine, record.ids, "redact", spans=[(5, 5000)])
+
+
+def test_the_gate_keeps_the_task_and_hides_the_rest(engine: Engine) -> None:
+    chosen = records(engine.agent, 20, seed=80)
+    task, secret = [0, 0], [0, 0]
+    for record in chosen:
+        handle = publish(engine, record.ids, "gate")
+        for wanted, count in ((True, task), (False, secret)):
+            q = next((q for q in record.questions if q.kind == "direct" and q.task == wanted), None)
+            if q is None:
+                continue
+            (out,) = engine.run([list(q.prompt)], [consume(handle)], max_tokens=len(q.answer))
+            count[0] += tokens(out) == list(q.answer)
+            count[1] += 1
+    assert task[0] >= 0.85 * task[1] > 10
+    assert secret[0] <= 0.15 * secret[1]
+    assert secret[1] > 10
+
+
+def test_segments_stand_one_behind_the_other(engine: Engine) -> None:
+    """Two segments at offsets give what transformers gives on the same two segments."""
+    first, second = records(engine.agent, 2, seed=81)
+    ask = list(question(second).prompt)
+    a, b = (publish(engine, r.ids, "identity") for r in (first, second))
+    (out,) = engine.run([ask], [consume(a, b)], max_tokens=6)
+    config = engine.agent.source.config
+    cache = segments_to_cache([stored(engine, a), stored(engine, b)], config, suffix_tokens=len(ask) + 6)
+    got = greedy(engine.agent.source.model, cache, ask, 6)
+    assert tokens(out) == got
+    (swapped,) = engine.run([ask], [consume(b, a)], max_tokens=6)
+    assert not torch.allclose(logprobs(out), logprobs(swapped), atol=1e-4)
+
+
+@torch.no_grad()
+def greedy(model: Any, cache: DynamicCache, ids: list[int], n: int) -> list[int]:
+    out: list[int] = []
+    feed = torch.tensor([ids])
+    for _ in range(n):
+        logits = model(input_ids=feed, past_key_values=cache, use_cache=True).logits[0, -1]
+        out.append(int(logits.argmax()))
+        if out[-1] == model.config.eos_token_id:
+            break
+        feed = torch.tensor([[out[-1]]])
+    return out
+
+
+def test_a_chain_of_three_agents(engine: Engine) -> None:
+    """B reads A's segment and publishes its own record on top; C reads both."""
+    first, second = records(engine.agent, 2, seed=82)
+    a = engine.llm.publish(agent="a", prompt=list(first.ids), audience="identity")
+    b = engine.llm.publish(
+        agent="identity", prompt=list(second.ids), audience="gate", consume=[a]
+    )
+    assert stored(engine, b).manifest.hop == 1
+    assert b.n_tokens == len(second.ids)
+    q = question(second)
+    answer = engine.llm.generate(agent="gate", prompt=list(q.prompt), consume=[b])
+    assert answer.strip() == engine.agent.decode(q.answer[:-1]).strip()
+
+
+# -- isolated
+
+
+def test_nobody_else_meets_guarded_blocks(engine: Engine) -> None:
+    record, other = records(engine.agent, 2, seed=83)
+    length = min(len(record.ids), len(other.ids)) // 32 * 32
+    ask = list(question(record).prompt)
+    one, two = (publish(engine, r.ids[:length], "identity") for r in (record, other))
+    (mine,) = engine.run([ask], [consume(one)])
+    assert mine.num_cached_tokens >= length
+    placeholders = [engine.agent.source.pad_id] * length + ask
+    connector = engine.connector.scheduler
+    plan = connector._salt(type("P", (), {"consume": (), "agent": "", "publish": None})())
+    (plain, salted, sibling) = engine.llm.engine.generate(
+        [
+            {"prompt_token_ids": placeholders},
+            {"prompt_token_ids": placeholders, "cache_salt": one.handle},
+            {"prompt_token_ids": placeholders, "cache_salt": plan},
+        ],
+        use_tqdm=False,
+    )
+    for output in (plain, salted, sibling):
+        assert output.num_cached_tokens == 0
+    (theirs, again) = engine.run([ask, ask], [consume(two), consume(one)])
+    assert not torch.allclose(logprobs(theirs), logprobs(mine), atol=1e-4)
+    assert tokens(again) == tokens(mine)
+    torch.testing.assert_close(logprobs(again), logprobs(mine), atol=1e-5, rtol=1e-5)
+
+
+def test_a_clients_salt_is_ignored(engine: Engine) -> None:
+    """The same segment is a prefix-cache hit whatever salt the client sends, and stays right."""
+    (record,) = records(engine.agent, 1, seed=84)
+    handle = publish(engine, record.ids, "identity")
+    ask = list(question(record).prompt)
+    (first,) = engine.run([ask], [consume(handle)])
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=12, logprobs=1,
+        extra_args={"kv_transfer_params": {"lcguard": consume(handle)}},
+    )  # fmt: skip
+    (salted,) = engine.llm.engine.generate(
+        [{"prompt_token_ids": ask, "cache_salt": "mine"}], params, use_tqdm=False
+    )
+    assert tokens(salted) == tokens(first)
+
+
+# -- refused
+
+
+def refusals(engine: Engine) -> dict[str, tuple[int, str, Any]]:
+    """name -> status, part of the message, and the handoff."""
+    (record,) = records(engine.agent, 1, seed=85)
+    good = publish(engine, record.ids, "identity")
+    unknown, late = new_handle(), int(time.time()) + 100
+    def one(handle: str, grant: str) -> dict[str, Any]:
+        return {"consume": {"agent": "identity", "segments": [{"handle": handle, "grant": grant}]}}
+
+    foreign = stored(engine, good)
+    other = new_handle()
+    manifest = foreign.manifest.model_copy(update={"handle": other, "revision": "another"})
+    engine.worker.store.put(KVSegment(foreign.keys, foreign.values, manifest).sign(SECRET))
+    return {
+        "no grant": (400, "grant", {"consume": {"agent": "identity", "segments": [{"handle": good.handle}]}}),
+        "forged grant": (403, "does not let agent", one(good.handle, f"{late}.{'0' * 64}")),
+        "malformed grant": (403, "malformed", one(good.handle, "yes please")),
+        "foreign agent": (403, "does not let agent 'mallory'", consume(good, agent="mallory")),
+        "expired grant": (403, "expired", one(good.handle, make_grant(SECRET, good.handle, "identity", 5))),
+        "missing": (404, "does not exist", one(unknown, make_grant(SECRET, unknown, "identity", late))),
+        "other model": (400, "revision", one(other, make_grant(SECRET, other, "identity", late))),
+        "no placeholders": (400, "placeholder", consume(good, placed=True)),
+        "unknown key": (400, "colour", {**consume(good), "colour": 1}),
+        "empty": (400, "give publish or consume", {}),
+        "unknown guard": (400, "gate", {"publish": {"source": "a", "audience": "b", "spans": []}}),
+        "unknown category": (400, "forbid", {"publish": {"source": "a", "audience": "gate", "forbid": ["age"]}}),
+    }  # fmt: skip
+
+
+def test_every_refusal_names_its_reason_and_the_engine_lives(engine: Engine) -> None:
+    from vllm.exceptions import GracefulHTTPError
+
+    (record,) = records(engine.agent, 1, seed=86)
+    ask = [*record.ids, *question(record).prompt]
+    (before,) = engine.run([ask])
+    kept = sorted(engine.worker.store.handles())
+    for name, (status, message, handoff) in refusals(engine).items():
+        with pytest.raises(GracefulHTTPError, match=message) as caught:
+            engine.run([ask], [handoff])
+        assert int(caught.value.http_status) == status, name
+    with pytest.raises(GracefulHTTPError, match="log-probabilities"):
+        engine.run([ask], [consume(publish(engine, ask, "identity"))], prompt_logprobs=1)
+    (after,) = engine.run([ask])
+    assert tokens(after) == tokens(before)
+    new = set(engine.worker.store.handles()) - set(kept)
+    assert len(new) == 3  # the two published here, and the one of another model
+
+
+def test_the_engine_itself_fails_closed_without_the_front_end(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same refusals in the scheduler: the request ends in an error, its neighbour does not."""
+    monkeypatch.setattr("lcguard.vllm.frontend.FrontEnd.admit", lambda self, h, prompt, p: prompt)
+    (record,) = records(engine.agent, 1, seed=87)
+    ask = [*record.ids, *question(record).prompt]
+    (alone,) = engine.run([ask])
+    for name, (_, _, handoff) in refusals(engine).items():
+        if name in ("unknown key", "empty", "no grant", "unknown category"):
+            continue  # refused while parsing, before the front end
+        bad, neighbour = engine.run([ask, ask], [handoff, None])
+        assert tokens(neighbour) == tokens(alone), name
+        if "publish" in handoff:
+            assert "error" in bad.kv_transfer_params["lcguard"], name
+        else:
+            assert bad.outputs[0].finish_reason == "error", name
+            assert tokens(bad) == [], name
+
+
+def test_a_damaged_segment_ends_its_request_alone(engine: Engine) -> None:
+    (record,) = records(engine.agent, 1, seed=88)
+    ask = list(question(record).prompt)
+    whole = [*record.ids, *ask]
+    handle = publish(engine, record.ids, "identity")
+    (file,) = (engine.store / handle.handle).glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(bytes(data))
+    bad, neighbour = engine.run([ask, whole], [consume(handle), None])
+    assert bad.outputs[0].finish_reason == "error"
+    (alone,) = engine.run([whole])
+    assert tokens(neighbour) == tokens(alone)
+    with pytest.raises(HandoffError, match="could not be loaded"):
+        engine.llm.generate(agent="identity", prompt=ask, consume=[handle])
+
+
+def test_a_failing_guard_stores_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (record,) = records(engine.agent, 1, seed=89)
+    before = sorted(engine.worker.store.handles())
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise GuardError("it broke")
+
+    monkeypatch.setitem(engine.worker.guards, "broken", fail)
+    with pytest.raises(HandoffError, match="was not stored"):
+        publish(engine, record.ids, "broken")
+    assert sorted(engine.worker.store.handles()) == before
+    assert not list(engine.store.glob(".*/*"))  # nothing half-written either
+
+
+def test_a_request_can_tighten_but_not_loosen(engine: Engine) -> None:
+    (record,) = records(engine.agent, 1, seed=90)
+    connector = engine.connector.scheduler.gatekeeper
+    edge = connector.policy.edges[0]
+    loose = edge.model_copy(update={"forbid": ("health",), "derive": ("health",)})
+    policy = connector.policy.model_copy(update={"edges": (loose,)})
+    before, connector.policy = connector.policy, policy
+    try:
+        plain = publish(engine, record.ids, "identity")
+        tight = publish(engine, record.ids, "identity", policy=["person"], ttl_s=9e6)
+    finally:
+        connector.policy = before
+    assert plain.forbid == ("health",)
+    assert tight.forbid == ("person", "health")
+    assert tight.expires_at_s <= time.time() + edge.ttl_s + 1
+
+
+def test_a_stored_segment_names_everything_but_the_text(engine: Engine) -> None:
+    (record,) = records(engine.agent, 1, seed=91)
+    segment = stored(engine, publish(engine, record.ids, "gate"))
+    manifest: Manifest = segment.manifest
+    assert manifest.audience == "gate"
+    assert manifest.source_agent == "intake"
+    assert manifest.model_id == "model"
+    assert manifest.withheld is not None
+    assert 0 < manifest.withheld.share < 1
+    text = engine.agent.decode(record.ids)
+    for secret in record.secrets():
+        assert engine.agent.decode(secret.ids).strip() in text
+        assert engine.agent.decode(secret.ids).strip() not in manifest.encode().decode()
