@@ -234,9 +234,7 @@ def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> No
     skipped = guard_class("gaussian").build(shape, len(CATEGORIES), {"noise": 0.3})
     skipped.fit_statistics(world.source.prefill([r.ids for r in world.records]))
     untrained = trainer.make_module(config, world.source)
-    trainer.prepare(
-        untrained, world.records, world.source, world.special, ValuePool(world.records)
-    )
+    trainer.prepare(untrained, world.records, world.source, world.special, ValuePool(world.records))
     before, after, none = (leak(world, m) for m in (untrained, run.guard.module, skipped))
     assert after < 0.1 * before
     assert after < 0.1 * none
@@ -277,9 +275,7 @@ def test_codebook_starts_at_placeholders(world: World) -> None:
     module = trainer.make_module(CONFIGS["gate"], world.source)
     assert isinstance(module, GateGuard)
     random_words = module.codebook.detach().clone()
-    trainer.prepare(
-        module, world.records, world.source, world.special, ValuePool(world.records)
-    )
+    trainer.prepare(module, world.records, world.source, world.special, ValuePool(world.records))
     fill = world.source.prefill([(world.special.neutral_id,) * 4])
     torch.testing.assert_close(module.codebook[0], module.standardise(fill)[0, 3])
     assert not torch.allclose(module.codebook, random_words, atol=0.1)

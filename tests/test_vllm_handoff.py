@@ -142,7 +142,9 @@ def test_segments_stand_one_behind_the_other(engine: Engine) -> None:
     a, b = (publish(engine, r.ids, "identity") for r in (first, second))
     (out,) = engine.run([ask], [consume(a, b)], max_tokens=6)
     config = engine.agent.source.config
-    cache = segments_to_cache([stored(engine, a), stored(engine, b)], config, suffix_tokens=len(ask) + 6)
+    cache = segments_to_cache(
+        [stored(engine, a), stored(engine, b)], config, suffix_tokens=len(ask) + 6
+    )
     got = greedy(engine.agent.source.model, cache, ask, 6)
     assert tokens(out) == got
     (swapped,) = engine.run([ask], [consume(b, a)], max_tokens=6)
@@ -166,9 +168,7 @@ def test_a_chain_of_three_agents(engine: Engine) -> None:
     """B reads A's segment and publishes its own record on top; C reads both."""
     first, second = records(engine.agent, 2, seed=82)
     a = engine.llm.publish(agent="a", prompt=list(first.ids), audience="identity")
-    b = engine.llm.publish(
-        agent="identity", prompt=list(second.ids), audience="gate", consume=[a]
-    )
+    b = engine.llm.publish(agent="identity", prompt=list(second.ids), audience="gate", consume=[a])
     assert stored(engine, b).manifest.hop == 1
     assert b.n_tokens == len(second.ids)
     q = question(second)
@@ -231,6 +231,7 @@ def refusals(engine: Engine) -> dict[str, tuple[int, str, Any]]:
     (record,) = records(engine.agent, 1, seed=85)
     good = publish(engine, record.ids, "identity")
     unknown, late = new_handle(), int(time.time()) + 100
+
     def one(handle: str, grant: str) -> dict[str, Any]:
         return {"consume": {"agent": "identity", "segments": [{"handle": handle, "grant": grant}]}}
 
@@ -310,9 +311,7 @@ def test_a_damaged_segment_ends_its_request_alone(engine: Engine) -> None:
         engine.llm.generate(agent="identity", prompt=ask, consume=[handle])
 
 
-def test_a_failing_guard_stores_nothing(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_guard_stores_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     (record,) = records(engine.agent, 1, seed=89)
     before = sorted(engine.worker.store.handles())
 

@@ -1,7 +1,7 @@
 """Guarded KV handoff inside stock vLLM. Importing this package imports no vLLM.
 
-    LCGuardConnector    lcguard.vllm.connector: what vLLM loads
-    GuardedLLM          lcguard.vllm.llm: publish and consume from Python
+LCGuardConnector    lcguard.vllm.connector: what vLLM loads
+GuardedLLM          lcguard.vllm.llm: publish and consume from Python
 """
 
 TESTED_VERSIONS = ("0.32.0",)

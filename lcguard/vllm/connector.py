@@ -48,9 +48,7 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """See the module. Raises ``StartError`` for an engine that could not keep its promises."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        super().__init__(
-            vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config
-        )
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         check_version(vllm.__version__)
         check_config(vllm_config)
         check_groups(kv_cache_config)
@@ -97,9 +95,7 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         assert self.scheduler is not None
         return self.scheduler.external_tokens(request, num_computed_tokens)
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
         self.scheduler.allocated(request, blocks, num_external_tokens)
 

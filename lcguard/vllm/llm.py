@@ -1,8 +1,8 @@
 """``GuardedLLM``: a ``vllm.LLM`` or ``vllm.AsyncLLM`` whose agents hand over guarded KV.
 
-    llm = GuardedLLM.build("my/model", policy="policy.yaml", guards={"gate": "my/guard"})
-    handle = llm.publish(agent="intake", prompt=record, audience="billing")
-    print(llm.generate(agent="billing", prompt=question, consume=[handle]))
+llm = GuardedLLM.build("my/model", policy="policy.yaml", guards={"gate": "my/guard"})
+handle = llm.publish(agent="intake", prompt=record, audience="billing")
+print(llm.generate(agent="billing", prompt=question, consume=[handle]))
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def consume_params(agent: str, handles: Sequence[Handle]) -> dict[str, Any]:
 
 
 def transfer_config(
-    store: str, policy: str | Path | Mapping[str, Any] | None, guards: Mapping[str, str], **more: Any
+    store: str,
+    policy: str | Path | Mapping[str, Any] | None,
+    guards: Mapping[str, str],
+    **more: Any,
 ) -> Any:
     """A ``KVTransferConfig`` with the connector."""
     from vllm.config import KVTransferConfig
@@ -108,7 +111,9 @@ class _Guarded:
         """A copy of the sampling parameters with the handoff; greedy by default."""
         from vllm import SamplingParams
 
-        made = params.clone() if params is not None else SamplingParams(temperature=0, max_tokens=256)
+        made = (
+            params.clone() if params is not None else SamplingParams(temperature=0, max_tokens=256)
+        )
         if max_tokens is not None:
             made.max_tokens = max_tokens
         transfer = dict((made.extra_args or {}).get("kv_transfer_params") or {})

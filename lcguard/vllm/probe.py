@@ -45,7 +45,9 @@ def probe(model: str | None = None, engine: bool = False) -> list[Finding]:
 
 def _machine() -> Finding:
     if torch.cuda.is_available():
-        return Finding("device", True, f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
+        return Finding(
+            "device", True, f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+        )
     return Finding(
         "device", True, f"CPU ({platform.machine()}), torch {torch.__version__}: no CUDA device"
     )
@@ -63,7 +65,9 @@ def _vllm() -> list[Finding]:
         )
         return [Finding("vllm", tested, detail)]
     return [
-        Finding("vllm", False, "not installed: pip install 'lcguard[vllm]', or `make vllm` on a CPU")
+        Finding(
+            "vllm", False, "not installed: pip install 'lcguard[vllm]', or `make vllm` on a CPU"
+        )
     ]
 
 
@@ -73,7 +77,9 @@ def _plugin() -> list[Finding]:
     names = [e.name for e in entry_points(group="vllm.general_plugins")]
     allowed = os.environ.get("VLLM_PLUGINS")
     if "lcguard" not in names:
-        return [Finding("plugin", False, "entry point lcguard is missing: pip install lcguard again")]
+        return [
+            Finding("plugin", False, "entry point lcguard is missing: pip install lcguard again")
+        ]
     if allowed is not None and "lcguard" not in allowed.split(","):
         return [
             Finding("plugin", False, f"VLLM_PLUGINS={allowed!r} leaves lcguard out: add it there")

@@ -35,7 +35,9 @@ def _weights_digest(model: str, revision: str | None) -> str:
         try:
             folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError as error:
-            raise StartError(f"model {model!r} is not on this machine: download it first") from error
+            raise StartError(
+                f"model {model!r} is not on this machine: download it first"
+            ) from error
     try:
         return checkpoint_digest(folder)
     except ValueError as error:
@@ -55,7 +57,9 @@ def facts_of(config: Any, settings: Settings) -> ModelFacts:
     neutral = placeholder if settings.neutral_id is None else settings.neutral_id
     for key, value in (("placeholder_id", placeholder), ("neutral_id", neutral)):
         if not 0 <= value < model.get_vocab_size():
-            raise StartError(f"{key}={value} is no token: the vocabulary has {model.get_vocab_size()}")
+            raise StartError(
+                f"{key}={value} is no token: the vocabulary has {model.get_vocab_size()}"
+            )
     return ModelFacts(
         # a folder's name, not where it lies
         model_id="_".join(Path(str(name or model.model)).name.split()) or "model",

@@ -114,7 +114,9 @@ class HandoffWorker:
     def _own_heads(self, tensor: Tensor) -> Tensor:
         """This rank's heads of ``[L, H, T, D]``; with more ranks than heads, ranks share heads."""
         heads, total = self.layers[0].heads, tensor.shape[1]
-        first = self.rank * heads if heads * self.world <= total else self.rank * total // self.world
+        first = (
+            self.rank * heads if heads * self.world <= total else self.rank * total // self.world
+        )
         return tensor[:, first : first + heads]
 
     # -- publish

@@ -1,0 +1,150 @@
+"""Time to first token of a receiver: the text again, a vanilla KV handoff, a guarded one.
+
+python scripts/bench_handoff.py --tokens 2048 --out benchmarks/results/handoff.json
+
+The three are paired: the same contexts, one after the other in every repetition, in turns that
+change, on one vLLM engine without prefix caching. The receiver's clock starts when it has text or
+handle. What the sender spends on publishing is beside it, because a guard works there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lcguard.agents.nano.load import model_path
+from lcguard.categories import CATEGORIES
+from lcguard.commands.script import run_script
+from lcguard.evaluation.manifest import run_manifest
+
+KINDS = ("text", "vanilla", "guarded")
+SUFFIX_TOKENS = 16
+
+
+def policy(guard: str) -> dict[str, Any]:
+    """Everything forbidden; the audience says which guard."""
+    rules = (("vanilla", "identity"), ("guarded", guard))
+    return {
+        "version": 1,
+        "edges": [
+            {"source": "sender", "audience": audience, "forbid": list(CATEGORIES), "guard": name}
+            for audience, name in rules
+        ],
+    }
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Milliseconds of wall time, and the result."""
+    started = time.perf_counter()
+    result = call()
+    return (time.perf_counter() - started) * 1e3, result
+
+
+def measure(llm: Any, n_tokens: int, repeats: int, vocab: int, seed: int) -> dict[str, Any]:
+    """Raw timings in milliseconds for contexts of ``n_tokens``, after two runs to warm up."""
+    from vllm import SamplingParams
+
+    rng = random.Random(f"{seed}/{n_tokens}")
+    once = SamplingParams(temperature=0, max_tokens=1)
+    ttft: dict[str, list[float]] = {k: [] for k in KINDS}
+    publish: dict[str, list[float]] = {k: [] for k in KINDS[1:]}
+    for repetition in range(repeats + 2):
+        context = [rng.randrange(64, vocab) for _ in range(n_tokens)]
+        question = [rng.randrange(64, vocab) for _ in range(SUFFIX_TOKENS)]
+        handles = {}
+        for kind in rng.sample(KINDS[1:], 2):
+            spent, handles[kind] = timed(
+                lambda kind=kind: llm.publish(agent="sender", prompt=context, audience=kind)
+            )
+            if repetition > 1:
+                publish[kind].append(spent)
+        for kind in rng.sample(KINDS, 3):
+            if kind == "text":
+                spent, _ = timed(lambda: llm.generate(agent="text", prompt=context + question,
+                                                      params=once))  # fmt: skip
+            else:
+                spent, _ = timed(
+                    lambda kind=kind: llm.generate(
+                        agent=kind, prompt=question, consume=[handles[kind]], params=once
+                    )
+                )
+            if repetition > 1:
+                ttft[kind].append(spent)
+        for handle in handles.values():  # the store's disk is not what is measured
+            worker_store(llm).delete(handle.handle)
+    return {"ttft": ttft, "publish": publish}
+
+
+def worker_store(llm: Any) -> Any:
+    """The segment store of an engine in this process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().worker.store
+
+
+def medians(values: dict[str, list[float]]) -> dict[str, float]:
+    return {k: round(statistics.median(v), 3) for k, v in values.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="nano", help="nano, a folder or a hub repository")
+    parser.add_argument("--guard", default="gate", help="name in the policy")
+    parser.add_argument("--guard-path", default="nano:gate", help="its folder")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    if min(args.tokens) < 1 or args.repeats < 1:
+        raise ValueError(f"--tokens {args.tokens} --repeats {args.repeats}: use 1 or more")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from lcguard.vllm.llm import GuardedLLM
+
+    longest = max(args.tokens) + SUFFIX_TOKENS + 8
+    nano = args.model == "nano"
+    with tempfile.TemporaryDirectory(prefix="lcguard-bench-") as folder:
+        llm = GuardedLLM.build(
+            str(model_path()) if nano else args.model, policy=policy(args.guard),
+            guards={args.guard: args.guard_path}, store=f"file://{folder}/store",
+            dtype=args.dtype, max_model_len=longest, max_num_batched_tokens=max(longest, 2048),
+            enable_prefix_caching=False, enforce_eager=True, seed=0,
+        )  # fmt: skip
+        vocab = llm.engine.llm_engine.vllm_config.model_config.get_vocab_size()
+        rows = []
+        for n_tokens in sorted(args.tokens):
+            raw = measure(llm, n_tokens, args.repeats, vocab, args.seed)
+            ttft = medians(raw["ttft"])
+            rows.append({
+                "tokens": n_tokens, "ttft_ms": ttft, "publish_ms": medians(raw["publish"]),
+                "guarded_over_vanilla": round(ttft["guarded"] / ttft["vanilla"], 4),
+                "guarded_over_text": round(ttft["guarded"] / ttft["text"], 4), "raw_ms": raw,
+            })  # fmt: skip
+            print(f"{n_tokens:6} tokens  " + "  ".join(f"{k} {v:8.2f} ms" for k, v in ttft.items()))
+    command = "python scripts/bench_handoff.py --tokens " + " ".join(map(str, args.tokens))
+    report = {
+        "title": "Time to first token of a receiver", "unit": "ms",
+        **run_manifest(command, [args.seed], vars(args) | {"out": None}),
+        "model": args.model, "guard": args.guard, "repeats": args.repeats,
+        # of the longest context where several were measured
+        "ttft_ms": rows[-1]["ttft_ms"], "rows": rows,
+    }  # fmt: skip
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,289 @@
+"""Grants, requests, settings and start-up checks: everything of a handoff that needs no engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lcguard.agents.backends.hf import load_backend
+from lcguard.agents.nano.load import guard_path, model_path
+from lcguard.grants import GrantError, check_grant, make_grant, new_handle
+from lcguard.guards.frozen import weights_digest
+from lcguard.model_digest import checkpoint_digest
+from lcguard.policy import parse_policy
+from lcguard.store import open_store
+from lcguard.vllm.checks import check_config, check_groups, check_siblings, check_version
+from lcguard.vllm.errors import HandoffError, StartError
+from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts
+from lcguard.vllm.llm import Handle
+from lcguard.vllm.request import Publish, parse_handoff
+from lcguard.vllm.settings import guard_folder, policy_of, read_settings
+from lcguard.vllm.setup import guards_of
+from tests.fixtures import tiny_model
+
+KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
+FACTS = ModelFacts("m", "r" * 64, "c" * 64, {"kind": "default"}, placeholder_id=0, neutral_id=3)
+
+
+# -- grants
+
+
+def test_a_grant_covers_one_handle_one_audience_and_its_time() -> None:
+    handle = new_handle()
+    grant = make_grant(KEY, handle, "billing", 1000)
+    check_grant(KEY, handle, "billing", grant, 999.9)
+    for change in (
+        {"key": OTHER}, {"handle": new_handle()}, {"audience": "mallory"}, {"now_s": 1000.0},
+        {"grant": "2000" + grant[4:]}, {"grant": grant.upper()}, {"grant": "0" + grant},
+        {"grant": ""},
+    ):  # fmt: skip
+        use = {"key": KEY, "handle": handle, "audience": "billing", "grant": grant,
+               "now_s": 0.0} | change  # fmt: skip
+        with pytest.raises(GrantError) as caught:
+            check_grant(**use)  # type: ignore[arg-type]
+        assert grant[5:] not in str(caught.value)
+
+
+def test_handles_are_long_and_never_the_same() -> None:
+    made = {new_handle() for _ in range(1000)}
+    assert len(made) == 1000
+    assert all(len(h) == 32 for h in made)
+
+
+# -- requests
+
+
+def handoff(**value: Any) -> Any:
+    return parse_handoff({"lcguard": value})
+
+
+PUBLISH = {"source": "a", "audience": "b"}
+GRANT = {"handle": "h" * 20, "grant": "1.x"}
+
+
+def test_requests_without_the_parameter_are_ordinary() -> None:
+    assert parse_handoff(None) is None
+    assert parse_handoff({"other": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ("text", "str"),
+        ({}, "give publish or consume"),
+        ({"publish": {"source": "a"}}, "publish.audience"),
+        ({"publish": PUBLISH | {"raw": True}}, "publish.raw"),
+        ({"publish": PUBLISH | {"audience": "*"}}, "publish.audience"),
+        ({"publish": PUBLISH | {"audience": "a b"}}, "publish.audience"),
+        ({"publish": PUBLISH | {"forbid": ["age"]}}, "publish.forbid"),
+        ({"publish": PUBLISH | {"ttl_s": 0}}, "publish.ttl_s"),
+        ({"publish": PUBLISH | {"ttl_s": float("nan")}}, "publish.ttl_s"),
+        ({"publish": PUBLISH | {"spans": [[1]]}}, "publish.spans"),
+        ({"consume": {"agent": "b", "segments": []}}, "consume.segments"),
+        ({"consume": {"agent": "b", "segments": [{"handle": "../../etc", "grant": "x"}]}}, "handle"),
+        ({"consume": {"agent": "b", "segments": [GRANT | {"grant": "x" * 500}]}}, "grant"),
+        ({"consume": {"agent": "b", "segments": [GRANT], "placed": "yes"}}, "placed"),
+    ],
+)  # fmt: skip
+def test_malformed_requests_name_the_key(value: Any, where: str) -> None:
+    with pytest.raises(HandoffError, match=where) as caught:
+        parse_handoff({"lcguard": value})
+    assert caught.value.status == 400
+    assert "\n" not in str(caught.value)
+
+
+# -- gatekeeper
+
+
+def keeper(**changes: Any) -> Gatekeeper:
+    edges = [
+        {"source": "a", "audience": "b", "forbid": ["health", "person"], "derive": ["health"],
+         "ttl_s": 60.0},
+        {"source": "a", "audience": "c", "forbid": [], "guard": "redact"},
+        {"source": "a", "audience": "d", "forbid": [], "fixed_length": True},
+    ]  # fmt: skip
+    policy = parse_policy({"version": 1, "edges": edges})
+    return Gatekeeper(
+        replace(FACTS, **changes), policy, ["gate", "redact"], open_store("memory://"), KEY,
+        clock=lambda: 1000.0,
+    )  # fmt: skip
+
+
+def test_a_request_tightens_the_policy_and_never_loosens_it() -> None:
+    plan = keeper().plan(handoff(publish=PUBLISH), [1, 2]).publish
+    assert plan is not None
+    assert (plan.forbid, plan.derive, plan.expires_at_s) == (("person", "health"), ("health",), 1060)
+    request = PUBLISH | {"forbid": ["finance", "health"], "ttl_s": 5.0}
+    tight = keeper().plan(handoff(publish=request), [1, 2]).publish
+    assert tight is not None
+    assert (tight.forbid, tight.derive) == (("person", "health", "finance"), ())
+    assert tight.expires_at_s == 1005
+    assert tight.policy_digest != plan.policy_digest
+    longer = keeper().edge(Publish(source="a", audience="b", forbid=(), ttl_s=9e5))
+    assert (longer.forbid, longer.ttl_s) == (("person", "health"), 60.0)
+
+
+def test_an_edge_that_nobody_wrote_forbids_everything() -> None:
+    plan = keeper().plan(handoff(publish={"source": "x", "audience": "y"}), [1]).publish
+    assert plan is not None
+    assert len(plan.forbid) == 7
+
+
+def test_handles_and_noise_keys_are_new_for_every_request() -> None:
+    plans = [keeper().plan(handoff(publish=PUBLISH), [1]).publish for _ in range(2)]
+    assert plans[0] is not None
+    assert plans[1] is not None
+    assert plans[0].handle != plans[1].handle
+    assert plans[0].noise_key != plans[1].noise_key
+
+
+def test_redact_refuses_a_span_that_still_holds_its_secret() -> None:
+    def plan(prompt: list[int], spans: Any = ((1, 3),)) -> Any:
+        request = {"source": "a", "audience": "c"} | ({"spans": spans} if spans is not None else {})
+        return keeper().plan(handoff(publish=request), prompt)
+
+    assert plan([9, 3, 3, 9]).publish.guard == "redact"
+    assert plan([9], spans=()).publish.guard == "redact"
+    for prompt, spans, message in (
+        ([9, 3, 8, 9], ((1, 3),), "still holds its secret"),
+        ([9, 3, 3, 9], None, "needs spans"),
+        ([9, 3], ((1, 3),), "not within"),
+        ([9, 3, 3], ((-1, 2),), "not within"),
+    ):
+        with pytest.raises(HandoffError, match=message):
+            plan(prompt, spans)
+
+
+@pytest.mark.parametrize(
+    ("request_", "prompt", "options", "message"),
+    [
+        ({"publish": PUBLISH}, None, {}, "embeddings"),
+        ({"publish": PUBLISH}, [1], {"samples": 2}, "n=2"),
+        ({"publish": PUBLISH}, [], {}, "no tokens of its own"),
+        ({"publish": PUBLISH | {"audience": "d"}}, [1], {}, "fixed_length"),
+        ({"publish": PUBLISH | {"spans": []}}, [1], {}, "leave them out"),
+    ],
+)
+def test_plans_that_are_refused(request_: Any, prompt: Any, options: Any, message: str) -> None:
+    with pytest.raises(HandoffError, match=message):
+        keeper().plan(handoff(**request_), prompt, **options)
+
+
+# -- settings and start
+
+
+def test_settings_refuse_what_they_do_not_know() -> None:
+    assert read_settings({"store": "memory://"}).guards == {}
+    for bad, message in (
+        ({}, "store"), ({"store": "memory://", "keys": "x"}, "keys"),
+        ({"store": "memory://", "placeholder_id": -1}, "placeholder_id"),
+    ):  # fmt: skip
+        with pytest.raises(StartError, match=message):
+            read_settings(bad)
+    assert policy_of(read_settings({"store": "memory://"})).edges == ()
+    with pytest.raises(StartError, match=r"absent\.yaml"):
+        policy_of(read_settings({"store": "memory://", "policy": "absent.yaml"}))
+    assert Path(guard_folder("nano:gate")) == guard_path("gate")
+    assert guard_folder("some/guard") == "some/guard"
+
+
+def config(**changes: Any) -> Any:
+    model = SimpleNamespace(hf_text_config=tiny_model("qwen3").config)
+    parts: dict[str, Any] = {
+        "kv_transfer_config": SimpleNamespace(kv_load_failure_policy="fail", kv_role="kv_both"),
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
+        "speculative_config": None,
+        "model_config": model,
+    }
+    return SimpleNamespace(**(parts | changes))
+
+
+def test_unproved_engines_do_not_start() -> None:
+    check_config(config())
+    check_version("0.32.0+cpu")
+    transfer = SimpleNamespace
+    mla = SimpleNamespace(hf_text_config=tiny_model("qwen3").config)
+    mla.hf_text_config.kv_lora_rank = 8
+    for changes, message in (
+        ({"kv_transfer_config": transfer(kv_load_failure_policy="recompute", kv_role="kv_both")},
+         "recompute"),
+        ({"kv_transfer_config": transfer(kv_load_failure_policy="fail", kv_role="kv_producer")},
+         "kv_producer"),
+        ({"cache_config": SimpleNamespace(cache_dtype="fp8")}, "fp8"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline_parallel_size=2"),
+        ({"speculative_config": object()}, "speculative"),
+        ({"model_config": mla}, "multi-head latent attention"),
+    ):  # fmt: skip
+        with pytest.raises(StartError, match=message):
+            check_config(config(**changes))
+    with pytest.raises(StartError, match=r"0\.33\.0"):
+        check_version("0.33.0")
+
+
+def test_hybrid_caches_and_siblings_are_refused() -> None:
+    class FullAttentionSpec:
+        pass
+
+    class MambaSpec:
+        pass
+
+    def groups(*specs: Any) -> Any:
+        return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=s()) for s in specs])
+
+    check_groups(groups(FullAttentionSpec))
+    for bad in (groups(FullAttentionSpec, FullAttentionSpec), groups(MambaSpec), groups()):
+        with pytest.raises(StartError, match="only one group of full attention"):
+            check_groups(bad)
+    check_siblings(["ExampleConnector", "NixlConnector"])
+    check_siblings(["LCGuardConnector"])
+    with pytest.raises(StartError, match="NixlConnector"):
+        check_siblings(["LCGuardConnector", "NixlConnector"])
+
+
+def test_a_guard_of_another_model_stops_the_start() -> None:
+    settings = read_settings({"store": "memory://", "guards": {"gate": "nano:gate"}})
+    nano = load_backend("nano").source.config
+    facts = replace(FACTS, revision="f" * 64)
+    with pytest.raises(StartError, match=r"guards\.gate"):
+        guards_of(SimpleNamespace(model_config=SimpleNamespace(hf_text_config=nano)), settings, facts)
+
+
+# -- the checkpoint's digest
+
+
+def test_the_digest_of_files_is_that_of_the_loaded_model(tmp_path: Path) -> None:
+    assert checkpoint_digest(model_path()) == load_backend("nano").digest
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "llama")
+    assert checkpoint_digest(tmp_path / "llama") == weights_digest(model)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert checkpoint_digest(tmp_path / "shards") == weights_digest(model)
+
+
+def test_one_changed_weight_changes_the_digest(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    before = checkpoint_digest(tmp_path / "m")
+    (file,) = (tmp_path / "m").glob("*.safetensors")
+    weights = load_file(file)
+    next(iter(weights.values()))[0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    assert checkpoint_digest(tmp_path / "m") != before
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="unreadable"):
+        checkpoint_digest(tmp_path / "m")
+    with pytest.raises(ValueError, match="no safetensors"):
+        checkpoint_digest(tmp_path)
+
+
+def test_a_handle_travels_as_json() -> None:
+    made = Handle("h" * 32, "1.ab", "b", 5, 9, "gate", ("health",))
+    assert Handle.from_dict(made.to_dict()) == made
+    with pytest.raises(ValueError, match="grant"):
+        Handle.from_dict({"handle": "x"})
