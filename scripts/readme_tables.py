@@ -152,6 +152,41 @@ def nano(accuracy: dict[str, Any]) -> str:
     )
 
 
+def search(report: dict[str, Any]) -> str:
+    """Every setting of the published guard that was tried."""
+    head = ("width", "beta", "steps", "lag", "objective", "utility", "training-time ASR",
+            "fresh ASR")  # fmt: skip
+    return table(
+        head,
+        [
+            (
+                str(r["bottleneck"]), str(r["beta"]), str(r["steps"]), str(r["lag"]),
+                r["objective"], figure(r["utility"]), figure(r["asr_train"]),
+                figure(max(r["asr_fresh"].values())),
+            )
+            for r in report["runs"]
+        ],
+    )  # fmt: skip
+
+
+def handoff(report: dict[str, Any]) -> str:
+    """Time to first token of the receiver, and what the sender spends."""
+    head = ("context", "text", "vanilla KV", "guarded KV", "guarded / vanilla",
+            "publish vanilla", "publish guarded")  # fmt: skip
+    return table(
+        head,
+        [
+            (
+                f"{r['tokens']:,} tokens",
+                *(f"{r['ttft_ms'][k]:.1f} ms" for k in ("text", "vanilla", "guarded")),
+                f"{r['guarded_over_vanilla']:.2f}",
+                *(f"{r['publish_ms'][k]:.1f} ms" for k in ("vanilla", "guarded")),
+            )
+            for r in report["rows"]
+        ],
+    )
+
+
 def sections() -> dict[str, str]:
     """Marker name to table; results that were not made are left out."""
     out: dict[str, str] = {}
@@ -167,6 +202,10 @@ def sections() -> dict[str, str]:
         out["main"] = guards(json.loads((RESULTS / "main.json").read_text()))
     if (RESULTS / "agentleak.json").exists():
         out["agentleak"] = guards(json.loads((RESULTS / "agentleak.json").read_text()))
+    for name, make in (("residual_search", search), ("handoff", handoff)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            out[name] = make(json.loads(path.read_text()))
     check = RESULTS / "nano.json"
     if check.exists():
         out["nano"] = nano(json.loads(check.read_text()))

@@ -345,7 +345,7 @@ def test_prior_divergence_is_zero_at_the_prior(world: World) -> None:
 
 def test_policies_are_drawn_as_configured() -> None:
     rng = random.Random(0)
-    mix = PolicyMix(all_rate=0.4, none_rate=0.1, category_rate=0.5, derive_rate=0.25)
+    mix = PolicyMix(all_rate=0.4, none_rate=0.1, derive_rate=0.25)
     drawn = [sample_policy(rng, mix) for _ in range(4000)]
     everything = sum(set(f) == set(CATEGORIES) for f, _ in drawn) / 4000
     assert 0.36 < everything < 0.45

@@ -140,9 +140,7 @@ class GuardModule(nn.Module):
             noise = torch.stack(rows)
         return noise.to(like.device, like.dtype)
 
-    def forward(
-        self, kv: KVBatch, mask: Mask, generator: Draws = None
-    ) -> tuple[KVBatch, Rewrite]:
+    def forward(self, kv: KVBatch, mask: Mask, generator: Draws = None) -> tuple[KVBatch, Rewrite]:
         """Guarded KV and what it was made of."""
         raw = self.standardise(kv)
         out = self.rewrite(raw, kv.valid, mask)

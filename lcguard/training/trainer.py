@@ -78,9 +78,7 @@ def prepare(
     return attack_data(sample, raw, special)
 
 
-def band_means(
-    z: Tensor, records: Sequence[TokenRecord], pool: ValuePool, book: Tensor
-) -> Tensor:
+def band_means(z: Tensor, records: Sequence[TokenRecord], pool: ValuePool, book: Tensor) -> Tensor:
     """The codebook ``[W, L, 2, H * D]`` with the words that stand for bands at the mean of the
     values of their band: a receiver reads something of the band from it before any training."""
     found: dict[int, list[Tensor]] = {}
