@@ -92,7 +92,7 @@ class Engine:
         params = [
             SamplingParams(
                 temperature=0, max_tokens=max_tokens, logprobs=1, detokenize=False,
-                extra_args={"kv_transfer_params": {"lcguard": h}} if h else None, **options,
+                extra_args=None if h is None else {"kv_transfer_params": {"lcguard": h}}, **options,
             )
             for h in handoffs or [None] * len(prompts)
         ]  # fmt: skip

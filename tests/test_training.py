@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard, weights_digest
 from lcguard.guards.gate import GateGuard
 from lcguard.protocols import KVBatch
-from lcguard.records import masks
+from lcguard.records import TokenRecord, masks
 from lcguard.training import checkpoint as checkpoint_module
 from lcguard.training import trainer
 from lcguard.training.adversary import Ensemble, FieldPrior
@@ -28,7 +29,7 @@ from lcguard.training.certificate import pair_leaks
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import AdversaryConfig, PolicyMix, TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
-from lcguard.training.objective import permitted, sample_policy
+from lcguard.training.objective import draw_batch, permitted, sample_policy
 from lcguard.training.trainer import Run, train_guard
 from lcguard.training.twins import ValuePool, fixed_length_twin, neutral_twin
 from tests.fixtures import World
@@ -279,6 +280,77 @@ def test_codebook_starts_at_placeholders(world: World) -> None:
     fill = world.source.prefill([(world.special.neutral_id,) * 4])
     torch.testing.assert_close(module.codebook[0], module.standardise(fill)[0, 3])
     assert not torch.allclose(module.codebook, random_words, atol=0.1)
+
+
+def banded(records: Sequence[TokenRecord], pool: ValuePool, words: int) -> list[Any]:
+    """(record, span, word) of every secret whose band has a word."""
+    return [
+        (i, s, w) for i, r in enumerate(records) for s in r.spans
+        if s.category is not None and (w := pool.word(s, words)) is not None
+    ]  # fmt: skip
+
+
+def test_words_are_dealt_to_bands(world: World) -> None:
+    pool = ValuePool(world.records)
+    assert pool.bands
+    assert {c for c, _ in pool.bands} <= set(DERIVABLE)
+    words = {(s.category, s.band): w for _, s, w in banded(world.records, pool, 32)}
+    assert sorted(words.values()) == [1 + pool.bands.index(b) for b in sorted(words)]
+    assert {w for _, _, w in banded(world.records, pool, 2)} == {1}
+    assert banded(world.records, pool, 1) == []
+
+
+def test_words_of_bands_start_at_the_mean_of_their_values(world: World) -> None:
+    pool = ValuePool(world.records)
+    raw = world.source.prefill([r.ids for r in world.records])
+    z = torch.randn(len(world.records), raw.keys.shape[3], 2, 2, 32)
+    book = torch.zeros(40, 2, 2, 32)
+    made = trainer.band_means(z, world.records, pool, book)
+    found = banded(world.records, pool, 40)
+    word = found[0][2]
+    mine = [z[i, s.start : s.end] for i, s, w in found if w == word]
+    torch.testing.assert_close(made[word], torch.cat(mine).mean(0))
+    assert torch.equal(made[0], book[0])
+    assert float(book.abs().max()) == 0  # the book given is not changed
+
+
+def test_labels_teach_the_words_of_bands(world: World, tmp_path: Path) -> None:
+    options = {**GUARDS["gate"], "words": 9}
+    config = TrainConfig("gate", options, steps=60, label_steps=60, batch=12, lr=1e-2,
+                         warmup=2, checkpoint_every=60)  # fmt: skip
+    pool = ValuePool(world.records)
+    raw = world.source.prefill([r.ids for r in world.records])
+
+    def right(module: GuardModule) -> float:
+        out = module.rewrite(module.standardise(raw), raw.valid, masks(world.records))
+        assert out.words is not None
+        said = out.words.argmax(-1)
+        hits = [
+            said[i, s.start : s.end, CATEGORIES.index(s.category)] == w
+            for i, s, w in banded(world.records, pool, 9)
+        ]
+        return float(torch.cat(hits).float().mean())
+
+    untrained = trainer.make_module(config, world.source)
+    trainer.prepare(untrained, world.records, world.source, world.special, pool)
+    assert right(train(world, config, tmp_path).guard.module) > max(0.6, 1.5 * right(untrained))
+
+
+def test_batches_are_of_like_length_and_all_records_come(world: World) -> None:
+    records = sorted(world.records, key=lambda r: len(r.ids)) * 8
+    records = sorted(records, key=lambda r: len(r.ids))
+    rng = random.Random(0)
+    seen, spread = set(), []
+    for _ in range(300):
+        batch = draw_batch(rng, records, 4)
+        assert len(batch) == 4
+        lengths = [len(r.ids) for r in batch]
+        spread.append(max(lengths) - min(lengths))
+        seen |= {r.record_id for r in batch}
+    assert seen == {r.record_id for r in records}
+    whole = len(records[-1].ids) - len(records[0].ids)
+    assert sum(spread) / len(spread) < whole / 3
+    assert len(draw_batch(rng, records[:3], 8)) == 3
 
 
 # -- adversaries

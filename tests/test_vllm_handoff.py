@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,7 +61,7 @@ def test_an_identity_handoff_answers_like_the_full_text(engine: Engine) -> None:
     whole = [[*r.ids, *ask] for r, ask in zip(chosen, asks, strict=True)]
     prompts = whole + [list(ask) for ask in asks] + whole
     handoffs = [None] * 6 + [consume(h) for h in handles] + [None] * 6
-    out = engine.run(prompts, handoffs)
+    out = engine.run(prompts, handoffs, max_tokens=32)
     for full, consumed, again in zip(out[:6], out[6:12], out[12:], strict=True):
         assert tokens(consumed) == tokens(full) == tokens(again)
         torch.testing.assert_close(logprobs(consumed), logprobs(full), atol=1e-4, rtol=1e-4)
@@ -70,7 +72,7 @@ def test_an_identity_handoff_answers_like_the_full_text(engine: Engine) -> None:
     assert sum(right) >= 5  # the agent answers, it is not merely consistent
     placed = [engine.agent.source.pad_id] * handles[0].n_tokens + list(asks[0])
     assert handles[0].n_tokens == len(chosen[0].ids)
-    (same,) = engine.run([placed], [consume(handles[0], placed=True)])
+    (same,) = engine.run([placed], [consume(handles[0], placed=True)], max_tokens=32)
     assert tokens(same) == tokens(out[6])
 
 
@@ -182,7 +184,9 @@ def test_a_chain_of_three_agents(engine: Engine) -> None:
 def test_nobody_else_meets_guarded_blocks(engine: Engine) -> None:
     record, other = records(engine.agent, 2, seed=83)
     length = min(len(record.ids), len(other.ids)) // 32 * 32
-    ask = list(question(record).prompt)
+    # an answer that stands early in the one record: with the other's KV it is another
+    early = {s.field for s in record.spans if s.end < length}
+    ask = list(next(q for q in record.questions if q.kind == "direct" and q.field in early).prompt)
     one, two = (publish(engine, r.ids[:length], "identity") for r in (record, other))
     (mine,) = engine.run([ask], [consume(one)])
     assert mine.num_cached_tokens >= length
@@ -200,7 +204,7 @@ def test_nobody_else_meets_guarded_blocks(engine: Engine) -> None:
     for output in (plain, salted, sibling):
         assert output.num_cached_tokens == 0
     (theirs, again) = engine.run([ask, ask], [consume(two), consume(one)])
-    assert not torch.allclose(logprobs(theirs), logprobs(mine), atol=1e-4)
+    assert tokens(theirs) != tokens(mine)
     assert tokens(again) == tokens(mine)
     torch.testing.assert_close(logprobs(again), logprobs(mine), atol=1e-5, rtol=1e-5)
 
@@ -229,7 +233,7 @@ def test_a_clients_salt_is_ignored(engine: Engine) -> None:
 def refusals(engine: Engine) -> dict[str, tuple[int, str, Any]]:
     """name -> status, part of the message, and the handoff."""
     (record,) = records(engine.agent, 1, seed=85)
-    good = publish(engine, record.ids, "identity")
+    good = publish(engine, record.ids[:64], "identity")
     unknown, late = new_handle(), int(time.time()) + 100
 
     def one(handle: str, grant: str) -> dict[str, Any]:
@@ -287,11 +291,8 @@ def test_the_engine_itself_fails_closed_without_the_front_end(
             continue  # refused while parsing, before the front end
         bad, neighbour = engine.run([ask, ask], [handoff, None])
         assert tokens(neighbour) == tokens(alone), name
-        if "publish" in handoff:
-            assert "error" in bad.kv_transfer_params["lcguard"], name
-        else:
-            assert bad.outputs[0].finish_reason == "error", name
-            assert tokens(bad) == [], name
+        assert bad.outputs[0].finish_reason == "error", name
+        assert tokens(bad) == [], name
 
 
 def test_a_damaged_segment_ends_its_request_alone(engine: Engine) -> None:
@@ -355,3 +356,17 @@ def test_a_stored_segment_names_everything_but_the_text(engine: Engine) -> None:
     for secret in record.secrets():
         assert engine.agent.decode(secret.ids).strip() in text
         assert engine.agent.decode(secret.ids).strip() not in manifest.encode().decode()
+
+
+def test_the_readmes_ten_lines_run(
+    engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lcguard.vllm.llm import GuardedLLM
+
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "GuardedLLM" in b]
+    monkeypatch.setattr(GuardedLLM, "build", lambda *args, **options: engine.llm)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    complaint, number = capsys.readouterr().out.splitlines()
+    assert "back pain" in complaint
+    assert "912-55-1029" not in number

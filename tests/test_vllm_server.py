@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -254,3 +255,14 @@ def test_a_server_with_another_key_cannot_read_these_segments(server: Server) ->
     store = open_store(f"file://{server.store}")
     with pytest.raises(SegmentError, match="key"):
         store.load(store.handles()[0], bytes.fromhex(new_key()))
+
+
+def test_the_readmes_client_runs_word_for_word(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "OpenAI(" in b]
+    address = server.url.removeprefix("http://").split("/")[0]
+    assert "127.0.0.1:8000" in code
+    exec(compile(code.replace("127.0.0.1:8000", address), "README.md", "exec"), {})
+    assert "back pain" in capsys.readouterr().out

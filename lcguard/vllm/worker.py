@@ -8,6 +8,7 @@ failed save stores nothing. Neither ever raises into the engine.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,12 +23,13 @@ from lcguard.protocols import KVBatch
 from lcguard.records import mask_of
 from lcguard.rope import Rotary
 from lcguard.segment import KVSegment
-from lcguard.store import SegmentStore
+from lcguard.store import SegmentStore, StoreError
 from lcguard.vllm.gatekeeper import ModelFacts
 from lcguard.vllm.jobs import LoadJob, SaveJob
 from lcguard.vllm.pages import LayerPages, slots_of
 
 logger = init_logger("vllm.lcguard.worker")
+SWEEP_EVERY_S = 60.0
 
 
 class HandoffWorker:
@@ -51,6 +53,7 @@ class HandoffWorker:
         self._done: set[str] = set()
         self._failed: set[str] = set()
         self._lock = threading.Lock()
+        self._swept_s = 0.0
         self._pool = ThreadPoolExecutor(1, "lcguard-load") if load_async else None
 
     def register(self, layers: list[LayerPages]) -> None:
@@ -186,7 +189,18 @@ class HandoffWorker:
             ),
         )
         self.store.put(segment.sign(self.key))
+        self._sweep()
         logger.info("lcguard: stored %s tokens for %s", segment.manifest.n_tokens, plan.audience)
+
+    def _sweep(self) -> None:
+        """Expired segments and what crashed writers left go now and then: nobody else asks."""
+        if time.monotonic() < self._swept_s + SWEEP_EVERY_S:
+            return
+        self._swept_s = time.monotonic()
+        try:
+            self.store.sweep()
+        except StoreError as error:
+            logger.warning("lcguard: the store was not swept: %s", error)
 
     # -- what the engine asks after a step
 

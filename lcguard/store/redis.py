@@ -1,0 +1,255 @@
+"""Segments in Redis (6.2 or later) or Valkey, for processes of several machines.
+
+Under ``lcguard:{handle}:`` lie one value per layer for the keys, one per layer for the values, and
+the manifest, which is written last and only where none is: before it nothing is visible. Values
+are named by a nonce of their writer, which the manifest's value begins with: rival writers of one
+handle cannot overwrite each other. ``lcguard:index`` orders handles by time of creation.
+
+The server's own ``maxmemory`` bounds what it holds; with ``noeviction`` a full server refuses
+(``StoreError``), with any other policy it drops values of live segments, which then do not load.
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+import torch
+
+from lcguard.manifest import Manifest, SegmentError
+from lcguard.segment import KVSegment
+from lcguard.store import redis_wire as wire
+from lcguard.store.base import (
+    HANDLE,
+    SegmentNotFound,
+    StoreError,
+    check_found,
+    check_handle,
+    check_new,
+    expired,
+    surplus,
+    taken,
+    tensor_bytes,
+    torch_dtype,
+)
+
+
+class RedisStore:
+    """The segments of one database of one server, or of what answers for a cluster."""
+
+    shared = True
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_bytes: int | None = None,
+        clock: Callable[[], float] = time.time,
+        grace_s: float = 600.0,
+        timeout_s: float = 5.0,
+    ) -> None:
+        """
+        Args:
+            url: special characters of its password percent-encoded.
+            max_bytes: besides the server's own bound; each put then reads all manifests.
+            grace_s: how long values without a manifest last. Longer than any put takes; a slower
+                one fails and leaves nothing.
+            timeout_s: of one answer, each request tried twice.
+        """
+        try:
+            self._redis: Any = importlib.import_module("redis")
+        except ImportError:
+            raise StoreError("the redis package is missing: pip install lcguard[store]") from None
+        self._max_bytes, self._clock, self._grace_s = max_bytes, clock, grace_s
+        retry = importlib.import_module("redis.retry").Retry(
+            importlib.import_module("redis.backoff").ConstantBackoff(0.02), 1
+        )
+        try:
+            self._client: Any = self._redis.Redis.from_url(
+                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=retry
+            )
+            options = self._client.connection_pool.connection_kwargs
+            self._password = str(options.get("password") or "")
+            self._where = f"redis at {options.get('host', 'localhost')}:{options.get('port', 6379)}"
+            with self._talking():
+                self._client.ping()
+        except (TypeError, ValueError):
+            # Its text quotes parts of the URL, such as what follows a colon in the password.
+            raise StoreError(
+                "the redis URL is malformed: write redis://[user:password@]host:port/db, "
+                "special characters of the password percent-encoded"
+            ) from None
+        except StoreError:
+            self._client.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"RedisStore({self._where})"
+
+    def put(self, segment: KVSegment) -> None:
+        manifest = check_new(segment, self._clock(), self._max_bytes)
+        n_bytes = wire.chunk_bytes(manifest)
+        if n_bytes > wire.VALUE_BYTES:
+            raise StoreError(
+                f"{manifest.handle} has {n_bytes} bytes a layer, {self._where} takes {wire.VALUE_BYTES}"
+                ": split it into shorter segments"
+            )
+        with self._talking():
+            if self._client.exists(wire.manifest_key(manifest.handle)):
+                raise taken(manifest.handle)
+            if self._max_bytes is not None:
+                self._drop(self._max_bytes - tensor_bytes(manifest))
+            self._write(segment)
+
+    def manifest(self, handle: str) -> Manifest:
+        return self._find(handle)[1]
+
+    def load(self, handle: str, key: bytes) -> KVSegment:
+        raw, manifest = self._find(handle)
+        # Before anything is read: shape and dtype are then those that the key's owner signed.
+        manifest.verify(key)
+        n_bytes = wire.chunk_bytes(manifest)
+        keys, values = (torch.empty(manifest.shape, dtype=torch_dtype(manifest)) for _ in range(2))
+        chunks = wire.chunk_keys(manifest, raw)
+        for chunk, layer in zip(chunks, (*keys, *values), strict=True):
+            with self._talking():
+                # One byte more than expected: enough to see that a value is longer.
+                data = self._client.getrange(chunk, 0, n_bytes)
+            if len(data) != n_bytes:
+                if self._read(handle) != raw:
+                    raise SegmentNotFound(handle)
+                raise SegmentError(
+                    f"{handle}: {len(data)} bytes of layer {chunk.rpartition(':')[2]}, expected "
+                    f"{n_bytes}: altered, or dropped by the server's maxmemory-policy"
+                )
+            wire.fill(layer, data)
+        segment = KVSegment(keys, values, manifest)
+        segment.verify(key)
+        return segment
+
+    def delete(self, handle: str) -> bool:
+        raw = self._read(check_handle(handle))
+        if not raw:
+            return False
+        with self._talking():
+            try:
+                found = self._remove(wire.decode(raw, handle), raw)
+            except SegmentError:
+                # A damaged manifest does not say where its values are.
+                names = list(self._client.scan_iter(match=f"{wire.prefix(handle)}*"))
+                found = bool(names and self._client.unlink(*names))
+            if found:
+                self._client.zrem(wire.INDEX, handle)
+        return found
+
+    def handles(self) -> list[str]:
+        now_s = self._clock()
+        with self._talking():
+            return sorted(m.handle for m, _ in self._segments() if not expired(m, now_s))
+
+    def sweep(self) -> int:
+        """As ``SegmentStore.sweep``; what the server's own expiry removed does not count."""
+        with self._talking():
+            return self._drop(self._max_bytes)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _write(self, segment: KVSegment) -> None:
+        manifest = segment.manifest
+        raw = secrets.token_hex(16).encode() + b"\n" + manifest.encode()
+        chunks = wire.chunk_keys(manifest, raw)
+        life_s = self._grace_s
+        if manifest.expires_at_s:
+            life_s = min(life_s, manifest.expires_at_s - self._clock())
+        entry = {manifest.handle: datetime.fromisoformat(manifest.created_at).timestamp()}
+        layers = (*segment.keys, *segment.values)
+        try:
+            for chunk, layer in zip(chunks, layers, strict=True):
+                self._client.set(chunk, wire.layer_bytes(layer), px=max(1, round(life_s * 1000)))
+            # Before the commit, lest a crash leaves a segment that no bound ever counts.
+            self._client.zadd(wire.INDEX, entry)
+            state = self._commit(manifest, raw, chunks)
+        except BaseException:
+            with suppress(self._redis.RedisError):
+                # Also the manifest: the commit may have been done and its answer lost.
+                self._remove(manifest, raw)
+            raise
+        if state != 1:
+            self._client.unlink(*chunks)
+            if state == 0:
+                raise taken(manifest.handle)
+            raise StoreError(
+                f"{manifest.handle}: writing took longer than {life_s:.0f} s or {self._where} "
+                "dropped values: raise grace_s or the server's maxmemory"
+            )
+        with suppress(self._redis.RedisError):
+            # Again: a sweep in between took the entry for that of a crashed writer.
+            self._client.zadd(wire.INDEX, entry)
+
+    def _commit(self, manifest: Manifest, raw: bytes, chunks: list[str]) -> int:
+        names = [wire.manifest_key(manifest.handle), *chunks]
+        expiry_ms = manifest.expires_at_s * 1000
+        return int(self._client.eval(wire.COMMIT, len(names), *names, raw, str(expiry_ms)))
+
+    def _remove(self, manifest: Manifest, raw: bytes) -> bool:
+        """Removes manifest, where it is still ``raw``, and values in one step."""
+        names = [wire.manifest_key(manifest.handle), *wire.chunk_keys(manifest, raw)]
+        return bool(self._client.eval(wire.REMOVE, len(names), *names, raw))
+
+    def _read(self, handle: str) -> bytes:
+        """The manifest's value; empty where there is none."""
+        with self._talking():
+            return bytes(self._client.getrange(wire.manifest_key(handle), 0, wire.MANIFEST_BYTES))
+
+    def _find(self, handle: str) -> tuple[bytes, Manifest]:
+        raw = self._read(check_handle(handle))
+        if not raw:
+            raise SegmentNotFound(handle)
+        return raw, check_found(wire.decode(raw, handle), handle, self._clock())
+
+    def _segments(self) -> list[tuple[Manifest, bytes]]:
+        """Of all readable segments; forgets those that the server's expiry removed."""
+        listed = self._client.zrange(wire.INDEX, 0, -1, withscores=True)
+        scores = {name.decode("ascii", "replace"): score for name, score in listed}
+        handles = list(filter(HANDLE.fullmatch, scores))
+        pipeline = self._client.pipeline(transaction=False)
+        for handle in handles:
+            pipeline.getrange(wire.manifest_key(handle), 0, wire.MANIFEST_BYTES)
+        found: list[tuple[Manifest, bytes]] = []
+        for handle, raw in zip(handles, pipeline.execute(), strict=True):
+            if not raw:
+                self._client.zrem(wire.INDEX, handle)
+                if self._client.exists(wire.manifest_key(handle)):  # committed in between
+                    self._client.zadd(wire.INDEX, {handle: scores[handle]})
+                continue
+            with suppress(SegmentError):
+                found.append((wire.decode(raw, handle), raw))
+        return found
+
+    def _drop(self, max_bytes: int | None) -> int:
+        """Removes the surplus above ``max_bytes``; returns how many went."""
+        found = {manifest.handle: (manifest, raw) for manifest, raw in self._segments()}
+        gone = 0
+        for manifest in surplus((m for m, _ in found.values()), self._clock(), max_bytes):
+            if self._remove(*found[manifest.handle]):
+                self._client.zrem(wire.INDEX, manifest.handle)
+                gone += 1
+        return gone
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Turns whatever the server or the connection raises into a ``StoreError``."""
+        try:
+            yield
+        except self._redis.RedisError as error:
+            errors = self._redis.exceptions
+            # The original error is not chained: nobody knows what a server quotes.
+            raise StoreError(
+                f"{self._where} {wire.explain(error, errors, self._password)}"
+            ) from None
