@@ -41,10 +41,10 @@ def policy(guard: str) -> dict[str, Any]:
     }
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def timed(call: Callable[..., Any], **options: Any) -> tuple[float, Any]:
     """Milliseconds of wall time, and the result."""
     started = time.perf_counter()
-    result = call()
+    result = call(**options)
     return (time.perf_counter() - started) * 1e3, result
 
 
@@ -61,21 +61,16 @@ def measure(llm: Any, n_tokens: int, repeats: int, vocab: int, seed: int) -> dic
         question = [rng.randrange(64, vocab) for _ in range(SUFFIX_TOKENS)]
         handles = {}
         for kind in rng.sample(KINDS[1:], 2):
-            spent, handles[kind] = timed(
-                lambda kind=kind: llm.publish(agent="sender", prompt=context, audience=kind)
-            )
+            spent, handles[kind] = timed(llm.publish, agent="sender", prompt=context, audience=kind)
             if repetition > 1:
                 publish[kind].append(spent)
         for kind in rng.sample(KINDS, 3):
-            if kind == "text":
-                spent, _ = timed(lambda: llm.generate(agent="text", prompt=context + question,
-                                                      params=once))  # fmt: skip
-            else:
-                spent, _ = timed(
-                    lambda kind=kind: llm.generate(
-                        agent=kind, prompt=question, consume=[handles[kind]], params=once
-                    )
-                )
+            text = kind == "text"
+            spent, _ = timed(
+                llm.generate, agent=kind, params=once,
+                prompt=context + question if text else question,
+                consume=[] if text else [handles[kind]],
+            )  # fmt: skip
             if repetition > 1:
                 ttft[kind].append(spent)
         for handle in handles.values():  # the store's disk is not what is measured

@@ -239,23 +239,31 @@ def refusals(engine: Engine) -> dict[str, tuple[int, str, Any]]:
     def one(handle: str, grant: str) -> dict[str, Any]:
         return {"consume": {"agent": "identity", "segments": [{"handle": handle, "grant": grant}]}}
 
+    def grant(handle: str, expires_at_s: int) -> str:
+        return make_grant(SECRET, handle, "identity", expires_at_s)
+
+    edge = {"source": "a", "audience": "gate"}
     foreign = stored(engine, good)
     other = new_handle()
     manifest = foreign.manifest.model_copy(update={"handle": other, "revision": "another"})
     engine.worker.store.put(KVSegment(foreign.keys, foreign.values, manifest).sign(SECRET))
     return {
-        "no grant": (400, "grant", {"consume": {"agent": "identity", "segments": [{"handle": good.handle}]}}),
+        "no grant": (
+            400,
+            "grant",
+            {"consume": {"agent": "identity", "segments": [{"handle": good.handle}]}},
+        ),
         "forged grant": (403, "does not let agent", one(good.handle, f"{late}.{'0' * 64}")),
         "malformed grant": (403, "malformed", one(good.handle, "yes please")),
         "foreign agent": (403, "does not let agent 'mallory'", consume(good, agent="mallory")),
-        "expired grant": (403, "expired", one(good.handle, make_grant(SECRET, good.handle, "identity", 5))),
-        "missing": (404, "does not exist", one(unknown, make_grant(SECRET, unknown, "identity", late))),
-        "other model": (400, "revision", one(other, make_grant(SECRET, other, "identity", late))),
+        "expired grant": (403, "expired", one(good.handle, grant(good.handle, 5))),
+        "missing": (404, "does not exist", one(unknown, grant(unknown, late))),
+        "other model": (400, "revision", one(other, grant(other, late))),
         "no placeholders": (400, "placeholder", consume(good, placed=True)),
         "unknown key": (400, "colour", {**consume(good), "colour": 1}),
         "empty": (400, "give publish or consume", {}),
         "unknown guard": (400, "gate", {"publish": {"source": "a", "audience": "b", "spans": []}}),
-        "unknown category": (400, "forbid", {"publish": {"source": "a", "audience": "gate", "forbid": ["age"]}}),
+        "unknown category": (400, "forbid", {"publish": edge | {"forbid": ["age"]}}),
     }  # fmt: skip
 
 

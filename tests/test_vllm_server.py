@@ -138,7 +138,7 @@ def test_publish_and_consume_with_the_openai_client(server: Server) -> None:
 def test_a_chat_request_consumes(server: Server) -> None:
     """The chat template needs no change: the segment stands before whatever it renders."""
     text = "Employee record. The name is Quella Brandt. Job title: Analyst\nSSN: 941-22-7310."
-    ids = server.agent.encoder.context(text)
+    ids = [*server.agent.encoder.context(text), server.agent.special.end_id]
     for audience, secret in (("identity", True), ("gate", False)):
         made = server.publish(ids, audience)
         answers = []

@@ -39,14 +39,12 @@ def main(folder: str) -> None:
             for h in handoffs
         ]  # fmt: skip
         made = [{"prompt_token_ids": list(p)} for p in prompts]
-        return [list(o.outputs[0].token_ids) for o in llm.engine.generate(made, params,
-                                                                         use_tqdm=False)]  # fmt: skip
+        out = llm.engine.generate(made, params, use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in out]
 
     asks = [question(r).prompt for r in chosen]
     alone = [run([[*r.ids, *a]], [None], 90)[0] for r, a in zip(chosen, asks, strict=True)]
-    handles = [
-        llm.publish(agent="intake", prompt=list(r.ids), audience="identity") for r in chosen
-    ]
+    handles = [llm.publish(agent="intake", prompt=list(r.ids), audience="identity") for r in chosen]
     handoffs = [
         {"consume": {"agent": "identity",
                      "segments": [{"handle": h.handle, "grant": h.grant}]}} for h in handles

@@ -136,7 +136,7 @@ class GuardModule(nn.Module):
         else:
             if len(draws) != len(like):
                 raise ValueError(f"{len(draws)} noise keys for {len(like)} segments")
-            rows = [segment_noise(key, tuple(self.shape), like.shape[1]) for key in draws]
+            rows = [segment_noise(key, self.shape, like.shape[1]) for key in draws]
             noise = torch.stack(rows)
         return noise.to(like.device, like.dtype)
 

@@ -111,7 +111,7 @@ class FileStore:
     def delete(self, handle: str) -> bool:
         folder = self._folder(handle)
         # Whatever else lies in the root under such a name is not ours.
-        return self._discard(folder, handle)
+        return os.path.lexists(folder / MANIFEST_FILE) and self._discard(folder, handle)
 
     def handles(self) -> list[str]:
         now_s = self._clock()

@@ -80,10 +80,8 @@ class RedisStore:
                 self._client.ping()
         except (TypeError, ValueError):
             # Its text quotes parts of the URL, such as what follows a colon in the password.
-            raise StoreError(
-                "the redis URL is malformed: write redis://[user:password@]host:port/db, "
-                "special characters of the password percent-encoded"
-            ) from None
+            text = "write redis://[user:password@]host:port/db, special characters as %XX"
+            raise StoreError(f"the redis URL is malformed: {text}") from None
         except StoreError:
             self._client.close()
             raise
@@ -93,11 +91,11 @@ class RedisStore:
 
     def put(self, segment: KVSegment) -> None:
         manifest = check_new(segment, self._clock(), self._max_bytes)
-        n_bytes = wire.chunk_bytes(manifest)
-        if n_bytes > wire.VALUE_BYTES:
+        n_bytes, most = wire.chunk_bytes(manifest), wire.VALUE_BYTES
+        if n_bytes > most:
             raise StoreError(
-                f"{manifest.handle} has {n_bytes} bytes a layer, {self._where} takes {wire.VALUE_BYTES}"
-                ": split it into shorter segments"
+                f"{manifest.handle} has {n_bytes} bytes a layer, redis takes {most}: "
+                "split it into shorter segments"
             )
         with self._talking():
             if self._client.exists(wire.manifest_key(manifest.handle)):
@@ -168,9 +166,8 @@ class RedisStore:
         if manifest.expires_at_s:
             life_s = min(life_s, manifest.expires_at_s - self._clock())
         entry = {manifest.handle: datetime.fromisoformat(manifest.created_at).timestamp()}
-        layers = (*segment.keys, *segment.values)
         try:
-            for chunk, layer in zip(chunks, layers, strict=True):
+            for chunk, layer in zip(chunks, (*segment.keys, *segment.values), strict=True):
                 self._client.set(chunk, wire.layer_bytes(layer), px=max(1, round(life_s * 1000)))
             # Before the commit, lest a crash leaves a segment that no bound ever counts.
             self._client.zadd(wire.INDEX, entry)
@@ -194,8 +191,8 @@ class RedisStore:
 
     def _commit(self, manifest: Manifest, raw: bytes, chunks: list[str]) -> int:
         names = [wire.manifest_key(manifest.handle), *chunks]
-        expiry_ms = manifest.expires_at_s * 1000
-        return int(self._client.eval(wire.COMMIT, len(names), *names, raw, str(expiry_ms)))
+        expiry_ms = str(manifest.expires_at_s * 1000)
+        return int(self._client.eval(wire.COMMIT, len(names), *names, raw, expiry_ms))
 
     def _remove(self, manifest: Manifest, raw: bytes) -> bool:
         """Removes manifest, where it is still ``raw``, and values in one step."""
@@ -248,8 +245,6 @@ class RedisStore:
         try:
             yield
         except self._redis.RedisError as error:
-            errors = self._redis.exceptions
+            reason = wire.explain(error, self._redis.exceptions, self._password)
             # The original error is not chained: nobody knows what a server quotes.
-            raise StoreError(
-                f"{self._where} {wire.explain(error, errors, self._password)}"
-            ) from None
+            raise StoreError(f"{self._where} {reason}") from None

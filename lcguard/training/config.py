@@ -60,8 +60,8 @@ class TrainConfig:
     pair_weight: float = 0.2
     """Weight of log1p(pair leak / leak_scale_nats)."""
     leak_scale_nats: float = 1.0
-    """Leaks well below it cost little, so that the receiver is not starved for tenths of a nat while
-    the certificate's mean is made by the worst few contexts."""
+    """Leaks well below it cost little: the receiver is not starved for tenths of a nat while the
+    certificate's mean is made by the worst few contexts."""
     twin_weight: float = 0.0
     """Weight of the mean squared distance to the twin's KV."""
     label_steps: int = 0

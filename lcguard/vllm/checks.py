@@ -51,7 +51,7 @@ def check_config(config: Any) -> None:
 
 
 def check_groups(kv_cache_config: Any) -> None:
-    """Raises ``StartError`` for hybrid models: several KV-cache groups, or a state that is no KV."""
+    """Raises ``StartError`` for hybrid models: several cache groups, or a state that is no KV."""
     groups = getattr(kv_cache_config, "kv_cache_groups", None) or []
     kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
     if len(groups) != 1 or kinds != ["FullAttentionSpec"]:

@@ -44,7 +44,7 @@ logger = init_logger("vllm.lcguard")
 plugin.register()  # also where the entry point was not loaded
 
 
-class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Raises ``StartError`` for an engine that could not keep its promises."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Decides whether a handoff may happen: the same checks in the server's front end and in the engine.
+"""Decides whether a handoff may happen: the same checks in the front end and in the engine.
 
 The front end turns a refusal into an HTTP status; the engine repeats the checks, because a request
 may come to it by another way, and fails closed there.

@@ -254,12 +254,12 @@ class AsyncGuardedLLM(_Guarded):
     async def _run(self, prompt: Prompt, params: Any) -> Any:
         from vllm.exceptions import GracefulHTTPError
 
-        output = None
+        output: Any = None
         try:
-            async for output in self.engine.generate(
+            async for latest in self.engine.generate(
                 self._prompt(prompt), params, f"lcguard-{uuid.uuid4().hex}"
             ):
-                pass
+                output = latest
         except GracefulHTTPError as error:
             raise HandoffError(int(error.http_status), error.message) from None
         if output is None:

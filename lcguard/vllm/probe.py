@@ -134,7 +134,8 @@ def _pages(model: str) -> Finding:
         return Finding("pages", False, str(error).splitlines()[-1])
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    layer = get_kv_transfer_group().worker.layers[0]
+    group: Any = get_kv_transfer_group()
+    layer = group.worker.layers[0]
     kernel = getattr(layer.layer, "isa", None) or type(layer.layer.impl).__name__
     detail = (
         f"{tuple(layer.pages.shape)} {layer.pages.dtype}, strides {layer.pages.stride()}, "

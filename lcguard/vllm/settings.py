@@ -25,7 +25,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     store: str
-    """URL of the segment store: ``file:///...``, ``redis://...``, ``memory://NAME`` (one process)."""
+    """URL of the store: ``file:///...``, ``redis://...``, ``memory://NAME`` (one process)."""
     store_max_bytes: Annotated[int, Field(gt=0)] | None = None
     policy: str | dict[str, Any] | None = None
     """Policy file, or its content. None forbids everything on every edge."""

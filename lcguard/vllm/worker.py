@@ -126,11 +126,12 @@ class HandoffWorker:
 
     def save(self, job: SaveJob) -> None:
         """Guards and stores a prompt's KV. Nothing is stored where anything fails."""
+        keys: Tensor | None = None
+        values: Tensor | None = None
         try:
             keys, values = self._read(job)
         except Exception:
             logger.exception("lcguard: reading the KV of request %s failed", job.request_id)
-            keys = values = None
         # every rank takes part in the exchange, or the others would wait for it for ever
         if self.world > 1 and (keys is None or values is None):
             shape = (len(self.layers), self.layers[0].heads, 1, self.layers[0].dim)
