@@ -190,16 +190,14 @@ def handoff(report: dict[str, Any]) -> str:
 def sections() -> dict[str, str]:
     """Marker name to table; results that were not made are left out."""
     out: dict[str, str] = {}
-    demo = RESULTS / "demo.json"
-    if demo.exists():
-        report = json.loads(demo.read_text())
+    benchmark = RESULTS / "main.json"
+    if benchmark.exists():
+        report = json.loads(benchmark.read_text())
         out |= {
-            "demo": guards(report),
+            "main": guards(report),
             "policies": policies(report),
             "certificate": certificate(report),
         }
-    if (RESULTS / "main.json").exists():
-        out["main"] = guards(json.loads((RESULTS / "main.json").read_text()))
     if (RESULTS / "agentleak.json").exists():
         out["agentleak"] = guards(json.loads((RESULTS / "agentleak.json").read_text()))
     for name, make in (("residual_search", search), ("handoff", handoff)):

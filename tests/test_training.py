@@ -226,7 +226,7 @@ def leak(world: World, module: GuardModule) -> float:
 def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> None:
     """Held out, against an untrained gate and against noise of the same size alone."""
     config = TrainConfig(
-        "gate", {**GUARDS["gate"], "noise": 0.3}, steps=40, batch=8, questions=2, lr=1e-2,
+        "gate", {**GUARDS["gate"], "noise": 0.3}, steps=90, batch=8, questions=2, lr=1e-2,
         warmup=2, leak_ramp=1, pair_weight=1.0, gate_weight=0.0, kl_weight=0.1, ce_weight=0.0,
         policies=PolicyMix(all_rate=1.0, none_rate=0.0),
     )  # fmt: skip

@@ -33,10 +33,11 @@ def test_two_ranks_bfloat16_async_and_preemption(tmp_path: Path) -> None:
     found = json.loads(lines[0].removeprefix("RESULT"))
     assert found["shape"][1] == 2  # the heads of both ranks in one segment
     assert found["dtype"] == "torch.bfloat16"
-    # bfloat16 holds 8 bits: an error of a hundredth of the spread is rounding, not rotation
-    assert found["key_error"] < 0.25
-    assert found["value_error"] < 0.25
-    assert all(found["first"])
-    assert min(found["same"]) > 0.9  # near ties may fall the other way once in bfloat16
-    assert found["preemptions"] > 0
-    assert found["alive"] in ("stop", "length")
+    # bfloat16 holds 8 bits, through four layers: rounding; a wrong rotation would be above 1
+    assert found["key_error"] < 0.05, found
+    assert found["value_error"] < 0.05, found
+    # right from the start; in bfloat16 a near tie later may fall the other way, once and for all
+    assert all(found["first"]), found
+    assert sorted(found["same"])[len(found["same"]) // 2] > 0.9, found
+    assert found["preemptions"] > 0, found
+    assert found["alive"] in ("stop", "length"), found

@@ -167,7 +167,7 @@ def test_refusals_have_a_status_and_a_reason(server: Server) -> None:
         (403, "mallory", consume(made, agent="mallory"), {}),
         (403, "does not let", consume(made | {"grant": forged}), {}),
         (404, "does not exist", consume(gone), {}),
-        (400, "placeholder", {"consume": consume(made)["consume"] | {"placed": True}}, {}),
+        (400, "at least one token", {"consume": consume(made)["consume"] | {"placed": True}}, {}),
         (400, "log-probabilities", consume(made), {"echo": True, "logprobs": 1}),
         (400, "n=1", {"publish": {"source": "a", "audience": "identity"}}, {"n": 2}),
         (400, "Extra inputs", {"publish": {"source": "a", "audience": "b", "raw": True}}, {}),
