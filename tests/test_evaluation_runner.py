@@ -25,7 +25,7 @@ TINY = EvalConfig(
     ),
     attacks=(
         AttackSpec("probe", "probe", {"fit": {"steps": 150}}),
-        AttackSpec("decoder", options={"width": 64, "fit": {"steps": 30}}),
+        AttackSpec("decoder", options={"width": 64, "fit": {"steps": 10}}),
     ),
     policies=(PolicySpec("nothing", ()), PolicySpec("ids", ("government_id",))),
     policy_attacks=("probe",),
