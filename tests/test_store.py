@@ -492,9 +492,9 @@ def test_rival_sweeps_and_deletes_count_once(place: Place) -> None:
     now_s = int(place.clock())
     handles = [f"{index:016d}" for index in range(8)]
     for handle in handles:
-        store.put(signed(handle, expires_at_s=now_s + 3600))
+        store.put(signed(handle, expires_at_s=now_s + 500))
     store.put(signed(A))
-    place.clock.now_s = now_s + 3600.0
+    place.clock.now_s = now_s + 500.0
     assert sum(together(*[store.sweep] * 3)) == len(handles)
     assert sorted(together(*[lambda: store.delete(A)] * 3)) == [False, False, True]
     assert place.left(store) == []
@@ -667,6 +667,24 @@ def test_a_large_file_still_being_written_is_kept(tmp_path: Path, file_store: Fi
     assert (file_store.sweep(), folder.exists()) == (0, True)
     os.utime(folder / TENSOR_FILE, (clock() - 5000, clock() - 5000))
     assert (file_store.sweep(), folder.exists()) == (1, False)
+
+
+def test_what_is_being_removed_is_not_abandoned(
+    tmp_path: Path, file_store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_store.put(signed())
+    for path in (tmp_path / "root").rglob("*"):
+        os.utime(path, (0, 0))
+    remove, sweeps = shutil.rmtree, []
+
+    def rival(path: Path, **options: Any) -> None:
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        sweeps.append(FileStore(tmp_path / "root").sweep())
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rival)
+    assert file_store.delete(A) is True
+    assert (sweeps, os.listdir(tmp_path / "root")) == ([0], [])
 
 
 def test_a_late_writer_does_not_commit_half_a_folder(

@@ -178,6 +178,7 @@ class FileStore:
         # Renamed first, so that no reader or late writer meets half a folder.
         hidden = self._root / f".{handle}.{secrets.token_hex(8)}"
         try:
+            os.utime(folder)  # or a sweep would take what is being removed for abandoned
             os.rename(folder, hidden)
         except FileNotFoundError:
             return False

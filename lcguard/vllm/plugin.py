@@ -54,7 +54,8 @@ def _wrap(cls: Any, name: str, make: Callable[[Any], Any]) -> None:
 def _http(error: HandoffError) -> Exception:
     from vllm.exceptions import GracefulHTTPError
 
-    return GracefulHTTPError(f"lcguard: {error}", HTTPStatus(error.status))
+    made: Exception = GracefulHTTPError(f"lcguard: {error}", HTTPStatus(error.status))
+    return made
 
 
 def _process_inputs(original: Any) -> Any:
