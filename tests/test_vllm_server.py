@@ -56,8 +56,9 @@ class Server:
 
     def ask(self, prompt: Any, handoff: Any = None, **more: Any) -> Any:
         body = {"kv_transfer_params": {"lcguard": handoff}} if handoff is not None else {}
+        options = {"max_tokens": 12, "temperature": 0} | more
         return self.client.completions.create(
-            model="nano", prompt=prompt, max_tokens=12, temperature=0, extra_body=body, **more
+            model="nano", prompt=prompt, extra_body=body, **options
         )
 
     def publish(self, ids: Any, audience: str) -> dict[str, Any]:
@@ -169,7 +170,12 @@ def test_refusals_have_a_status_and_a_reason(server: Server) -> None:
         (404, "does not exist", consume(gone), {}),
         (400, "at least one token", {"consume": consume(made)["consume"] | {"placed": True}}, {}),
         (400, "log-probabilities", consume(made), {"echo": True, "logprobs": 1}),
-        (400, "n=1", {"publish": {"source": "a", "audience": "identity"}}, {"n": 2}),
+        (
+            400,
+            "n=1",
+            {"publish": {"source": "a", "audience": "identity"}},
+            {"n": 2, "temperature": 1},
+        ),
         (400, "Extra inputs", {"publish": {"source": "a", "audience": "b", "raw": True}}, {}),
         (400, "give publish or consume", {}, {}),
         (400, "add it to guards", {"publish": {"source": "a", "audience": "residual"}}, {}),
