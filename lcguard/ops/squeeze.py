@@ -1,0 +1,125 @@
+"""Triton kernels for a gate whose matrices mix all W channels of a token.
+
+    y = (1 - g) z A + g sum_w p_w c_w + sigma n        ``squeeze_kernel``
+    x = (y B) * scale + center                         ``expand_kernel``
+
+Two launches with y ``[2, T, W]`` float32 between them: any W, and no W x W tile. A program makes
+``BLOCK_C`` channels of one head from all channels, which it reads again out of cache.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lcguard.ops.kernels import VARYING
+from lcguard.ops.tiles import (
+    Noise,
+    Pages,
+    Places,
+    Segment,
+    Turn,
+    channel,
+    draws_of,
+    gated,
+    page_rows,
+    standardised,
+    turn_of,
+    write,
+)
+
+
+@triton.jit
+def own_columns(D: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's head, its channels there, and their place among W."""
+    per_head: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
+    head = tl.program_id(1) // per_head
+    start = tl.program_id(1) % per_head * BLOCK_C
+    c = start + tl.arange(0, BLOCK_C)
+    return head, start, c, head * D + c
+
+
+@triton.jit
+def _squeeze(pages: Pages, y, places: Places, turn: Turn, stats, gate, matrix, noise: Noise,
+             H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr,
+             X: tl.constexpr, NOISE: tl.constexpr, DOT: tl.constexpr, BLOCK_T: tl.constexpr,
+             BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, KV: tl.constexpr):  # fmt: skip
+    W: tl.constexpr = H * D
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row, live = page_rows(pages, places, tokens, N)
+    head, start, c, w = own_columns(D, BLOCK_C)
+    inside = c < D
+    z = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for first in range(0, D, BLOCK_C):
+        d = first + tl.arange(0, BLOCK_C)
+        known = d < D
+        turned = turn_of(turn, places, tokens, d, R2, KV == 0)
+        for i in range(H):
+            other = tl.to_tensor(i).to(tl.int64)
+            raw, _, _ = standardised(pages, row, live, other, d, known, turned, stats, H, D, R2, KV)
+            mask = known[:, None] & inside[None, :]
+            at = (KV * W + other * D + d)[:, None] * W + w[None, :]
+            tile = tl.load(matrix + at, mask=mask, other=0.0)
+            z = tl.dot(raw, tile, z, input_precision=DOT)
+    z = gated(z, gate, tokens, live, w, inside, W, KV, X, BLOCK_X)
+    if NOISE:
+        block = head * ((D + 15) // 16) + start // 16 + tl.arange(0, BLOCK_C // 16)
+        z += noise.sigma * draws_of(noise, tokens, block, KV)
+    at = (KV * places.n_tokens + tokens).to(tl.int64)[:, None] * W + w[None, :]
+    tl.store(y + at, z, mask=(tokens < places.n_tokens)[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def squeeze_kernel(k_pages: Pages, v_pages: Pages, y, slots, n_tokens, n_slots, start, turn: Turn,
+                   stats, gate, matrix, first, key0, key1, key2, key3, key4, key5, key6, key7,
+                   per_token, per_kind, sigma, H: tl.constexpr, D: tl.constexpr,
+                   R2: tl.constexpr, N: tl.constexpr, X: tl.constexpr, NOISE: tl.constexpr,
+                   DOT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+                   BLOCK_X: tl.constexpr):  # fmt: skip
+    """matrix: A ``[2, W, W]``. Grid: (token tiles, H * ceil(D / BLOCK_C), 2)."""
+    places = Places(slots, n_tokens, n_slots, start)
+    key = (key0, key1, key2, key3, key4, key5, key6, key7)
+    noise = Noise(key, first, per_token, per_kind, sigma)
+    if tl.program_id(2) == 0:
+        _squeeze(k_pages, y, places, turn, stats, gate, matrix, noise, H, D, R2, N, X, NOISE, DOT,
+                 BLOCK_T, BLOCK_C, BLOCK_X, 0)  # fmt: skip
+    else:
+        _squeeze(v_pages, y, places, turn, stats, gate, matrix, noise, H, D, R2, N, X, NOISE, DOT,
+                 BLOCK_T, BLOCK_C, BLOCK_X, 1)  # fmt: skip
+
+
+@triton.jit
+def _expand(y, out: Segment, places: Places, stats, matrix, H: tl.constexpr, D: tl.constexpr,
+            DOT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+            KV: tl.constexpr):  # fmt: skip
+    W: tl.constexpr = H * D
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ours = tokens < places.n_tokens
+    live = tl.load(places.slots + tokens, mask=ours, other=-1)
+    live = (live >= 0) & (live < places.n_slots)
+    head, _, c, w = own_columns(D, BLOCK_C)
+    inside = c < D
+    z = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    row = (KV * places.n_tokens + tokens).to(tl.int64)[:, None] * W
+    for first in range(0, W, BLOCK_C):
+        j = first + tl.arange(0, BLOCK_C)
+        part = tl.load(y + row + j[None, :], mask=ours[:, None] & (j < W)[None, :], other=0.0)
+        mask = (j < W)[:, None] & inside[None, :]
+        tile = tl.load(matrix + (KV * W + j)[:, None] * W + w[None, :], mask=mask, other=0.0)
+        z = tl.dot(part, tile, z, input_precision=DOT)
+    z = z * channel(stats[1] + KV * W, w, inside) + channel(stats[0] + KV * W, w, inside)
+    write(out, z, head.to(tl.int64) * out.head + c, inside, tokens, places, live)
+
+
+@triton.jit(do_not_specialize=VARYING[:3])
+def expand_kernel(y, k_out: Segment, v_out: Segment, slots, n_tokens, n_slots, start, stats,
+                  matrix, H: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,
+                  BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """matrix: B ``[2, W, W]``. Grid as ``squeeze_kernel``."""
+    places = Places(slots, n_tokens, n_slots, start)
+    if tl.program_id(2) == 0:
+        _expand(y, k_out, places, stats, matrix, H, D, DOT, BLOCK_T, BLOCK_C, 0)
+    else:
+        _expand(y, v_out, places, stats, matrix, H, D, DOT, BLOCK_T, BLOCK_C, 1)

@@ -1,0 +1,95 @@
+"""The kernels are the reference: in Triton's interpreter, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.triton_cases import CASES, TOLERANCE, run
+
+ROOT = Path(__file__).parent.parent
+Found = dict[str, list[float]]
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def child(module: str, cache: Path, **env: str) -> Found:
+    """What a test module prints when it is run. Triton reads the environment when imported."""
+    settings = {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LCGUARD_OPS")}
+    done = subprocess.run(
+        [sys.executable, "-m", module], cwd=ROOT, env=clean | settings, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: Found = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def check(name: str, found: Found) -> None:
+    rewritten, placed = found[name]
+    tolerance = TOLERANCE[CASES[name].dtype]
+    assert rewritten <= tolerance
+    assert placed <= tolerance
+
+
+def check_cipher(found: Found) -> None:
+    wrong_words, draws = found["cipher"]
+    assert wrong_words == 0
+    assert draws <= 2e-6
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    cache = tmp_path_factory.mktemp("triton")
+    return child("tests.triton_cases", cache, TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def on_device() -> Found:
+    found: Found = {}
+    run("cuda", lambda name, pair: found.update({name: list(pair)}))
+    return found
+
+
+def test_words_are_those_of_the_cipher(interpreted: Found) -> None:
+    check_cipher(interpreted)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_is_the_reference(name: str, interpreted: Found) -> None:
+    check(name, interpreted)
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_words_on_the_device(on_device: Found) -> None:
+    check_cipher(on_device)
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_on_the_device(name: str, on_device: Found) -> None:
+    check(name, on_device)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_kernels_compile_for_hopper_once_for_all_keys(tmp_path: Path) -> None:
+    found = child("tests.triton_compile", tmp_path)
+    assert sorted(found) == [
+        "bottleneck_kernel", "expand_kernel", "place_kernel", "plain_kernel", "squeeze_kernel",
+    ]  # fmt: skip
+    assert {variants for variants, _ in found.values()} == {1}
