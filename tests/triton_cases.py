@@ -102,13 +102,13 @@ def module_of(case: Case) -> GuardModule:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in (*module.parameters(), module.center):
-            size = 0.3 if parameter.ndim < 4 else 0.03
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         module.scale.copy_(0.5 + torch.rand(module.scale.shape, generator=generator))
-        if isinstance(module, GateGuard) and not case.squeeze:
-            eye = torch.eye(module.squeeze.shape[-1]).expand_as(module.squeeze)
-            module.squeeze.copy_(eye)
-            module.expand.copy_(eye)
+        if isinstance(module, GateGuard):
+            module.gate.bias.sub_(1.5)  # gates of all sizes
+            eye = torch.eye(module.squeeze.shape[-1])
+            for matrix in (module.squeeze, module.expand):
+                matrix.mul_(0.3 if case.squeeze else 0.0).add_(eye)
     return module.eval()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ CHOICE = "LCGUARD_OPS"
 
 
 def choose(*paged: Tensor) -> str:
-    """ "triton" or "reference" for tensors whose last dimension a kernel wants dense.
+    """Which implementation: triton or reference. A kernel wants the last dimension dense.
 
     Raises:
         ValueError: another value of ``LCGUARD_OPS``.
@@ -50,16 +51,10 @@ def rewrite_layer(
     out_keys: Tensor, out_values: Tensor,
 ) -> None:  # fmt: skip
     """See ``reference.rewrite_layer``; errors also as in ``choose``."""
+    paged = k_view, v_view, out_keys, out_values
     args = k_view, v_view, slots, rotary, start, work, out_keys, out_values
-    if choose(k_view, v_view, out_keys, out_values) == "triton":
-        from lcguard.ops import kv_rewrite
-
-        try:
-            return kv_rewrite.rewrite_layer(*args)
-        except NotImplementedError:
-            if os.environ.get(CHOICE):
-                raise
-    return reference.rewrite_layer(*args)
+    if not _by_kernel("rewrite_layer", paged, args):
+        reference.rewrite_layer(*args)
 
 
 def place_layer(
@@ -68,8 +63,20 @@ def place_layer(
 ) -> None:  # fmt: skip
     """See ``reference.place_layer``; errors also as in ``choose``."""
     args = keys, values, slots, rotary, offset, k_view, v_view
-    if choose(keys, values, k_view, v_view) == "triton":
-        from lcguard.ops import kv_rewrite
+    if not _by_kernel("place_layer", (keys, values, k_view, v_view), args):
+        reference.place_layer(*args)
 
-        return kv_rewrite.place_layer(*args)
-    return reference.place_layer(*args)
+
+def _by_kernel(name: str, paged: tuple[Tensor, ...], args: tuple[Any, ...]) -> bool:
+    """True where Triton did it."""
+    if choose(*paged) != "triton":
+        return False
+    from lcguard.ops import kv_rewrite
+
+    try:
+        getattr(kv_rewrite, name)(*args)
+    except NotImplementedError:
+        if os.environ.get(CHOICE):
+            raise
+        return False
+    return True

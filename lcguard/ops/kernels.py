@@ -34,9 +34,9 @@ arguments because Triton specialises what is inside a tuple."""
 
 
 @triton.jit
-def _plain(pages: Pages, out: Segment, places: Places, turn: Turn, stats, gate,
-           noise: Noise, H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr,
-           X: tl.constexpr, CHANGES: tl.constexpr, GATE: tl.constexpr, NOISE: tl.constexpr,
+def _plain(pages: Pages, out: Segment, places: Places, turn: Turn, stats, gate, noise: Noise,
+           H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr, X: tl.constexpr,
+           CHANGES: tl.constexpr, GATE: tl.constexpr, NOISE: tl.constexpr,
            HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
            BLOCK_X: tl.constexpr, KV: tl.constexpr):  # fmt: skip
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -86,11 +86,10 @@ def plain_kernel(k_pages: Pages, v_pages: Pages, k_out: Segment, v_out: Segment,
 
 
 @triton.jit
-def _bottleneck(pages: Pages, out: Segment, places: Places, turn: Turn, stats, net,
-                noise: Noise, H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr,
-                N: tl.constexpr, R: tl.constexpr, NOISE: tl.constexpr, DOT: tl.constexpr,
-                BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-                KV: tl.constexpr):  # fmt: skip
+def _bottleneck(pages: Pages, out: Segment, places: Places, turn: Turn, stats, net, noise: Noise,
+                H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr,
+                R: tl.constexpr, NOISE: tl.constexpr, DOT: tl.constexpr, BLOCK_T: tl.constexpr,
+                BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, KV: tl.constexpr):  # fmt: skip
     W: tl.constexpr = H * D
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)

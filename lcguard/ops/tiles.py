@@ -93,8 +93,7 @@ def turn_of(turn: Turn, places: Places, tokens, c, R2: tl.constexpr, TURN: tl.co
 
 
 @triton.jit
-def read(data, at, mask, c, turned, R2: tl.constexpr,
-         TURN: tl.constexpr):  # fmt: skip
+def read(data, at, mask, c, turned, R2: tl.constexpr, TURN: tl.constexpr):
     """Float32 tile at offsets ``at`` (of channel 0) plus ``c``; keys are turned."""
     x = tl.load(data + at + c[None, :], mask=mask, other=0.0).to(tl.float32)
     if TURN:
@@ -113,8 +112,8 @@ def draws_of(noise: Noise, tokens, column, KV: tl.constexpr):
 
 
 @triton.jit
-def gated(z, gate, tokens, live, w, inside,
-          W: tl.constexpr, KV: tl.constexpr, X: tl.constexpr, BLOCK_X: tl.constexpr):  # fmt: skip
+def gated(z, gate, tokens, live, w, inside, W: tl.constexpr, KV: tl.constexpr, X: tl.constexpr,
+          BLOCK_X: tl.constexpr):  # fmt: skip
     """``(1 - g) z + g sum_w p_w c_w`` with gate = (g ``[T, 2]``, p ``[T, X]``, c ``[X, 2, W]``)."""
     x = tl.arange(0, BLOCK_X)
     g = tl.load(gate[0] + tokens * 2 + KV, mask=live, other=0.0)[:, None]
@@ -126,8 +125,7 @@ def gated(z, gate, tokens, live, w, inside,
 
 
 @triton.jit
-def write(out: Segment, x, at, inside, tokens, places: Places,
-          live):  # fmt: skip
+def write(out: Segment, x, at, inside, tokens, places: Places, live):
     """Stores tokens of a segment at channel offsets ``at``, zeros for padding."""
     at = tokens.to(tl.int64)[:, None] * out.row + at[None, :]
     x = tl.where(live[:, None], x, 0.0).to(out.data.dtype.element_ty)
@@ -142,7 +140,7 @@ def channel(row, w, inside, other: tl.constexpr = 0.0):
 
 @triton.jit
 def standardised(pages: Pages, row, live, head, c, inside, turned, stats, H: tl.constexpr,
-                  D: tl.constexpr, R2: tl.constexpr, KV: tl.constexpr):  # fmt: skip
+                 D: tl.constexpr, R2: tl.constexpr, KV: tl.constexpr):  # fmt: skip
     """One head's z ``[BLOCK_T, columns]``, with its statistics."""
     at = (row + head * pages.head)[:, None]
     x = read(pages.data, at, live[:, None] & inside[None, :], c, turned, R2, KV == 0)
