@@ -40,9 +40,10 @@ class FrontEnd:
             kind = prompt.get("type") if isinstance(prompt, dict) else type(prompt).__name__
             raise HandoffError(400, f"a handoff takes a prompt of tokens or text, not {kind!r}")
         ids = list(prompt["prompt_token_ids"])
-        facts, n, placed = self.gatekeeper.facts, 0, 0
+        facts, n, placed, segments = self.gatekeeper.facts, 0, 0, None
         if handoff.consume is not None:
-            n = sum(m.n_tokens for m in self.gatekeeper.segments(handoff.consume))
+            segments = self.gatekeeper.segments(handoff.consume)
+            n = sum(m.n_tokens for m in segments)
             if handoff.consume.placed:
                 placed = n
             elif not ids:
@@ -57,6 +58,7 @@ class FrontEnd:
             ids,
             prompt_logprobs=getattr(params, "prompt_logprobs", None) is not None,
             samples=getattr(params, "n", None) or 1,
+            segments=segments,
         )
         changed = dict(prompt) | {"prompt_token_ids": ids}
         # what was rendered is no longer what is computed

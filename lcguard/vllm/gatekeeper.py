@@ -96,16 +96,18 @@ class Gatekeeper:
     def plan(
         self, handoff: Handoff, prompt: Sequence[int] | None, *,
         prompt_logprobs: bool = False, samples: int = 1,
+        segments: tuple[Manifest, ...] | None = None,
     ) -> Plan:  # fmt: skip
         """Checks a request whose ``prompt`` starts with the placeholders of what it consumes.
+
+        ``segments``: what ``segments()`` gave for this request, where it was called already.
 
         Raises ``HandoffError`` with the status and the reason.
         """
         if prompt is None:
             raise HandoffError(400, "a handoff needs a prompt of text or tokens, not of embeddings")
-        segments: tuple[Manifest, ...] = ()
-        if handoff.consume is not None:
-            segments = self.segments(handoff.consume)
+        if segments is None:
+            segments = self.segments(handoff.consume) if handoff.consume is not None else ()
         n = sum(m.n_tokens for m in segments)
         if segments:
             if prompt_logprobs:
@@ -170,8 +172,8 @@ class Gatekeeper:
     def edge(self, publish: Publish) -> Edge:
         """The policy's rule for this hop, tightened by what the request hides beyond it."""
         edge = self.policy.for_edge(publish.source, publish.audience)
-        hidden = set(edge.forbid) | set(publish.forbid or ())
         also = set(publish.forbid or ())
+        hidden = set(edge.forbid) | also
         return edge.model_copy(
             update={
                 "forbid": tuple(c for c in CATEGORIES if c in hidden),
