@@ -12,6 +12,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def add_tensor(sha: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Adds a weight's name, type, shape and bytes to a digest."""
+    raw = tensor.detach().cpu().contiguous()
+    sha.update(name.encode())
+    sha.update(str((raw.dtype, tuple(raw.shape))).encode())
+    sha.update(raw.flatten().view(torch.uint8).numpy().tobytes())
 
 
 def checkpoint_digest(folder: str | Path) -> str:
@@ -40,10 +49,7 @@ def checkpoint_digest(folder: str | Path) -> str:
         sha = hashlib.sha256()
         for name, stored in sorted(names.items()):
             with safe_open(where[stored], framework="pt") as file:
-                raw = file.get_tensor(stored).contiguous()
-            sha.update(name.encode())
-            sha.update(str((raw.dtype, tuple(raw.shape))).encode())
-            sha.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+                add_tensor(sha, name, file.get_tensor(stored))
     except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"checkpoint {folder.name} is unreadable: {first}") from error

@@ -18,6 +18,7 @@ from safetensors.torch import load, save_file
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
+from lcguard.model_digest import add_tensor
 from lcguard.noise import new_noise_key
 from lcguard.protocols import Guarded, KVBatch, Mask
 
@@ -231,8 +232,5 @@ def weights_digest(module: torch.nn.Module) -> str:
     """sha256 over the names and bytes of all tensors of a module."""
     sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        sha.update(name.encode())
-        raw = tensor.detach().cpu().contiguous()
-        sha.update(str((raw.dtype, tuple(raw.shape))).encode())
-        sha.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+        add_tensor(sha, name, tensor)
     return sha.hexdigest()

@@ -107,6 +107,14 @@ class _Guarded:
         self.engine = engine
 
     @staticmethod
+    def _parts(
+        agent: str, consume: Sequence[Handle], publish: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The handoff of a request; empty for an ordinary one."""
+        parts = {"publish": publish} if publish is not None else {}
+        return parts | ({"consume": consume_params(agent, consume)} if consume else {})
+
+    @staticmethod
     def _params(params: Any, parts: dict[str, Any], max_tokens: int | None = None) -> Any:
         """A copy of the sampling parameters with the handoff; greedy by default."""
         from vllm import SamplingParams
@@ -117,7 +125,6 @@ class _Guarded:
         if max_tokens is not None:
             made.max_tokens = max_tokens
         transfer = dict((made.extra_args or {}).get("kv_transfer_params") or {})
-        parts = {k: v for k, v in parts.items() if v is not None}
         if parts:
             made.extra_args = {
                 **(made.extra_args or {}), "kv_transfer_params": {**transfer, PARAM: parts}
@@ -185,10 +192,7 @@ class GuardedLLM(_Guarded):
 
         Raises ``HandoffError`` where policy, guard or store refuse; nothing is stored then.
         """
-        parts = {
-            "publish": publish_params(agent, audience, policy, ttl_s, spans),
-            "consume": consume_params(agent, consume) if consume else None,
-        }
+        parts = self._parts(agent, consume, publish_params(agent, audience, policy, ttl_s, spans))
         return self._handle(self._run(prompt, self._params(None, parts, max_tokens=1)))
 
     def generate(
@@ -199,7 +203,7 @@ class GuardedLLM(_Guarded):
         ``params``: vLLM's ``SamplingParams``; greedy and at most 256 tokens by default. Raises
         ``HandoffError`` for a segment that is missing, expired or not for this agent.
         """
-        parts = {"consume": consume_params(agent, consume) if consume else None}
+        parts = self._parts(agent, consume)
         return str(self._run(prompt, self._params(params, parts)).outputs[0].text)
 
     def _run(self, prompt: Prompt, params: Any) -> Any:
@@ -238,17 +242,14 @@ class AsyncGuardedLLM(_Guarded):
         consume: Sequence[Handle] = (),
     ) -> Handle:  # fmt: skip
         """As ``GuardedLLM.publish``."""
-        parts = {
-            "publish": publish_params(agent, audience, policy, ttl_s, spans),
-            "consume": consume_params(agent, consume) if consume else None,
-        }
+        parts = self._parts(agent, consume, publish_params(agent, audience, policy, ttl_s, spans))
         return self._handle(await self._run(prompt, self._params(None, parts, max_tokens=1)))
 
     async def generate(
         self, *, agent: str, prompt: Prompt, consume: Sequence[Handle] = (), params: Any = None
     ) -> str:
         """As ``GuardedLLM.generate``."""
-        parts = {"consume": consume_params(agent, consume) if consume else None}
+        parts = self._parts(agent, consume)
         return str((await self._run(prompt, self._params(params, parts))).outputs[0].text)
 
     async def _run(self, prompt: Prompt, params: Any) -> Any:
