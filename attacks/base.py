@@ -7,13 +7,14 @@ pairs as it likes from records of its own. It is fitted from scratch after the g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from lcguard.protocols import AttackData, Guess
+from lcguard.protocols import AttackData, Guard, Guess
+from lcguard.source import ModelSource
 
 Access = Literal["white-box", "grey-box", "black-box"]
 
@@ -40,6 +41,17 @@ class FitConfig:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+@dataclass(frozen=True)
+class Knowledge:
+    """What the adversary holds beside segments: the agents' model, its words, and the guard."""
+
+    source: ModelSource
+    decode: Callable[[Sequence[int]], str]
+    """Token ids to text."""
+    guard: Guard | None = None
+    """The frozen guard with its weights; None where segments cross unguarded."""
+
+
 class BaseAttack:
     """Metadata contract; subclasses define ``Config``, ``fit`` and ``recover``."""
 
@@ -56,6 +68,20 @@ class BaseAttack:
 
     def __init__(self, config: Any = None) -> None:
         self.config: Any = config if config is not None else self.Config()
+        self.knowledge: Knowledge | None = None
+
+    def equip(self, knowledge: Knowledge) -> None:
+        """Hands the attack the model and the guard; called before ``fit``."""
+        self.knowledge = knowledge
+
+    @property
+    def known(self) -> Knowledge:
+        """Raises ``ValueError`` where an attack that needs the model was given none."""
+        if self.knowledge is None:
+            raise ValueError(
+                f"attack {self.name!r} needs the agents' model: call equip(Knowledge(...)) first"
+            )
+        return self.knowledge
 
     @classmethod
     def build(cls, options: dict[str, Any] | None = None) -> Self:
@@ -94,6 +120,7 @@ def _value(cls: type[BaseAttack], default: Any, key: str, value: Any) -> Any:
     return replace(inner, **value)  # type: ignore[type-var]
 
 
+BUILT_IN = ("decoder", "injection", "probe")
 _REGISTRY: dict[str, type[BaseAttack]] = {}
 A = TypeVar("A", bound=type[BaseAttack])
 
@@ -115,7 +142,7 @@ def register(name: str) -> Callable[[A], A]:
 
 def load_all() -> None:
     """Imports the built-in attacks and those of the ``lcguard.attacks`` entry-point group."""
-    for module in ("decoder", "injection", "probe"):
+    for module in BUILT_IN:
         import_module(f"lcguard.attacks.{module}")
     for entry in entry_points(group="lcguard.attacks"):
         entry.load()

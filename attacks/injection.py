@@ -7,7 +7,7 @@ may only use characters that values of the field have. From *Shadow in the Cache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lcguard.attacks.base import BaseAttack, register
 from lcguard.protocols import AttackData, Guess
-from lcguard.source import ModelSource
 
 
 @register("injection")
@@ -31,29 +30,21 @@ class InjectionAttack(BaseAttack):
         restrict: bool = True
         """Only characters that values of the field are made of."""
 
-    def __init__(
-        self,
-        config: Config | None = None,
-        source: ModelSource | None = None,
-        decode: Callable[[Sequence[int]], str] | None = None,
-    ) -> None:
+    def __init__(self, config: Config | None = None) -> None:
         super().__init__(config)
-        # not `source`: that is where the attack comes from
-        self.receiver, self.decode = source, decode
         self._allowed: dict[str, Tensor] | None = None
 
     def fit(self, pairs: AttackData, *, seed: int = 0) -> InjectionAttack:
         """Learns each field's alphabet from the attacker's own records."""
-        if self.decode is None:
-            raise ValueError("injection needs the tokenizer: give decode=tokenizer.decode")
+        decode = self.known.decode
         self._allowed = {}
         if not self.config.restrict:
             return self
         letters: dict[str, set[str]] = {}
         for secrets in pairs.secrets:
             for s in secrets:
-                letters.setdefault(s.field, {" "}).update(self.decode(s.ids))
-        texts = [self.decode([i]) for i in range(int(pairs.meta["vocab"]))]
+                letters.setdefault(s.field, {" "}).update(decode(s.ids))
+        texts = [decode([i]) for i in range(int(pairs.meta["vocab"]))]
         special = set(pairs.meta.get("special_ids", ()))
         for field, known in letters.items():
             ok = [i not in special and bool(t) and set(t) <= known for i, t in enumerate(texts)]
@@ -62,8 +53,6 @@ class InjectionAttack(BaseAttack):
 
     def recover(self, data: AttackData) -> list[Guess]:
         """Greedy answers. ``data.meta['prompts']`` holds one prompt per record and secret."""
-        if self.receiver is None:
-            raise ValueError("injection needs the receiver's model: give source=ModelSource(...)")
         if self._allowed is None:
             raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
         prompts: Sequence[Sequence[Sequence[int]]] = data.meta["prompts"]
@@ -78,7 +67,7 @@ class InjectionAttack(BaseAttack):
             part = flat[first : first + 128]
             rows = torch.tensor([i for i, _, _ in part])
             allowed = torch.stack([self._allowed.get(s.field, everything) for _, s, _ in part])
-            answers = self.receiver.generate(
+            answers = self.known.source.generate(
                 data.kv[rows].trim(), [p for _, _, p in part], self.config.max_tokens,
                 int(data.meta["end_id"]), allowed,
             )  # fmt: skip

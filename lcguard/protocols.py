@@ -48,6 +48,25 @@ class KVBatch:
         n = int(self.valid.sum(1).max()) if len(self) else 0
         return KVBatch(self.keys[..., :n, :], self.values[..., :n, :], self.valid[:, :n])
 
+    @staticmethod
+    def join(parts: Sequence[KVBatch]) -> KVBatch:
+        """Segments behind each other, record by record: ``[B, L, H, sum T, D]`` without gaps.
+
+        Padding of the parts ends up at the end of each row. Raises ``ValueError`` for no parts.
+        """
+        if not parts:
+            raise ValueError("no segments to join: give at least one")
+        valid = torch.cat([p.valid for p in parts], 1)
+        order = torch.argsort((~valid).int(), dim=1, stable=True)  # valid entries first, in order
+        at = order[:, None, None, :, None]
+
+        def gather(tensors: Sequence[Tensor]) -> Tensor:
+            whole = torch.cat(list(tensors), 3)
+            return whole.gather(3, at.expand(-1, *whole.shape[1:3], -1, whole.shape[4]))
+
+        keys, values = gather([p.keys for p in parts]), gather([p.values for p in parts])
+        return KVBatch(keys, values, valid.gather(1, order)).trim()
+
     def features(self) -> Tensor:
         """All layers' keys and values of a token side by side: ``[B, T, L * 2 * H * D]``."""
         both = torch.stack((self.keys, self.values), 2)  # [B, L, 2, H, T, D]

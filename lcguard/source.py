@@ -48,8 +48,14 @@ class ModelSource:
         self.dtype = next(model.parameters()).dtype
 
     @torch.no_grad()
-    def prefill(self, contexts: Sequence[Sequence[int]], batch: int = 64) -> KVBatch:
-        """KV of the contexts, each from position 0; right-padded ``[B, L, H, T, D]``."""
+    def prefill(
+        self, contexts: Sequence[Sequence[int]], batch: int = 64, on: KVBatch | None = None
+    ) -> KVBatch:
+        """KV of the contexts' own tokens, right-padded ``[B, L, H, T, D]``.
+
+        Each context starts at position 0, or follows its row of ``on``: consumed segments, that
+        its tokens attend to.
+        """
         width = max(len(c) for c in contexts)
         layers, heads, dim = self.shape
         keys = torch.zeros(len(contexts), layers, heads, width, dim, dtype=self.dtype,
@@ -61,14 +67,35 @@ class ModelSource:
         for first in range(0, len(order), batch):
             rows = order[first : first + batch]
             ids = pad([contexts[i] for i in rows], self.pad_id).to(self.device)
-            cache = DynamicCache(config=None)
-            # causal attention: padding on the right never reaches the tokens before it
-            self._backbone()(input_ids=ids, past_key_values=cache, use_cache=True)
-            kv = cache_to_kv(cache, self.rotary)
+            kv = self._fresh(ids) if on is None else self._behind(ids, on[rows].trim())
             n = ids.shape[1]
             keys[rows, :, :, :n], values[rows, :, :, :n] = kv.keys, kv.values
         live = valid[:, None, None, :, None]
         return KVBatch(keys * live, values * live, valid)
+
+    def _fresh(self, ids: Tensor) -> KVBatch:
+        cache = DynamicCache(config=None)
+        # causal attention: padding on the right never reaches the tokens before it
+        self._backbone()(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cache_to_kv(cache, self.rotary)
+
+    def _behind(self, ids: Tensor, on: KVBatch) -> KVBatch:
+        """The same with ``ids [B, S]`` behind consumed segments."""
+        n, seen = ids.shape[1], on.valid.shape[1]
+        lengths = on.valid.sum(1)
+        causal = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
+        past = on.valid[:, None, :].expand(-1, n, -1)
+        mask = torch.cat((past, causal.expand(len(ids), -1, -1)), -1)[:, None]
+        cache = kv_to_cache(on, self.rotary, self.config, suffix_tokens=n)
+        self._backbone()(
+            input_ids=ids,
+            position_ids=lengths[:, None] + torch.arange(n, device=ids.device),
+            attention_mask=additive(mask, self.dtype),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        # entry `seen` of the cache stands at position `lengths`: padding lies between
+        return cache_to_kv(cache, self.rotary, lengths - seen, start=seen)
 
     def answer_logits(self, kv: KVBatch, packed: PackedQuestions) -> Tensor:
         """Logits ``[N, V]`` at the answer tokens of packed questions asked after ``kv``.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcguard.attacks.base import BaseAttack, FitConfig, attack_class, names, register
+from lcguard.attacks.base import BaseAttack, FitConfig, Knowledge, attack_class, names, register
 from lcguard.attacks.decoder import DecoderAttack, longer
 from lcguard.attacks.injection import InjectionAttack
 from lcguard.attacks.probe import ProbeAttack
@@ -103,8 +103,7 @@ class TestEveryAttack:
         self, name: str, world: World, victims: AttackData
     ) -> None:
         attack = attack_class(name).build(ATTACKS[name])
-        if isinstance(attack, InjectionAttack):
-            attack.receiver = world.source
+        attack.equip(Knowledge(world.source, world.decode))
         with pytest.raises(ValueError, match="is not fitted; call fit first"):
             attack.recover(victims)
 
@@ -334,8 +333,13 @@ def test_rate_warms_up_and_falls_to_zero() -> None:
 
 @pytest.fixture(scope="module")
 def injection(world: World, written: tuple[AttackData, AttackData]) -> InjectionAttack:
-    config = InjectionAttack.build(ATTACKS["injection"]).config
-    return InjectionAttack(config, world.source, world.decode).fit(written[0])
+    return asked(world).fit(written[0])
+
+
+def asked(world: World, **changes: Any) -> InjectionAttack:
+    attack = InjectionAttack.build(ATTACKS["injection"] | changes)
+    attack.equip(Knowledge(world.source, world.decode))
+    return attack
 
 
 def test_injection_keeps_to_the_fields_letters(
@@ -350,7 +354,7 @@ def test_injection_keeps_to_the_fields_letters(
     said = [(set(world.decode(g.ids or ())), letters[g.field]) for g in known]
     assert all(text <= allowed for text, allowed in said)
     assert sum(len(text) > 1 for text, _ in said) > 10
-    free = InjectionAttack(replace(injection.config, restrict=False), world.source, world.decode)
+    free = asked(world, restrict=False)
     loose = [g for g in free.fit(pairs).recover(victims) if g.field in letters]
     assert not all(set(world.decode(g.ids or ())) <= letters[g.field] for g in loose)
     assert not set(world.special.special_ids) & {t for g in known for t in g.ids or ()}
@@ -361,25 +365,17 @@ def test_injection_asks_the_receiver_its_own_question(
 ) -> None:
     some = written[1].subset([3])
     secret, prompt = some.secrets[0][0], some.meta["prompts"][0][0]
-    asked = [q for q in world.others[3].questions if q.field == secret.field]
-    assert prompt == next(q.prompt for q in asked if q.kind == "direct")
-    free = InjectionAttack(replace(injection.config, restrict=False), world.source, world.decode)
+    offered = [q for q in world.others[3].questions if q.field == secret.field]
+    assert prompt == next(q.prompt for q in offered if q.kind == "direct")
+    free = asked(world, restrict=False)
     (first, *_) = free.fit(some).recover(some)
     (wanted,) = world.source.generate(some.kv, [prompt], 8, world.special.end_id)
     assert first.ids == wanted
 
 
-def test_injection_needs_tokenizer_and_model(
-    world: World, pairs: AttackData, victims: AttackData
-) -> None:
-    with pytest.raises(ValueError, match="give decode="):
-        InjectionAttack(source=world.source).fit(pairs)
-    with pytest.raises(ValueError, match="give source="):
-        InjectionAttack(decode=world.decode).fit(pairs).recover(victims)
-
-
-def test_where_it_comes_from_survives_the_receiver(world: World) -> None:
-    assert InjectionAttack(source=world.source).source == "arXiv 2508.09442"
+def test_injection_needs_the_model(pairs: AttackData) -> None:
+    with pytest.raises(ValueError, match="needs the agents' model: call equip"):
+        InjectionAttack().fit(pairs)
 
 
 # -- the registry

@@ -14,9 +14,8 @@ from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.nano.load import guard_path
 from lcguard.agents.scenarios.load import load_hops, split_hops
 from lcguard.agents.scenarios.types import Hop
-from lcguard.attacks.base import attack_class
+from lcguard.attacks.base import Knowledge, attack_class
 from lcguard.attacks.decoder import DecoderAttack
-from lcguard.attacks.injection import InjectionAttack
 from lcguard.categories import CATEGORIES
 from lcguard.config import load_config
 from lcguard.evaluation.manifest import run_manifest
@@ -82,7 +81,9 @@ def fit_plain_guards(
 def attack_factory(backend: HFBackend, broken_at: float | None) -> AttackFactory:
     """Builds attacks from specs; ``broken_at`` ends the fitting of one that has already won."""
 
-    def make(spec: AttackSpec, warm: Attack | None, early: bool) -> Attack:
+    def make(
+        spec: AttackSpec, warm: Attack | None, early: bool, guard: FrozenGuard | None
+    ) -> Attack:
         cls = attack_class(spec.attack)
         options: dict[str, Any] = dict(spec.options)
         fit = options.pop("fit", None)
@@ -94,8 +95,7 @@ def attack_factory(backend: HFBackend, broken_at: float | None) -> AttackFactory
                 attack.config = replace(config, fit=replace(config.fit, **changes))
         if isinstance(attack, DecoderAttack) and isinstance(warm, DecoderAttack):
             attack.warm = warm
-        if isinstance(attack, InjectionAttack):
-            attack.receiver, attack.decode = backend.source, backend.decode
+        attack.equip(Knowledge(backend.source, backend.decode, guard))
         return attack
 
     return make

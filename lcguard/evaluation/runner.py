@@ -25,8 +25,8 @@ from lcguard.records import IGNORE, TokenQuestion, TokenRecord
 from lcguard.source import ModelSource
 from lcguard.training.dataset import Special, attack_data, blind, guard_all, with_policy
 
-AttackFactory = Callable[[AttackSpec, Attack | None, bool], Attack]
-"""``(spec, warm, stop_early) -> unfitted attack``."""
+AttackFactory = Callable[[AttackSpec, Attack | None, bool, FrozenGuard | None], Attack]
+"""``(spec, warm, stop_early, guard) -> unfitted attack`` that knows the guard."""
 EDGE = "edge"
 """Policy label: every record under its own edge's policy."""
 
@@ -232,7 +232,8 @@ class Runner:
                 started = time.perf_counter()
                 warm = self.clean(a, seed) if a.warm and spec is not None else None
                 early = kind == "attack" and self.s.config.broken_at is not None
-                fitted = self.s.attack(a, warm, early).fit(train, seed=seed)
+                guard = self.s.guards[spec.name] if spec is not None else None
+                fitted = self.s.attack(a, warm, early, guard).fit(train, seed=seed)
                 return fitted.recover(test), time.perf_counter() - started
 
             device = self.s.source.device.type
@@ -259,7 +260,7 @@ class Runner:
                 with_policy(self.s.train, _all(self.s.train)), self.raw()[0], self.s.special
             )
             cold = replace(attack, warm=False, options={**attack.options, "fit": attack.clean_fit})
-            self._warm[key] = self.s.attack(cold, None, True).fit(data, seed=seed)
+            self._warm[key] = self.s.attack(cold, None, True, None).fit(data, seed=seed)
         return self._warm[key]
 
     def score(
