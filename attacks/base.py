@@ -120,7 +120,7 @@ def _value(cls: type[BaseAttack], default: Any, key: str, value: Any) -> Any:
     return replace(inner, **value)  # type: ignore[type-var]
 
 
-BUILT_IN = ("decoder", "injection", "probe")
+BUILT_IN = ("decoder", "injection", "linear", "probe")
 _REGISTRY: dict[str, type[BaseAttack]] = {}
 A = TypeVar("A", bound=type[BaseAttack])
 

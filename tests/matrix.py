@@ -26,4 +26,5 @@ ATTACKS: dict[str, dict[str, Any]] = {
     },
     "probe": {"width": 96, "fit": {"steps": 200, "batch": 512, "lr": 3e-3, "warmup": 10}},
     "injection": {"max_tokens": 8},
+    "linear": {"max_tokens": 1500},
 }

@@ -23,10 +23,21 @@ from tests.fixtures import World
 from tests.matrix import ATTACKS
 
 FITTED = [n for n in ATTACKS if attack_class(n).fitted]
+STEPPED = [n for n in FITTED if "fit" in ATTACKS[n]]
+"""Fitted step by step, by a ``FitConfig``; the others in closed form or by search."""
 
 
 def few(name: str, steps: int = 3) -> dict[str, Any]:
+    if name not in STEPPED:
+        return ATTACKS[name]
     return {**ATTACKS[name], "fit": {**ATTACKS[name]["fit"], "steps": steps}}
+
+
+def equipped(world: World, name: str, options: dict[str, Any] | None = None) -> BaseAttack:
+    """With the model, no guard; options of its row unless others are given."""
+    attack = attack_class(name).build(ATTACKS[name] if options is None else options)
+    attack.equip(Knowledge(world.source, world.decode))
+    return attack
 
 
 def data_of(world: World, records: Sequence[Any]) -> AttackData:
@@ -66,9 +77,11 @@ def written(world: World) -> tuple[AttackData, AttackData]:
 
 
 @pytest.fixture(scope="module", params=FITTED)
-def fitted(request: pytest.FixtureRequest, pairs: AttackData) -> tuple[str, BaseAttack]:
+def fitted(
+    request: pytest.FixtureRequest, world: World, pairs: AttackData
+) -> tuple[str, BaseAttack]:
     """Fitted on raw KV."""
-    return request.param, attack_class(request.param).build(ATTACKS[request.param]).fit(pairs)
+    return request.param, equipped(world, request.param).fit(pairs)
 
 
 def accuracy(guesses: Sequence[Guess]) -> float:
@@ -108,7 +121,7 @@ class TestEveryAttack:
             attack.recover(victims)
 
 
-@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("name", STEPPED)
 def test_nested_options_are_checked(name: str) -> None:
     attack = attack_class(name).build({"fit": {"steps": 7}})
     assert attack.config.fit == replace(attack_class(name).Config().fit, steps=7)  # type: ignore[attr-defined]
@@ -121,7 +134,7 @@ def test_no_secrets_nothing_to_fit(world: World, name: str) -> None:
     allowed = data_of(world, with_policy(world.records[:20], ()))
     assert any(r.secrets() for r in world.records[:20])
     with pytest.raises(ValueError, match="no secret"):
-        attack_class(name).build(few(name)).fit(allowed)
+        equipped(world, name, few(name)).fit(allowed)
 
 
 # -- what they recover
@@ -134,12 +147,12 @@ def exact(guesses: Sequence[Guess], data: AttackData) -> float:
 
 
 def test_open_segments_are_read_and_foreign_ones_are_not(
-    fitted: tuple[str, BaseAttack], pairs: AttackData, victims: AttackData
+    world: World, fitted: tuple[str, BaseAttack], pairs: AttackData, victims: AttackData
 ) -> None:
     """Records that the attacker never saw; the floor is the same attack on others' segments."""
     name, attack = fitted
     guesses = attack.recover(victims)
-    floor = attack_class(name).build(ATTACKS[name]).fit(blind(pairs)).recover(blind(victims, 1))
+    floor = equipped(world, name).fit(blind(pairs)).recover(blind(victims, 1))
     assert exact(guesses, victims) > 0.9
     assert exact(floor, victims) < 0.1  # blind guessing: 1 in 512
     assert accuracy(guesses) > accuracy(floor) + 0.5
@@ -180,9 +193,9 @@ def test_guesses_do_not_depend_on_the_batch(
 
 
 @pytest.mark.parametrize("name", FITTED)
-def test_fitting_is_seeded(name: str, pairs: AttackData, victims: AttackData) -> None:
+def test_fitting_is_seeded(world: World, name: str, pairs: AttackData, victims: AttackData) -> None:
     def nll(seed: int) -> list[float | None]:
-        attack = attack_class(name).build(few(name)).fit(pairs, seed=seed)
+        attack = equipped(world, name, few(name)).fit(pairs, seed=seed)
         return [g.nll_nats for g in attack.recover(victims.subset(range(5)))]
 
     assert nll(0) == nll(0) != nll(1)
