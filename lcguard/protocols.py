@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,24 @@ class KVBatch:
 
         keys, values = gather([p.keys for p in parts]), gather([p.values for p in parts])
         return KVBatch(keys, values, valid.gather(1, order)).trim()
+
+    @staticmethod
+    def stack(rows: Sequence[KVBatch]) -> KVBatch:
+        """Batches of any number of records and tokens as one, padded to the longest.
+
+        Raises ``ValueError`` for no rows.
+        """
+        if not rows:
+            raise ValueError("no segments to stack: give at least one")
+        width = max(r.valid.shape[1] for r in rows)
+
+        def wide(x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0, 0, width - x.shape[3]))
+
+        keys, values = (torch.cat([wide(x) for x in xs]) for xs in
+                        ([r.keys for r in rows], [r.values for r in rows]))  # fmt: skip
+        valid = torch.cat([F.pad(r.valid, (0, width - r.valid.shape[1])) for r in rows])
+        return KVBatch(keys, values, valid)
 
     def features(self) -> Tensor:
         """All layers' keys and values of a token side by side: ``[B, T, L * 2 * H * D]``."""

@@ -82,6 +82,19 @@ class EdgeSpec:
 
 
 @dataclass(frozen=True)
+class Composition:
+    """A secret that no single record holds: who somebody is, in one agent's record, and something
+    sensitive about the same case in another's (arXiv 2509.14284)."""
+
+    identifier: tuple[str, str]
+    """Agent and field."""
+    attribute: tuple[str, str]
+    """Agent and field."""
+    join: str
+    """The value that both records hold and that may be known, such as a case reference."""
+
+
+@dataclass(frozen=True)
 class Scenario:
     scenario_id: str
     source: str
@@ -94,6 +107,7 @@ class Scenario:
     """Fields to protect; None: every field of a forbidden category."""
     not_applicable: tuple[str, ...] = ()
     """Fields that the source lists but no record holds: counted, never scored."""
+    compositions: tuple[Composition, ...] = ()
 
     def hops(self) -> Iterable[tuple[EdgeSpec, Record]]:
         """Every record with the edge over which it is handed on."""
