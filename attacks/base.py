@@ -122,6 +122,10 @@ def _value(cls: type[BaseAttack], default: Any, key: str, value: Any) -> Any:
 
 BUILT_IN = ("decoder", "injection", "linear", "probe")
 _REGISTRY: dict[str, type[BaseAttack]] = {}
+BROKEN: dict[str, str] = {}
+"""Plugins that cannot be used: entry point to the reason, in one line."""
+_PLUGINS = "lcguard.attacks"
+_loaded: set[str] = set()
 A = TypeVar("A", bound=type[BaseAttack])
 
 
@@ -129,6 +133,8 @@ def register(name: str) -> Callable[[A], A]:
     """Class decorator: makes an attack known by name. Refuses one without metadata."""
 
     def wrap(cls: A) -> A:
+        if not cls.__module__.startswith("lcguard."):
+            _load_built_in()  # first, so that nobody is before them in taking their names
         if not (cls.goal and cls.source):
             raise ValueError(f"attack {name!r} must state its goal and source")
         if name in _REGISTRY and _REGISTRY[name] is not cls:
@@ -140,19 +146,42 @@ def register(name: str) -> Callable[[A], A]:
     return wrap
 
 
-def load_all() -> None:
-    """Imports the built-in attacks and those of the ``lcguard.attacks`` entry-point group."""
+def _load_built_in() -> None:
     for module in BUILT_IN:
         import_module(f"lcguard.attacks.{module}")
-    for entry in entry_points(group="lcguard.attacks"):
-        entry.load()
+
+
+def load_all() -> None:
+    """Imports the built-in attacks and those of the ``lcguard.attacks`` entry-point group.
+
+    A plugin that fails leaves nothing behind but a line in ``BROKEN``: it must not keep the
+    other attacks from running.
+    """
+    _load_built_in()
+    for entry in entry_points(group=_PLUGINS):
+        label = f"{entry.name} = {entry.value}"
+        if label in _loaded:
+            continue
+        _loaded.add(label)
+        before = dict(_REGISTRY)
+        try:
+            entry.load()
+        except Exception as error:  # whatever a stranger's module raises
+            _REGISTRY.clear()
+            _REGISTRY.update(before)
+            BROKEN[label] = " ".join(f"{type(error).__name__}: {error}".split())
+            continue
+        package = entry.module.partition(".")[0]
+        if not any(c.__module__.partition(".")[0] == package for c in _REGISTRY.values()):
+            BROKEN[label] = "registers no attack; decorate its class with @register(NAME)"
 
 
 def attack_class(name: str) -> type[BaseAttack]:
     """Raises ``ValueError`` naming the registered attacks."""
     load_all()
     if name not in _REGISTRY:
-        raise ValueError(f"attack {name!r} is unknown; known attacks: {', '.join(names())}")
+        broken = "".join(f"; plugin {label} is broken: {why}" for label, why in BROKEN.items())
+        raise ValueError(f"attack {name!r} is unknown; known attacks: {', '.join(names())}{broken}")
     return _REGISTRY[name]
 
 

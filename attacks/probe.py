@@ -7,6 +7,7 @@ every secret is too. A two-layer head on all layers' keys and values of one toke
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from lcguard.attacks.base import BaseAttack, FitConfig, register
 from lcguard.attacks.decoder import aligned
-from lcguard.protocols import AttackData, Guess
+from lcguard.protocols import AttackData, Guess, KVBatch
 from lcguard.records import IGNORE
 
 
@@ -27,6 +28,8 @@ class ProbeAttack(BaseAttack):
     @dataclass(frozen=True)
     class Config:
         width: int = 192
+        layers: tuple[int, ...] = ()
+        """Only these layers' keys and values; empty: all."""
         fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch=2048))
         """``batch`` counts tokens here."""
 
@@ -37,7 +40,7 @@ class ProbeAttack(BaseAttack):
     def fit(self, pairs: AttackData, *, seed: int = 0) -> ProbeAttack:
         """Raises ``ValueError`` where the pairs hold no secret whose position is known."""
         torch.manual_seed(seed)
-        x, y, secret = _positions(pairs)
+        x, y, secret = _positions(pairs, self.config.layers)
         if not bool(secret.any()):
             raise ValueError("no secret position in the training pairs: nothing to probe")
         center, scale = x.mean(0), x.std(0).clamp_min(1e-4)
@@ -69,7 +72,7 @@ class ProbeAttack(BaseAttack):
         """One guess a secret; raises ``ValueError`` if not fitted."""
         if self.net is None:
             raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
-        features, out = data.kv.features().float(), []
+        features, out = _features(data.kv, self.config.layers).float(), []
         for i, (record, secrets) in enumerate(zip(data.record_ids, data.secrets, strict=True)):
             for s in secrets:
                 start, end = s.positions
@@ -99,7 +102,19 @@ class _Standardise(nn.Module):
         return (x - self.center) / self.scale
 
 
-def _positions(pairs: AttackData) -> tuple[Tensor, Tensor, Tensor]:
+def _features(kv: KVBatch, layers: Sequence[int]) -> Tensor:
+    """``[B, T, F]``: the chosen layers' keys and values of a token side by side, or all."""
+    if not layers:
+        return kv.features()
+    n = kv.keys.shape[1]
+    for layer in layers:
+        if not 0 <= layer < n:
+            raise ValueError(f"layers={list(layers)}: the model has {n}, so give 0 to {n - 1}")
+    chosen = list(layers)
+    return KVBatch(kv.keys[:, chosen], kv.values[:, chosen], kv.valid).features()
+
+
+def _positions(pairs: AttackData, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
     """Features ``[N, F]``, tokens ``[N]`` and whether a position is a secret's, of all tokens."""
     n = pairs.kv.valid.shape[1]
     ids = aligned(pairs.context_ids, n).clone()
@@ -116,5 +131,5 @@ def _positions(pairs: AttackData) -> tuple[Tensor, Tensor, Tensor]:
     random.Random(0).shuffle(order)
     rows = torch.tensor(order[:1024])  # enough tokens to learn from, little enough to hold
     known_rows = known[rows]
-    features = pairs.kv[rows].features().float()[known_rows]
+    features = _features(pairs.kv[rows], layers).float()[known_rows]
     return features, ids[rows][known_rows].to(features.device), secret[rows][known_rows]

@@ -25,6 +25,11 @@ app.add_typer(policy_app, name="policy")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for results; resumed if it exists.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override, such as data.seed=3.")]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option("--fail-if", help="Exit with 3 where true, such as 'gate.asr_upper>0.05'."),
+]
+Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU by default.")]
 
 
@@ -82,13 +87,113 @@ def eval_run(
     out: Out = Path("runs/eval"),
     sets: Sets = None,
     data: Annotated[Path | None, typer.Option(help="Folder or file of the data.")] = None,
+    fail_if: FailIf = None,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="Ten times the attack steps, wider, more probes.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Run an evaluation, or go on with one that was interrupted."""
     from lcguard.commands.compose import load_plan
+    from lcguard.commands.stress import stressed
     from lcguard.evaluation.plan import EvalConfig
 
-    _evaluate(load_plan(EvalConfig, config, sets or [], data), out, device)
+    plan = load_plan(EvalConfig, config, sets or [], data)
+    _run_evaluation(stressed(plan) if stress else plan, out, device, fail_if or [])
+
+
+@eval_app.command("resume")
+def eval_resume(folder: Folder, fail_if: FailIf = None, device: Device = None) -> None:
+    """Go on with a run that was interrupted, as it was started."""
+    from lcguard.evaluation.folder import RunFolder
+
+    _run_evaluation(RunFolder(folder).config(), folder, device, fail_if or [])
+
+
+def _run_evaluation(config: Any, out: Path, device: str | None, fail_if: list[str]) -> None:
+    from lcguard.commands.evaluation import result_table, run
+
+    console = Console(stderr=True)
+    report, code = run(config, out, _command(), console, device, fail_if)
+    Console().print(result_table(report))
+    console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
+    if code:
+        raise typer.Exit(code)
+
+
+@eval_app.command("report")
+def eval_report(
+    folder: Folder,
+    form: Annotated[str, typer.Option("--format", help="table, md, json or html.")] = "table",
+    stored: Annotated[
+        bool, typer.Option("--stored", help="Keep the figures of report.json; load no model.")
+    ] = False,
+    fail_if: FailIf = None,
+    device: Device = None,
+) -> None:
+    """Write a finished run's report again and print it; nothing is fitted."""
+    from lcguard.commands.evaluation import judge, read_gates, rendered, rerender
+
+    console = Console(stderr=True)
+    gates = read_gates(fail_if or [])
+    report = rerender(folder, form, device, stored)
+    text = rendered(report, form)
+    if isinstance(text, str):
+        typer.echo(text)
+    else:
+        Console().print(text)
+    code = judge(report, gates, console)
+    if code:
+        raise typer.Exit(code)
+
+
+@eval_app.command("compare")
+def eval_compare(
+    first: Annotated[Path, typer.Argument(help="A run's folder or report.json.")],
+    second: Annotated[Path, typer.Argument(help="The one to hold against it.")],
+    threshold: Annotated[float, typer.Option(help="A move up to this is no news.")] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Even on other records.")] = False,
+    fail_on_regression: Annotated[
+        bool, typer.Option("--fail-on-regression", help="Exit with 3 where a figure got worse.")
+    ] = False,
+) -> None:
+    """Two runs side by side, guard by guard."""
+    from lcguard.commands.evaluation import comparison_table
+    from lcguard.evaluation.compare import compare, read_report
+
+    found = compare(read_report(first), read_report(second), threshold, force)
+    Console().print(comparison_table(found))
+    console, worse = Console(stderr=True), found.regressions()
+    for line in [f"differs: {d}" for d in found.differences] + [f"worse: {w}" for w in worse]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if worse and fail_on_regression:
+        raise typer.Exit(3)
+
+
+@eval_app.command("list")
+def eval_list(
+    runs: Annotated[Path, typer.Option(help="Where runs are.")] = Path("runs"),
+    attacks: Annotated[bool, typer.Option("--attacks", help="Registered attacks.")] = False,
+    guards: Annotated[bool, typer.Option("--guards", help="Registered guards.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="Shipped presets.")] = False,
+) -> None:
+    """Show the runs there are, or what an evaluation can be made of."""
+    from lcguard.commands import inventory
+
+    console = Console()
+    if not (attacks or guards or presets):
+        console.print(inventory.run_table(inventory.find_runs(runs), runs))
+    if attacks:
+        console.print(inventory.attack_table())
+    if guards:
+        console.print(inventory.guard_table())
+    if presets:
+        console.print(inventory.preset_table())
+    broken = list(inventory.broken_plugins()) if attacks else []
+    for line in broken:
+        typer.echo(line, err=True)
+    if broken:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -18,8 +18,10 @@ from lcguard.attacks.base import Knowledge, attack_class
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES
 from lcguard.config import load_config
+from lcguard.evaluation.folder import RunFolder, RunJournal, data_digest
+from lcguard.evaluation.fresh import check_fresh, check_headline
 from lcguard.evaluation.manifest import run_manifest
-from lcguard.evaluation.outcomes import Journal
+from lcguard.evaluation.outcomes import Journal, Outcome
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
 from lcguard.evaluation.report import write_report
 from lcguard.evaluation.runner import AttackFactory, Runner, Setup
@@ -167,16 +169,49 @@ def evaluate(
     command: str,
     say: Callable[[str], None] = lambda text: None,
     device: str | None = None,
+    progress: Callable[[int], None] = lambda units: None,
 ) -> dict[str, Any]:
-    """Runs or resumes an evaluation in ``out`` and writes its report there."""
+    """Runs or resumes an evaluation in ``out`` and writes its report there.
+
+    ``progress`` is told how many units the journal holds. Raises ``ValueError`` where ``out``
+    holds a run with another configuration.
+    """
+    folder = RunFolder(out)
+    folder.check(config)  # before the model is loaded
+    check_fresh(config)
     made = setup(config, say, device)
-    out.mkdir(parents=True, exist_ok=True)
-    with Journal(out / "attempts.jsonl") as journal:
-        runner = Runner(made, journal)
-        figures = run_all(runner)
-    report = {
+    now = run_manifest(command, list(config.seeds), config)
+    guards = {name: guard.digest for name, guard in made.guards.items()}
+    now["hashes"] |= {"data": data_digest(made.train, made.test), "guards": guards}
+    manifest = folder.start(config, now)
+    made.timing.update(folder.timing())
+
+    def after() -> None:
+        nonlocal manifest
+        manifest = folder.resumed(now)
+        folder.save_timing(made.timing)
+        progress(len(journal))
+
+    with RunJournal(folder.journal_file, after) as journal:
+        progress(len(journal))
+        report = report_of(made, journal, manifest=lambda: manifest)
+    write_report(report, out)
+    return report
+
+
+def report_of(
+    made: Setup, journal: Journal, manifest: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The report of a run; what its journal lacks is done now."""
+    config = made.config
+    figures = run_all(Runner(made, journal))
+    attempts = journal.attempts()
+    check_headline(figures["results"], attempts, config)
+    errors = sum(a.outcome is Outcome.ERROR for a in attempts)
+    over = errors > config.error_budget
+    return {
         "title": config.title,
-        **run_manifest(command, list(config.seeds), config),
+        **manifest(),
         "model": {"name": config.model, "shape": list(made.source.shape)},
         "data": {
             "source": config.data.source,
@@ -185,13 +220,17 @@ def evaluate(
             "secrets": sum(len(r.secrets()) for r in made.test),
             "task_questions": sum(q.task for r in made.test for q in r.questions),
         },
+        "journal": {"units": len(journal), "attempts": len(attempts)},
+        "errors": {"attempts": errors, "budget": config.error_budget, "exceeded": over},
         **figures,
-        "notes": list(NOTES),
+        "notes": [*([OVER.format(errors, config.error_budget)] if over else []), *NOTES],
     }
-    write_report(report, out)
-    return report
 
 
+OVER = (
+    "{} attempts ended in an error, and the budget is {}: they count for nobody, so the figures "
+    "below rest on fewer attempts than were made. Repair the attack and run again."
+)
 NOTES = (
     "Fresh ASR: attackers fitted from scratch after the guard was frozen, on guarded segments of "
     "their own records, knowing the guard; the best of them, mean over categories, exact match.",

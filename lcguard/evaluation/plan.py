@@ -81,6 +81,8 @@ class EvalConfig:
     injection: bool = True
     explain: int = 2
     """Contexts shown token by token in the report."""
+    error_budget: int = 0
+    """Attempts that may end in an error before the run counts as failed."""
 
     def __post_init__(self) -> None:
         for kind, specs in (
@@ -106,3 +108,5 @@ class EvalConfig:
             raise ValueError(f"policy_guard {self.policy_guard!r} is not one of guards")
         if not self.seeds:
             raise ValueError("seeds is empty; give at least one")
+        if self.error_budget < 0:
+            raise ValueError(f"error_budget is {self.error_budget}; give 0 or more")

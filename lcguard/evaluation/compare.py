@@ -1,0 +1,186 @@
+"""Two runs side by side: did a guard get better, worse, or merely other?
+
+Only runs on the same records and secrets have figures that can be set against each other. A figure
+counts as worse where it moved by more than a threshold in the wrong direction, and where the first
+run has it and the second does not; whether the intervals of the two ASRs overlap stands beside it,
+because a move within noise is no news.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcguard.evaluation.verdict import ASR_MARGIN, interval, mapping, number, records
+
+THRESHOLD = ASR_MARGIN
+FIGURES = {"utility": "utility", "asr": "asr_fresh", "injection": "asr_injection"}
+"""Short name to the report's key."""
+_MORE_IS_BETTER = ("utility",)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One figure of one guard in both runs."""
+
+    before: float | None
+    after: float | None
+    worse: bool
+    overlap: bool | None = None
+    """Do the two intervals share a value? None where a run has no interval of the figure."""
+
+    @property
+    def difference(self) -> float | None:
+        if self.before is None or self.after is None:
+            return None
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class GuardComparison:
+    guard: str
+    moves: Mapping[str, Move]
+    """By the names of ``FIGURES``."""
+    note: str
+    """``changed`` where the guard is not the same one, or which run has no such guard."""
+
+    @property
+    def worse(self) -> bool:
+        return any(m.worse for m in self.moves.values())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    titles: tuple[str, str]
+    guards: tuple[GuardComparison, ...]
+    differences: tuple[str, ...]
+    """In what the two runs are not alike; only with ``force`` can the records be among it."""
+
+    def regressions(self) -> list[str]:
+        """One line per figure that got worse."""
+        lines = []
+        for g in self.guards:
+            for name, m in g.moves.items():
+                if m.worse:
+                    same = " (the intervals overlap)" if m.overlap else ""
+                    lines.append(f"{g.guard}: {name} {_f(m.before)} -> {_f(m.after)}{same}")
+        return lines
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """From a run's folder or from the JSON file itself. Raises ``ValueError`` where it is none."""
+    file = path / "report.json" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"{path}: no report.json there; give a finished run's folder or its file")
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); make it with `lcguard eval report`") from (
+            error
+        )
+    if not isinstance(report, dict) or not records(report.get("results")):
+        raise ValueError(f"{file} is no evaluation report: it has no results")
+    return report
+
+
+def compare(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    threshold: float = THRESHOLD,
+    force: bool = False,
+) -> Comparison:
+    """``b`` against ``a``, guard by guard.
+
+    Raises ``ValueError`` for runs on other records or secrets, unless ``force``, and for a
+    threshold below 0.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold {threshold} is below 0; give such as {THRESHOLD}")
+    apart = records_apart(a, b)
+    if apart and not force:
+        raise ValueError(
+            f"the two runs are not on the same records: {'; '.join(apart)}; compare runs of one "
+            "data configuration, or add --force"
+        )
+    rows_a, rows_b = ({str(r.get("guard")): r for r in records(x.get("results"))} for x in (a, b))
+    names = [*rows_a, *(n for n in rows_b if n not in rows_a)]
+    return Comparison(
+        (str(a.get("title")), str(b.get("title"))),
+        tuple(_guard(n, rows_a.get(n), rows_b.get(n), threshold) for n in names),
+        (*apart, *_other_differences(a, b)),
+    )
+
+
+def records_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What shows that the records are not the same; empty where nothing does."""
+    found = []
+    digests = [mapping(x.get("hashes")).get("data") for x in (a, b)]
+    if all(digests) and digests[0] != digests[1]:
+        found.append(f"records {str(digests[0])[:12]} and {str(digests[1])[:12]}")
+    # older reports have no digest, and even so the counts name what a reader can understand
+    for key in ("source", "train_records", "test_records", "secrets", "task_questions"):
+        there, here = (mapping(x.get("data")).get(key) for x in (a, b))
+        if there != here:
+            found.append(f"{key.replace('_', ' ')} {there} and {here}")
+    return found
+
+
+def _other_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Legitimate differences that a reader should know of."""
+    found = []
+    for what, read in (("model", lambda x: mapping(x.get("model")).get("name")),
+                       ("seeds", lambda x: x.get("seeds"))):  # fmt: skip
+        if read(a) != read(b):
+            found.append(f"{what} {read(a)} and {read(b)}")
+    sources = [mapping(x.get("hashes")).get("source") for x in (a, b)]
+    if sources[0] != sources[1]:
+        found.append("the code of lcguard")
+    attacks = [
+        {n for r in records(x.get("results")) for n in mapping(r.get("asr_fresh_by_attack"))}
+        for x in (a, b)
+    ]
+    if attacks[0] != attacks[1]:
+        found.append(f"attacks {sorted(attacks[0])} and {sorted(attacks[1])}")
+    if not all(mapping(x.get("hashes")).get("data") for x in (a, b)):
+        found.append("a report without a digest of its records: only their counts were compared")
+    return found
+
+
+def _guard(
+    name: str, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, threshold: float
+) -> GuardComparison:
+    note = ""
+    if a is None or b is None:
+        note = "only in the second run" if a is None else "only in the first run"
+    elif a.get("guard_digest") != b.get("guard_digest"):
+        note = "changed"
+    moves = {}
+    for short, key in FIGURES.items():
+        before, after = (number(x.get(key)) if x else None for x in (a, b))
+        overlap = None
+        if short == "asr" and a and b:
+            overlap = _overlap(interval(a.get("asr_fresh_ci")), interval(b.get("asr_fresh_ci")))
+        moves[short] = Move(before, after, _worse(short, before, after, threshold), overlap)
+    return GuardComparison(name, moves, note)
+
+
+def _worse(figure: str, before: float | None, after: float | None, threshold: float) -> bool:
+    if before is None:
+        return False
+    if after is None:  # what is no longer measured may be anything
+        return True
+    loss = before - after if figure in _MORE_IS_BETTER else after - before
+    return loss > threshold + 1e-12
+
+
+def _overlap(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool | None:
+    if a is None or b is None:
+        return None
+    return a[0] <= b[1] and b[0] <= a[1]
+
+
+def _f(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"

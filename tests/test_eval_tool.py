@@ -1,0 +1,448 @@
+"""``lcguard eval``: killed runs go on to the same figures, folders hold one run, gates close."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lcguard.attacks.probe import ProbeAttack
+from lcguard.commands.compose import PRESETS
+from lcguard.commands.evaluation import planned_units, progress
+from lcguard.commands.inventory import count_units, find_runs
+from lcguard.commands.stress import stressed
+from lcguard.config import dump_config, load_config
+from lcguard.evaluation.compare import compare
+from lcguard.evaluation.folder import RunFolder
+from lcguard.evaluation.fresh import check_fresh, check_headline
+from lcguard.evaluation.outcomes import Attempt, Journal
+from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec
+from lcguard.training.dataset import attack_data
+from tests.fixtures import World
+from tests.test_cli import lcguard, one_line
+
+TINY = """\
+title: tiny
+data: {source: generator, seed: 31, train_records: 40, test_records: 12}
+guards:
+  - {name: identity, guard: identity}
+  - {name: gaussian, guard: gaussian, options: {noise: 1.0}}
+attacks:
+  - {name: probe, attack: probe, options: {width: 48, fit: {steps: 20, batch: 128}}}
+  - {name: decoder, options: {width: 32, fit: {steps: 2, batch: 8}}}
+broken_at: null
+injection: false
+explain: 1
+"""
+UNITS = 8
+"""A floor, the unguarded receiver, and for each guard its utility and two attacks."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configuration and a finished, uninterrupted run in ``runs/whole``."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "tiny.yaml").write_text(TINY)
+    done = lcguard("eval", "run", "tiny.yaml", "--out", "runs/whole", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def copy(home: Path, tmp_path: Path) -> Path:
+    """A finished run to damage."""
+    return Path(shutil.copytree(home / "runs" / "whole", tmp_path / "runs" / "copy"))
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def change(path: Path, edit: Callable[[Any], None]) -> None:
+    content = read(path)
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def drop_last_unit(run: Path) -> None:
+    """The journal as a run leaves it that was killed while it wrote its last unit."""
+    lines = (run / "attempts.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "attempts.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
+    (run / "report.json").unlink()
+
+
+def figures(run: Path) -> Any:
+    """The report without what is measured by the clock or says when and where it ran."""
+    report = read(run / "report.json")
+    for row in report["results"]:
+        assert set(row.pop("latency_ms")) == {"prefill", "guard"}
+    for key in ("created", "command", "git", "hardware", "resumed"):
+        report.pop(key, None)
+    report["hashes"].pop("source")  # somebody may be editing a file
+    return report
+
+
+def test_killed_and_resumed_ends_in_the_same_report(home: Path, tmp_path: Path) -> None:
+    """``kill -9`` once something is on disk; then ``resume`` without the configuration."""
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "lcguard.cli", "eval", "run", "tiny.yaml", "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as this process
+    child = subprocess.Popen(command, cwd=home, env=env, stderr=subprocess.DEVNULL,
+                             start_new_session=True)  # fmt: skip
+    try:
+        journal = out / "attempts.jsonl"
+        while child.poll() is None and not (journal.exists() and count_units(journal)):
+            time.sleep(0.02)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert child.returncode == -signal.SIGKILL
+    kept = count_units(journal)
+    assert 1 <= kept < UNITS
+    assert not (out / "report.json").exists()
+    assert (out / "config.yaml").exists()
+    assert read(out / "manifest.json")["seeds"] == [0]
+    done = lcguard("eval", "resume", str(out), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert count_units(journal) == UNITS
+    assert figures(out) == figures(home / "runs" / "whole")
+    (later,) = read(out / "manifest.json")["resumed"]
+    assert "eval resume" in later["command"]
+
+
+def test_what_a_run_leaves_behind(home: Path) -> None:
+    run = home / "runs" / "whole"
+    assert load_config(EvalConfig, run / "config.yaml") == load_config(
+        EvalConfig, home / "tiny.yaml"
+    )
+    manifest, report = read(run / "manifest.json"), read(run / "report.json")
+    assert set(manifest) == {
+        "created", "command", "seeds", "git", "python", "packages", "hardware", "hashes",
+    }  # fmt: skip
+    assert set(manifest["hashes"]) == {"config", "source", "data", "guards"}
+    assert {k: report[k] for k in manifest} == manifest
+    assert report["journal"]["units"] == UNITS
+    assert report["errors"] == {"attempts": 0, "budget": 0, "exceeded": False}
+
+
+def test_the_manifest_is_there_before_the_first_unit(home: Path, tmp_path: Path) -> None:
+    """A run that dies at its first attack has said already what it was going to do."""
+    text = TINY.replace("width: 48", "layers: [9], width: 48")
+    (tmp_path / "bad.yaml").write_text(text)
+    line = one_line_at_end(lcguard("eval", "run", "bad.yaml", "--out", "run", cwd=tmp_path))
+    assert "layers=[9]" in line
+    assert read(tmp_path / "run" / "manifest.json")["created"]
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def one_line_at_end(result: subprocess.CompletedProcess[str]) -> str:
+    """The error after the lines that say how far the run got."""
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_a_folder_holds_one_run(home: Path) -> None:
+    """Another configuration is refused by the key in which it differs, and changes nothing."""
+    run = home / "runs" / "whole"
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    for override, key in (
+        ("seeds=[0,1]", "seeds"),
+        ("data.test_records=13", "data.test_records is 12 there and 13 here"),
+        ("broken_at=0.9", "broken_at is null there and 0.9 here"),
+    ):
+        args = ("eval", "run", "tiny.yaml", "--out", "runs/whole", "--set", override)
+        line = one_line(lcguard(*args, cwd=home))
+        assert key in line
+        assert "eval resume" in line
+    (home / "wider.yaml").write_text(TINY.replace("steps: 2,", "steps: 3,"))
+    line = one_line(lcguard("eval", "run", "wider.yaml", "--out", "runs/whole", cwd=home))
+    assert "attacks[1].options.fit.steps is 2 there and 3 here" in line
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_other_records_under_the_same_configuration_are_refused(copy: Path) -> None:
+    """The data folder, or the code that makes the records, may have changed since."""
+    change(copy / "manifest.json", lambda m: m["hashes"].update(data="0" * 64))
+    line = one_line(lcguard("eval", "resume", str(copy), cwd=copy))
+    assert "other records" in line
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    assert "no config.yaml" in one_line(lcguard("eval", "resume", str(tmp_path), cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_from_the_journal_is_the_report(copy: Path) -> None:
+    """Byte for byte, without the report there was, and in every form."""
+    whole = (copy / "report.json").read_bytes()
+    for name in ("report.json", "report.md", "report.html"):
+        (copy / name).unlink()
+    printed = lcguard("eval", "report", str(copy), "--format", "json", cwd=copy)
+    assert printed.returncode == 0, printed.stderr
+    assert (copy / "report.json").read_bytes() == whole
+    assert json.loads(printed.stdout) == json.loads(whole)
+    for form, start in (("md", "# tiny"), ("html", "<!doctype html>")):
+        shown = lcguard("eval", "report", str(copy), "--stored", "--format", form, cwd=copy)
+        assert shown.stdout.startswith(start)
+        assert (copy / f"report.{form}").exists()
+    table = lcguard("eval", "report", str(copy), "--stored", cwd=copy).stdout
+    assert "gaussian" in table
+    assert "pdf" in one_line(lcguard("eval", "report", str(copy), "--format", "pdf", cwd=copy))
+
+
+def test_report_of_an_unfinished_run_is_refused(copy: Path) -> None:
+    """And says what is missing; resuming makes just that."""
+    drop_last_unit(copy)
+    line = one_line(lcguard("eval", "report", str(copy), cwd=copy))
+    assert "1 units are missing" in line
+    assert "(attack, gaussian, edge, decoder, 0)" in line
+    assert "eval resume" in line
+    assert not (copy / "report.json").exists()
+    stored = one_line(lcguard("eval", "report", str(copy), "--stored", cwd=copy))
+    assert "no report.json" in stored
+
+
+def test_gates_close(copy: Path) -> None:
+    run = str(copy)
+    gates = ("--fail-if", "identity.asr>=0", "--fail-if", "gaussian.injection>0.5")
+    shut = lcguard("eval", "resume", run, *gates, cwd=copy)
+    assert shut.returncode == 3
+    first, second = [s for s in shut.stderr.splitlines() if s.startswith("violated: ")]
+    assert first.startswith("violated: identity: asr 0")
+    assert "not measured, which counts as violated" in second  # injection was switched off
+    stored = ("eval", "report", run, "--stored", "--fail-if")
+    assert lcguard(*stored, "asr>1", cwd=copy).returncode == 0
+    assert lcguard(*stored, "asr_upper<2", cwd=copy).returncode == 3
+    assert "speed" in one_line(lcguard(*stored, "speed>1", cwd=copy))
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--fail-if", "gaus.asr>0.1"), "gaus"),
+        (("--fail-if", "asr>"), "ends"),
+        (("--set", "attacks=[{name: a, attack: train}]"), "trained against"),
+        (("--set", "attacks=[{name: a, options: {weights: runs/a}}]"), "runs/a"),
+        (("--set", "error_budget=-1"), "error_budget"),
+    ],
+)
+def test_nothing_is_run_on_wrong_input(
+    args: tuple[str, ...], says: str, home: Path, tmp_path: Path
+) -> None:
+    """Hours before the end it is known already that the gate has no such guard."""
+    out = tmp_path / "out"
+    line = one_line(lcguard("eval", "run", "tiny.yaml", "--out", str(out), *args, cwd=home))
+    assert says in line
+    assert not out.exists()
+
+
+# -- the headline
+
+
+def spec(**options: Any) -> EvalConfig:
+    return EvalConfig(attacks=(AttackSpec("mine", options=options),))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "attacker"},
+        {"fit": {"checkpoint": "last"}},
+        {"start": "runs/attacker.safetensors"},
+    ],
+)
+def test_an_attacker_that_brings_weights_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="saved weights"):
+        check_fresh(spec(**options))
+
+
+def test_a_folder_of_weights_is_recognised(tmp_path: Path) -> None:
+    check_fresh(spec(words=str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="saved weights"):
+        check_fresh(spec(words=str(tmp_path)))
+
+
+def test_shipped_presets_are_fresh() -> None:
+    for path in PRESETS.glob("*.yaml"):
+        if not path.stem.startswith("train-"):
+            check_fresh(load_config(EvalConfig, path))
+
+
+def test_the_headline_is_from_an_attack_of_this_run() -> None:
+    def attempt(kind: Any) -> Attempt:
+        return Attempt("s", "a>b", "r", "gate", "edge", "mine", 0, "health", "f/0", kind, "success")  # type: ignore[arg-type]
+
+    row = {"guard": "gate", "asr_fresh_best": "mine"}
+    check_headline([row], [attempt("attack")], spec())
+    for attempts in ([], [attempt("train")], [attempt("floor")]):
+        with pytest.raises(ValueError, match="not fitted in this run"):
+            check_headline([row], attempts, spec())
+    with pytest.raises(ValueError, match="'theirs'"):
+        check_headline([{**row, "asr_fresh_best": "theirs"}], [attempt("attack")], spec())
+
+
+# -- compare and list
+
+
+def test_compare(home: Path, copy: Path) -> None:
+    whole = str(home / "runs" / "whole")
+    same = lcguard("eval", "compare", whole, str(copy), "--fail-on-regression", cwd=home)
+    assert same.returncode == 0, same.stderr
+    assert "WORSE" not in same.stdout
+
+    def worsen(report: Any) -> None:
+        row = next(r for r in report["results"] if r["guard"] == "gaussian")
+        row.update(utility=row["utility"] - 0.2, guard_digest="other")
+
+    change(copy / "report.json", worsen)
+    worse = lcguard("eval", "compare", whole, str(copy), "--fail-on-regression", cwd=home)
+    assert worse.returncode == 3
+    assert [s for s in worse.stderr.splitlines() if s.startswith("worse: gaussian: utility")]
+    assert "changed" in worse.stdout
+    allowed = ("--threshold", "0.3", "--fail-on-regression")
+    assert lcguard("eval", "compare", whole, str(copy), *allowed, cwd=home).returncode == 0
+    assert lcguard("eval", "compare", str(copy), whole, *allowed[2:], cwd=home).returncode == 0
+
+    change(copy / "report.json", lambda r: r["hashes"].update(data="0" * 64))
+    assert "--force" in one_line(lcguard("eval", "compare", whole, str(copy), cwd=home))
+    forced = lcguard("eval", "compare", whole, str(copy), "--force", cwd=home)
+    assert forced.returncode == 0
+    assert "differs: records" in forced.stderr
+    (copy / "report.json").write_text("{}")
+    assert "no results" in one_line(lcguard("eval", "compare", whole, str(copy), cwd=home))
+
+
+def test_compare_counts_what_is_gone_and_tells_noise() -> None:
+    def report(**guards: tuple[float | None, float]) -> dict[str, Any]:
+        rows = [
+            {"guard": g, "utility": 0.9, "asr_fresh": v,
+             "asr_fresh_ci": None if v is None else [v - e, v + e]}
+            for g, (v, e) in guards.items()
+        ]  # fmt: skip
+        return {"results": rows}
+
+    found = compare(report(a=(0.1, 0.1), b=(0.1, 0.01), c=(0.1, 0.1), d=(0.1, 0.1)),
+                    report(a=(0.2, 0.1), b=(0.2, 0.01), c=(None, 0.0), e=(0.9, 0.1)))  # fmt: skip
+    by_name = {g.guard: g for g in found.guards}
+    assert (by_name["a"].worse, by_name["a"].moves["asr"].overlap) == (True, True)
+    assert (by_name["b"].worse, by_name["b"].moves["asr"].overlap) == (True, False)
+    assert by_name["b"].moves["asr"].difference == pytest.approx(0.1)
+    assert by_name["c"].worse  # no longer measured
+    assert by_name["d"].worse  # no longer there
+    assert not by_name["e"].worse  # was not there
+    assert len(found.regressions()) == 5  # d lost its utility too
+
+
+def test_list_tells_finished_from_interrupted(home: Path, copy: Path) -> None:
+    runs = copy.parent
+    shutil.copytree(copy, runs / "deep" / "cut")
+    drop_last_unit(runs / "deep" / "cut")
+    (runs / "guard").mkdir()
+    (runs / "guard" / "config.yaml").write_text("train: {}\n")  # a training run, not ours
+    found = {e.path.name: e for e in find_runs(runs)}
+    assert set(found) == {"copy", "cut"}
+    assert found["copy"].state == f"complete, {UNITS} units"
+    assert found["copy"].best is not None
+    assert found["cut"].state == f"interrupted, {UNITS - 1} units"
+    assert found["cut"].guards == ("identity", "gaussian")
+    if Path("/proc/locks").exists():
+        with Journal(runs / "deep" / "cut" / "attempts.jsonl"):
+            states = {e.path.name: e.state for e in find_runs(runs)}
+        assert states["cut"] == f"running, {UNITS - 1} units"
+    shown = lcguard("eval", "list", "--runs", str(runs), cwd=home)
+    assert "deep/cut" in shown.stdout
+    missing = one_line(lcguard("eval", "list", "--runs", "nowhere", cwd=home))
+    assert "nowhere" in missing
+
+
+def test_list_shows_what_is_registered(tmp_path: Path) -> None:
+    shown = lcguard("eval", "list", "--attacks", "--guards", "--presets", cwd=tmp_path).stdout
+    for word in ("white-box", "arXiv 2508.09442", "redact", "lcguard train gate-finish",
+                 "lcguard eval run main"):  # fmt: skip
+        assert word in shown
+
+
+# -- progress and stress
+
+
+@pytest.mark.parametrize(("terminal", "ci", "bar"), [(True, "", True), (True, "1", False),
+                                                     (False, "", False)])  # fmt: skip
+def test_the_bar_is_for_people(
+    terminal: bool, ci: str, bar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    with progress(Console(file=out, force_terminal=terminal), 8) as (say, advance):
+        advance(3)
+        say("a line")
+    assert "a line" in out.getvalue()
+    assert ("3/8" in out.getvalue()) is bar
+
+
+def test_units_are_counted_before_they_are_made(home: Path) -> None:
+    assert planned_units(load_config(EvalConfig, home / "tiny.yaml")) == UNITS
+
+
+def test_stress_makes_every_attack_stronger(tmp_path: Path) -> None:
+    weak = EvalConfig(
+        guards=(GuardSpec("a"), GuardSpec("b", attacks=("one",)), GuardSpec("c", attacks=("two",))),
+        attacks=(
+            AttackSpec("one", "probe", {"width": 7, "fit": {"steps": 20, "lr": 0.1}}),
+            AttackSpec("two", options={"width": 32}, warm=True, clean_fit={"steps": 5}),
+            AttackSpec("three", "injection"),
+        ),
+    )
+    strong = stressed(weak)
+    by_name = {a.name: a for a in strong.attacks}
+    assert by_name["one"].options == {"width": 7, "fit": {"steps": 200, "lr": 0.1}}
+    assert by_name["two"].options == {"width": 64, "fit": {"steps": 3000}}
+    assert by_name["two"].clean_fit == {"steps": 50}
+    assert by_name["three"].options == {}
+    probes = [f"probe-layer{i}" for i in range(4)]  # of the nano agent
+    assert list(by_name) == ["one", "two", "three", *probes]
+    assert by_name["probe-layer2"].options == {**by_name["one"].options, "layers": [2]}
+    assert [g.attacks for g in strong.guards] == [(), ("one", *probes), ("two",)]
+    with pytest.raises(ValueError, match="probe-layer0"):
+        stressed(strong)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(strong))
+    assert load_config(EvalConfig, path) == strong
+    RunFolder(tmp_path).check(strong)
+    with pytest.raises(ValueError, match="title"):
+        RunFolder(tmp_path).check(weak)
+
+
+def test_a_probe_of_one_layer_reads_that_layer_alone(world: World) -> None:
+    def pairs(records: Any) -> Any:
+        data = attack_data(records, world.source.prefill([r.ids for r in records]), world.special)
+        keys, values = data.kv.keys.clone(), data.kv.values.clone()
+        keys[:, 1], values[:, 1] = 0.0, 0.0  # nothing left in the second layer
+        return data.with_kv(replace(data.kv, keys=keys, values=values))
+
+    train, test = pairs(world.records), pairs(world.others)
+    score = {}
+    for layer in (0, 1):
+        attack = ProbeAttack.build({"layers": [layer], "width": 96,
+                                    "fit": {"steps": 150, "batch": 512, "warmup": 10}})  # fmt: skip
+        guesses = attack.fit(train).recover(test)
+        score[layer] = torch.tensor([g.token_accuracy or 0.0 for g in guesses]).mean().item()
+    assert score[0] > 0.5
+    assert score[1] < 0.2
+    with pytest.raises(ValueError, match="give 0 to 1"):
+        ProbeAttack.build({"layers": [2]}).fit(train)
