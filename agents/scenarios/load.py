@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from lcguard.agents.scenarios.agentleak import read_agentleak
 from lcguard.agents.scenarios.generator import GeneratorConfig, make_scenario
 from lcguard.agents.scenarios.jsonl import read_jsonl
+from lcguard.agents.scenarios.magpie import read_magpie
+from lcguard.agents.scenarios.privacylens import read_privacylens
 from lcguard.agents.scenarios.schema import RECORD_TYPES
 from lcguard.agents.scenarios.types import Hop, Scenario, hops_of
 from lcguard.agents.scenarios.values import SPLITS
 
-Source = Literal["generator", "agentleak", "jsonl"]
+Source = Literal["generator", "agentleak", "privacylens", "magpie", "jsonl"]
 SOURCES: tuple[Source, ...] = get_args(Source)
+_BENCHMARKS: dict[str, Callable[[Path | None], list[Scenario]]] = {
+    "agentleak": read_agentleak,
+    "privacylens": read_privacylens,
+    "magpie": read_magpie,
+}
 
 
 def load_scenarios(
@@ -32,7 +39,7 @@ def load_scenarios(
 
     ``n`` is the number of scenarios: how many the generator makes, or how many are drawn from a
     file (None: all; drawn by ``seed``, kept in the file's order). ``split`` and the field counts
-    are the generator's; ``path`` is the file's (AgentLeak: default from LCGUARD_DATA).
+    are the generator's; ``path`` is the file's (benchmarks: default from LCGUARD_DATA).
 
     Raises ``ValueError`` for an unknown source or split, a missing ``n`` or ``path``, counts out
     of range, and whatever the readers refuse.
@@ -54,8 +61,8 @@ def load_scenarios(
             raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
         config = GeneratorConfig(seed, split, min_fields, max_fields)
         return [make_scenario(config, i) for i in range(n)]
-    if source == "agentleak":
-        scenarios = read_agentleak(path)
+    if source in _BENCHMARKS:
+        scenarios = _BENCHMARKS[source](path)
     elif path is None:
         raise ValueError("source 'jsonl' reads your own file; pass its path")
     else:

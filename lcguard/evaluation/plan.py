@@ -50,9 +50,9 @@ class DataConfig:
     """Where records come from. Attackers are fitted on ``train``, everything is measured on
     ``test``; the two share no scenario."""
 
-    source: Literal["generator", "agentleak", "jsonl"] = "generator"
+    source: Literal["generator", "agentleak", "privacylens", "magpie", "jsonl"] = "generator"
     path: str = ""
-    """Folder or file of the source; AgentLeak's default is ``LCGUARD_DATA``."""
+    """Folder or file of the source; for the benchmarks the default is ``LCGUARD_DATA``."""
     seed: int = 1000
     train_records: int = 1200
     test_records: int = 256
