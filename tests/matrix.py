@@ -15,6 +15,14 @@ GUARDS: dict[str, dict[str, Any]] = {
     "gate": {"width": 32, "blocks": 1, "words": 3, "noise": 0.1},
     "regress": {"width": 32, "blocks": 1, "noise": 0.2},
     "redact": {},
+    "erasure": {"values": 1},
+    "compose": {
+        "parts": [
+            {"guard": "erasure", "options": {"values": 1}},
+            {"guard": "gaussian", "options": {"noise": 0.3}},
+        ]
+    },
+    "cloak": {"key": "5a" * 32, "block": 2},
 }
 
 ATTACKS: dict[str, dict[str, Any]] = {

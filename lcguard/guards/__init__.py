@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from lcguard.guards import gate, gaussian, identity, redact, regress, residual
+from lcguard.guards import (
+    cloak,
+    compose,
+    erasure,
+    gate,
+    gaussian,
+    identity,
+    redact,
+    regress,
+    residual,
+)
 from lcguard.guards.base import GuardModule, KVShape, guard_class, names, register
 from lcguard.guards.frozen import Card, FrozenGuard, GuardError
 
@@ -12,6 +22,9 @@ __all__ = [
     "GuardError",
     "GuardModule",
     "KVShape",
+    "cloak",
+    "compose",
+    "erasure",
     "gate",
     "gaussian",
     "guard_class",
