@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 from lcguard.categories import CATEGORIES, DERIVABLE
@@ -131,7 +132,7 @@ class Topology:
 def chain(n: int, name: str = "", forbid: tuple[str, ...] = CATEGORIES) -> Topology:
     """``n`` agents, each handing on to the next: ``n - 1`` hops."""
     agents = _names(n, "chain")
-    links = tuple(Link(a, b, forbid) for a, b in zip(agents, agents[1:], strict=False))
+    links = tuple(Link(a, b, forbid) for a, b in pairwise(agents))
     return Topology(name or f"chain-{n}", agents, links)
 
 

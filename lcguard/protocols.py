@@ -191,10 +191,14 @@ class AttackData:
         )
 
     def _meta_of(self, index: Sequence[int]) -> Mapping[str, Any]:
-        """``prompts`` is per record, everything else is about the whole set."""
-        if "prompts" not in self.meta:
-            return self.meta
-        return {**self.meta, "prompts": [self.meta["prompts"][i] for i in index]}
+        """``prompts``, ``segments`` and ``on`` are per record, the rest about the whole set."""
+        rows, out = torch.as_tensor(list(index), dtype=torch.long), dict(self.meta)
+        if "prompts" in out:
+            out["prompts"] = [out["prompts"][i] for i in index]
+        for name in ("segments", "on"):
+            if out.get(name) is not None:
+                out[name] = out[name][rows]
+        return out
 
 
 @dataclass(frozen=True)

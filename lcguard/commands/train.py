@@ -18,11 +18,13 @@ from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.evaluation.runner import is_task
 from lcguard.guards.frozen import FrozenGuard
+from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord
 from lcguard.training.adversary import Adversary
 from lcguard.training.certificate import certify
 from lcguard.training.config import TrainConfig
-from lcguard.training.dataset import attack_data, guard_all, with_policy
+from lcguard.training.dataset import with_policy
+from lcguard.training.joint import guarded_path, observed
 from lcguard.training.trainer import Run, check_trained, make_module, train_guard
 
 
@@ -130,7 +132,7 @@ def finish(
             seed=run.train.seed + 1,
         )
         certificate = found.to_dict() if found else None
-    figures = held_out_figures(done, held_out, backend)
+    figures = held_out_figures(run, done, held_out, backend)
     training = {"command": command, "config": asdict(run), "seconds": round(done.seconds, 1)}
     guard = done.guard.with_card(
         model_id=run.model,
@@ -156,16 +158,21 @@ def start_guard(run: TrainRun, backend: HFBackend) -> FrozenGuard | None:
 
 
 def held_out_figures(
-    done: Run, records: list[TokenRecord], backend: HFBackend
+    run: TrainRun, done: Run, records: list[TokenRecord], backend: HFBackend
 ) -> dict[str, float | None]:
     """Utility on held-out records, and what the training-time attackers recover of them."""
-    raw = backend.source.prefill([r.ids for r in records])
-    kv = guard_all(
-        FrozenGuard(done.guard.module), records, raw, backend.source, backend.special, seed=9
-    )
-    right = [x for row in backend.source.exact_match(records, kv, is_task) for x in row]
-    before = [x for row in backend.source.exact_match(records, raw, is_task) for x in row]
-    data = attack_data(records, kv, backend.special)
+    hops = run.train.path_hops
+    n = len(records) // hops
+    groups = [records[k * n : (k + 1) * n] for k in range(hops)]
+    guard = FrozenGuard(done.guard.module)
+    segments = guarded_path(guard, groups, backend.source, backend.special, seed=9)
+    right, before = [], []
+    for group, kv in zip(groups, segments, strict=True):
+        raw = backend.source.prefill([r.ids for r in group])
+        right += [x for row in backend.source.exact_match(group, kv, is_task) for x in row]
+        before += [x for row in backend.source.exact_match(group, raw, is_task) for x in row]
+    flat = [r for group in groups for r in group]
+    data = observed(flat, KVBatch.stack(segments), backend.special, hops)
     asr = [recovered(m, data) for m in done.ensemble.members]
     return {
         "utility": sum(right) / len(right) if right else None,

@@ -81,13 +81,25 @@ class TrainConfig:
     policies: PolicyMix = field(default_factory=PolicyMix)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     checkpoint_every: int = 50
+    path_hops: int = 1
+    """1: Per-Agent, every segment on its own. More: Full-System, paths of so many agents, each
+    segment made on top of the guarded one before, attackers reading all of a path together."""
+    merge_rate: float = 0.0
+    """Share of the Full-System steps whose receiver reads a segment behind the one before it."""
     certificate_pairs: int = 400
     certificate_level: float = 0.95
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "questions", "checkpoint_every"):
+        for name in ("steps", "batch", "questions", "checkpoint_every", "path_hops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch % self.path_hops:
+            raise ValueError(
+                f"batch={self.batch} must be a multiple of path_hops={self.path_hops}: "
+                "a step holds whole paths"
+            )
+        if not 0 <= self.merge_rate <= 1:
+            raise ValueError(f"merge_rate={self.merge_rate} must be within 0..1")
         if self.adversary.weight and not self.adversary.count:
             raise ValueError(
                 f"adversary.weight={self.adversary.weight} without attackers: set adversary.count"

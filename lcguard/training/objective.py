@@ -72,6 +72,9 @@ class StepData:
     pair: KVBatch | None
     twin: KVBatch | None
     mask: Mask
+    before: KVBatch | None = None
+    """What the receiver reads in front of each segment, row by row; nothing where no token is
+    valid."""
 
 
 def step_data(
@@ -81,8 +84,16 @@ def step_data(
     source: ModelSource,
     config: TrainConfig,
     neutral_id: int,
+    module: GuardModule,
+    generator: torch.Generator,
 ) -> StepData:
-    """Draws records, policies, questions and counterfactuals, and prefills them together."""
+    """Draws records, policies, questions and counterfactuals, and prefills them.
+
+    With ``path_hops`` above 1 the batch is so many hops of as many paths, hop after hop: each hop's
+    contexts and their counterfactuals are prefilled on top of the same guarded segment of the hop
+    before. No gradient runs back through a hop: given the segment that was handed on, nothing later
+    depends on its sender's secrets, so what a path leaks is the sum of what its segments leak.
+    """
     chosen = []
     for record in draw_batch(rng, records, config.batch):
         (record,) = with_policy([record], *sample_policy(rng, config.policies))
@@ -91,13 +102,44 @@ def step_data(
         # allowed derived answers first: they are rare and the hardest to keep
         questions.sort(key=lambda q: q.category not in record.derive)
         chosen.append(replace(record, questions=tuple(questions[: config.questions])))
+    n_paths = max(1, len(chosen) // config.path_hops)
+    chosen = chosen[: n_paths * config.path_hops]  # fewer records than a batch: whole paths only
+    merge = config.path_hops > 1 and rng.random() < config.merge_rate
+    hops: list[StepData] = []
+    before: KVBatch | None = None
+    for first in range(0, len(chosen), n_paths):
+        hop = _prefill_hop(rng, chosen[first : first + n_paths], pool, source, config, neutral_id,
+                           before)  # fmt: skip
+        if config.path_hops > 1:
+            rows = len(hop.records)
+            past = None if before is None else before[:rows]
+            if merge:
+                hop = _merged(hop, past, hops[-1].records if hops else [])
+            with torch.no_grad():
+                before = module(hop.raw, hop.mask, generator)[0]
+        hops.append(hop)
+    return hops[0] if len(hops) == 1 else _stack(hops)
+
+
+def _prefill_hop(
+    rng: random.Random,
+    chosen: list[TokenRecord],
+    pool: ValuePool,
+    source: ModelSource,
+    config: TrainConfig,
+    neutral_id: int,
+    on: KVBatch | None,
+) -> StepData:
+    """Contexts of one hop with their counterfactuals, in one forward pass."""
     contexts = [r.ids for r in chosen]
     n, want_pair, want_twin = len(chosen), config.pair_weight > 0, config.twin_weight > 0
     if want_pair:
         contexts += [pool.resample(rng, r, r.forbid, r.derive) for r in chosen]
     if want_twin:
         contexts += [neutral_twin(r, r.forbid, neutral_id) for r in chosen]
-    kv = source.prefill(contexts, batch=len(contexts))
+    if on is not None:
+        on = KVBatch.stack([on[:n]] * (len(contexts) // n))
+    kv = source.prefill(contexts, len(contexts), on)
     return StepData(
         chosen,
         kv[:n],
@@ -105,6 +147,41 @@ def step_data(
         kv[-n:] if want_twin else None,
         masks(chosen),
     )
+
+
+def _merged(hop: StepData, past: KVBatch | None, others: Sequence[TokenRecord]) -> StepData:
+    """The receiver reads what came before first, and is not asked about a field of both."""
+    if past is None:
+        raw = hop.raw
+        past = KVBatch(raw.keys[..., :1, :], raw.values[..., :1, :],
+                       torch.zeros_like(raw.valid[:, :1]))  # fmt: skip
+        return replace(hop, before=past)
+    records = []
+    for record, other in zip(hop.records, others, strict=False):
+        twice = {s.field for s in other.spans}
+        questions = tuple(q for q in record.questions if q.field not in twice)
+        records.append(replace(record, questions=questions))
+    return replace(hop, records=records, before=past)
+
+
+def _stack(hops: Sequence[StepData]) -> StepData:
+    """Hops as one batch, hop after hop."""
+
+    def stacked(parts: Sequence[KVBatch | None]) -> KVBatch | None:
+        found = [p for p in parts if p is not None]
+        return KVBatch.stack(found) if found else None
+
+    raw = stacked([h.raw for h in hops])
+    assert raw is not None
+    return StepData(
+        [r for h in hops for r in h.records],
+        raw,
+        stacked([h.pair for h in hops]),
+        stacked([h.twin for h in hops]),
+        Mask(*(torch.cat(x) for x in ([h.mask.forbid for h in hops],
+                                      [h.mask.derive for h in hops]))),
+        stacked([h.before for h in hops]),
+    )  # fmt: skip
 
 
 class Losses(NamedTuple):
@@ -225,6 +302,9 @@ def receiver_loss(
     guarded: KVBatch, data: StepData, source: ModelSource, config: TrainConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """Distillation and cross-entropy on the answers that the audience may have."""
+    raw = data.raw
+    if data.before is not None:
+        guarded, raw = (KVBatch.join([data.before, x]) for x in (guarded, raw))
     packed = pack_questions(data.records, pad_id=source.pad_id)
     labels = packed.labels[packed.labels != IGNORE].to(guarded.keys.device)
     if not len(labels):
@@ -235,7 +315,7 @@ def receiver_loss(
     total = config.ce_weight * (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
     if config.kl_weight:
         with torch.no_grad():
-            teacher = source.answer_logits(data.raw, packed) / config.temperature
+            teacher = source.answer_logits(raw, packed) / config.temperature
         kl = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True,
                       reduction="none").sum(-1)  # fmt: skip
         total = total + config.kl_weight * (kl * weight).sum()

@@ -30,7 +30,8 @@ from lcguard.source import ModelSource
 from lcguard.training.adversary import AdversaryFactory, Ensemble
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import TrainConfig
-from lcguard.training.dataset import Special, attack_data, with_policy
+from lcguard.training.dataset import Special, with_policy
+from lcguard.training.joint import observed
 from lcguard.training.objective import draw_batch, guard_losses, label_loss, step_data
 from lcguard.training.twins import ValuePool
 
@@ -61,9 +62,9 @@ def check_trained(name: str) -> None:
 
 def prepare(
     module: GuardModule, records: Sequence[TokenRecord], source: ModelSource, special: Special,
-    pool: ValuePool,
+    pool: ValuePool, hops: int = 1,
 ) -> AttackData:  # fmt: skip
-    """Fits the guard's statistics; returns raw pairs with everything forbidden."""
+    """Fits the guard's statistics; returns raw pairs (paths of ``hops``), everything forbidden."""
     sample = with_policy(records[:384], CATEGORIES)
     raw = source.prefill([r.ids for r in sample])
     module.fit_statistics(raw)
@@ -75,7 +76,8 @@ def prepare(
         z = module.standardise(fill)
         book = torch.stack([z[w, 3 + w] for w in range(words)])
         start(band_means(module.standardise(raw), sample, pool, book))
-    return attack_data(sample, raw, special)
+    whole = len(sample) // hops * hops
+    return observed(sample[:whole], raw[:whole], special, hops)
 
 
 def band_means(z: Tensor, records: Sequence[TokenRecord], pool: ValuePool, book: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def train_guard(
     module = make_module(config, source)
     module.to(source.device)
     pool = ValuePool(records)
-    pairs = prepare(module, records, source, special, pool)
+    pairs = prepare(module, records, source, special, pool, config.path_hops)
     if init is not None:  # weights and statistics of a trained guard
         module.load_state_dict(init.module.state_dict())
     ensemble = Ensemble(config.adversary, factory or _no_adversary, pairs, config.seed)
@@ -171,17 +173,18 @@ def _step(
         labels = label_loss(module, chosen, raw, pool)
         _descend(labels, module, optimizers, step, config, accelerator)
         return {"loss": float(labels.detach())}
-    data = step_data(rng, records, pool, source, config, special.neutral_id)
+    data = step_data(rng, records, pool, source, config, special.neutral_id, module, generator)
     losses = guard_losses(module, data, source, config, generator, step, pool)
     total = losses.total
     if ensemble.members:
-        total = total + ensemble.guard_term(attack_data(data.records, losses.guarded, special))
+        seen = observed(data.records, losses.guarded, special, config.path_hops)
+        total = total + ensemble.guard_term(seen)
     _descend(total, module, optimizers, step, config, accelerator)
     row = {"loss": float(total.detach()), **losses.metrics}
     if ensemble.members:
         kv = losses.guarded
         stale = type(kv)(kv.keys.detach(), kv.values.detach(), kv.valid)
-        row |= ensemble.learn(attack_data(data.records, stale, special), step)
+        row |= ensemble.learn(observed(data.records, stale, special, config.path_hops), step)
     return row
 
 
