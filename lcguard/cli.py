@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,31 +41,15 @@ def _say(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, markup=False)
 
 
-def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=report["title"])
-    for name in (
-        "guard",
-        "utility",
-        "training-time ASR",
-        "fresh ASR",
-        "injection",
-        "floor",
-        "ceiling",
-    ):
-        table.add_column(name)
-    for r in report["results"]:
-        keys = ("utility", "asr_train", "asr_fresh", "asr_injection", "floor", "ceiling")
-        table.add_row(r["guard"], *("-" if r[k] is None else f"{r[k]:.3f}" for k in keys))
-    return table
-
-
-def _evaluate(config: Any, out: Path, device: str | None) -> None:
-    from lcguard.commands.compose import evaluate
+def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str] = ()) -> None:
+    from lcguard.commands.evaluation import result_table, run
 
     console = Console(stderr=True)
-    report = evaluate(config, out, _command(), _say(console), device)
-    Console().print(_table(report))
+    report, code = run(config, out, _command(), console, device, fail_if)
+    Console().print(result_table(report))
     console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -94,31 +78,17 @@ def eval_run(
     device: Device = None,
 ) -> None:
     """Run an evaluation, or go on with one that was interrupted."""
-    from lcguard.commands.compose import load_plan
-    from lcguard.commands.stress import stressed
-    from lcguard.evaluation.plan import EvalConfig
+    from lcguard.commands.evaluation import load_evaluation
 
-    plan = load_plan(EvalConfig, config, sets or [], data)
-    _run_evaluation(stressed(plan) if stress else plan, out, device, fail_if or [])
+    _evaluate(load_evaluation(config, sets or [], data, stress), out, device, fail_if or [])
 
 
 @eval_app.command("resume")
 def eval_resume(folder: Folder, fail_if: FailIf = None, device: Device = None) -> None:
     """Go on with a run that was interrupted, as it was started."""
-    from lcguard.evaluation.folder import RunFolder
+    from lcguard.commands.evaluation import load_started
 
-    _run_evaluation(RunFolder(folder).config(), folder, device, fail_if or [])
-
-
-def _run_evaluation(config: Any, out: Path, device: str | None, fail_if: list[str]) -> None:
-    from lcguard.commands.evaluation import result_table, run
-
-    console = Console(stderr=True)
-    report, code = run(config, out, _command(), console, device, fail_if)
-    Console().print(result_table(report))
-    console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
-    if code:
-        raise typer.Exit(code)
+    _evaluate(load_started(folder), folder, device, fail_if or [])
 
 
 @eval_app.command("report")

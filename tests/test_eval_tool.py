@@ -89,7 +89,7 @@ def figures(run: Path) -> Any:
     report = read(run / "report.json")
     for row in report["results"]:
         assert set(row.pop("latency_ms")) == {"prefill", "guard"}
-    for key in ("created", "command", "git", "hardware", "resumed"):
+    for key in ("created", "command", "git", "hardware", "resumed", "notes"):
         report.pop(key, None)
     report["hashes"].pop("source")  # somebody may be editing a file
     return report
@@ -181,6 +181,22 @@ def test_other_records_under_the_same_configuration_are_refused(copy: Path) -> N
     assert "other records" in line
 
 
+def test_other_code_is_told(copy: Path) -> None:
+    """Units of two versions may be in one report; it says so."""
+    drop_last_unit(copy)
+    change(copy / "manifest.json", lambda m: m["hashes"].update(source="0" * 64))
+    done = lcguard("eval", "resume", str(copy), cwd=copy)
+    assert done.returncode == 0, done.stderr
+    report = read(copy / "report.json")
+    assert "other code" in report["notes"][0]
+    assert report["resumed"][0]["hashes"]["source"] != report["hashes"]["source"]
+
+
+def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("kind: multi\n" + TINY)
+    assert "'multi'" in one_line(lcguard("eval", "run", "x.yaml", cwd=tmp_path))
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     assert "no config.yaml" in one_line(lcguard("eval", "resume", str(tmp_path), cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -238,6 +254,7 @@ def test_gates_close(copy: Path) -> None:
         (("--set", "attacks=[{name: a, attack: train}]"), "trained against"),
         (("--set", "attacks=[{name: a, options: {weights: runs/a}}]"), "runs/a"),
         (("--set", "error_budget=-1"), "error_budget"),
+        (("--set", "kind=multi"), "kind"),
     ],
 )
 def test_nothing_is_run_on_wrong_input(

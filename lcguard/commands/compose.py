@@ -209,9 +209,13 @@ def report_of(
     check_headline(figures["results"], attempts, config)
     errors = sum(a.outcome is Outcome.ERROR for a in attempts)
     over = errors > config.error_budget
+    where = manifest()
+    sources = {m["hashes"]["source"] for m in [where, *where.get("resumed", [])]}
+    warnings = [OVER.format(errors, config.error_budget)] if over else []
+    warnings += [CHANGED] if len(sources) > 1 else []
     return {
         "title": config.title,
-        **manifest(),
+        **where,
         "model": {"name": config.model, "shape": list(made.source.shape)},
         "data": {
             "source": config.data.source,
@@ -223,13 +227,17 @@ def report_of(
         "journal": {"units": len(journal), "attempts": len(attempts)},
         "errors": {"attempts": errors, "budget": config.error_budget, "exceeded": over},
         **figures,
-        "notes": [*([OVER.format(errors, config.error_budget)] if over else []), *NOTES],
+        "notes": [*warnings, *NOTES],
     }
 
 
 OVER = (
     "{} attempts ended in an error, and the budget is {}: they count for nobody, so the figures "
     "below rest on fewer attempts than were made. Repair the attack and run again."
+)
+CHANGED = (
+    "This run was interrupted and went on with other code of lcguard: some units are of the one "
+    "and some of the other (the manifest has both hashes)."
 )
 NOTES = (
     "Fresh ASR: attackers fitted from scratch after the guard was frozen, on guarded segments of "

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lcguard.commands.compose import evaluate, report_of, setup
+from lcguard.commands.compose import evaluate, load_plan, preset, report_of, setup
 from lcguard.commands.gate_expression import Gate, parse_gate
+from lcguard.commands.stress import stressed
+from lcguard.config import read_mapping
 from lcguard.evaluation.compare import FIGURES, Comparison
 from lcguard.evaluation.folder import FinishedJournal, RunFolder
 from lcguard.evaluation.plan import EvalConfig, PolicySpec
@@ -27,7 +30,7 @@ GATE_EXIT, ERRORS_EXIT = 3, 4
 
 
 def run(
-    config: EvalConfig,
+    config: Any,
     out: Path,
     command: str,
     console: Console,
@@ -38,12 +41,38 @@ def run(
 
     Raises ``ValueError`` for a gate that cannot be judged before anything is run.
     """
+    kind = next(k for k in KINDS.values() if isinstance(config, k.schema))
     gates = read_gates(fail_if)
     for gate in gates:
         gate.check_guards([g.name for g in config.guards])
-    with progress(console, planned_units(config)) as (say, advance):
-        report = evaluate(config, out, command, say, device, advance)
+    with progress(console, kind.units(config)) as (say, advance):
+        report = kind.evaluate(config, out, command, say, device, advance)
     return report, judge(report, gates, console)
+
+
+def load_evaluation(
+    config: Path, sets: Sequence[str], data: Path | None, stress: bool = False
+) -> Any:
+    """A configuration of the kind that its file says it is, from a file or a preset.
+
+    Raises ``ValueError`` in one line for anything wrong with it.
+    """
+    path = config if config.suffix else preset(str(config))
+    kind = kind_of(path)
+    plan = load_plan(kind.schema, path, sets, data)
+    if not stress:
+        return plan
+    if not isinstance(plan, EvalConfig):
+        raise ValueError(f"{config}: --stress is for evaluations of one hop; leave it out")
+    return stressed(plan)
+
+
+def load_started(path: Path) -> Any:
+    """The configuration that a folder's run was started with."""
+    folder = RunFolder(path)
+    if folder.config_file.exists():
+        folder = RunFolder(path, kind_of(folder.config_file).schema)
+    return folder.config()
 
 
 def rerender(
@@ -61,7 +90,8 @@ def rerender(
     folder = RunFolder(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give a run's, as `lcguard eval list` shows them")
-    if stored or not folder.journal_file.exists() or not folder.config_file.exists():
+    stored = stored or not (folder.journal_file.exists() and folder.config_file.exists())
+    if stored or kind_of(folder.config_file).schema is not EvalConfig:
         report = folder.report()
     else:
         report = _from_journal(folder, device)
@@ -73,9 +103,10 @@ def _from_journal(folder: RunFolder, device: str | None) -> dict[str, Any]:
     made = setup(folder.config(), lambda text: None, device)
     made.timing.update(folder.timing())
     manifest = folder.manifest() or {}
-    with FinishedJournal(folder.journal_file) as journal:
+    journal = FinishedJournal(folder.journal_file)
+    with journal:
         report = report_of(made, journal, lambda: manifest)
-        missing = journal.missing
+    missing = journal.missing
     if missing:
         first = ", ".join(str(missing[0][k]) for k in ("kind", "guard", "policy", "attack", "seed"))
         raise ValueError(
@@ -163,7 +194,19 @@ def shown(value: Any) -> str:
     return "-" if found is None else f"{found:.3f}"
 
 
-# -- progress
+# -- kinds and progress
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a configuration's top-level key ``kind`` stands for."""
+
+    schema: type[Any]
+    """A frozen dataclass with ``guards``; kinds other than the default have a field ``kind``."""
+    evaluate: Callable[..., dict[str, Any]]
+    """``(config, out, command, say, device, progress) -> report``, as ``compose.evaluate``."""
+    units: Callable[[Any], int]
+    """How many units a run makes at most."""
 
 
 def planned_units(config: EvalConfig) -> int:
@@ -189,13 +232,23 @@ def progress(
     if not console.is_terminal or os.environ.get("CI"):
         yield say, lambda units: None
         return
-    columns = (
-        TextColumn("at most"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("units"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("units at most"), TimeElapsedColumn())
+    # No thread and no redirection: attacks run in forked children, which would inherit its locks.
+    with Progress(
+        *columns, console=console, transient=True, auto_refresh=False,
+        redirect_stdout=False, redirect_stderr=False,
+    ) as bar:  # fmt: skip
         task = bar.add_task("units", total=total)
-        yield say, lambda units: bar.update(task, completed=units)
+        yield say, lambda units: bar.update(task, completed=units, refresh=True)
+
+
+KINDS = {"hop": Kind(EvalConfig, evaluate, planned_units)}
+"""``hop``, one hop at a time, is what a file is that names no kind."""
+
+
+def kind_of(path: Path) -> Kind:
+    """Raises ``ValueError`` naming the kinds there are."""
+    name = read_mapping(path).get("kind", "hop")
+    if name not in KINDS:
+        raise ValueError(f"{path}: kind {name!r} is unknown; use one of: {', '.join(KINDS)}")
+    return KINDS[name]

@@ -67,8 +67,9 @@ def _entry(folder: RunFolder) -> RunEntry | None:
     state = _state(folder, report)
     if folder.config_file.exists():
         try:
-            config = folder.config()
-            title, guards = config.title, tuple(g.name for g in config.guards)
+            config = read_mapping(folder.config_file)
+            title = str(config.get("title", ""))
+            guards = tuple(str(g.get("name")) for g in records(config.get("guards")))
         except ValueError:
             state = f"damaged config.yaml; {state}"
     manifest = _json(folder.path / "manifest.json")

@@ -131,10 +131,11 @@ def records_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def _other_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Legitimate differences that a reader should know of."""
     found = []
-    for what, read in (("model", lambda x: mapping(x.get("model")).get("name")),
-                       ("seeds", lambda x: x.get("seeds"))):  # fmt: skip
-        if read(a) != read(b):
-            found.append(f"{what} {read(a)} and {read(b)}")
+    models = [mapping(x.get("model")).get("name") for x in (a, b)]
+    seeds = [x.get("seeds") for x in (a, b)]
+    for what, (there, here) in (("model", models), ("seeds", seeds)):
+        if there != here:
+            found.append(f"{what} {there} and {here}")
     sources = [mapping(x.get("hashes")).get("source") for x in (a, b)]
     if sources[0] != sources[1]:
         found.append("the code of lcguard")

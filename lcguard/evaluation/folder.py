@@ -55,6 +55,8 @@ class RunFolder:
     """Names, reads and checks the files of one run."""
 
     path: Path
+    schema: type[Any] = EvalConfig
+    """What ``config.yaml`` holds."""
 
     @property
     def config_file(self) -> Path:
@@ -64,16 +66,16 @@ class RunFolder:
     def journal_file(self) -> Path:
         return self.path / "attempts.jsonl"
 
-    def config(self) -> EvalConfig:
+    def config(self) -> Any:
         """What the run was started with. Raises ``ValueError`` where that is not known."""
         if not self.config_file.exists():
             raise ValueError(
                 f"{self.path}: no config.yaml, so there is no run to go on with; start one with "
                 f"`lcguard eval run CONFIG --out {self.path}`"
             )
-        return load_config(EvalConfig, self.config_file)
+        return load_config(self.schema, self.config_file)
 
-    def check(self, config: EvalConfig) -> None:
+    def check(self, config: Any) -> None:
         """Raises ``ValueError`` naming the first key in which the folder's run differs."""
         if not self.config_file.exists():
             return
@@ -86,7 +88,7 @@ class RunFolder:
                 "give another --out"
             )
 
-    def start(self, config: EvalConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    def start(self, config: Any, manifest: dict[str, Any]) -> dict[str, Any]:
         """Writes configuration and manifest, unless the run has them; returns its manifest.
 
         Raises ``ValueError`` where the run was started on other records.
@@ -139,7 +141,7 @@ class RunFolder:
         write_text(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def plain(config: EvalConfig) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
     """The configuration as JSON holds it: lists, not tuples."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return found
