@@ -230,6 +230,11 @@ def test_report_of_an_unfinished_run_is_refused(copy: Path) -> None:
     assert not (copy / "report.json").exists()
     stored = one_line(lcguard("eval", "report", str(copy), "--stored", cwd=copy))
     assert "no report.json" in stored
+    (copy / "attempts.jsonl").write_bytes(b"")
+    line = one_line(lcguard("eval", "report", str(copy), cwd=copy))
+    assert f"{UNITS} units are missing, such as (floor, none, edge, decoder-blind, 0)" in line
+    (copy / "manifest.json").unlink()
+    assert "no manifest.json" in one_line(lcguard("eval", "report", str(copy), cwd=copy))
 
 
 def test_gates_close(copy: Path) -> None:

@@ -16,10 +16,12 @@ from rich.table import Table
 
 from lcguard.commands.compose import evaluate, load_plan, preset, report_of, setup
 from lcguard.commands.gate_expression import Gate, parse_gate
+from lcguard.commands.multihop import evaluate_multihop
 from lcguard.commands.stress import stressed
 from lcguard.config import read_mapping
 from lcguard.evaluation.compare import FIGURES, Comparison
 from lcguard.evaluation.folder import FinishedJournal, RunFolder
+from lcguard.evaluation.multihop_plan import MultihopConfig
 from lcguard.evaluation.plan import EvalConfig, PolicySpec
 from lcguard.evaluation.report import to_html, to_markdown, write_report
 from lcguard.evaluation.verdict import mapping, number, records
@@ -100,9 +102,14 @@ def rerender(
 
 
 def _from_journal(folder: RunFolder, device: str | None) -> dict[str, Any]:
+    manifest = folder.manifest()
+    if manifest is None:
+        raise ValueError(
+            f"{folder.path}: no manifest.json, so nobody knows where the figures come from; write "
+            f"it with `lcguard eval resume {folder.path}`"
+        )
     made = setup(folder.config(), lambda text: None, device)
     made.timing.update(folder.timing())
-    manifest = folder.manifest() or {}
     journal = FinishedJournal(folder.journal_file)
     with journal:
         report = report_of(made, journal, lambda: manifest)
@@ -242,7 +249,18 @@ def progress(
         yield say, lambda units: bar.update(task, completed=units, refresh=True)
 
 
-KINDS = {"hop": Kind(EvalConfig, evaluate, planned_units)}
+def planned_hop_units(config: MultihopConfig) -> int:
+    """Units of a run over several hops, at most."""
+    per_guard = 1 + len(config.attacks)
+    seeds, graphs = len(config.seeds), len(config.topologies)
+    curves = 4 * len(config.curves.guards) if config.curves.attack else 0
+    return graphs * (1 + seeds * (1 + len(config.guards) * per_guard)) + curves
+
+
+KINDS = {
+    "hop": Kind(EvalConfig, evaluate, planned_units),
+    "multihop": Kind(MultihopConfig, evaluate_multihop, planned_hop_units),
+}
 """``hop``, one hop at a time, is what a file is that names no kind."""
 
 
