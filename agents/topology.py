@@ -41,9 +41,8 @@ class Link:
         ):
             for name in names:
                 if name not in valid:
-                    raise ValueError(
-                        f"link {self.name}: {which} names {name!r}; use {', '.join(valid) or 'none'}"
-                    )
+                    known = ", ".join(valid) or "none"
+                    raise ValueError(f"link {self.name}: {which} names {name!r}; use {known}")
 
 
 @dataclass(frozen=True)

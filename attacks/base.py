@@ -120,7 +120,15 @@ def _value(cls: type[BaseAttack], default: Any, key: str, value: Any) -> Any:
     return replace(inner, **value)  # type: ignore[type-var]
 
 
-BUILT_IN = ("decoder", "injection", "linear", "probe")
+BUILT_IN = (
+    "composition",
+    "decoder",
+    "gradient_prediction",
+    "injection",
+    "linear",
+    "probe",
+    "trigger",
+)
 _REGISTRY: dict[str, type[BaseAttack]] = {}
 BROKEN: dict[str, str] = {}
 """Plugins that cannot be used: entry point to the reason, in one line."""

@@ -77,13 +77,13 @@ class DecoderAttack(BaseAttack):
             return
         names = {s.field for secrets in pairs.secrets for s in secrets}
         self.fields = {name: i for i, name in enumerate(sorted(names))}
-        channels = pairs.kv.keys.shape[1] * 2 * pairs.kv.keys.shape[2] * pairs.kv.keys.shape[4]
+        channels = self.inputs(pairs.subset([0])).shape[-1]
         vocab = self.config.vocab or int(pairs.meta["vocab"])
         # one entry more: a field that the training pairs never had
         self.net = Network(channels, vocab, len(self.fields) + 1, self.config.width,
                            self.config.blocks).to(pairs.kv.keys.device)  # fmt: skip
         sample = pairs.subset(range(min(256, len(pairs))))
-        self.net.reader.fit_statistics(sample.kv.features()[sample.kv.valid].float())
+        self.net.reader.fit_statistics(self.inputs(sample)[sample.kv.trim().valid])
 
     def fit(self, pairs: AttackData, *, seed: int = 0) -> DecoderAttack:
         """Raises ``ValueError`` where the pairs hold no secret."""
@@ -141,7 +141,7 @@ class DecoderAttack(BaseAttack):
     def loss(self, batch: AttackData, *, auxiliary: bool = True) -> Tensor:
         """Cross-entropy of the secrets (a mean over tokens, nats), differentiable in the KV."""
         kv = batch.kv.trim()
-        read = self.network.reader(kv.features().float(), kv.valid)
+        read = self.network.reader(self.inputs(batch), kv.valid)
         targets = self.targets(batch)
         out: Tensor = read.tokens.sum() * 0.0
         if len(targets.rows):
@@ -161,6 +161,10 @@ class DecoderAttack(BaseAttack):
             out = out + self.config.token_loss * F.cross_entropy(logits, ids[keep])
         return out
 
+    def inputs(self, batch: AttackData) -> Tensor:
+        """What the reader sees of every token, ``[B, T, channels]``; T as in ``kv.trim()``."""
+        return batch.kv.trim().features().float()
+
     def _write(self, read: Read, valid: Tensor, targets: Targets) -> Tensor:
         """What the head turns into the next token, ``[N, K, d]``."""
         out: Tensor = self.network.writer(read, targets.rows, valid, targets.fields, targets.prefix)
@@ -169,7 +173,7 @@ class DecoderAttack(BaseAttack):
     def log_probs(self, batch: AttackData) -> tuple[Tensor, Tensor, Tensor]:
         """Fields ``[N]``, labels ``[N, K]`` and log-probabilities ``[N, K, V]``, differentiable."""
         kv, targets = batch.kv.trim(), self.targets(batch)
-        read = self.network.reader(kv.features().float(), kv.valid)
+        read = self.network.reader(self.inputs(batch), kv.valid)
         logits = self.network.head(self._write(read, kv.valid, targets))
         return targets.fields, targets.labels, logits.log_softmax(-1)
 
@@ -210,7 +214,7 @@ class DecoderAttack(BaseAttack):
         kv, targets = part.kv.trim(), self.targets(part)
         if not len(targets.rows):
             return torch.zeros(0), torch.zeros(0), torch.zeros(0)
-        read = self.network.reader(kv.features().float(), kv.valid)
+        read = self.network.reader(self.inputs(part), kv.valid)
         logp = self.network.head(self._write(read, kv.valid, targets)).log_softmax(-1)
         due = targets.labels != IGNORE
         nll = -(logp.gather(-1, targets.labels.clamp_min(0)[..., None])[..., 0] * due).sum(1)
@@ -241,7 +245,7 @@ class DecoderAttack(BaseAttack):
         kv, targets = part.kv.trim(), self.targets(part)
         if not len(targets.rows):
             return []
-        read = self.network.reader(kv.features().float(), kv.valid)
+        read = self.network.reader(self.inputs(part), kv.valid)
         prefix, end = targets.prefix[:, :1], int(part.meta["end_id"])
         done = torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
         for _ in range(self.config.max_tokens + 1):

@@ -33,6 +33,23 @@ ATTACKS: dict[str, dict[str, Any]] = {
         "fit": {"steps": 200, "batch": 48, "lr": 8e-3, "warmup": 10},
     },
     "probe": {"width": 96, "fit": {"steps": 200, "batch": 512, "lr": 3e-3, "warmup": 10}},
+    "composition": {
+        "width": 32,
+        "max_tokens": 8,
+        "token_every": 1,
+        "max_segments": 4,
+        "fit": {"steps": 200, "batch": 48, "lr": 8e-3, "warmup": 10},
+    },
     "injection": {"max_tokens": 8},
     "linear": {"max_tokens": 1500},
+    "gradient_prediction": {"records": 32, "steps": 50},
+    "trigger": {
+        "length": 2,
+        "max_perplexity": 5000.0,
+        "rounds": 1,
+        "candidates": 3,
+        "records": 24,
+        "width": 96,
+        "fit": {"steps": 200, "batch": 512, "lr": 3e-3, "warmup": 10},
+    },
 }

@@ -7,8 +7,9 @@
     factor     := "(" expression ")" | [guard "."] metric comparison number
     comparison := ">" | ">=" | "<" | "<=" | "==" | "!="
 
-``gate.asr_upper>0.05`` speaks of the guard ``gate``; ``asr_upper>0.05`` of any guard in the report.
-Conditions without a guard speak of the same guard: ``asr_upper>0.05 and utility<0.9`` holds where
+``gate.asr_upper>0.05`` speaks of the guard ``gate`` (in a report over several hops, of any of its
+rows, and ``asr`` is what the whole graph gives away); ``asr_upper>0.05`` speaks of any row.
+Conditions without a guard speak of the same row: ``asr_upper>0.05 and utility<0.9`` holds where
 one guard does both. A figure that was not measured meets every condition on it: a gate that cannot
 see must not open.
 """
@@ -28,7 +29,7 @@ Row = Mapping[str, Any]
 
 def _bound(index: int) -> Callable[[Row], float | None]:
     def read(row: Row) -> float | None:
-        found = interval(row.get("asr_fresh_ci"))
+        found = interval(row.get("asr_graph_ci" if "asr_graph" in row else "asr_fresh_ci"))
         return None if found is None else found[index]
 
     return read
@@ -38,16 +39,30 @@ def _field(name: str) -> Callable[[Row], float | None]:
     return lambda row: number(row.get(name))
 
 
+def _asr(row: Row) -> float | None:
+    return number(row.get("asr_graph" if "asr_graph" in row else "asr_fresh"))
+
+
+def _advantage(row: Row) -> float | None:
+    asr, floor = _asr(row), number(row.get("floor"))
+    return None if asr is None or floor is None else asr - floor
+
+
+def _errors(row: Row) -> float | None:
+    found = mapping(row.get("counts"))
+    return number(found.get("error") if found else row.get("errors"))
+
+
 METRICS: dict[str, Callable[[Row], float | None]] = {
-    "asr": _field("asr_fresh"),
+    "asr": _asr,
     "asr_upper": _bound(1),
     "asr_lower": _bound(0),
     "utility": _field("utility"),
     "utility_relative": _field("utility_relative"),
     "injection": _field("asr_injection"),
     "floor": _field("floor"),
-    "advantage": _field("advantage"),
-    "errors": lambda row: number(mapping(row.get("counts")).get("error")),
+    "advantage": _advantage,
+    "errors": _errors,
 }
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
@@ -74,7 +89,8 @@ class Condition:
     def line(self, row: Row) -> str:
         value = METRICS[self.metric](row)
         shown = f"{value:.4g}" if value is not None else "not measured, which counts as violated:"
-        return f"{row.get('guard', '?')}: {self.metric} {shown} {self.sign} {self.limit:g}"
+        label = " ".join(str(row[k]) for k in ("topology", "guard", "variant") if k in row)
+        return f"{label or '?'}: {self.metric} {shown} {self.sign} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,9 @@ class Gate:
         Raises ``ValueError`` for a guard that the report does not have.
         """
         rows = records(report.get("results"))
-        by_name = {str(r.get("guard")): r for r in rows}
+        by_name: dict[str, list[Row]] = {}
+        for row in rows:
+            by_name.setdefault(str(row.get("guard")), []).append(row)
         self.check_guards(list(by_name))
         if not rows:
             return [f"the report has no guard to judge by {self.text!r}"]
@@ -120,9 +138,9 @@ class Gate:
         for row in rows:
             if _true(self.root, row, by_name):
                 for condition in _conditions(self.root):
-                    about = by_name[condition.guard] if condition.guard else row
-                    if condition.holds(about):
-                        lines[condition.line(about)] = None
+                    for about in _about(condition, row, by_name):
+                        if condition.holds(about):
+                            lines[condition.line(about)] = None
         return list(lines)
 
 
@@ -190,9 +208,13 @@ class _Parser:
         return Condition(guard, metric, sign, float(limit))
 
 
-def _true(node: Node, row: Row, by_name: Mapping[str, Row]) -> bool:
+def _about(condition: Condition, row: Row, by_name: Mapping[str, list[Row]]) -> list[Row]:
+    return by_name[condition.guard] if condition.guard else [row]
+
+
+def _true(node: Node, row: Row, by_name: Mapping[str, list[Row]]) -> bool:
     if isinstance(node, Condition):
-        return node.holds(by_name[node.guard] if node.guard else row)
+        return any(node.holds(about) for about in _about(node, row, by_name))
     found = (_true(part, row, by_name) for part in node.parts)
     return any(found) if isinstance(node, Either) else all(found)
 

@@ -24,8 +24,8 @@ _BRACKETS = re.compile(r"(.+?) (\(.+\)|\[.+\])")
 
 def to_html(report: Mapping[str, Any]) -> str:
     """The whole page. Raises ``ImportError`` without matplotlib."""
-    title = _text(report.get("title") or "LCGuard evaluation")
-    sections = [_glance(overview(report)), *_notes(report.get("notes"))]
+    title = str(report.get("title") or "LCGuard evaluation")
+    sections = [_glance(overview(report)), *notes(report.get("notes"))]
     sections += [_chart(chart, f"chart-{i}") for i, chart in enumerate(charts(report))]
     sections.append("<h2>Explained contexts</h2>")
     explained = records(report.get("explained"))
@@ -33,16 +33,22 @@ def to_html(report: Mapping[str, Any]) -> str:
         sections.append(_LEGEND)
     sections += [_context(c) for c in explained] or [_missing()]
     sections.append("<h2>All figures</h2>")
-    sections += [_table(table, "nowrap") for table in details(report)]
-    sections += ["<h2>Where the figures come from</h2>", _table(provenance(report), "provenance")]
+    sections += [table(t, "nowrap") for t in details(report)]
+    sections += ["<h2>Where the figures come from</h2>", table(provenance(report), "provenance")]
+    return page(title, sections, report)
+
+
+def page(title: str, sections: Iterable[str], report: Mapping[str, Any]) -> str:
+    """A whole page around sections of HTML; ``title`` is plain text."""
+    shown = _text(title)
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="referrer" content="no-referrer">',
-            f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>",
-            f'<h1>{title}</h1>\n<p class="meta">{_meta(report)}</p>',
+            f"<title>{shown}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>",
+            f'<h1>{shown}</h1>\n<p class="meta">{_meta(report)}</p>',
             *sections,
             "</main>\n</body>\n</html>\n",
         ]
@@ -79,10 +85,11 @@ def _missing() -> str:
     return f'<p class="note">{NOT_MEASURED.capitalize()}.</p>'
 
 
-def _notes(notes: Any) -> list[str]:
-    if not isinstance(notes, list | tuple) or not notes:
+def notes(found: Any) -> list[str]:
+    """A list of notes, or nothing."""
+    if not isinstance(found, list | tuple) or not found:
         return []
-    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
+    items = "".join(f"<li>{_text(note)}</li>" for note in found)
     return [f'<h2>Notes</h2>\n<ul class="note">{items}</ul>']
 
 
@@ -127,17 +134,18 @@ def _glance(table: Table) -> str:
     )
 
 
-def _table(table: Table, style: str) -> str:
-    note = f'\n<p class="note">{_text(table.note)}</p>' if table.note and table.rows else ""
-    if not table.rows:
-        return f"<h3>{_text(table.title)}</h3>\n{_missing()}"
+def table(shown: Table, style: str) -> str:
+    """A table with its caption; one without rows says so."""
+    note = f'\n<p class="note">{_text(shown.note)}</p>' if shown.note and shown.rows else ""
+    if not shown.rows:
+        return f"<h3>{_text(shown.title)}</h3>\n{_missing()}"
     rows = "".join(
         f'<tr><th scope="row">{_text(first)}</th>{"".join(map(_cell, rest))}</tr>'
-        for first, *rest in table.rows
+        for first, *rest in shown.rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.title)}">'
-        f'<table class="{style}"><caption>{_text(table.title)}</caption>{_head(table.headers)}'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(shown.title)}">'
+        f'<table class="{style}"><caption>{_text(shown.title)}</caption>{_head(shown.headers)}'
         f"<tbody>{rows}</tbody></table></div>{note}"
     )
 

@@ -19,7 +19,15 @@ from lcguard.evaluation.html import to_html
 from lcguard.evaluation.tables import Table, details, overview, provenance
 from lcguard.evaluation.verdict import NOT_MEASURED, mapping, number, records, verdict
 
-__all__ = ["to_html", "to_markdown", "verdict", "write_report"]
+__all__ = [
+    "escape",
+    "markdown_table",
+    "to_html",
+    "to_markdown",
+    "verdict",
+    "write_report",
+    "write_text_files",
+]
 
 _PUNCTUATION = re.compile(r"([\\`*_{}\[\]()#!|~$@]|:(?=//))")
 
@@ -49,36 +57,37 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The report as GitHub-flavoured Markdown; all text from the dict is escaped."""
-    lines = [f"# {_escape(report.get('title') or 'LCGuard evaluation')}", ""]
-    lines += _table(overview(report), level=2)
+    lines = [f"# {escape(report.get('title') or 'LCGuard evaluation')}", ""]
+    lines += markdown_table(overview(report), level=2)
     notes = report.get("notes") or []
-    lines += ["## Notes", "", *(f"- {_escape(n)}" for n in notes), ""] if notes else []
+    lines += ["## Notes", "", *(f"- {escape(n)}" for n in notes), ""] if notes else []
     for table in details(report):
-        lines += _table(table, level=2)
+        lines += markdown_table(table, level=2)
     lines += ["## Explained contexts", ""]
     explained = records(report.get("explained"))
     for context in explained:
         lines += _explained(context)
     if not explained:
         lines += [NOT_MEASURED.capitalize() + ".", ""]
-    lines += _table(provenance(report), level=2)
+    lines += markdown_table(provenance(report), level=2)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(table: Table, level: int) -> list[str]:
-    lines = ["#" * level + f" {_escape(table.title)}", ""]
+def markdown_table(table: Table, level: int) -> list[str]:
+    """Lines of one table; one without rows says so."""
+    lines = ["#" * level + f" {escape(table.title)}", ""]
     if not table.rows:
         return [*lines, NOT_MEASURED.capitalize() + ".", ""]
-    lines.append("| " + " | ".join(map(_escape, table.headers)) + " |")
+    lines.append("| " + " | ".join(map(escape, table.headers)) + " |")
     lines.append("|" + " --- |" * len(table.headers))
-    lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in table.rows]
-    return [*lines, "", *([_escape(table.note), ""] if table.note else [])]
+    lines += ["| " + " | ".join(map(escape, row)) + " |" for row in table.rows]
+    return [*lines, "", *([escape(table.note), ""] if table.note else [])]
 
 
 def _explained(context: Mapping[str, Any]) -> list[str]:
     """The text with what was mostly withheld struck out."""
-    title = _escape(context.get("title") or "Context")
-    guard, policy = (_escape(context.get(k, "?")) for k in ("guard", "policy"))
+    title = escape(context.get("title") or "Context")
+    guard, policy = (escape(context.get(k, "?")) for k in ("guard", "policy"))
     text: list[str] = []
     struck = False
     for token in records(context.get("tokens")):
@@ -87,13 +96,13 @@ def _explained(context: Mapping[str, Any]) -> list[str]:
         if hidden != struck:
             text.append("<del>" if hidden else "</del>")
             struck = hidden
-        text.append(_escape(token.get("text", ""), keep_spaces=True))
+        text.append(escape(token.get("text", ""), keep_spaces=True))
     text.append("</del>" if struck else "")
     legend = "Struck out: more than half of the token's entries were withheld."
     return [f"### {title}", "", f"Guard {guard}, policy {policy}. {legend}", "", "".join(text), ""]
 
 
-def _escape(value: Any, keep_spaces: bool = False) -> str:
+def escape(value: Any, keep_spaces: bool = False) -> str:
     """Text that Markdown renders as itself: no HTML, links, images, mentions or table cells."""
     text = "".join(c if _harmless(c) else "�" for c in str(value).replace("\n", " "))
     text = text if keep_spaces else " ".join(text.split())
@@ -104,6 +113,14 @@ def _escape(value: Any, keep_spaces: bool = False) -> str:
 def _harmless(char: str) -> bool:
     # Control characters, direction overrides and lone surrogates can disguise what follows.
     return unicodedata.category(char) not in ("Cc", "Cf", "Cs") or char == "\t"
+
+
+def write_text_files(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> None:
+    """Each file in one step, in order."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        _write(target / name, text)
 
 
 def _finite(value: Any) -> Any:

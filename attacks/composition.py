@@ -1,0 +1,44 @@
+"""Composition: one attacker reads every segment of a path or a graph together.
+
+What a single segment hides can follow from several: the same value under two policies, a trace in
+a later agent's own tokens, an identifier here and a sensitive fact there (arXiv 2605.22786 calls
+the observed set M_obs; arXiv 2509.14284). The decoder attack over the joint segment, told which
+segment each token belongs to; fields are ``agent.field``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lcguard.attacks.base import register
+from lcguard.attacks.decoder import DecoderAttack
+from lcguard.protocols import AttackData
+
+
+@register("composition")
+class CompositionAttack(DecoderAttack):
+    goal = "recover forbidden values from all segments of a path or graph together"
+    source = "arXiv 2605.22786 (Full-System) and 2509.14284, as a decoder over joint segments"
+
+    @dataclass(frozen=True)
+    class Config(DecoderAttack.Config):
+        max_segments: int = 16
+        """Segments told apart; those beyond share the last mark."""
+
+    def inputs(self, batch: AttackData) -> Tensor:
+        """Features and the token's segment as one-hot, ``[B, T, channels + max_segments]``.
+
+        Pairs without ``meta['segments']`` are single segments.
+        """
+        features = super().inputs(batch)
+        limit = int(self.config.max_segments)
+        segments = batch.meta.get("segments")
+        if segments is None:
+            segments = torch.zeros(features.shape[:2], dtype=torch.long)
+        owner = segments[:, : features.shape[1]].clamp_max(limit - 1).to(features.device)
+        owner = F.pad(owner, (0, features.shape[1] - owner.shape[1]))
+        return torch.cat((features, F.one_hot(owner, limit).to(features.dtype)), -1)

@@ -1,0 +1,140 @@
+"""What one evaluation over several hops does; one YAML file with ``kind: multihop``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lcguard.categories import CATEGORIES
+from lcguard.evaluation.plan import AttackSpec, GuardSpec
+
+Variant = Literal["per-agent", "full-system"]
+Kind = Literal["chain", "hierarchy", "graph"]
+
+
+@dataclass(frozen=True)
+class LinkSpec:
+    """One hop of a graph."""
+
+    source: str
+    audience: str
+    forbid: tuple[str, ...] = CATEGORIES
+    derive: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TopologySpec:
+    """A chain or hierarchy of so many agents, or a graph by its links."""
+
+    name: str
+    kind: Kind = "graph"
+    agents: int = 0
+    """Of a chain or hierarchy; a graph's follow from its links."""
+    links: tuple[LinkSpec, ...] = ()
+    relay: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.kind == "graph") != bool(self.links) or (self.kind != "graph") != bool(
+            self.agents
+        ):
+            raise ValueError(
+                f"topology {self.name!r}: a graph has links and no number of agents, a chain or "
+                "hierarchy the other way round"
+            )
+
+
+@dataclass(frozen=True)
+class HopGuard(GuardSpec):
+    """A guard, used on every link."""
+
+    variant: Variant = "per-agent"
+    """``full-system``: trained on all segments of a path."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.variant}"
+
+
+@dataclass(frozen=True)
+class GraphData:
+    """Generated scenarios over each topology; attackers' and victims' share nothing."""
+
+    seed: int = 3000
+    train_scenarios: int = 400
+    test_scenarios: int = 100
+    min_fields: int = 3
+    max_fields: int = 4
+    filler: int = 1
+
+
+@dataclass(frozen=True)
+class CurvePlan:
+    """Leakage against the number of hops and of agents; first seed only."""
+
+    hops: int = 0
+    """Longest chain, in hops; 0 makes no curve."""
+    agents: tuple[int, ...] = ()
+    """Sizes of the hierarchies."""
+    guards: tuple[str, ...] = ()
+    """Labels (``name/variant``)."""
+    attack: str = ""
+    """Name of the attack that is fitted once per guard."""
+    train_scenarios: int = 120
+    test_scenarios: int = 60
+
+
+@dataclass(frozen=True)
+class LatencyPlan:
+    """Whole graph, one scenario at a time: text, raw KV and guarded KV in turn."""
+
+    runs: int = 0
+    context_tokens: int = 512
+    """Every agent's context is filled up to so many."""
+
+
+@dataclass(frozen=True)
+class MultihopConfig:
+    kind: Literal["multihop"] = "multihop"
+    title: str = "LCGuard over several hops"
+    model: str = "nano"
+    data: GraphData = field(default_factory=GraphData)
+    topologies: tuple[TopologySpec, ...] = ()
+    guards: tuple[HopGuard, ...] = ()
+    attacks: tuple[AttackSpec, ...] = ()
+    """The cheapest first: where it breaks a guard the others are not run."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    broken_at: float | None = 0.9
+    run_all: tuple[str, ...] = ()
+    """Guards (by name) on which every attack is run all the same, on the first topology with the
+    first seed: an attack that recovers nothing there is no judge of a guard."""
+    once: tuple[str, ...] = ()
+    """Attacks (by name) that are run with the first seed only: the slow ones."""
+    curves: CurvePlan = field(default_factory=CurvePlan)
+    latency: LatencyPlan = field(default_factory=LatencyPlan)
+    error_budget: int = 0
+
+    def __post_init__(self) -> None:
+        for kind, labels in (
+            ("topologies", [t.name for t in self.topologies]),
+            ("guards", [g.label for g in self.guards]),
+            ("attacks", [a.name for a in self.attacks]),
+        ):
+            if not labels:
+                raise ValueError(f"{kind} is empty; give at least one")
+            twice = sorted({n for n in labels if labels.count(n) > 1})
+            if twice:
+                raise ValueError(f"{kind}: {twice[0]!r} stands twice")
+        if not self.seeds:
+            raise ValueError("seeds is empty; give at least one")
+        known = [a.name for a in self.attacks]
+        for which, names, valid in (
+            ("once", self.once, known),
+            ("run_all", self.run_all, [g.name for g in self.guards]),
+            ("curves.guards", self.curves.guards, [g.label for g in self.guards]),
+            ("curves.attack", (self.curves.attack,) if self.curves.attack else (), known),
+        ):
+            for name in names:
+                if name not in valid:
+                    raise ValueError(f"{which}: {name!r} is not one of {', '.join(valid)}")
+        if (self.curves.hops or self.curves.agents) and not self.curves.attack:
+            raise ValueError("curves.attack is empty; name one of attacks")
