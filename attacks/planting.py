@@ -1,0 +1,99 @@
+"""Contexts with a planted message, and the segments that their senders publish.
+
+The message stands behind the special tokens that a context opens with. Records are unchanged
+otherwise: each secret has moved by the length of the message, and so has every later token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lcguard.attacks.base import Knowledge
+from lcguard.attacks.soft import embedding_table
+from lcguard.noise import noise_key
+from lcguard.protocols import AttackData, KVBatch, Secret
+from lcguard.records import IGNORE, pad
+
+
+def context_of(data: AttackData, i: int) -> list[int]:
+    """Token ids of one record's context, without padding."""
+    return [t for t in data.context_ids[i].tolist() if t != IGNORE]
+
+
+def context_known(data: AttackData, i: int) -> bool:
+    """False for a blind floor's record and for one whose guard moves tokens."""
+    n = int(data.kv.valid[i].sum())
+    return n > 0 and len(context_of(data, i)) >= n
+
+
+def lead(context: Sequence[int], special: Collection[int]) -> int:
+    """Special tokens that a context opens with."""
+    return next((i for i, t in enumerate(context) if t not in special), len(context))
+
+
+def insert(context: Sequence[int], message: Sequence[int], special: Collection[int]) -> list[int]:
+    """The context with the message behind its opening special tokens."""
+    at = lead(context, special)
+    return [*context[:at], *message, *context[at:]]
+
+
+def with_message(
+    data: AttackData, message: tuple[int, ...], special: Collection[int]
+) -> AttackData:
+    """Contexts and positions with the message; the KV is still that without."""
+    rows = [insert(context_of(data, i), message, special) for i in range(len(data))]
+    n = len(message)
+    secrets = [
+        [replace(s, positions=(s.positions[0] + n, s.positions[1] + n)) for s in row]
+        for row in data.secrets
+    ]
+    meta = {**data.meta, "planted": message}
+    return replace(data, context_ids=pad(rows, IGNORE), secrets=secrets, meta=meta)
+
+
+def publish(data: AttackData, known: Knowledge, salt: str) -> AttackData:
+    """Prefills the contexts anew and guards them; noise is a function of salt and record."""
+    rows = [context_of(data, i) for i in range(len(data))]
+    parts = []
+    for first in range(0, len(rows), 64):
+        cut = slice(first, first + 64)
+        kv = known.source.prefill(rows[cut])
+        if known.guard is not None:
+            keys = [noise_key(0, f"{salt} {name}") for name in data.record_ids[cut]]
+            twin = None
+            if known.guard.needs_twin:
+                filler = neutral_token(known)
+                pairs = zip(rows[cut], data.secrets[cut], strict=True)
+                twin = known.source.prefill([_neutral(r, s, filler) for r, s in pairs])
+            kv = known.guard(kv, data.mask[cut], keys=keys, twin=twin).kv
+        parts.append(kv)
+    return data.with_kv(_stack(parts))
+
+
+def neutral_token(known: Knowledge) -> int:
+    """The token that stands for a redacted one: the letter X, as in the twins of training."""
+    table = len(embedding_table(known.source))
+    return next((i for i in range(table) if known.decode([i]).strip() == "X"), 0)
+
+
+def _neutral(context: Sequence[int], secrets: Sequence[Secret], filler: int) -> list[int]:
+    out = list(context)
+    for s in secrets:
+        out[s.positions[0] : s.positions[1]] = [filler] * (s.positions[1] - s.positions[0])
+    return out
+
+
+def _stack(parts: Sequence[KVBatch]) -> KVBatch:
+    """Batches below each other, padded to the longest."""
+    width = max(p.valid.shape[1] for p in parts)
+
+    def stack(get: Callable[[KVBatch], Tensor]) -> Tensor:
+        return torch.cat([F.pad(get(p), (0, 0, 0, width - p.valid.shape[1])) for p in parts])
+
+    valid = torch.cat([F.pad(p.valid, (0, width - p.valid.shape[1])) for p in parts])
+    return KVBatch(stack(lambda p: p.keys), stack(lambda p: p.values), valid)
