@@ -121,10 +121,12 @@ def _value(cls: type[BaseAttack], default: Any, key: str, value: Any) -> Any:
 
 
 BUILT_IN = (
+    "collision",
     "composition",
     "decoder",
     "gradient_prediction",
     "injection",
+    "inversion",
     "linear",
     "probe",
     "trigger",

@@ -41,6 +41,8 @@ ATTACKS: dict[str, dict[str, Any]] = {
         "fit": {"steps": 200, "batch": 48, "lr": 8e-3, "warmup": 10},
     },
     "injection": {"max_tokens": 8},
+    "inversion": {"shortlist": 16},
+    "collision": {"max_records": 2, "calibration": 4},
     "linear": {"max_tokens": 1500},
     "gradient_prediction": {"records": 32, "steps": 50},
     "trigger": {
