@@ -12,6 +12,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from lcguard.agents.backends.base import Turn
+from lcguard.agents.backends.hf_agents import HFAgents
+from lcguard.agents.backends.vllm_agents import VLLMAgents
+from lcguard.agents.orchestrator import run
+from lcguard.agents.scenarios.generator import GeneratorConfig
+from lcguard.agents.scenarios.graph import make_graph_scenario
+from lcguard.agents.topology import Link, Topology
 from lcguard.grants import make_grant, new_handle
 from lcguard.guards.frozen import GuardError
 from lcguard.manifest import Manifest
@@ -378,3 +385,41 @@ def test_the_readmes_ten_lines_run(
     complaint, number = capsys.readouterr().out.splitlines()
     assert "back pain" in complaint
     assert "912-55-1029" not in number
+
+
+# -- orchestrated
+
+
+def test_a_graph_of_agents_runs_alike_on_both_backends(engine: Engine) -> None:
+    """Two workers at once, a manager who merges, and on: vLLM against transformers."""
+    topology = Topology(
+        "team", ("w1", "w2", "identity", "gate"),
+        (Link("w1", "identity"), Link("w2", "identity"), Link("identity", "gate")),
+    )  # fmt: skip
+    config = GeneratorConfig(5, "test", 3, 4, 1, 0.0)
+    scenarios = [make_graph_scenario(config, i, topology) for i in range(4)]
+    ours = VLLMAgents(engine.llm, engine.worker.store, SECRET, engine.agent.decode)
+    there = run(ours, topology, scenarios, engine.agent.encoder)
+    guards = {"identity->gate": engine.worker.guards["gate"],
+              "*": engine.worker.guards["identity"]}  # fmt: skip
+    here = run(HFAgents(engine.agent, "guarded", guards), topology, scenarios,
+               engine.agent.encoder)  # fmt: skip
+    for link in ("w1->identity", "w2->identity"):
+        pairs = zip(there.received[link].references, here.received[link].references, strict=True)
+        for one, two in pairs:
+            torch.testing.assert_close(one.kv().keys, two.kv().keys, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(one.kv().values, two.kv().values, atol=1e-3, rtol=1e-3)
+    # behind both workers' segments, and guarded with another draw of the noise
+    one, two = (t.received["identity->gate"].references[0].kv() for t in (there, here))
+    assert one.keys.shape == two.keys.shape
+    apart = (one.values - two.values).square().mean() / two.values.square().mean()
+    assert 1e-6 < float(apart) < 0.2
+    asked = [[a.right for a in t.answered if a.link != "identity->gate"] for t in (there, here)]
+    assert asked[0] == asked[1]
+    assert sum(asked[0]) / len(asked[0]) > 0.8
+    assert {s.key for r in there.received.values() for s in r.references} <= set(
+        engine.worker.store.handles()
+    )
+    with pytest.raises(ValueError, match="was not published through vLLM"):
+        ours.publish([Turn("s", "identity", here.received["w1->identity"].references[:1],
+                           there.received["identity->gate"].records[:1])])  # fmt: skip

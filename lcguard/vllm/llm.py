@@ -206,17 +206,44 @@ class GuardedLLM(_Guarded):
         parts = self._parts(agent, consume)
         return str(self._run(prompt, self._params(params, parts)).outputs[0].text)
 
+    def publish_all(self, requests: Sequence[Mapping[str, Any]]) -> list[Handle]:
+        """Several agents at the same time, in one batch: each a mapping of ``publish``'s arguments.
+
+        Raises ``HandoffError`` where any of them is refused; the others' segments then stay until
+        they expire.
+        """
+        return [self._handle(o) for o in self._run_all(
+            [(r["prompt"], self._params(None, self._parts(
+                r["agent"], r.get("consume", ()),
+                publish_params(r["agent"], r["audience"], r.get("policy"), r.get("ttl_s"),
+                               r.get("spans")),
+            ), max_tokens=1)) for r in requests]
+        )]  # fmt: skip
+
+    def generate_all(self, requests: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Several answers at the same time: each a mapping of ``generate``'s arguments."""
+        return [str(o.outputs[0].text) for o in self._run_all(
+            [(r["prompt"], self._params(r.get("params"),
+                                        self._parts(r["agent"], r.get("consume", ()))))
+             for r in requests]
+        )]  # fmt: skip
+
     def _run(self, prompt: Prompt, params: Any) -> Any:
+        return self._run_all([(prompt, params)])[0]
+
+    def _run_all(self, requests: Sequence[tuple[Prompt, Any]]) -> list[Any]:
         from vllm.exceptions import GracefulHTTPError
 
+        prompts = [self._prompt(prompt) for prompt, _ in requests]
         try:
-            (output,) = self.engine.generate([self._prompt(prompt)], params, use_tqdm=False)
+            outputs = self.engine.generate(prompts, [p for _, p in requests], use_tqdm=False)
         except GracefulHTTPError as error:
             raise HandoffError(int(error.http_status), error.message) from None
-        failure = failure_of(output)
-        if failure is not None:
-            raise failure
-        return output
+        for output in outputs:
+            failure = failure_of(output)
+            if failure is not None:
+                raise failure
+        return list(outputs)
 
 
 class AsyncGuardedLLM(_Guarded):
