@@ -42,11 +42,11 @@ def _say(console: Console) -> Callable[[str], None]:
 
 
 def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str] = ()) -> None:
-    from lcguard.commands.evaluation import result_table, run
+    from lcguard.commands.evaluation import rendered, run
 
     console = Console(stderr=True)
-    report, code = run(config, out, _command(), console, device, fail_if)
-    Console().print(result_table(report))
+    code = run(config, out, _command(), console, device, fail_if)
+    Console().print(rendered(out, "table"))
     console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
     if code:
         raise typer.Exit(code)
@@ -107,7 +107,7 @@ def eval_report(
     console = Console(stderr=True)
     gates = read_gates(fail_if or [])
     report = rerender(folder, form, device, stored)
-    text = rendered(report, form)
+    text = rendered(folder, form)
     if isinstance(text, str):
         typer.echo(text)
     else:

@@ -54,6 +54,11 @@ def test_expressions(text: str, lines: list[str]) -> None:
     assert parse_gate(text).violations(REPORT) == lines
 
 
+def test_advantage_is_taken_from_what_it_is_made_of() -> None:
+    changed = {"results": [row("gate", advantage=None)]}
+    assert parse_gate("advantage>0.005").violations(changed) == ["gate: advantage 0.01 > 0.005"]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("sign", [">", "<"])
 def test_what_was_not_measured_is_violated(metric: str, sign: str) -> None:
@@ -61,6 +66,24 @@ def test_what_was_not_measured_is_violated(metric: str, sign: str) -> None:
     empty = dict.fromkeys(row("gate")) | {"guard": "gate"}
     (line,) = parse_gate(f"{metric}{sign}0.5").violations({"results": [empty]})
     assert "gate" in line
+    assert "not measured" in line
+
+
+def test_several_hops() -> None:
+    """A guard has a row for every topology; the graph's ASR is what counts."""
+    rows = [
+        {"topology": t, "guard": g, "variant": "per-agent", "utility": 0.9, "floor": 0.01,
+         "asr_graph": asr, "asr_graph_ci": [asr, asr + 0.1], "errors": 1}
+        for t, g, asr in (("chain", "gate", 0.1), ("tree", "gate", 0.3), ("tree", "none", 0.9))
+    ]  # fmt: skip
+    report = {"results": rows}
+    assert parse_gate("gate.asr_upper>0.35").violations(report) == [
+        "tree gate per-agent: asr_upper 0.4 > 0.35"
+    ]
+    assert len(parse_gate("gate.advantage>0.05").violations(report)) == 2
+    assert len(parse_gate("asr>0.2").violations(report)) == 2
+    assert parse_gate("gate.asr>0.5 or errors>1").violations(report) == []
+    (line, *_) = parse_gate("gate.injection>0.5").violations(report)
     assert "not measured" in line
 
 

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from lcguard.attacks.probe import ProbeAttack
 from lcguard.commands.compose import PRESETS
-from lcguard.commands.evaluation import planned_units, progress
 from lcguard.commands.inventory import count_units, find_runs
+from lcguard.commands.kinds import planned_units
+from lcguard.commands.progress import progress
 from lcguard.commands.stress import stressed
 from lcguard.config import dump_config, load_config
 from lcguard.evaluation.compare import compare
@@ -195,6 +196,46 @@ def test_other_code_is_told(copy: Path) -> None:
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("kind: multi\n" + TINY)
     assert "'multi'" in one_line(lcguard("eval", "run", "x.yaml", cwd=tmp_path))
+
+
+HOPS = """\
+kind: multihop
+title: hops
+data: {seed: 5, train_scenarios: 12, test_scenarios: 4, min_fields: 2, max_fields: 2}
+topologies: [{name: pair, kind: chain, agents: 3}]
+guards: [{name: identity, guard: identity}, {name: redact, guard: redact}]
+attacks: [{name: probe, attack: probe, options: {width: 32, fit: {steps: 10, batch: 64}}}]
+seeds: [0]
+"""
+
+
+def test_several_hops_by_the_same_commands(tmp_path: Path) -> None:
+    """``kind: multihop`` has its own schema and tables; folders, gates and lists are common."""
+    (tmp_path / "hops.yaml").write_text(HOPS)
+    gate = ("--fail-if", "identity.utility<0.1 or redact.asr>=0")
+    done = lcguard("eval", "run", "hops.yaml", "--out", "runs/hops", *gate, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "violated: pair redact per-agent: asr" in done.stderr
+    assert "ASR, graph" in done.stdout
+    run = tmp_path / "runs" / "hops"
+    assert "kind: multihop" in (run / "config.yaml").read_text()
+    units = count_units(run / "attempts.jsonl")
+    again = lcguard("eval", "resume", "runs/hops", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert count_units(run / "attempts.jsonl") == units
+    before = (run / "report.md").read_text()
+    (run / "report.md").unlink()
+    shown = lcguard("eval", "report", "runs/hops", "--format", "md", cwd=tmp_path)
+    assert shown.stdout == before + "\n"
+    args = ("eval", "compare", "runs/hops", "runs/hops", "--fail-on-regression")
+    same = lcguard(*args, cwd=tmp_path)
+    assert same.returncode == 0, same.stderr
+    assert "pair redact per-agent" in same.stdout
+    (entry,) = find_runs(tmp_path / "runs")
+    assert entry.state == f"complete, {units} units"
+    assert entry.best is not None
+    refused = lcguard("eval", "run", "hops.yaml", "--out", "x", "--stress", cwd=tmp_path)
+    assert "one hop" in one_line(refused)
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lcguard.commands.compose import evaluate, load_plan, preset, report_of, setup
+from lcguard.commands.compose import load_plan, preset, report_of, setup
 from lcguard.commands.gate_expression import Gate, parse_gate
-from lcguard.commands.multihop import evaluate_multihop
+from lcguard.commands.kinds import KINDS, Kind, kind_for, kind_of, shown
+from lcguard.commands.progress import progress
 from lcguard.commands.stress import stressed
-from lcguard.config import read_mapping
 from lcguard.evaluation.compare import FIGURES, Comparison
 from lcguard.evaluation.folder import FinishedJournal, RunFolder
-from lcguard.evaluation.multihop_plan import MultihopConfig
-from lcguard.evaluation.plan import EvalConfig, PolicySpec
-from lcguard.evaluation.report import to_html, to_markdown, write_report
-from lcguard.evaluation.verdict import mapping, number, records
+from lcguard.evaluation.plan import EvalConfig
+from lcguard.evaluation.verdict import mapping
 
 FORMATS = ("table", "md", "json", "html")
 GATE_EXIT, ERRORS_EXIT = 3, 4
@@ -38,18 +31,18 @@ def run(
     console: Console,
     device: str | None = None,
     fail_if: Sequence[str] = (),
-) -> tuple[dict[str, Any], int]:
-    """Runs or resumes; the report and the exit code.
+) -> int:
+    """Runs or resumes; the exit code.
 
     Raises ``ValueError`` for a gate that cannot be judged before anything is run.
     """
-    kind = next(k for k in KINDS.values() if isinstance(config, k.schema))
+    kind = kind_for(config)
     gates = read_gates(fail_if)
     for gate in gates:
-        gate.check_guards([g.name for g in config.guards])
+        gate.check_guards(list(dict.fromkeys(g.name for g in config.guards)))
     with progress(console, kind.units(config)) as (say, advance):
         report = kind.evaluate(config, out, command, say, device, advance)
-    return report, judge(report, gates, console)
+    return judge(report, gates, console)
 
 
 def load_evaluation(
@@ -71,10 +64,13 @@ def load_evaluation(
 
 def load_started(path: Path) -> Any:
     """The configuration that a folder's run was started with."""
-    folder = RunFolder(path)
-    if folder.config_file.exists():
-        folder = RunFolder(path, kind_of(folder.config_file).schema)
-    return folder.config()
+    return RunFolder(path, started_kind(path).schema).config()
+
+
+def started_kind(path: Path) -> Kind:
+    """The kind of a folder's run; one hop where no configuration is left."""
+    file = RunFolder(path).config_file
+    return kind_of(file) if file.exists() else KINDS["hop"]
 
 
 def rerender(
@@ -92,12 +88,13 @@ def rerender(
     folder = RunFolder(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give a run's, as `lcguard eval list` shows them")
+    kind = started_kind(path)
     stored = stored or not (folder.journal_file.exists() and folder.config_file.exists())
-    if stored or kind_of(folder.config_file).schema is not EvalConfig:
+    if stored or kind.schema is not EvalConfig:
         report = folder.report()
     else:
         report = _from_journal(folder, device)
-    write_report(report, path)
+    kind.write(report, path)
     return report
 
 
@@ -145,27 +142,12 @@ def judge(report: Mapping[str, Any], gates: Sequence[Gate], console: Console) ->
     return code
 
 
-COLUMNS = {
-    "utility": "utility",
-    "training-time ASR": "asr_train",
-    "fresh ASR": "asr_fresh",
-    "injection": "asr_injection",
-    "floor": "floor",
-    "ceiling": "ceiling",
-}
-
-
-def result_table(report: Mapping[str, Any]) -> Table:
-    """A report's main figures; errors get a column of their own."""
-    table = Table(title=str(report.get("title")))
-    for name in ("guard", *COLUMNS, "errors"):
-        table.add_column(name)
-    for row in records(report.get("results")):
-        ci = row.get("asr_fresh_ci")
-        cells = [shown(row.get(key)) for key in COLUMNS.values()]
-        if isinstance(ci, list | tuple) and len(ci) == 2:
-            cells[2] += f" [{shown(ci[0])}, {shown(ci[1])}]"
-        table.add_row(str(row.get("guard")), *cells, str(mapping(row.get("counts")).get("error")))
+def result_table(report: Mapping[str, Any], kind: Kind) -> Table:
+    """A report's main figures."""
+    found = kind.table(report)
+    table = Table(*found.headers, title=str(report.get("title")))
+    for row in found.rows:
+        table.add_row(*row)
     return table
 
 
@@ -185,88 +167,8 @@ def comparison_table(found: Comparison) -> Table:
     return table
 
 
-def rendered(report: Mapping[str, Any], form: str) -> str | Table:
-    """The report in one of ``FORMATS``."""
-    if form == "md":
-        return to_markdown(report)
-    if form == "html":
-        return to_html(report)
-    if form == "json":
-        return json.dumps(report, indent=2, ensure_ascii=False)
-    return result_table(report)
-
-
-def shown(value: Any) -> str:
-    found = number(value)
-    return "-" if found is None else f"{found:.3f}"
-
-
-# -- kinds and progress
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a configuration's top-level key ``kind`` stands for."""
-
-    schema: type[Any]
-    """A frozen dataclass with ``guards``; kinds other than the default have a field ``kind``."""
-    evaluate: Callable[..., dict[str, Any]]
-    """``(config, out, command, say, device, progress) -> report``, as ``compose.evaluate``."""
-    units: Callable[[Any], int]
-    """How many units a run makes at most."""
-
-
-def planned_units(config: EvalConfig) -> int:
-    """Units at most: fewer are made where the first attack breaks a guard."""
-    seeds = len(config.seeds)
-    total = seeds + 1  # floors, and the unguarded receiver
-    for guard in config.guards:
-        total += seeds * (1 + int(config.injection) + (len(guard.attacks) or len(config.attacks)))
-    chosen = len(config.policy_attacks) or len(config.attacks)
-    extra: list[PolicySpec] = [*config.policies, *([config.derived] if config.derived else [])]
-    return total + sum(1 + seeds * (1 + (chosen if p.forbid else 0)) for p in extra)
-
-
-@contextmanager
-def progress(
-    console: Console, total: int
-) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
-    """Ways to say a line and to say how many units are done: a bar on a terminal, none in CI."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    if not console.is_terminal or os.environ.get("CI"):
-        yield say, lambda units: None
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("units at most"), TimeElapsedColumn())
-    # No thread and no redirection: attacks run in forked children, which would inherit its locks.
-    with Progress(
-        *columns, console=console, transient=True, auto_refresh=False,
-        redirect_stdout=False, redirect_stderr=False,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("units", total=total)
-        yield say, lambda units: bar.update(task, completed=units, refresh=True)
-
-
-def planned_hop_units(config: MultihopConfig) -> int:
-    """Units of a run over several hops, at most."""
-    per_guard = 1 + len(config.attacks)
-    seeds, graphs = len(config.seeds), len(config.topologies)
-    curves = 4 * len(config.curves.guards) if config.curves.attack else 0
-    return graphs * (1 + seeds * (1 + len(config.guards) * per_guard)) + curves
-
-
-KINDS = {
-    "hop": Kind(EvalConfig, evaluate, planned_units),
-    "multihop": Kind(MultihopConfig, evaluate_multihop, planned_hop_units),
-}
-"""``hop``, one hop at a time, is what a file is that names no kind."""
-
-
-def kind_of(path: Path) -> Kind:
-    """Raises ``ValueError`` naming the kinds there are."""
-    name = read_mapping(path).get("kind", "hop")
-    if name not in KINDS:
-        raise ValueError(f"{path}: kind {name!r} is unknown; use one of: {', '.join(KINDS)}")
-    return KINDS[name]
+def rendered(path: Path, form: str) -> str | Table:
+    """A run's report as it lies in its folder, in one of ``FORMATS``."""
+    if form != "table":
+        return (path / f"report.{form}").read_text(encoding="utf-8")
+    return result_table(RunFolder(path).report(), started_kind(path))

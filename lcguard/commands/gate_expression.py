@@ -22,15 +22,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcguard.evaluation.verdict import interval, mapping, number, records
+from lcguard.evaluation.compare import headline, label
+from lcguard.evaluation.verdict import mapping, number, records
 
 Row = Mapping[str, Any]
 
 
 def _bound(index: int) -> Callable[[Row], float | None]:
     def read(row: Row) -> float | None:
-        found = interval(row.get("asr_graph_ci" if "asr_graph" in row else "asr_fresh_ci"))
-        return None if found is None else found[index]
+        ci = headline(row)[1]
+        return None if ci is None else ci[index]
 
     return read
 
@@ -40,7 +41,7 @@ def _field(name: str) -> Callable[[Row], float | None]:
 
 
 def _asr(row: Row) -> float | None:
-    return number(row.get("asr_graph" if "asr_graph" in row else "asr_fresh"))
+    return headline(row)[0]
 
 
 def _advantage(row: Row) -> float | None:
@@ -89,8 +90,7 @@ class Condition:
     def line(self, row: Row) -> str:
         value = METRICS[self.metric](row)
         shown = f"{value:.4g}" if value is not None else "not measured, which counts as violated:"
-        label = " ".join(str(row[k]) for k in ("topology", "guard", "variant") if k in row)
-        return f"{label or '?'}: {self.metric} {shown} {self.sign} {self.limit:g}"
+        return f"{label(row)}: {self.metric} {shown} {self.sign} {self.limit:g}"
 
 
 @dataclass(frozen=True)

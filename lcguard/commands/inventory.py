@@ -15,6 +15,7 @@ from lcguard.attacks.base import BROKEN, attack_class
 from lcguard.attacks.base import names as attack_names
 from lcguard.commands.compose import PRESETS
 from lcguard.config import read_mapping
+from lcguard.evaluation.compare import headline, label
 from lcguard.evaluation.folder import RunFolder
 from lcguard.evaluation.verdict import mapping, number, records
 from lcguard.guards import guard_class
@@ -75,14 +76,12 @@ def _entry(folder: RunFolder) -> RunEntry | None:
     manifest = _json(folder.path / "manifest.json")
     rows = records(report.get("results"))
     date = str(report.get("created") or manifest.get("created") or "")
-    scored = [
-        (v, str(r.get("guard"))) for r in rows if (v := number(r.get("asr_fresh"))) is not None
-    ]
+    scored = [(value, label(r)) for r in rows if (value := headline(r)[0]) is not None]
     return RunEntry(
         folder.path,
         str(report.get("title") or title),
         state,
-        tuple(str(r.get("guard")) for r in rows) or guards,
+        tuple(dict.fromkeys(str(r.get("guard")) for r in rows)) or guards,
         min(scored) if scored else None,
         date,
     )
@@ -147,8 +146,8 @@ def attack_table() -> Table:
 def broken_plugins() -> Iterator[str]:
     """One line per plugin that cannot be used."""
     attack_names()
-    for label, why in BROKEN.items():
-        yield f"attack plugin {label} is broken: {why}"
+    for plugin, why in BROKEN.items():
+        yield f"attack plugin {plugin} is broken: {why}"
 
 
 def guard_table() -> Table:

@@ -17,8 +17,7 @@ from typing import Any
 from lcguard.evaluation.verdict import ASR_MARGIN, interval, mapping, number, records
 
 THRESHOLD = ASR_MARGIN
-FIGURES = {"utility": "utility", "asr": "asr_fresh", "injection": "asr_injection"}
-"""Short name to the report's key."""
+FIGURES = ("utility", "asr", "injection")
 _MORE_IS_BETTER = ("utility",)
 
 
@@ -70,6 +69,24 @@ class Comparison:
         return lines
 
 
+def label(row: Mapping[str, Any]) -> str:
+    """The guard's name; over several hops with its topology and variant."""
+    return " ".join(str(row[k]) for k in ("topology", "guard", "variant") if k in row) or "?"
+
+
+def headline(row: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
+    """Fresh ASR with its interval; over several hops, what the whole graph gives away."""
+    key = "asr_graph" if "asr_graph" in row else "asr_fresh"
+    return number(row.get(key)), interval(row.get(f"{key}_ci"))
+
+
+def _figures(row: Mapping[str, Any] | None) -> tuple[float | None, ...]:
+    """In the order of ``FIGURES``."""
+    if row is None:
+        return (None, None, None)
+    return number(row.get("utility")), headline(row)[0], number(row.get("asr_injection"))
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """From a run's folder or from the JSON file itself. Raises ``ValueError`` where it is none."""
     file = path / "report.json" if path.is_dir() else path
@@ -105,7 +122,7 @@ def compare(
             f"the two runs are not on the same records: {'; '.join(apart)}; compare runs of one "
             "data configuration, or add --force"
         )
-    rows_a, rows_b = ({str(r.get("guard")): r for r in records(x.get("results"))} for x in (a, b))
+    rows_a, rows_b = ({label(r): r for r in records(x.get("results"))} for x in (a, b))
     names = [*rows_a, *(n for n in rows_b if n not in rows_a)]
     return Comparison(
         (str(a.get("title")), str(b.get("title"))),
@@ -140,7 +157,12 @@ def _other_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     if sources[0] != sources[1]:
         found.append("the code of lcguard")
     attacks = [
-        {n for r in records(x.get("results")) for n in mapping(r.get("asr_fresh_by_attack"))}
+        {
+            name
+            for r in records(x.get("results"))
+            for key in ("asr_fresh_by_attack", "asr_graph_by_attack")
+            for name in mapping(r.get(key))
+        }
         for x in (a, b)
     ]
     if attacks[0] != attacks[1]:
@@ -158,13 +180,18 @@ def _guard(
         note = "only in the second run" if a is None else "only in the first run"
     elif a.get("guard_digest") != b.get("guard_digest"):
         note = "changed"
-    moves = {}
-    for short, key in FIGURES.items():
-        before, after = (number(x.get(key)) if x else None for x in (a, b))
-        overlap = None
-        if short == "asr" and a and b:
-            overlap = _overlap(interval(a.get("asr_fresh_ci")), interval(b.get("asr_fresh_ci")))
-        moves[short] = Move(before, after, _worse(short, before, after, threshold), overlap)
+    overlap = None
+    if a is not None and b is not None:
+        overlap = _overlap(headline(a)[1], headline(b)[1])
+    moves = {
+        figure: Move(
+            before,
+            after,
+            _worse(figure, before, after, threshold),
+            overlap if figure == "asr" else None,
+        )
+        for figure, before, after in zip(FIGURES, _figures(a), _figures(b), strict=True)
+    }
     return GuardComparison(name, moves, note)
 
 
