@@ -115,7 +115,8 @@ class GradientPredictionAttack(BaseAttack):
         """The same for every token: the mean row of the embedding table, at the rows' size."""
         table = embedding_table(self.known.source)
         mean = F.normalize(table.mean(0), dim=0) * table.norm(dim=1).mean()
-        return mean.expand(*kv.valid.shape, -1)
+        start: Tensor = mean.expand(*kv.valid.shape, -1)
+        return start
 
     def residual(self, embeds: Tensor, observed: KVBatch, mask: Mask) -> Tensor:
         """``r [B, T, F]``, 0 at padding."""

@@ -188,7 +188,8 @@ class TriggerAttack(BaseAttack):
         """Minus the model's log-probability of every token at a place, ``[V]``."""
         before = [*self._opening(data), *trigger[:at]] or [trigger[0]]
         logits = self.known.source.model(input_ids=self._tensor([before])).logits[0, -1]
-        return -logits.float().log_softmax(-1).cpu()
+        unlikely: Tensor = -logits.float().log_softmax(-1).cpu()
+        return unlikely
 
     @torch.no_grad()
     def _loss(self, reader: ProbeAttack, data: AttackData) -> float:

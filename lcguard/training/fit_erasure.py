@@ -19,7 +19,7 @@ from lcguard.guards.erasure import ErasureGuard
 from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
 
-_INDEX = {name: i for i, name in enumerate(CATEGORIES)}
+_INDEX: dict[str, int] = {name: i for i, name in enumerate(CATEGORIES)}
 
 
 def frequent_tokens(records: Sequence[TokenRecord], values: int) -> list[dict[int, int]]:
