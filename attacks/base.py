@@ -124,6 +124,7 @@ BUILT_IN = (
     "collision",
     "composition",
     "decoder",
+    "gauss_newton",
     "gradient_prediction",
     "injection",
     "inversion",

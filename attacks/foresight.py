@@ -20,14 +20,17 @@ from lcguard.protocols import Guard, KVBatch, Mask
 
 class Foresight:
     """Of one guard; ``own`` are raw segments of the attacker's, ``layer`` the one compared (None:
-    all). Raises ``ValueError`` for a guard whose mean cannot be computed."""
+    all), ``undo`` whether an inverse at hand is used. Raises ``ValueError`` for a guard whose mean
+    cannot be computed."""
 
-    def __init__(self, guard: Guard | None, own: KVBatch, layer: int | None = None) -> None:
+    def __init__(
+        self, guard: Guard | None, own: KVBatch, layer: int | None = None, undo: bool = True
+    ) -> None:
         if guard is not None and not isinstance(guard, FrozenGuard):
             raise ValueError(f"guard {guard.name!r} shows no weights: give a FrozenGuard")
         module = None if guard is None else guard.module
         self.layers = slice(None) if layer is None else slice(layer, layer + 1 or None)
-        self._inverse: Any = getattr(module, "unlock", None)
+        self._inverse: Any = getattr(module, "unlock", None) if undo else None
         self.module: GuardModule | None = None if self._inverse else module
         z = _channels(own)[own.valid]  # [N, L, 2, C]
         self._center, self._scale = z.mean(0), z.std(0).clamp_min(1e-4)
@@ -68,6 +71,13 @@ class Foresight:
             tokens = _beside(parts, len(tokens))
         z = self.module.standardise(tokens).float()
         return self.module.rewrite(z, tokens.valid, _repeat(mask, len(z))).mean[:, at, self.layers]
+
+    def segment(self, kv: KVBatch, mask: Mask) -> Tensor:
+        """The mean of what a raw segment (B = 1) becomes: ``[T, L', 2, C]``; differentiable."""
+        if self.module is None:
+            return ((_channels(kv)[0] - self._center) / self._scale)[:, self.layers]
+        z = self.module.standardise(kv).float()
+        return self.module.rewrite(z, kv.valid, mask).mean[0, :, self.layers]
 
     def _unfinish(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Offset ``[L, 2, C]`` and inverse matrices ``[L, 2, C, C]`` of ``finish``."""

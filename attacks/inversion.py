@@ -193,7 +193,8 @@ class _Table:
     def solve(self, y: Tensor) -> Tensor:
         """The hidden states ``[N, d]`` that explain ``y`` best, the shortest where many do."""
         assert self.matrix is not None
-        return self.anchor + (y - self.kv[0])[:, self.index] @ self.inverse.T
+        state: Tensor = self.anchor + (y - self.kv[0])[:, self.index] @ self.inverse.T
+        return state
 
     def nearest(self, seen: Tensor, shortlist: int) -> Tensor:
         y = (seen - self.center) / self.scale

@@ -7,6 +7,7 @@ of the others. The cache is held once, whatever their number; the chosen one's e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,9 @@ class Siblings:
         self._values = self._keys.clone()
         if on is not None:
             cache = kv_to_cache(on.trim(), source.rotary, source.config, suffix_tokens=n_tokens)
-            past = list(cache.layers)
-            self._keys = torch.cat([layer.keys for layer in past]).to(self._keys)  # type: ignore[misc]
-            self._values = torch.cat([layer.values for layer in past]).to(self._keys)  # type: ignore[misc]
+            past: list[Any] = list(cache.layers)
+            self._keys = torch.cat([layer.keys for layer in past]).to(self._keys)
+            self._values = torch.cat([layer.values for layer in past]).to(self._keys)
         self._start = self._keys.shape[2]
         check_window(source.config, self._start, n_tokens)
         self._hidden: Tensor | None = None
@@ -67,9 +68,9 @@ class Siblings:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[0]
-        layers = list(cache.layers)
-        keys = torch.cat([layer.keys[:, :, past:] for layer in layers])  # type: ignore[index]
-        values = torch.cat([layer.values[:, :, past:] for layer in layers])  # type: ignore[index]
+        layers: list[Any] = list(cache.layers)
+        keys = torch.cat([layer.keys[:, :, past:] for layer in layers])
+        values = torch.cat([layer.values[:, :, past:] for layer in layers])
         self._new = keys, values, hidden
 
     def entries(self) -> KVBatch:

@@ -43,6 +43,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "injection": {"max_tokens": 8},
     "inversion": {"shortlist": 16},
     "collision": {"max_records": 2, "calibration": 4},
+    "gauss_newton": {"max_records": 2},
     "linear": {"max_tokens": 1500},
     "gradient_prediction": {"records": 32, "steps": 50},
     "trigger": {

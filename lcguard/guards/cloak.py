@@ -133,7 +133,8 @@ def _orthogonal(key: bytes, n: int) -> Tensor:
     words = key_stream(key, 0, -(-n * n // WORDS)).flatten()
     draws = normals(words)[: n * n].double().view(n, n)
     q, r = torch.linalg.qr(draws)
-    return q * r.diagonal().sign()
+    fixed: Tensor = q * r.diagonal().sign()
+    return fixed
 
 
 def _reorder(z: Tensor, order: Tensor) -> Tensor:
