@@ -59,17 +59,19 @@ def with_message(
 def publish(data: AttackData, known: Knowledge, salt: str) -> AttackData:
     """Prefills the contexts anew and guards them; noise is a function of salt and record."""
     rows = [context_of(data, i) for i in range(len(data))]
+    before = data.meta.get("on")  # what the senders had consumed, on a hop after the first
     parts = []
     for first in range(0, len(rows), 64):
         cut = slice(first, first + 64)
-        kv = known.source.prefill(rows[cut])
+        on = None if before is None else before[cut]
+        kv = known.source.prefill(rows[cut], on=on)
         if known.guard is not None:
             keys = [noise_key(0, f"{salt} {name}") for name in data.record_ids[cut]]
             twin = None
             if known.guard.needs_twin:
                 filler = neutral_token(known)
                 pairs = zip(rows[cut], data.secrets[cut], strict=True)
-                twin = known.source.prefill([_neutral(r, s, filler) for r, s in pairs])
+                twin = known.source.prefill([_neutral(r, s, filler) for r, s in pairs], on=on)
             kv = known.guard(kv, data.mask[cut], keys=keys, twin=twin).kv
         parts.append(kv)
     return data.with_kv(_stack(parts))

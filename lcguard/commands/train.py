@@ -42,6 +42,8 @@ class TrainRun:
     average: float = 1.0
     """Share of this run's weights in an average with those of ``init``; 1 keeps them as they are.
     The average of two ends of one trajectory often lies better than both."""
+    average_with: str = ""
+    """Another guard than ``init`` to average with: a folder, or ``nano:NAME``."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -74,6 +76,8 @@ def run_training(
     backend = load_backend(run.model, device)
     make_module(run.train, backend.source)
     first = start_guard(run, backend)
+    if run.average_with:
+        load_other(run, backend)
     train, test = (backend.encoder.encode(hops) for hops in hops_for(run.data))
     if not train or not test:
         raise ValueError(f"{run.data.source}: no records to train on or to certify with")
@@ -89,8 +93,9 @@ def run_training(
         adversary_factory(run.train.adversary.attack),
         first,
     )
-    if first is not None:
-        average_weights(done.guard, first, run.average)
+    other = first if not run.average_with else load_other(run, backend)
+    if other is not None:
+        average_weights(done.guard, other, run.average)
     say(f"trained {run.train.steps} steps in {done.seconds:.0f} s")
     guard, figures = finish(run, done, backend, test, command)
     guard.save_pretrained(out / "guard")
@@ -145,13 +150,20 @@ def finish(
 
 def start_guard(run: TrainRun, backend: HFBackend) -> FrozenGuard | None:
     """The guard to go on from. Raises ``ValueError`` where it is another guard than configured."""
-    if not run.init:
-        return None
-    guard = load_guard(GuardSpec("init", path=run.init), backend)
+    return _same_guard("init", run.init, run, backend) if run.init else None
+
+
+def load_other(run: TrainRun, backend: HFBackend) -> FrozenGuard:
+    """The guard to average with; as ``start_guard``."""
+    return _same_guard("average_with", run.average_with, run, backend)
+
+
+def _same_guard(key: str, path: str, run: TrainRun, backend: HFBackend) -> FrozenGuard:
+    guard = load_guard(GuardSpec(key, path=path), backend)
     wanted = make_module(run.train, backend.source)
     if guard.name != run.train.guard or guard.module.options() != wanted.options():
         raise ValueError(
-            f"init {run.init!r} is {guard.name} {guard.module.options()}, the run wants "
+            f"{key} {path!r} is {guard.name} {guard.module.options()}, the run wants "
             f"{run.train.guard} {wanted.options()}"
         )
     return guard
