@@ -5,7 +5,7 @@ leaks with a model. Here a sentence is scored by its *atoms*, the values that a 
 verbatim:
 
 - ``email``, ``date``, ``time``, ``amount``: by their form;
-- ``number``: of two characters or more, or one digit with its unit; the unit is the next word;
+- ``number``: of two characters or more, or one digit with its unit, the next word;
 - ``name``: a run of words that are capitalised in both texts. At the start of a sentence a
   capitalised word counts only if it is so elsewhere too, is in Faker's lists of names, or
   another than a given name follows;
@@ -113,14 +113,14 @@ class AtomFinder:
         self._phrases = phrases
         self._known = known_words(known)
         self._names = {w for text in (*items, *context) for w in _capitalised(text)}
-        self._grams: dict[tuple[str, ...], dict[int, bool]] = {}
+        self._grams: dict[tuple[str, ...], dict[int, list[bool]]] = {}
         for i, item in enumerate(items):
             for run in _runs(_tokens(item, self._names)):
                 for a in range(len(run)):
                     for b in range(a + 1, min(len(run), a + LONGEST) + 1):
-                        named = all(t.kind == "name" for t in run[a:b])
-                        items_of = self._grams.setdefault(tuple(t.word for t in run[a:b]), {})
-                        items_of[i] = items_of.get(i, False) or named
+                        part = run[a:b]
+                        named = [t.kind == "name" for t in part]
+                        self._grams.setdefault(tuple(t.word for t in part), {})[i] = named
 
     def find(self, text: str) -> list[Atom]:
         """All atoms of a text, in order; every occurrence of a value is one."""
@@ -141,9 +141,11 @@ class AtomFinder:
             if words not in self._grams or set(words) <= self._known:
                 continue
             from_items = self._grams[words]
-            kind = _kind(part)
-            if kind == "name" and not any(from_items.values()):  # a heading's capitals
-                kind = "phrase" if n > 1 else None
+            # a capital in one of the two alone is a heading's or a sentence's
+            named = [any(column) for column in zip(*from_items.values(), strict=True)]
+            kinds = ["word" if t.kind == "name" and not both else t.kind
+                     for t, both in zip(part, named, strict=True)]  # fmt: skip
+            kind = _kind(words, kinds)
             if kind is None or (kind == "phrase" and not self._phrases):
                 continue
             return Atom(part[0].start, part[-1].end, kind, words, tuple(from_items))
@@ -162,19 +164,20 @@ def parts_of_names(
     ]
 
 
-def _kind(part: Sequence[_Token]) -> str | None:
+def _kind(words: Sequence[str], kinds: Sequence[str]) -> str | None:
     """The kind of a value made of these tokens; None where they make none."""
-    first, n = part[0], len(part)
-    if first.kind == "number":
-        if n == 1:
-            return "number" if len(first.word) > 1 else None
-        return "number" if n == 2 and part[1].kind == "word" else None
-    if first.kind not in ("name", "word"):
-        return first.kind if n == 1 else None
-    if any(t.kind != first.kind for t in part):
+    first, n = kinds[0], len(words)
+    if first == "number":
+        bare = len(words[0]) == 1
+        return (
+            "number" if (n == 2 and bare and kinds[1] == "word") or (n == 1 and not bare) else None
+        )
+    if first not in ("name", "word"):
+        return first if n == 1 else None
+    if any(kind != first for kind in kinds):
         return None
-    if first.kind == "name":
-        return "name" if any(not t.word.endswith(".") for t in part) else None
+    if first == "name":
+        return "name" if any(not word.endswith(".") for word in words) else None
     return "phrase" if n > 1 else None
 
 
@@ -223,7 +226,8 @@ _FAKER: Final = _GIVEN | _faker("last")
 
 @lru_cache(maxsize=256)
 def _words(text: str) -> frozenset[str]:
-    return frozenset(t.word for t in _tokens(text, set()))
+    # "96-hour" tells what "96" does
+    return frozenset(part for t in _tokens(text, set()) for part in (t.word, *t.word.split("-")))
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ from typing import Final
 
 from lcguard.agents.scenarios import phrasing
 from lcguard.agents.scenarios.atoms import Atom, parts_of_names
+from lcguard.agents.scenarios.topics import category_of
 from lcguard.agents.scenarios.types import Question, Record, Scenario, Span, hops_of
 
 REPEAT: Final = "repeat"
@@ -147,6 +148,19 @@ def _unasked(record: Record) -> int:
     )
 
 
+def categories_of(atoms: Iterable[Atom], items: Sequence[str]) -> dict[tuple[str, ...], str]:
+    """The category of each distinct atom, by its words; part of a name is as the name."""
+    first = {a.words: a for a in atoms}
+    names = sorted((w for w, a in first.items() if a.kind == "name"), key=len, reverse=True)
+    out: dict[tuple[str, ...], str] = {}
+    for words, atom in first.items():
+        whole = words
+        if atom.kind == "name":
+            whole = next((n for n in names if set(words) < set(n)), words)
+        out[words] = category_of(atom.kind, whole, items[first[whole].items[0]])
+    return out
+
+
 def secret_values(
     text: str,
     found: Sequence[Atom],
@@ -154,14 +168,18 @@ def secret_values(
     known: Iterable[str],
     categories: Mapping[tuple[str, ...], str],
 ) -> tuple[Value, ...]:
-    """The values of the found atoms, and between them parts of the names (not scored).
+    """The values of the found atoms, and between them single words of their names.
 
-    ``categories`` is by an atom's words.
+    Parts of a name are guarded, not scored. ``categories`` is by an atom's words.
     """
-    values = [Value(a.start, a.end, a.kind, categories[a.words]) for a in found]
+    known, names = list(known), sorted(names)
+    values = []
+    for a in found:
+        part = a.kind == "name" and any(set(a.words) < set(name) for name in names)
+        values.append(Value(a.start, a.end, a.kind, categories[a.words], scored=not part))
     for part in parts_of_names(text, names, known):
         if all(part.end <= a.start or a.end <= part.start for a in found):
-            category = next(c for words, c in categories.items() if part.words[0] in words)
+            category = next(categories[name] for name in names if part.words[0] in name)
             values.append(Value(part.start, part.end, part.kind, category, scored=False))
     return tuple(values)
 

@@ -27,6 +27,7 @@ from lcguard.agents.scenarios.documents import data_path, load_json, parse
 from lcguard.agents.scenarios.excerpts import (
     Piece,
     Value,
+    categories_of,
     excerpt,
     secret_fields,
     secret_values,
@@ -34,7 +35,6 @@ from lcguard.agents.scenarios.excerpts import (
     windows,
 )
 from lcguard.agents.scenarios.lines import ScenarioError
-from lcguard.agents.scenarios.topics import category_of
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Record, Scenario
 from lcguard.categories import CATEGORIES
 
@@ -148,7 +148,7 @@ def _hand(
     open_ = AtomFinder(list(shared.values()), (), context, phrases=False)
     atoms = [a for text in private.values() for part in sentences(text) for a in hidden.find(part)]
     names = {a.words for a in atoms if a.kind == "name"}
-    categories = {a.words: category_of(a.kind, a.words, facts[a.items[0]]) for a in atoms}
+    categories = categories_of(atoms, facts)
 
     def secrets(part: str) -> tuple[Value, ...]:
         return secret_values(part, hidden.find(part), names, known, categories)

@@ -25,6 +25,7 @@ from lcguard.agents.scenarios.atoms import AtomFinder
 from lcguard.agents.scenarios.documents import data_path, load_json, parse
 from lcguard.agents.scenarios.excerpts import (
     Piece,
+    categories_of,
     excerpt,
     secret_fields,
     secret_values,
@@ -32,7 +33,6 @@ from lcguard.agents.scenarios.excerpts import (
     windows,
 )
 from lcguard.agents.scenarios.lines import ScenarioError
-from lcguard.agents.scenarios.topics import category_of
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Scenario
 from lcguard.categories import CATEGORIES
 
@@ -106,7 +106,7 @@ def _scenario(entry: _Entry, max_chars: int) -> Scenario:
     finder = AtomFinder(items, known, text)
     atoms = [a for part in text for a in finder.find(part)]
     names = {a.words for a in atoms if a.kind == "name"}
-    categories = {a.words: category_of(a.kind, a.words, items[a.items[0]]) for a in atoms}
+    categories = categories_of(atoms, items)
     pieces: list[Piece] = []
     for key, parts in leaves:
         for i, part in enumerate(parts):
@@ -124,7 +124,11 @@ def _scenario(entry: _Entry, max_chars: int) -> Scenario:
         "privacylens",
         "assistant",
         (AgentSpec(SENDER, SENDER, records), AgentSpec(RECEIVER, source.final_action, ())),
-        (EdgeSpec(SENDER, RECEIVER, tuple(c for c in CATEGORIES if c in categories.values())),),
+        (
+            EdgeSpec(
+                SENDER, RECEIVER, tuple(c for c in CATEGORIES if c in set(categories.values()))
+            ),
+        ),
         None,
         secret_fields(records),
         tuple(item for i, item in enumerate(items) if i not in shared),

@@ -24,10 +24,10 @@ KEYWORDS: Final[Mapping[Category, tuple[str, ...]]] = {
         "user name", "login", "access code", "api key", "routing number", "pin code",
     ),
     "health": (
-        "diagnos", "health", "medical", "medication", "therap", "disease", "disorder", "symptom",
-        "treatment", "patient", "depress", "anxiety", "cancer", "surgery", "pregnan", "illness",
-        "clinic", "hospital", "addiction", "counseling", "doctor", "prescri", "hiv", "diabet",
-        "allerg", "disabilit", "rehab", "psych",
+        "diagnos", "health", "medical", "medication", "therap", "chemo", "disease", "disorder",
+        "symptom", "treatment", "patient", "depress", "anxiety", "cancer", "surgery", "pregnan",
+        "illness", "clinic", "hospital", "addiction", "counseling", "doctor", "prescri", "hiv",
+        "diabet", "allerg", "disabilit", "rehab", "psych",
     ),
     "finance": (
         "salary", "salaries", "income", "debt", "loan", "mortgage", "bankrupt", "credit score",
