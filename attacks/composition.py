@@ -29,6 +29,38 @@ class CompositionAttack(DecoderAttack):
         max_segments: int = 16
         """Segments told apart; those beyond share the last mark."""
 
+    def start(self, pairs: AttackData, *, seed: int = 0) -> None:
+        """As the decoder; warm, it may start from a decoder fitted on single segments.
+
+        Segment marks start at zero weight, and ``agent.field`` as what the decoder knows of
+        ``field``. Raises ``ValueError`` for a decoder of another size.
+        """
+        warm = self.warm
+        if warm is None or isinstance(warm, CompositionAttack):
+            return super().start(pairs, seed=seed)
+        self.warm = None
+        super().start(pairs, seed=seed)
+        self.warm = warm
+        own, known = self.network.state_dict(), warm.network.state_dict()
+        for name, value in known.items():
+            if name == "writer.field.weight":
+                for full, row in self.fields.items():
+                    single = warm.fields.get(full.split(".", 1)[-1], len(warm.fields))
+                    own[name][row] = value[single]
+            elif name == "reader.read.weight":
+                own[name].zero_()
+                own[name][:, : value.shape[1]] = value
+            elif name in ("reader.center", "reader.scale"):
+                own[name][: len(value)] = value
+            elif own[name].shape == value.shape:
+                own[name].copy_(value)
+            else:
+                raise ValueError(
+                    f"the warm decoder's {name} is {tuple(value.shape)}, not "
+                    f"{tuple(own[name].shape)}: give both the same width and blocks"
+                )
+        self.network.load_state_dict(own)
+
     def inputs(self, batch: AttackData) -> Tensor:
         """Features and the token's segment as one-hot, ``[B, T, channels + max_segments]``.
 

@@ -27,8 +27,10 @@ from lcguard.evaluation.report import write_report
 from lcguard.evaluation.runner import AttackFactory, Runner, Setup
 from lcguard.evaluation.summary import run_all
 from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.guards.erasure import ErasureGuard
 from lcguard.protocols import Attack
 from lcguard.records import TokenRecord
+from lcguard.training.fit_erasure import fit_erasure
 
 T = TypeVar("T")
 PRESETS = Path(__file__).parent.parent / "agents" / "nano" / "presets"
@@ -72,11 +74,14 @@ def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
 def fit_plain_guards(
     guards: dict[str, FrozenGuard], backend: HFBackend, records: Sequence[TokenRecord]
 ) -> None:
-    """Channel statistics for guards without weights of their own: Gaussian noise is per channel."""
+    """Channel statistics for guards without weights of their own: Gaussian noise is per channel.
+    Erasers, on their own or as a part, learn their concepts from the records."""
     plain = [g for g in guards.values() if not g.module.trained]
     if plain:
         raw = backend.source.prefill([r.ids for r in records[:256]])
         for guard in plain:
+            if any(isinstance(part, ErasureGuard) for part in guard.module.modules()):
+                fit_erasure(guard.module, records, backend.source)
             guard.module.fit_statistics(raw)
 
 

@@ -44,11 +44,11 @@ def _graph(runner: MultihopRunner, spec: TopologySpec) -> Graph:
 def _attempts(runner: MultihopRunner, g: Graph, guard: HopGuard) -> list[Attempt]:
     """One fresh attack on all single segments of the largest graph."""
     c = runner.c
-    spec = replace(next(a for a in c.attacks if a.name == c.curves.attack), warm=False)
+    spec = next(a for a in c.attacks if a.name == c.curves.attack)
 
     def make() -> list[Attempt]:
         train, test = runner.pairs(g, guard, c.seeds[0])
-        guesses = runner.fit(spec, guard, train.single, c.seeds[0], g).recover(test.single)
+        guesses = runner.fit(spec, guard, train.single, c.seeds[0]).recover(test.single)
         return runner.score_single(guesses, test, guard, spec.name, c.seeds[0], "attack")
 
     return runner.unit("curve", g, guard, spec, c.seeds[0], make, curves=asdict(c.curves))

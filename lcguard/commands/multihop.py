@@ -16,7 +16,7 @@ from lcguard.agents.orchestrator import Trace, run
 from lcguard.agents.scenarios.types import Scenario
 from lcguard.agents.topology import Topology
 from lcguard.attacks.base import attack_class
-from lcguard.commands.compose import attack_factory, fit_plain_guards, load_guard
+from lcguard.commands.compose import attack_factory, fit_plain_guards, hops_for, load_guard
 from lcguard.commands.observe import Seen, scenarios_of, seen, topology_of
 from lcguard.evaluation.folder import RunFolder, RunJournal
 from lcguard.evaluation.hashing import digest
@@ -24,12 +24,12 @@ from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.multihop_plan import HopGuard, MultihopConfig, TopologySpec
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
 from lcguard.evaluation.parallel import side_by_side
-from lcguard.evaluation.plan import AttackSpec
+from lcguard.evaluation.plan import AttackSpec, DataConfig
 from lcguard.evaluation.statistics import mean_over_categories
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import Attack, AttackData, Guess
 from lcguard.records import TokenRecord
-from lcguard.training.dataset import blind
+from lcguard.training.dataset import attack_data, blind
 
 JOINT = "composition"
 """The attack that reads joint segments; all others read single ones."""
@@ -143,7 +143,8 @@ class MultihopRunner:
     def floor(self, g: Graph, seed: int) -> list[Attempt]:
         """The first fitted writer of values, on segments of other records."""
         spec = next((a for a in self.c.attacks if a.attack == "decoder"), self.c.attacks[0])
-        spec = replace(spec, name=f"{spec.name}-blind", warm=False)
+        spec = replace(spec, name=f"{spec.name}-blind", warm=False,
+                       options=spec.options | self.c.floor_options)  # fmt: skip
 
         def make() -> list[Attempt]:
             train, test = self.pairs(g, None, seed)
@@ -166,13 +167,13 @@ class MultihopRunner:
             train, test = self.pairs(g, guard, seed)
             for a in missing:
                 if a.warm:
-                    self.clean(g, a, train, seed)
+                    self.clean(a, seed)  # here, so that the children share it
 
             def job(a: AttackSpec) -> tuple[list[Guess], float]:
                 started = time.perf_counter()
                 data = (train.joint, test.joint) if a.attack == JOINT else (
                     train.single, test.single)  # fmt: skip
-                guesses = self.fit(a, guard, data[0], seed, g).recover(data[1])
+                guesses = self.fit(a, guard, data[0], seed).recover(data[1])
                 return guesses, time.perf_counter() - started
 
             device = self.model.source.device.type
@@ -190,21 +191,29 @@ class MultihopRunner:
 
         return [self.unit("attack", g, guard, a, seed, partial(make, a)) for a in specs]
 
-    def fit(
-        self, a: AttackSpec, guard: HopGuard | None, data: AttackData, seed: int, g: Graph
-    ) -> Attack:
-        warm = self._warm.get((g.topology.name, a.name, seed)) if a.warm else None
+    def fit(self, a: AttackSpec, guard: HopGuard | None, data: AttackData, seed: int) -> Attack:
+        warm = self.clean(a, seed) if a.warm else None
         frozen = self.guards[guard.label] if guard else None
         return self.make(a, warm, self.c.broken_at is not None, frozen).fit(data, seed=seed)
 
-    def clean(self, g: Graph, a: AttackSpec, guarded: Seen, seed: int) -> None:
-        """Fits the attack on raw KV of the attackers' own scenarios, for a warm start."""
-        key = (g.topology.name, a.name, seed)
+    def clean(self, a: AttackSpec, seed: int) -> Attack:
+        """A decoder fitted on raw KV of ordinary records of the attackers' own, whose many values
+        teach it more than a path's few: what decoder and composition start from, warm."""
+        options = {k: v for k, v in a.options.items() if k != "max_segments"}
+        cold = replace(a, name="clean", attack="decoder", warm=False,
+                       options=options | {"fit": a.clean_fit})  # fmt: skip
+        key = (digest(asdict(cold)), seed)
         if key not in self._warm:
-            raw = seen(self.trace(g, None, g.train, 0), self.model.special)
-            data = raw.joint if a.attack == JOINT else raw.single
-            cold = replace(a, warm=False, options={**a.options, "fit": a.clean_fit})
+            started = time.perf_counter()
+            wanted = DataConfig(seed=self.c.data.seed + 7, train_records=self.c.data.warm_records,
+                                test_records=1)  # fmt: skip
+            records = self.model.encoder.encode(hops_for(wanted)[0])
+            raw = self.model.source.prefill([r.ids for r in records])
+            data = attack_data(records, raw, self.model.special)
             self._warm[key] = self.make(cold, None, True, None).fit(data, seed=seed)
+            self.say(f"clean decoder for warm starts, seed {seed} "
+                     f"{time.perf_counter() - started:6.1f} s")  # fmt: skip
+        return self._warm[key]
 
     def run_guard(self, g: Graph, guard: HopGuard, seed: int) -> list[Attempt]:
         """All attacks; the first alone where it has broken the guard."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lcguard.categories import CATEGORIES
 from lcguard.evaluation.plan import AttackSpec, GuardSpec
@@ -65,6 +65,8 @@ class GraphData:
     min_fields: int = 3
     max_fields: int = 4
     filler: int = 1
+    warm_records: int = 900
+    """Ordinary single records on whose raw KV a decoder learns, for warm starts."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class MultihopConfig:
     """The cheapest first: where it breaks a guard the others are not run."""
     seeds: tuple[int, ...] = (0, 1, 2)
     broken_at: float | None = 0.9
+    floor_options: dict[str, Any] = field(default_factory=dict)
+    """Of the decoder that makes the blind floor, beside or in place of the attack's own."""
     run_all: tuple[str, ...] = ()
     """Guards (by name) on which every attack is run all the same, on the first topology with the
     first seed: an attack that recovers nothing there is no judge of a guard."""
