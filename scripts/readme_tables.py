@@ -187,6 +187,63 @@ def handoff(report: dict[str, Any]) -> str:
     )
 
 
+def multihop(report: dict[str, Any]) -> str:
+    """Guards over several hops."""
+    head = (
+        "topology", "guard", "variant", "utility", "ASR, worst edge", "ASR, graph [95%]",
+        "best attack", "floor", "gap", "composed ASR, edge -> graph", "latency / text",
+    )  # fmt: skip
+    return table(
+        head,
+        [
+            (
+                r["topology"], r["guard"], r["variant"],
+                f"{figure(r['utility'])} of {figure(r['utility_vanilla'])}",
+                figure(r["asr_edge_max"]), figure(r["asr_graph"]) + interval(r["asr_graph_ci"]),
+                str(r["asr_graph_best"]), figure(r["floor"]), figure(r["gap"]),
+                f"{figure(r['composed']['edge_max'])} -> {figure(r['composed']['graph'])}",
+                figure(r["latency_vs_text"], 2),
+            )
+            for r in report["results"]
+        ],
+    )  # fmt: skip
+
+
+def attackers(report: dict[str, Any]) -> str:
+    """What every attack recovers of unguarded KV, and of the gate's, on the first topology."""
+    rows = [r for r in report["results"] if r["topology"] == report["results"][0]["topology"]]
+    shown = [r for r in rows if r["guard"] in ("identity", "gate")]
+    names = sorted({n for r in shown for n in r["asr_graph_by_attack"]})
+    head = ("attack", *(f"{r['guard']}, {r['variant']}" for r in shown))
+    body = [(n, *(figure(r["asr_graph_by_attack"].get(n)) for r in shown)) for n in names]
+    return table(head, body)
+
+
+def curve(report: dict[str, Any]) -> str:
+    """Leakage against hops and agents."""
+    head = ("guard", "hop", "utility", "ASR at this hop", "ASR up to it")
+    hops = table(
+        head,
+        [
+            (p["guard"], str(p["hops"]),
+             f"{figure(p['utility'])} of {figure(p['utility_vanilla'])}",
+             figure(p["asr_edge"]), figure(p["asr_path"]))
+            for p in report["curves"]["hops"] if p["hops"] in (1, 2, 4, 8)
+        ],
+    )  # fmt: skip
+    head = ("guard", "agents", "utility", "ASR, graph", "composed ASR (secrets)")
+    agents = table(
+        head,
+        [
+            (p["guard"], str(p["agents"]),
+             f"{figure(p['utility'])} of {figure(p['utility_vanilla'])}", figure(p["asr_graph"]),
+             f"{figure(p['asr_composed'])} ({p['composed_secrets']})")
+            for p in report["curves"]["agents"]
+        ],
+    )  # fmt: skip
+    return f"{hops}\n\n{agents}"
+
+
 def sections() -> dict[str, str]:
     """Marker name to table; results that were not made are left out."""
     out: dict[str, str] = {}
@@ -204,6 +261,11 @@ def sections() -> dict[str, str]:
         path = RESULTS / f"{name}.json"
         if path.exists():
             out[name] = make(json.loads(path.read_text()))
+    if (RESULTS / "multihop.json").exists():
+        report = json.loads((RESULTS / "multihop.json").read_text())
+        out |= {
+            "multihop": multihop(report), "attackers": attackers(report), "curves": curve(report),
+        }  # fmt: skip
     check = RESULTS / "nano.json"
     if check.exists():
         out["nano"] = nano(json.loads(check.read_text()))

@@ -176,6 +176,16 @@ class TestRun:
         assert useful(drowned) < 0.2
 
 
+    def test_a_cloak_is_undone_by_its_audience_alone(self, model: HFBackend) -> None:
+        cloak = load_guard(GuardSpec("cloak", guard="cloak", options={"key": "5a" * 32}), model)
+        topology, some = chain(3), scenarios(chain(3), 8)
+        plain = run(HFAgents(model, "kv"), topology, some, model.encoder)
+        cloaked = run(HFAgents(model, "guarded", {"*": cloak}), topology, some, model.encoder)
+        assert [a.right for a in cloaked.answered] == [a.right for a in plain.answered]
+        for one, two in zip(plain.received.values(), cloaked.received.values(), strict=True):
+            assert not close(one.references[0].kv(), two.references[0].kv())
+
+
 class TestRefusals:
     def test_no_guard(self, model: HFBackend, gate: FrozenGuard) -> None:
         with pytest.raises(ValueError, match="channel 'guarded' has no guard"):

@@ -25,6 +25,12 @@ class HFReference:
     key: str
     row: KVBatch | None
     ids: tuple[int, ...] = ()
+    opened: KVBatch | None = None
+    """What the audience reads where that is not what crossed the hop."""
+
+    def read(self) -> KVBatch:
+        """As the audience reads it."""
+        return self.kv() if self.opened is None else self.opened
 
     def kv(self) -> KVBatch:
         if self.row is None:
@@ -81,9 +87,12 @@ class HFAgents:
                 if guard is not None:
                     past = None if on is None else on[torch.tensor(rows)]
                     kv = self._guard(guard, records, kv, past)
+                undo = getattr(guard, "opened", None)
+                read = kv if undo is None else undo(kv)
                 for j, i in enumerate(rows):
-                    key = self._key(turns[i], records[j])
-                    made[key] = HFReference(key, kv[j : j + 1].trim())
+                    key, at = self._key(turns[i], records[j]), slice(j, j + 1)
+                    opened = None if read is kv else read[at].trim()
+                    made[key] = HFReference(key, kv[at].trim(), opened=opened)
             for i in due:
                 out[i].append(made[self._key(turns[i], turns[i].records[k])])
         return out
@@ -128,7 +137,7 @@ class HFAgents:
         if self.channel == "text":
             texts = [[i for r in row for i in _tokens(r)] for row in references]
             return self.model.source.prefill(texts, self.batch)
-        return KVBatch.stack([KVBatch.join([r.kv() for r in row]) for row in references])
+        return KVBatch.stack([KVBatch.join([_read(r) for r in row]) for row in references])
 
     def answers(self, asks: Sequence[Ask]) -> list[list[bool]]:
         out: list[list[bool]] = [[] for _ in asks]
@@ -144,6 +153,10 @@ class HFAgents:
 
 
 _EMPTY = TokenRecord("", "", "", "", "", (), (), (), ())
+
+
+def _read(reference: Reference) -> KVBatch:
+    return reference.read() if isinstance(reference, HFReference) else reference.kv()
 
 
 def _tokens(reference: Reference) -> tuple[int, ...]:

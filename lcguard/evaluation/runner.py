@@ -161,6 +161,8 @@ class Runner:
         def make() -> list[Attempt]:
             records = self.records(policy)[1]
             kv = self.pairs(spec, policy, seed)[1].kv
+            if spec is not None:
+                kv = self.s.guards[spec.name].opened(kv)
             out = []
             for kind, wanted in QUESTIONS.items():
                 for r, right in zip(
