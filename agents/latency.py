@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lcguard.agents.backends.base import Reference
+from lcguard.agents.backends.base import Reference, Turn
 from lcguard.agents.backends.hf import HFBackend
-from lcguard.agents.backends.hf_agents import HFAgents, Turn
+from lcguard.agents.backends.hf_agents import HFAgents
 from lcguard.agents.topology import Topology
 from lcguard.categories import CATEGORIES
 from lcguard.protocols import Guard

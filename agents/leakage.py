@@ -186,7 +186,7 @@ def compose(
 def _by_place(kept: set[Held]) -> dict[tuple[str, str, str], Held]:
     """Secrets by scenario, agent and field; records are named ``scenario-agent``, fields
     ``field/start``."""
-    out = {}
+    out: dict[tuple[str, str, str], Held] = {}
     for scenario, record, name in sorted(kept):
         agent = record.removeprefix(f"{scenario}-")
         out.setdefault((scenario, agent, name.split("/")[0]), (scenario, record, name))

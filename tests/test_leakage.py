@@ -123,3 +123,13 @@ class TestComposed:
 def test_attempts_of_another_graph_are_refused() -> None:
     with pytest.raises(ValueError, match="attempts on 'a->b', which is no link of topology"):
         measure(chain(2), [attempt("a->b", "a", "name", True)], [], {})
+
+
+def test_one_lucky_guess_of_a_slow_attack_judges_nothing() -> None:
+    many = [attempt("agent1->agent2", "agent1", f"f{i}", i < 3) for i in range(40)]
+    few = [attempt("agent1->agent2", "agent1", "f0", True, attack="slow")]
+    found = measure(chain(2), [*many, *few], [], {})
+    assert found.graph.name == "probe"
+    assert found.graph.value == 3 / 40
+    assert found.graph.by_attack["slow"].value == 1
+    assert measure(chain(2), few, [], {}).graph.name == "slow"

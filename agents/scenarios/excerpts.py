@@ -177,10 +177,10 @@ def secret_values(
     for a in found:
         part = a.kind == "name" and any(set(a.words) < set(name) for name in names)
         values.append(Value(a.start, a.end, a.kind, categories[a.words], scored=not part))
-    for part in parts_of_names(text, names, known):
-        if all(part.end <= a.start or a.end <= part.start for a in found):
-            category = next(categories[name] for name in names if part.words[0] in name)
-            values.append(Value(part.start, part.end, part.kind, category, scored=False))
+    for piece in parts_of_names(text, names, known):
+        if all(piece.end <= a.start or a.end <= piece.start for a in found):
+            category = next(categories[name] for name in names if piece.words[0] in name)
+            values.append(Value(piece.start, piece.end, piece.kind, category, scored=False))
     return tuple(values)
 
 
