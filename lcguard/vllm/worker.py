@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from lcguard.guards.frozen import FrozenGuard, GuardError
 from lcguard.manifest import SegmentError, Withheld
-from lcguard.protocols import KVBatch
+from lcguard.protocols import Guarded, KVBatch
 from lcguard.records import mask_of
 from lcguard.rope import Rotary
 from lcguard.segment import KVSegment
@@ -27,6 +27,7 @@ from lcguard.store import SegmentStore, StoreError
 from lcguard.vllm.gatekeeper import ModelFacts
 from lcguard.vllm.jobs import LoadJob, SaveJob
 from lcguard.vllm.pages import LayerPages, slots_of
+from lcguard.vllm.rewrite import has_page_form, rewrite_pages
 
 logger = init_logger("vllm.lcguard.worker")
 SWEEP_EVERY_S = 60.0
@@ -161,7 +162,9 @@ class HandoffWorker:
         return self.rotary.unrotate(keys, positions), values
 
     @torch.inference_mode()
-    def _commit(self, job: SaveJob, keys: Tensor, values: Tensor) -> None:
+    def _guarded(self, job: SaveJob, keys: Tensor, values: Tensor) -> Guarded:
+        """The segment through the plan's guard: from the pages where that can be, else from the
+        gathered KV ``[L, H, T, D]``, which a guard over several ranks' heads needs."""
         plan = job.plan
         heads = int(self.config.num_key_value_heads)
         keys, values = (t[:, :: max(1, t.shape[1] // heads)] for t in (keys, values))
@@ -169,8 +172,19 @@ class HandoffWorker:
         raw = KVBatch(keys[None].float(), values[None].float(), valid)
         guard = self.guards[plan.guard]
         mask = mask_of([plan.forbid], [plan.derive])
+        if self.world == 1 and has_page_form(guard):
+            slots = slots_of(job.blocks, self.block_size, plan.start_token, job.n_tokens)
+            return rewrite_pages(
+                guard, self.layers, slots.to(keys.device), self.rotary, plan.start_token, mask,
+                plan.noise_key, raw,
+            )  # fmt: skip
         # with redact, the prompt is the twin already: its spans hold neutral tokens
-        out = guard(raw, mask, keys=[plan.noise_key], twin=raw if guard.needs_twin else None)
+        return guard(raw, mask, keys=[plan.noise_key], twin=raw if guard.needs_twin else None)
+
+    @torch.inference_mode()
+    def _commit(self, job: SaveJob, keys: Tensor, values: Tensor) -> None:
+        plan, guard = job.plan, self.guards[job.plan.guard]
+        out = self._guarded(job, keys, values)
         segment = KVSegment.create(
             out.kv.keys[0].to(keys.dtype).cpu().contiguous(),
             out.kv.values[0].to(values.dtype).cpu().contiguous(),
