@@ -50,6 +50,8 @@ class Knowledge:
     """Token ids to text."""
     guard: Guard | None = None
     """The frozen guard with its weights; None where segments cross unguarded."""
+    prompt: Callable[[str], Sequence[int]] | None = None
+    """A question's text to the tokens that a receiver puts after a segment."""
 
 
 class BaseAttack:

@@ -102,7 +102,7 @@ def attack_factory(backend: HFBackend, broken_at: float | None) -> AttackFactory
                 attack.config = replace(config, fit=replace(config.fit, **changes))
         if isinstance(attack, DecoderAttack) and isinstance(warm, DecoderAttack):
             attack.warm = warm
-        attack.equip(Knowledge(backend.source, backend.decode, guard))
+        attack.equip(Knowledge(backend.source, backend.decode, guard, backend.encoder.prompt))
         return attack
 
     return make

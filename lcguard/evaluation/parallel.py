@@ -31,7 +31,9 @@ def side_by_side(jobs: Sequence[Callable[[], T]], device: str = "cpu") -> list[T
     """
     global _jobs
     workers = min(len(jobs), os.cpu_count() or 1)
-    if workers < 2 or device != "cpu" or sys.platform != "linux":
+    # one job is forked like several: with other threads its floats would differ, and so would the
+    # report of a run that was killed after the rest of its group
+    if not jobs or device != "cpu" or sys.platform != "linux":
         return [job() for job in jobs]
     _jobs = jobs
     try:
