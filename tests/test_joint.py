@@ -55,8 +55,7 @@ class TestJoinData:
     def test_secrets_stand_where_they_are_said_to(self, world: World) -> None:
         groups = [world.records[:4], world.records[4:8]]
         parts = [
-            attack_data(g, world.source.prefill([r.ids for r in g]), world.special)
-            for g in groups
+            attack_data(g, world.source.prefill([r.ids for r in g]), world.special) for g in groups
         ]
         joint = join_data(parts, ["one", "two"], [f"s{i}" for i in range(4)])
         for i in range(4):

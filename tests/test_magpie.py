@@ -162,9 +162,9 @@ def test_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ScenarioError, match="set LCGUARD_DATA or pass --data"):
         read_magpie()
     (tmp_path / "empty").mkdir()
-    for place in ("empty", "none"):
+    for name in ("empty", "none"):
         with pytest.raises(ScenarioError, match="LCGUARD_DATA or pass --data"):
-            read_magpie(tmp_path / place)
+            read_magpie(tmp_path / name)
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,6 @@ class TestRun:
         assert useful(guarded) > 0.75
         assert useful(drowned) < 0.2
 
-
     def test_a_cloak_is_undone_by_its_audience_alone(self, model: HFBackend) -> None:
         cloak = load_guard(GuardSpec("cloak", guard="cloak", options={"key": "5a" * 32}), model)
         topology, some = chain(3), scenarios(chain(3), 8)
