@@ -142,7 +142,7 @@ def test_the_shipped_plan_names_what_the_benchmark_is_about() -> None:
     assert len(plan.seeds) == 3
     graph = topology_of(plan.topologies[2])
     assert len(graph.agents) == 6
-    assert len(graph.paths()) == 4
+    assert len(graph.paths()) == 3
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_the_log_belongs_to_the_configuration() -> None:
 
 
 def test_names_of_shipped_guards() -> None:
-    assert set(guard_names()) == {"gate", "regress", "residual"}
+    assert set(guard_names()) == {"gate", "gate-full", "regress", "residual", "residual-full"}
 
 
 def test_weights_are_float32() -> None:
