@@ -140,18 +140,25 @@ def test_a_chat_request_consumes(server: Server) -> None:
     """The chat template needs no change: the segment stands before whatever it renders."""
     text = "Employee record. The name is Quella Brandt. Job title: Analyst\nSSN: 941-22-7310."
     ids = [*server.agent.encoder.context(text), server.agent.special.end_id]
-    for audience, secret in (("identity", True), ("gate", False)):
-        made = server.publish(ids, audience)
-        answers = []
+
+    def answers(audience: str) -> list[str]:
+        made, said = server.publish(ids, audience), []
         for ask in ("What is the job title?", "What is the SSN?"):
             out = server.client.chat.completions.create(
                 model="nano", max_tokens=16, temperature=0,
                 messages=[{"role": "user", "content": ask}],
                 extra_body={"kv_transfer_params": {"lcguard": consume(made)}},
             )  # fmt: skip
-            answers.append(out.choices[0].message.content)
-        assert "Analyst" in answers[0]
-        assert ("941-22-7310" in answers[1]) == secret
+            said.append(out.choices[0].message.content)
+        return said
+
+    job, number = answers("identity")
+    assert "Analyst" in job
+    assert "941-22-7310" in number
+    # every publication draws its own noise, and the gate costs an answer now and then
+    drawn = [answers("gate") for _ in range(8)]
+    assert sum("Analyst" in job for job, _ in drawn) >= 3
+    assert not any("941-22-7310" in number for _, number in drawn)
 
 
 def test_refusals_have_a_status_and_a_reason(server: Server) -> None:
