@@ -6,12 +6,8 @@ otherwise: each secret has moved by the length of the message, and so has every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from lcguard.attacks.base import Knowledge
 from lcguard.attacks.soft import embedding_table
@@ -74,7 +70,7 @@ def publish(data: AttackData, known: Knowledge, salt: str) -> AttackData:
                 twin = known.source.prefill([_neutral(r, s, filler) for r, s in pairs], on=on)
             kv = known.guard(kv, data.mask[cut], keys=keys, twin=twin).kv
         parts.append(kv)
-    return data.with_kv(_stack(parts))
+    return data.with_kv(KVBatch.stack(parts))
 
 
 def neutral_token(known: Knowledge) -> int:
@@ -88,14 +84,3 @@ def _neutral(context: Sequence[int], secrets: Sequence[Secret], filler: int) -> 
     for s in secrets:
         out[s.positions[0] : s.positions[1]] = [filler] * (s.positions[1] - s.positions[0])
     return out
-
-
-def _stack(parts: Sequence[KVBatch]) -> KVBatch:
-    """Batches below each other, padded to the longest."""
-    width = max(p.valid.shape[1] for p in parts)
-
-    def stack(get: Callable[[KVBatch], Tensor]) -> Tensor:
-        return torch.cat([F.pad(get(p), (0, 0, 0, width - p.valid.shape[1])) for p in parts])
-
-    valid = torch.cat([F.pad(p.valid, (0, width - p.valid.shape[1])) for p in parts])
-    return KVBatch(stack(lambda p: p.keys), stack(lambda p: p.values), valid)

@@ -96,11 +96,7 @@ def guard_all(
         keys = [noise_key(seed, r.record_id) for r in records[rows]]
         out = guard(kv[rows], part, keys=keys, twin=None if twin is None else twin[rows])
         parts.append(out.kv)
-    return KVBatch(
-        torch.cat([p.keys for p in parts]),
-        torch.cat([p.values for p in parts]),
-        torch.cat([p.valid for p in parts]),
-    )
+    return KVBatch.stack(parts)
 
 
 def blind(data: AttackData, seed: int = 0) -> AttackData:
