@@ -9,6 +9,9 @@
 
 Fails closed: an edge that no entry matches has every category forbidden, a category that the
 policy does not list as known is forbidden everywhere, and a file with any unknown key is refused.
+
+A deployment of several tenants names its agents ``tenant/agent``. An entry holds for every tenant
+unless it names one, a tenant's own entries go before the others, and no hop crosses tenants.
 """
 
 from __future__ import annotations
@@ -68,6 +71,8 @@ class Edge(_Model):
     """Agent that publishes; ``*`` for any."""
     audience: AgentName
     """Agent that consumes; ``*`` for any."""
+    tenant: AgentName = ANY
+    """Tenant whose agents these are; ``*`` for any."""
     forbid: CategorySet
     """Categories to hide. Required: an edge that hides nothing says so with ``[]``."""
     derive: CategorySet = ()
@@ -80,6 +85,15 @@ class Edge(_Model):
     """Seconds after which the segment's handle is dead."""
     fixed_length: bool = False
     """Pad to a fixed token count, so that the length of the segment says nothing."""
+    detect: Literal["none", "presidio"] = "none"
+    """For ``redact``: find spans beside those that the publisher names."""
+    max_segments: Annotated[int, Field(ge=1)] | None = None
+    """Composition budget: distinct segments of one source that an audience may receive within
+    ``window_s``. None: any number."""
+    window_s: Annotated[float, Field(gt=0, le=90 * 86400)] = 86400.0
+    on_leak: Literal["refuse", "redact"] = "refuse"
+    """What a publisher gets once canaries were read off this edge: a refusal, or guard ``redact``
+    in place of this one."""
 
     @model_validator(mode="after")
     def _derive_only_what_is_hidden(self) -> Edge:
@@ -117,11 +131,12 @@ class Policy(_Model):
 
     @model_validator(mode="after")
     def _unambiguous(self) -> Policy:
-        names: dict[tuple[str, str], int] = {}
+        tenants: dict[str, dict[tuple[str, str], int]] = {}
         for i, edge in enumerate(self.edges):
             for category in edge.forbid:
                 if category not in self.categories:
                     raise ValueError(f"edges[{i}].forbid names {category!r}; add it to categories")
+            names = tenants.setdefault(edge.tenant, {})
             first = names.setdefault((edge.source, edge.audience), i)
             if first != i:
                 raise ValueError(
@@ -129,37 +144,51 @@ class Policy(_Model):
                     "merge them"
                 )
         # `payroll -> *` and `* -> auditor` are equally specific for payroll -> auditor.
-        sources = [source for source, audience in names if source != ANY and audience == ANY]
-        audiences = [audience for source, audience in names if source == ANY and audience != ANY]
-        for pair in product(sources, audiences):
-            if pair not in names:
-                raise ValueError(
-                    f"edges[{names[pair[0], ANY]}] and edges[{names[ANY, pair[1]]}] both match "
-                    f"{pair[0]} -> {pair[1]}; add an edge for exactly that pair"
-                )
+        for names in tenants.values():
+            sources = [source for source, audience in names if source != ANY and audience == ANY]
+            audiences = [audience for source, audience in names if source == ANY != audience]
+            for pair in product(sources, audiences):
+                if pair not in names:
+                    raise ValueError(
+                        f"edges[{names[pair[0], ANY]}] and edges[{names[ANY, pair[1]]}] both match "
+                        f"{pair[0]} -> {pair[1]}; add an edge for exactly that pair"
+                    )
         return self
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: the same for any order of edges and categories."""
         data = self.model_dump(mode="json")
-        data["edges"].sort(key=lambda edge: (edge["source"], edge["audience"]))
+        data["edges"].sort(key=lambda edge: (edge["tenant"], edge["source"], edge["audience"]))
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def for_edge(self, source: str, audience: str) -> Edge:
-        """The rule for one hop, under its concrete names; everything forbidden without a match."""
+        """The rule for one hop, under its concrete names; everything forbidden without a match.
+
+        Raises ``PolicyError`` for a name with ``*``, and for a hop from one tenant to another.
+        """
         for name in (source, audience):
             if not name or ANY in name:
                 raise PolicyError(f"{name!r} is no agent's name; give one without '*'")
-        by_name = {(edge.source, edge.audience): edge for edge in self.edges}
-        for pair in ((source, audience), (source, ANY), (ANY, audience), (ANY, ANY)):
-            if edge := by_name.get(pair):
+        (tenant, giver), (other, taker) = split_tenant(source), split_tenant(audience)
+        if tenant != other:
+            raise PolicyError(f"{source} -> {audience} goes from one tenant to another")
+        by_name = {(edge.tenant, edge.source, edge.audience): edge for edge in self.edges}
+        pairs = ((giver, taker), (giver, ANY), (ANY, taker), (ANY, ANY))
+        for group, pair in product((tenant, ANY), pairs):
+            if edge := by_name.get((group, *pair)):
                 unknown = tuple(c for c in CATEGORIES if c not in self.categories)
                 forbid = _canonical(edge.forbid + unknown)
                 names = {"source": source, "audience": audience}
                 return edge.model_copy(update={**names, "forbid": forbid})
         return Edge(source=source, audience=audience, forbid=CATEGORIES)
+
+
+def split_tenant(name: str) -> tuple[str, str]:
+    """``acme/intake`` is ``("acme", "intake")``; a name without tenant has ``""``."""
+    tenant, slash, agent = name.partition("/")
+    return (tenant, agent) if slash else ("", name)
 
 
 _KEYS = (

@@ -15,8 +15,11 @@ import pytest
 import torch
 from torch import nn
 
+from lcguard.agents.nano.load import guard_path
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES, DERIVABLE
+from lcguard.commands.compose import DataConfig
+from lcguard.commands.train import TrainRun, run_training
 from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard, weights_digest
 from lcguard.guards.gate import GateGuard
@@ -194,8 +197,8 @@ def test_impossible_configurations_are_refused(world: World, tmp_path: Path) -> 
         train_guard(CONFIGS["residual-ce"], world.records, world.source, world.special, tmp_path)
     with pytest.raises(ValueError, match="without attackers: set adversary"):
         TrainConfig(adversary=AdversaryConfig(weight=1.0))
-    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
-        TrainConfig(steps=0)
+    with pytest.raises(ValueError, match="steps=-1 must be at least 0"):
+        TrainConfig(steps=-1)
     with pytest.raises(ValueError, match="without noise the pair leak is infinite"):
         train(world, TrainConfig("residual", GUARDS["residual"], **SMALL), tmp_path)
     with pytest.raises(ValueError, match="'regress' has no gates to label; set label_steps to 0"):
@@ -565,3 +568,26 @@ def test_a_failed_save_keeps_the_last_checkpoint(
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, {"tied": module})
     assert path.read_bytes() == before
+
+
+def test_an_average_without_steps_is_made_of_two_guards(tmp_path: Path) -> None:
+    """Weights lie between the two; the noise is the run's own; without a guard it is refused."""
+    small = DataConfig(train_records=8, test_records=8)
+    options = {"noise": 0.3, "width": 96, "blocks": 2, "words": 8}
+    train = TrainConfig("gate", options, steps=0, certificate_pairs=8)
+    run = TrainRun("nano", small, "nano:gate", 0.75, "nano:gate-full", train)
+    run_training(run, tmp_path / "a", "test")
+    made, first, other = (
+        FrozenGuard.from_pretrained(p)
+        for p in (tmp_path / "a" / "guard", guard_path("gate"), guard_path("gate-full"))
+    )
+    assert made.module.config.noise == 0.3
+    parts = zip(*(g.module.state_dict().values() for g in (made, first, other)), strict=True)
+    for mixed, one, two in parts:
+        torch.testing.assert_close(mixed, 0.75 * one + 0.25 * two)
+    with pytest.raises(ValueError, match="steps=0 trains nothing"):
+        run_training(replace(run, init="", average_with=""), tmp_path / "b", "test")
+    wider = replace(run, train=replace(train, options=options | {"width": 64}))
+    with pytest.raises(ValueError, match="the run wants"):
+        run_training(wider, tmp_path / "b", "test")
+    assert not (tmp_path / "b").exists()

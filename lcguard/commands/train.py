@@ -38,7 +38,8 @@ class TrainRun:
     )
     """``train`` is trained on; ``test`` serves the certificate and the held-out check alone."""
     init: str = ""
-    """A trained guard to go on from: a folder, or ``nano:NAME``; its options must be the same."""
+    """A trained guard to go on from: a folder, or ``nano:NAME``; its options must be the same but
+    for ``noise``."""
     average: float = 1.0
     """Share of this run's weights in an average with those of ``init``; 1 keeps them as they are.
     The average of two ends of one trajectory often lies better than both."""
@@ -78,6 +79,8 @@ def run_training(
     first = start_guard(run, backend)
     if run.average_with:
         load_other(run, backend)
+    if not run.train.steps and first is None:
+        raise ValueError("steps=0 trains nothing: set init to a trained guard, or steps above 0")
     train, test = (backend.encoder.encode(hops) for hops in hops_for(run.data))
     if not train or not test:
         raise ValueError(f"{run.data.source}: no records to train on or to certify with")
@@ -161,7 +164,11 @@ def load_other(run: TrainRun, backend: HFBackend) -> FrozenGuard:
 def _same_guard(key: str, path: str, run: TrainRun, backend: HFBackend) -> FrozenGuard:
     guard = load_guard(GuardSpec(key, path=path), backend)
     wanted = make_module(run.train, backend.source)
-    if guard.name != run.train.guard or guard.module.options() != wanted.options():
+    # the noise is no weight: another level of it fits the same ones
+    free = {"noise": None}
+    if guard.name != run.train.guard or (
+        {**guard.module.options(), **free} != {**wanted.options(), **free}
+    ):
         raise ValueError(
             f"{key} {path!r} is {guard.name} {guard.module.options()}, the run wants "
             f"{run.train.guard} {wanted.options()}"

@@ -46,6 +46,7 @@ class TrainConfig:
     """Options of the guard, such as ``width`` or ``bottleneck``."""
     seed: int = 0
     steps: int = 500
+    """0: only the average with another guard, and its certificate."""
     batch: int = 32
     lr: float = 2e-3
     warmup: int = 30
@@ -90,7 +91,9 @@ class TrainConfig:
     certificate_level: float = 0.95
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "questions", "checkpoint_every", "path_hops"):
+        if self.steps < 0:
+            raise ValueError(f"steps={self.steps} must be at least 0")
+        for name in ("batch", "questions", "checkpoint_every", "path_hops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch % self.path_hops:

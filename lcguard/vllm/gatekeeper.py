@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcguard.categories import CATEGORIES
+from lcguard.followed import Followed
 from lcguard.grants import GrantError, check_grant, make_grant, new_handle
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.noise import new_noise_key
-from lcguard.policy import Edge, Policy
+from lcguard.policy import Edge, Policy, PolicyError
 from lcguard.rope import canonical
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.vllm.errors import HandoffError
@@ -87,11 +88,16 @@ class Gatekeeper:
     """Checks requests against policy, grants, store and model."""
 
     def __init__(
-        self, facts: ModelFacts, policy: Policy, guards: Sequence[str], store: SegmentStore,
-        key: bytes, clock: Callable[[], float] = time.time,
+        self, facts: ModelFacts, policy: Policy | Followed[Policy], guards: Sequence[str],
+        store: SegmentStore, key: bytes, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self.facts, self.policy, self.guards = facts, policy, tuple(guards)
+        self.facts, self._policy, self.guards = facts, policy, tuple(guards)
         self.store, self.key, self.clock = store, key, clock
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._policy.current() if isinstance(self._policy, Followed) else self._policy
 
     def plan(
         self, handoff: Handoff, prompt: Sequence[int] | None, *,
@@ -170,17 +176,8 @@ class Gatekeeper:
         return manifest
 
     def edge(self, publish: Publish) -> Edge:
-        """The policy's rule for this hop, tightened by what the request hides beyond it."""
-        edge = self.policy.for_edge(publish.source, publish.audience)
-        also = set(publish.forbid or ())
-        hidden = set(edge.forbid) | also
-        return edge.model_copy(
-            update={
-                "forbid": tuple(c for c in CATEGORIES if c in hidden),
-                "derive": tuple(c for c in edge.derive if c not in also),
-                "ttl_s": min(edge.ttl_s, publish.ttl_s or edge.ttl_s),
-            }
-        )
+        """The rule that this request is published under. Raises ``HandoffError``."""
+        return edge_of(self.policy, publish)
 
     def _publish(
         self, publish: Publish, consumed: Sequence[Manifest], prompt: Sequence[int]
@@ -206,7 +203,7 @@ class Gatekeeper:
                 400, f"spans are for guard 'redact'; this edge has {edge.guard!r}: leave them out"
             )
         return PublishPlan(
-            handle=new_handle(),
+            handle=publish.handle or new_handle(),
             source=publish.source,
             audience=publish.audience,
             guard=edge.guard,
@@ -235,6 +232,33 @@ class Gatekeeper:
                     400, f"span [{start}, {end}) still holds its secret: load the general plugin "
                     "lcguard (VLLM_PLUGINS) or send the prompt with neutral tokens",
                 )  # fmt: skip
+
+
+def edge_of(policy: Policy, publish: Publish) -> Edge:
+    """The policy's rule for this hop, tightened by what the request hides beyond it.
+
+    Raises ``HandoffError`` (400) for a hop between tenants, and for a guard that the rule does
+    not let a request choose.
+    """
+    try:
+        edge = policy.for_edge(publish.source, publish.audience)
+    except PolicyError as error:
+        raise HandoffError(400, str(error)) from None
+    also = set(publish.forbid or ())
+    hidden = set(edge.forbid) | also
+    if publish.guard not in (None, edge.guard) and edge.on_leak != publish.guard:
+        raise HandoffError(
+            400, f"guard {publish.guard!r} is not this edge's: leave it out, or let the policy say "
+            f"on_leak: {publish.guard}",
+        )  # fmt: skip
+    return edge.model_copy(
+        update={
+            "forbid": tuple(c for c in CATEGORIES if c in hidden),
+            "derive": tuple(c for c in edge.derive if c not in also),
+            "ttl_s": min(edge.ttl_s, publish.ttl_s or edge.ttl_s),
+            "guard": publish.guard or edge.guard,
+        }
+    )
 
 
 def edge_digest(edge: Edge) -> str:

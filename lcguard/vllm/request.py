@@ -9,7 +9,7 @@ Both together publish what an agent made of what it consumed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -37,6 +37,11 @@ class Publish(_Model):
     """Seconds to live; at most the policy's."""
     spans: tuple[tuple[int, int], ...] | None = None
     """Token ranges ``[start, end)`` of the secrets in the prompt as sent, for guard ``redact``."""
+    handle: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{32,128}$")] | None = None
+    """The name to store it under, never used before; drawn by the engine if absent. It is no
+    permission, see ``lcguard.grants``."""
+    guard: Literal["redact"] | None = None
+    """``redact`` in place of the edge's guard, where the policy says ``on_leak: redact``."""
 
 
 class Grant(_Model):

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lcguard.followed import Followed
 from lcguard.policy import Policy, PolicyError, load_policy, parse_policy
 from lcguard.vllm.errors import StartError
 
@@ -28,7 +29,8 @@ class Settings(BaseModel):
     """URL of the store: ``file:///...``, ``redis://...``, ``memory://NAME`` (one process)."""
     store_max_bytes: Annotated[int, Field(gt=0)] | None = None
     policy: str | dict[str, Any] | None = None
-    """Policy file, or its content. None forbids everything on every edge."""
+    """Policy file, followed while the engine runs, or its content. None forbids everything on
+    every edge."""
     guards: dict[str, str] = {}
     """Guard name as policies use it -> folder, hub repository or ``nano:NAME``."""
     load_async: bool = False
@@ -52,13 +54,13 @@ def read_settings(extra: Mapping[str, Any]) -> Settings:
         ) from None
 
 
-def policy_of(settings: Settings) -> Policy:
+def policy_of(settings: Settings) -> Policy | Followed[Policy]:
     """The policy, or one that forbids everything. Raises ``StartError`` for a broken one."""
     try:
         if settings.policy is None:
             return Policy(version=1, edges=())
         if isinstance(settings.policy, str):
-            return load_policy(settings.policy)
+            return Followed(settings.policy, load_policy)
         return parse_policy(settings.policy)
     except PolicyError as error:
         raise StartError(str(error)) from None
