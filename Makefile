@@ -3,7 +3,7 @@
 # Which Python makes the environment; the first that is new enough when empty.
 PYTHON ?=
 VENV := .venv
-EXTRAS := eval,store,dev
+EXTRAS := eval,store,server,pii,dev
 TORCH := 2.13.0
 VLLM := 0.32.0
 
@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINE := $(VENV)/.vllm
 # Twice quiet: pip warns about every index it looks in without finding.
+PINS := --constraint requirements-dev.txt --constraint requirements-vllm.txt
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -42,16 +43,16 @@ help:  ## This list
 venv: $(READY)
 
 # The stamp is written last, so that an interrupted install is taken up again.
-$(READY): pyproject.toml requirements-dev.txt | $(BIN)/python
+$(READY): pyproject.toml requirements-dev.txt requirements-vllm.txt | $(BIN)/python
 	@if ! $(BIN)/python -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "$(TORCH)")' 2>/dev/null; then \
 	  echo "venv: installing torch $(TORCH), CPU build"; \
-	  $(PIP) install --constraint requirements-dev.txt "torch==$(TORCH)+cpu" 2>/dev/null || { \
+	  $(PIP) install $(PINS) "torch==$(TORCH)+cpu" 2>/dev/null || { \
 	    echo "venv: no CPU build in reach (PIP_EXTRA_INDEX_URL can name one), taking the default build"; \
-	    $(PIP) install --constraint requirements-dev.txt "torch==$(TORCH)"; }; \
+	    $(PIP) install $(PINS) "torch==$(TORCH)"; }; \
 	fi
 	@echo "venv: installing lcguard[$(EXTRAS)]"
-	@$(PIP) install --constraint requirements-dev.txt setuptools
-	@$(PIP) install --constraint requirements-dev.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP) install $(PINS) setuptools
+	@$(PIP) install $(PINS) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(BIN)/python:

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lcguard.commands import service
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -22,6 +24,10 @@ eval_app = typer.Typer(no_args_is_help=True, help="Measure what a guarded hop le
 policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(policy_app, name="policy")
+app.add_typer(service.keys_app, name="keys")
+app.add_typer(service.audit_app, name="audit")
+app.add_typer(service.config_app, name="config")
+app.command("serve")(service.serve)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for results; resumed if it exists.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override, such as data.seed=3.")]

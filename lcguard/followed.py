@@ -55,8 +55,9 @@ class Followed(Generic[T]):
         else:
             self.error = ""
             self.loads += 1
-        # taken before reading: a change in between is seen at the next look
-        self._mark = mark
+            # taken before reading: a change in between is seen at the next look, and a file that
+            # could not be used is tried again
+            self._mark = mark
 
     def _stat(self) -> tuple[int, int, int] | None:
         try:

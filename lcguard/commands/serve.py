@@ -1,0 +1,162 @@
+"""``lcguard serve``: vLLM and the proxy with one command, or the proxy before a running vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from rich.console import Console
+
+from lcguard.config import load_config
+from lcguard.keys import KEY_VARIABLE, deployment_key, new_key
+from lcguard.server.app import make_app
+from lcguard.server.engine import EnginePlan
+from lcguard.server.lifespan import Deployment, lifespan
+from lcguard.server.protocol import TimedHttp
+from lcguard.server.settings import ServerSettings
+
+NANO_ARGS = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
+KEY_FILE = "deployment.key"
+
+
+def load_settings(
+    state: Path, config: Path | None, sets: Sequence[str], upstream: str | None
+) -> ServerSettings:
+    """The settings with their paths made absolute. Raises ``ConfigError``."""
+    found = config if config is not None else state / "server.yaml"
+    overrides = [*sets, *([f"upstream.url={upstream}"] if upstream else [])]
+    settings = load_config(
+        ServerSettings, found if config is not None or found.exists() else None, overrides
+    )
+    folder = state.resolve()
+    return replace(
+        settings,
+        policy=folder / settings.policy,
+        keys=folder / settings.keys,
+        database=folder / settings.database,
+        store=settings.store or f"file://{folder / 'segments'}",
+    )
+
+
+def state_key(state: Path, make: bool = True) -> bytes:
+    """``LCGUARD_KEY``, or the key of the state folder, made at the first start.
+
+    Raises ``ValueError`` for a key file that others may read, or that is not there.
+    """
+    if os.environ.get(KEY_VARIABLE, "").strip():
+        return deployment_key()
+    path = state / KEY_FILE
+    if not path.exists():
+        if not make:
+            raise ValueError(f"{path} does not exist and {KEY_VARIABLE} is not set: set it")
+        # opened for its owner alone, and never over another server's
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(new_key() + "\n")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ValueError(f"{path} may be read by others (mode {mode:o}): chmod 600 {path}")
+    os.environ[KEY_VARIABLE] = path.read_text().strip()
+    return deployment_key()
+
+
+def check_exposure(settings: ServerSettings) -> None:
+    """Raises ``ValueError`` where vLLM would be reached beyond this machine without a key."""
+    url = settings.upstream.url
+    if not url:
+        return
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"upstream.url={url!r}: write http://host:port of vLLM's server")
+    if not _loopback(parts.hostname) and not os.environ.get(settings.upstream.api_key_env):
+        raise ValueError(
+            f"upstream.url={url!r} is beyond this machine and has no key: start vLLM with "
+            f"--api-key and set {settings.upstream.api_key_env}, or anyone there reads raw KV"
+        )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def model_of(settings: ServerSettings) -> tuple[str, str, tuple[str, ...]]:
+    """Path, served name, and vLLM's arguments."""
+    engine = settings.engine
+    if engine.model == "nano":
+        from lcguard.agents.nano.load import model_path
+
+        return str(model_path()), engine.served_model_name or "nano", NANO_ARGS + engine.args
+    return engine.model, engine.served_model_name or Path(engine.model).name, engine.args
+
+
+def serve(state: Path, settings: ServerSettings, console: Console) -> int:
+    """Runs until SIGTERM or Ctrl-C. Raises ``ValueError`` for what cannot be served."""
+    check_exposure(settings)
+    if not settings.upstream.url and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "vLLM is not installed: `make vllm` (CPU) or pip install 'lcguard[vllm]', or attach to "
+            "a running one with --upstream URL"
+        )
+    if not settings.keys.exists():
+        raise ValueError(
+            f"{settings.keys} does not exist: nobody could ask anything. Make a key with: "
+            f"lcguard keys new AGENT --dir {state}"
+        )
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = state_key(state)
+    model, name, args = model_of(settings)
+    plan = None
+    if not settings.upstream.url:
+        plan = EnginePlan(
+            replace(settings.engine, args=args), model, name,
+            str(settings.policy) if settings.policy.exists() else "",
+            settings.store, settings.store_max_bytes, state.resolve() / "vllm.log",
+        )  # fmt: skip
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    worker = (sys.executable, "-m", "lcguard.commands.canary")
+    deployment = Deployment(settings, key, model, name, plan, state.resolve(), say, worker)
+    app = make_app(lambda: lifespan(deployment))
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_level="warning", access_log=False,
+        http=TimedHttp.with_timeout(settings.limits.body_timeout_s), lifespan="on",
+        timeout_graceful_shutdown=int(settings.drain_s), server_header=False, date_header=False,
+    )  # fmt: skip
+    server = _Server(config, deployment)
+    server.run()
+    return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """Says that it drains before it stops to listen."""
+
+    def __init__(self, config: uvicorn.Config, deployment: Deployment) -> None:
+        super().__init__(config)
+        self._deployment = deployment
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._deployment.drain()
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            host = self.config.host
+            # what listens everywhere is called on loopback
+            local = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+            self._deployment.url = f"http://{local}:{port}"
+            self._deployment.say(f"listening on http://{host}:{port}")

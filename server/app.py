@@ -1,0 +1,116 @@
+"""The proxy as an ASGI application."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from lcguard import __version__
+from lcguard.server.dashboard import headers as dashboard_headers
+from lcguard.server.dashboard import new_nonce, render
+from lcguard.server.errors import ProxyError
+from lcguard.server.overview import overview
+from lcguard.server.relay import Relay
+from lcguard.server.routes import operator, router
+from lcguard.server.schema_openapi import openapi
+from lcguard.server.state import Proxy
+
+logger = logging.getLogger("lcguard.server")
+Lifespan = Callable[[], AbstractAsyncContextManager[Proxy]]
+
+
+def make_app(lifespan: Lifespan) -> FastAPI:
+    """``lifespan`` opens what the proxy needs, and closes it."""
+
+    @asynccontextmanager
+    async def live(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan() as proxy:
+            app.state.proxy = proxy
+            yield
+
+    app = FastAPI(
+        title="LCGuard proxy", version=__version__, lifespan=live,
+        # their pages would load scripts from another host
+        docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    app.include_router(router)
+    for path, endpoint in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
+        app.router.routes.append(Route(path, _Relayed(endpoint, path), methods=["POST"]))
+    app.add_api_route("/dashboard", dashboard, include_in_schema=False, response_class=Response)
+    app.add_exception_handler(ProxyError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _broken)
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+class _Relayed:
+    """A generating route: made when the proxy is there."""
+
+    def __init__(self, endpoint: Any, path: str) -> None:
+        self.endpoint, self.path = endpoint, path
+        self._relay: Relay | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self._relay is None:
+            self._relay = Relay(scope["app"].state.proxy, self.endpoint, self.path)
+        await self._relay(scope, receive, send)
+
+
+async def dashboard(request: Request) -> Response:
+    """The page for people; a browser asks for the key as the password of any user."""
+    proxy: Proxy = request.app.state.proxy
+    try:
+        operator(proxy.authenticate_basic(request.headers))
+    except ProxyError as error:
+        return JSONResponse(
+            error.body(), error.status,
+            {"WWW-Authenticate": 'Basic realm="LCGuard: any user, an admin key as password"'},
+        )  # fmt: skip
+    nonce = new_nonce()
+    page = render(await overview(proxy), nonce)
+    return Response(page, media_type="text/html; charset=utf-8", headers=dashboard_headers(nonce))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ProxyError)
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, int(-(-error.retry_after_s // 1))))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    found = ProxyError(400, f"{where}: {first['msg']}", code="bad_request", param=where)
+    return await _refused(request, found)
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    found = ProxyError(
+        error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}",
+        code="no_route",
+    )  # fmt: skip
+    answer = await _refused(request, found)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    found = ProxyError(500, "an error of the proxy; its log has the reason", code="internal")
+    return await _refused(request, found)

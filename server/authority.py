@@ -1,0 +1,393 @@
+"""Decides whether a handoff may happen, and says afterwards what did.
+
+Every decision is in the audit before vLLM hears of it, so that a crash loses none. What cannot be
+decided, because the policy, the store, the ledger or the audit is out of reach, does not happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from sqlite3 import Connection
+from typing import Any
+
+from lcguard.followed import Followed
+from lcguard.grants import make_grant, new_handle
+from lcguard.manifest import Manifest, SegmentError
+from lcguard.policy import Edge, Policy, PolicyError, split_tenant
+from lcguard.server.audit import AuditLog, Entry
+from lcguard.server.database import DatabaseError
+from lcguard.server.errors import ProxyError
+from lcguard.server.handoff import HandoffField, Publish
+from lcguard.server.keyring import Identity
+from lcguard.server.leakage import LeakageMeter
+from lcguard.server.ledger import BudgetSpent, LedgerError, Segment, find, record_segment, reserve
+from lcguard.server.rules import rule_digest
+from lcguard.server.spans import Endpoint, SpanFinder
+from lcguard.store import SegmentNotFound, SegmentStore, StoreError
+from lcguard.vllm.errors import HandoffError
+from lcguard.vllm.gatekeeper import edge_digest, edge_of
+from lcguard.vllm.request import Publish as EnginePublish
+
+GRANT_S = 600
+"""Life of the grant that the proxy shows the engine for one request."""
+
+
+@dataclass
+class Order:
+    """A handoff that may happen, on its way through vLLM."""
+
+    who: Identity
+    request_id: str
+    params: dict[str, Any]
+    """``kv_transfer_params["lcguard"]`` for vLLM."""
+    consumed: tuple[Manifest, ...] = ()
+    edge: Edge | None = None
+    """The rule that a publish goes by."""
+    rule: str = ""
+    handle: str = ""
+    done: bool = field(default=False, compare=False)
+
+
+class Authority:
+    """The policy's decisions for one deployment."""
+
+    def __init__(
+        self, policy: Followed[Policy] | Policy, store: SegmentStore, key: bytes,
+        audit: AuditLog, meter: LeakageMeter, spans: SpanFinder,
+        block: Callable[[], str] = lambda: "", clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        """``block`` gives the reason why nothing may be published now, or nothing."""
+        self._policy, self.store, self.key = policy, store, key
+        self.audit, self.meter, self.spans = audit, meter, spans
+        self.block, self.clock = block, clock
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._policy.current() if isinstance(self._policy, Followed) else self._policy
+
+    async def open(
+        self, who: Identity, handoff: HandoffField, endpoint: Endpoint, body: dict[str, Any],
+        request_id: str,
+    ) -> Order:  # fmt: skip
+        """The order for vLLM, audited and charged to the composition budget.
+
+        Raises:
+            ProxyError: 400 for a request that cannot be served, 403 for one that may not, 404 for
+                a segment that is not there, 503 where nobody can tell. It is in the audit.
+        """
+        order = Order(who, request_id, {})
+        try:
+            if handoff.consume is not None:
+                await self._consume(order, handoff.consume)
+            if handoff.publish is not None:
+                await self._publish(order, handoff.publish, endpoint, body)
+            await self._allow(order)
+        except ProxyError as error:
+            await self._refused(order, handoff, error)
+            raise
+        return order
+
+    async def _consume(self, order: Order, handles: Sequence[str]) -> None:
+        me = qualified(order.who.tenant, order.who.agent)
+        order.consumed = await asyncio.to_thread(
+            lambda: tuple(self.segment(h, me) for h in handles)
+        )
+        until = int(self.clock() + GRANT_S)
+        order.params["consume"] = {
+            "agent": me,
+            "segments": [
+                {"handle": m.handle, "grant": make_grant(self.key, m.handle, me, until)}
+                for m in order.consumed
+            ],
+        }
+
+    def segment(self, handle: str, me: str) -> Manifest:
+        """The manifest of a segment that ``me`` may consume now. Raises ``ProxyError``."""
+        shown = f"segment {handle[:6]}..."
+        try:
+            row = self.audit.database.read(lambda connection: find(connection, handle))
+            manifest = self.store.manifest(handle)
+            manifest.verify(self.key)
+        except SegmentNotFound:
+            raise gone(shown) from None
+        except (StoreError, DatabaseError) as error:
+            raise unavailable(error) from None
+        except SegmentError as error:
+            raise ProxyError(409, f"{shown} is damaged: {error}", code="damaged") from None
+        if row is None or row.revoked_at_s is not None:
+            raise gone(shown)
+        if manifest.audience != me:
+            raise ProxyError(
+                403, f"{shown} is not for agent {split_tenant(me)[1]!r}", code="not_audience"
+            )
+        if 0 < manifest.expires_at_s <= self.clock():
+            raise gone(shown)
+        edge = self.policy.for_edge(manifest.source_agent, me)
+        if rule_digest(edge) != row.policy_digest:
+            raise ProxyError(
+                403, f"{shown} was published under a policy that has changed: publish it again",
+                code="policy_changed",
+            )  # fmt: skip
+        return manifest
+
+    async def _publish(
+        self, order: Order, publish: Publish, endpoint: Endpoint, body: dict[str, Any]
+    ) -> None:
+        who, canary = order.who, order.who.role == "canary"
+        if not canary and (publish.source is not None or publish.tenant is not None):
+            raise ProxyError(
+                400, "lcguard.publish: leave out source and tenant, the key says who publishes",
+                code="bad_handoff", param="lcguard.publish.source",
+            )  # fmt: skip
+        if reason := self.block():
+            raise ProxyError(503, reason, code="not_ready", retry_after_s=30)
+        tenant = publish.tenant or who.tenant
+        source = qualified(tenant, publish.source or who.agent)
+        audience = qualified(tenant, publish.audience)
+        wish = EnginePublish(
+            source=source, audience=audience, forbid=publish.forbid, ttl_s=publish.ttl_s,
+            handle=new_handle(),
+        )  # fmt: skip
+        try:
+            edge = edge_of(self.policy, wish)
+            order.rule = rule_digest(self.policy.for_edge(source, audience))
+            order.edge = edge  # from here on the audit can name it
+            # a canary measures the guard itself: that is what opens a closed edge again
+            if not canary and self.meter.verdict(*_edge_key(edge)) == "closed":
+                if edge.on_leak != "redact":
+                    raise ProxyError(
+                        403, f"the edge to {publish.audience!r} is closed: planted records were "
+                        "read off its segments", code="edge_closed",
+                    )  # fmt: skip
+                wish = wish.model_copy(update={"guard": "redact"})
+                order.edge = edge = edge_of(self.policy, wish)
+        except (HandoffError, PolicyError) as error:
+            raise ProxyError(400, str(error), code="policy") from None
+        order.handle = str(wish.handle)
+        sent = wish.model_dump(mode="json", exclude_none=True)
+        if edge.guard == "redact":
+            sent["spans"] = await self.spans.find(endpoint, body, edge, publish.secrets)
+        elif publish.secrets is not None and not canary:
+            raise ProxyError(
+                400, f"secrets are for guard 'redact'; this edge has {edge.guard!r}: leave them "
+                "out", code="bad_handoff", param="lcguard.publish.secrets",
+            )  # fmt: skip
+        order.params["publish"] = sent
+
+    async def _allow(self, order: Order) -> None:
+        """Charges the budget and writes the audit, both or neither."""
+        now, who = self.clock(), order.who
+        wanted = []
+        for manifest in order.consumed:
+            edge = self.policy.for_edge(manifest.source_agent, manifest.audience)
+            wanted.append((manifest, edge))
+
+        def book(connection: Connection) -> None:
+            for manifest, edge in wanted:
+                reserve(
+                    connection, who.tenant, who.agent,
+                    [(manifest.handle, split_tenant(manifest.source_agent)[1])],
+                    edge.max_segments, edge.window_s, now,
+                )  # fmt: skip
+
+        entries = [self._consumption(order, m, "consume") for m in order.consumed]
+        if order.edge is not None:
+            entries.append(self._publication(order, "publish"))
+        try:
+            await self.audit.append_all(entries, book if wanted else None)
+        except BudgetSpent as error:
+            wait_s = None if error.frees_at_s is None else max(1.0, error.frees_at_s - now)
+            raise ProxyError(403, str(error), code="budget", retry_after_s=wait_s) from None
+        except LedgerError as error:
+            raise ProxyError(404, str(error), code="no_segment") from None
+        except DatabaseError as error:
+            raise unavailable(error) from None
+
+    async def finish(self, order: Order) -> dict[str, Any]:
+        """What was applied, for the client, after vLLM has answered; written to the audit.
+
+        Raises ``ProxyError`` (502, 503) where the segment is not what was ordered: it is then
+        deleted.
+        """
+        answer: dict[str, Any] = {}
+        entries: list[Entry] = []
+        manifest = None
+        try:
+            if order.consumed:
+                answer["consumed"] = [_shown(m) for m in order.consumed]
+                entries += [self._consumption(order, m, "consumed") for m in order.consumed]
+            if order.edge is not None:
+                manifest = await asyncio.to_thread(self._stored, order)
+                answer["published"] = self._describe(order, manifest)
+                entries.append(self._publication(order, "published", manifest))
+            await self.audit.append_all(entries, self._recorder(order, manifest))
+        except (DatabaseError, LedgerError) as error:
+            await self.fail(order, "failed", str(error))
+            raise unavailable(error) from None
+        except ProxyError as error:
+            await self.fail(order, "failed", error.message)
+            raise
+        order.done = True
+        return answer
+
+    async def fail(self, order: Order, event: Any, reason: str) -> None:
+        """A handoff that did not come about (``failed``) or whose client left (``aborted``)."""
+        if order.done:
+            return
+        order.done = True
+        if order.handle:
+            await asyncio.to_thread(self._drop, order.handle)
+        entries = [self._consumption(order, m, event, reason) for m in order.consumed]
+        if order.edge is not None:
+            entries.append(self._publication(order, event, reason=reason))
+        try:
+            await self.audit.append_all(entries)
+        except DatabaseError:
+            # the row that allowed it is there; its missing end says that it did not come about
+            pass
+
+    def _stored(self, order: Order) -> Manifest:
+        """The manifest of what vLLM stored. Raises ``ProxyError`` unless it is what was ordered."""
+        edge = order.edge
+        assert edge is not None
+        try:
+            manifest = self.store.manifest(order.handle)
+            manifest.check(
+                self.key,
+                expect={
+                    "handle": order.handle, "audience": edge.audience,
+                    "source_agent": edge.source, "policy_digest": edge_digest(edge),
+                },
+            )  # fmt: skip
+        except SegmentNotFound:
+            raise ProxyError(
+                502, "vLLM stored no segment: its guard or its store failed, see its log; nothing "
+                "was handed over", code="not_stored",
+            ) from None  # fmt: skip
+        except SegmentError as error:
+            raise ProxyError(
+                502, f"vLLM stored another segment than was ordered: {error}; it was deleted",
+                code="wrong_segment",
+            ) from None  # fmt: skip
+        except StoreError as error:
+            raise unavailable(error) from None
+        if not manifest.guard_digest:
+            raise ProxyError(
+                502, "vLLM stored a segment without a guard; it was deleted", code="wrong_segment"
+            )
+        return manifest
+
+    def _drop(self, handle: str) -> None:
+        try:
+            self.store.delete(handle)
+        except (StoreError, SegmentError):
+            pass  # it is in no ledger, so nobody can consume it; it expires by itself
+
+    def _recorder(self, order: Order, manifest: Manifest | None) -> Any:
+        if manifest is None:
+            return None
+        tenant, source = split_tenant(manifest.source_agent)
+        row = Segment(
+            handle=manifest.handle, tenant=tenant, source=source,
+            audience=split_tenant(manifest.audience)[1], created_at_s=self.clock(),
+            expires_at_s=manifest.expires_at_s, n_tokens=manifest.n_tokens,
+            guard=order.edge.guard if order.edge else "", guard_digest=manifest.guard_digest,
+            policy_digest=order.rule, parents=tuple(m.handle for m in order.consumed),
+        )  # fmt: skip
+        return lambda connection: record_segment(connection, row)
+
+    def _describe(self, order: Order, manifest: Manifest) -> dict[str, Any]:
+        edge = order.edge
+        assert edge is not None
+        spans = order.params["publish"].get("spans")
+        return {
+            **_shown(manifest),
+            "audience": split_tenant(edge.audience)[1],
+            "expires_at_s": manifest.expires_at_s,
+            "guard": edge.guard,
+            "forbid": list(edge.forbid),
+            "derive": list(edge.derive),
+            **({"redacted_spans": len(spans)} if spans is not None else {}),
+        }
+
+    def _consumption(self, order: Order, m: Manifest, event: Any, reason: str = "") -> Entry:
+        return self._entry(
+            order, event, reason, source=split_tenant(m.source_agent)[1],
+            audience=split_tenant(m.audience)[1], handle=m.handle, guard_digest=m.guard_digest,
+            policy_digest=m.policy_digest, n_tokens=m.n_tokens,
+        )  # fmt: skip
+
+    def _publication(
+        self, order: Order, event: Any, manifest: Manifest | None = None, reason: str = ""
+    ) -> Entry:
+        edge = order.edge
+        assert edge is not None
+        return self._entry(
+            order, event, reason, source=split_tenant(edge.source)[1],
+            audience=split_tenant(edge.audience)[1], handle=order.handle, guard=edge.guard,
+            policy_digest=edge_digest(edge),
+            guard_digest=manifest.guard_digest if manifest else "",
+            n_tokens=manifest.n_tokens if manifest else 0,
+        )  # fmt: skip
+
+    def _entry(self, order: Order, event: Any, reason: str = "", **more: Any) -> Entry:
+        verdict: Any = "error" if event in ("failed", "aborted") else "allowed"
+        return Entry(
+            at_ms=int(self.clock() * 1000), request_id=order.request_id, event=event,
+            tenant=order.who.tenant, agent=order.who.agent, verdict=verdict, reason=reason, **more,
+        )  # fmt: skip
+
+    async def _refused(self, order: Order, handoff: HandoffField, error: ProxyError) -> None:
+        """A refusal is audited too; where that fails it is still a refusal."""
+        handles = handoff.consume or ("",)
+        entry = Entry(
+            at_ms=int(self.clock() * 1000), request_id=order.request_id, event="refused",
+            tenant=order.who.tenant, agent=order.who.agent,
+            source=order.who.agent if handoff.publish else "",
+            audience=handoff.publish.audience if handoff.publish else order.who.agent,
+            handle=handles[0], verdict="blocked" if error.status < 500 else "error",
+            reason=f"{error.code}: {error.message}",
+        )  # fmt: skip
+        try:
+            await self.audit.append_all([entry])
+        except DatabaseError:
+            if error.status < 500:
+                raise unavailable(DatabaseError("the audit cannot be written")) from None
+
+
+def qualified(tenant: str, agent: str) -> str:
+    """An agent's name inside vLLM and in manifests."""
+    return f"{tenant}/{agent}"
+
+
+def gone(shown: str) -> ProxyError:
+    """404, the same for never, expired and revoked."""
+    return ProxyError(
+        404, f"{shown} does not exist: it expired, was revoked or never was", code="no_segment"
+    )
+
+
+def unavailable(error: Exception) -> ProxyError:
+    """503: nobody can tell whether it may happen, so it does not."""
+    return ProxyError(
+        503, f"handoffs are not possible now: {error}", code="unavailable", retry_after_s=2
+    )
+
+
+def _edge_key(edge: Edge) -> tuple[str, str, str]:
+    tenant, source = split_tenant(edge.source)
+    return tenant, source, split_tenant(edge.audience)[1]
+
+
+def _shown(m: Manifest) -> dict[str, Any]:
+    return {
+        "handle": m.handle,
+        "source": split_tenant(m.source_agent)[1],
+        "n_tokens": m.n_tokens,
+        "guard_digest": m.guard_digest,
+        "policy_digest": m.policy_digest,
+    }

@@ -1,0 +1,76 @@
+"""Reads a request's body: bounded in size and in time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.types import Receive
+
+from lcguard.server.errors import ProxyError
+
+
+class ClientGone(Exception):
+    """The client hung up: nobody is there to be answered."""
+
+
+async def read_body(
+    receive: Receive, headers: Mapping[str, str], max_bytes: int, timeout_s: float
+) -> bytes:
+    """The whole body.
+
+    Raises:
+        ProxyError: 413 above ``max_bytes``, 408 where it takes longer than ``timeout_s``.
+        ClientGone: hung up before its end.
+    """
+    said = headers.get("content-length", "")
+    if said.isdigit() and int(said) > max_bytes:
+        raise _too_large(max_bytes)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                piece = message.get("body", b"")
+                size += len(piece)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                pieces.append(piece)
+                if not message.get("more_body", False):
+                    return b"".join(pieces)
+    except TimeoutError:
+        raise ProxyError(
+            408, f"the body did not arrive within {timeout_s:g} s", code="slow_body"
+        ) from None
+
+
+def parse_object(raw: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
+    """A JSON object. Raises ``ProxyError`` (400, 415)."""
+    kind = headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ProxyError(415, f"content-type {kind[:60]!r}: send application/json", code="media")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise ProxyError(415, "content-encoding: send the body uncompressed", code="media")
+    try:
+        data = json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        where = f"column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        raise ProxyError(400, f"the body is not JSON ({where})", code="bad_json") from None
+    if not isinstance(data, dict):
+        raise ProxyError(
+            400, f"the body is a {type(data).__name__}: send an object", code="bad_json"
+        )
+    return data
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)  # NaN and Infinity are no JSON
+
+
+def _too_large(max_bytes: int) -> ProxyError:
+    return ProxyError(413, f"the body has more than {max_bytes} bytes", code="too_large")

@@ -1,0 +1,5 @@
+"""Placeholder until the real one lands."""
+
+
+class CanaryRunner:
+    pass

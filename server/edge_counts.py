@@ -1,0 +1,32 @@
+"""How often each edge was used, counted from the audit."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from sqlite3 import Connection
+
+Name = tuple[str, str, str]
+"""Tenant, source, audience."""
+
+
+class EdgeCounts:
+    """Reads on where it stopped: a long trail is counted once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+        self._found: dict[Name, Counter[str]] = {}
+
+    def update(self, connection: Connection) -> dict[Name, Counter[str]]:
+        """Rows of each event by edge, up to now. For ``Database.read``."""
+        with self._lock:
+            rows = connection.execute(
+                "SELECT seq, tenant, source, audience, event FROM audit WHERE seq > ?",
+                (self._last,),
+            )
+            for seq, tenant, source, audience, event in rows:
+                self._last = seq
+                if source and audience:
+                    self._found.setdefault((tenant, source, audience), Counter())[event] += 1
+            return {name: Counter(found) for name, found in self._found.items()}

@@ -1,0 +1,162 @@
+"""The vLLM that ``lcguard serve`` starts: on loopback, with the connector and a key of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcguard.keys import KEY_VARIABLE
+from lcguard.server.settings import EngineSettings
+
+_STOP_S = 20.0
+_BACKOFF_S = (1.0, 5.0, 15.0)
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What the engine serves."""
+
+    settings: EngineSettings
+    model: str
+    """Folder or hub repository."""
+    name: str
+    """As clients call it."""
+    policy: str
+    """Path, or empty for the policy that forbids everything."""
+    store: str
+    store_max_bytes: int | None
+    log: Path
+
+    def command(self, port: int) -> list[str]:
+        """Without secrets: a command line is public."""
+        extra = {
+            "store": self.store,
+            "guards": self.settings.guards,
+            **({"policy": self.policy} if self.policy else {}),
+            **({"store_max_bytes": self.store_max_bytes} if self.store_max_bytes else {}),
+        }
+        transfer = {
+            "kv_connector": "LCGuardConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
+        return [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model,
+            "--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(port),
+            "--kv-transfer-config", json.dumps(transfer),
+            # a line for each request is a tenth of the time of a small one
+            "--disable-uvicorn-access-log",
+            *self.settings.args,
+        ]  # fmt: skip
+
+
+class Engine:
+    """One vLLM process, started again when it dies."""
+
+    def __init__(self, plan: EnginePlan, key: bytes, say: Callable[[str], None]) -> None:
+        self.plan, self._say = plan, say
+        self.port = _free_port()
+        self.api_key = secrets.token_urlsafe(32)
+        self._key = key
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self.failure = ""
+        """Why it does not run and will not be started again."""
+        self.starts = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running process."""
+        p = self._process
+        return p.pid if p is not None and p.returncode is None else None
+
+    async def start(self) -> None:
+        """Starts it; does not wait until it answers."""
+        await self._spawn()
+        self._watch = asyncio.ensure_future(self._supervise())
+
+    async def stop(self) -> None:
+        """Ends it and all that it started."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        await self._end()
+
+    async def _spawn(self) -> None:
+        environment = os.environ | {
+            KEY_VARIABLE: self._key.hex(),
+            "VLLM_API_KEY": self.api_key,
+            "VLLM_PLUGINS": "lcguard",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build alone
+        self.plan.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.plan.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.plan.command(self.port), stdin=asyncio.subprocess.DEVNULL, stdout=log,
+                stderr=log, env=environment, start_new_session=True,
+            )  # fmt: skip
+        self.starts += 1
+
+    async def _supervise(self) -> None:
+        while self._process is not None:
+            code = await self._process.wait()
+            await self._end()  # its workers may have outlived it
+            left = self.plan.settings.restarts - (self.starts - 1)
+            if left <= 0:
+                self.failure = f"vLLM ended with {code}: {last_reason(self.plan.log)}"
+                self._say(self.failure)
+                return
+            wait_s = _BACKOFF_S[min(self.starts - 1, len(_BACKOFF_S) - 1)]
+            self._say(f"vLLM ended with {code}; starting it again in {wait_s:g} s ({left} left)")
+            await asyncio.sleep(wait_s)
+            await self._spawn()
+
+    async def _end(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+        except TimeoutError:
+            pass
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def last_reason(log: Path) -> str:
+    """The line of vLLM's log that says why it gave up, as far as one can tell."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 64 * 1024))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError as error:
+        return f"{log.name} cannot be read: {error.strerror}"
+    errors = [x for x in lines if "StartError" in x or "Error: " in x]
+    wanted = next((x for x in errors if "StartError" in x), errors[-1] if errors else "")
+    text = wanted[wanted.find("Error: ") + 7 :] if wanted else "no reason in its log"
+    return f"{' '.join(text.split())[:400]} (log: {log})"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

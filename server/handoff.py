@@ -1,0 +1,95 @@
+"""The one field that makes a request a handoff: ``lcguard``, or the headers that stand for it.
+
+    {"publish": {"audience": "billing"}}
+    {"consume": ["HANDLE", ...]}
+
+Both together publish what an agent made of what it consumed. Who publishes or consumes is never
+in the request: the API key says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from lcguard.categories import Category
+from lcguard.server.errors import ProxyError
+
+FIELD = "lcguard"
+PUBLISH_HEADER = "x-lcguard-publish"
+CONSUME_HEADER = "x-lcguard-consume"
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$")]
+Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Publish(_Model):
+    """Guard this prompt's KV and keep it for ``audience``."""
+
+    audience: Name
+    """Agent of the same tenant."""
+    forbid: tuple[Category, ...] = ()
+    """Categories to hide beyond those of the policy: a request tightens, never loosens."""
+    ttl_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    """Seconds to live; at most the policy's."""
+    secrets: tuple[Annotated[str, StringConstraints(min_length=1, max_length=4096)], ...] | None = (
+        Field(default=None, max_length=1024)
+    )
+    """For edges with guard ``redact``: texts in the prompt to overwrite, wherever they occur."""
+    source: Name | None = None
+    """For canaries alone: whom they stand in for."""
+    tenant: Name | None = None
+    """For canaries alone."""
+
+
+class HandoffField(_Model):
+    """The value of ``lcguard``."""
+
+    publish: Publish | None = None
+    consume: Annotated[tuple[Handle, ...], Field(min_length=1, max_length=64)] | None = None
+    """Handles, in the order in which the segments stand before the prompt."""
+
+
+def parse_handoff(value: Any, headers: Mapping[str, str]) -> HandoffField | None:
+    """The handoff of a request; None for an ordinary one.
+
+    Args:
+        value: of the field ``lcguard``; None where the body has none.
+        headers: lower-case names.
+
+    Raises:
+        ProxyError: 400 naming the key at fault.
+    """
+    audience, handles = headers.get(PUBLISH_HEADER), headers.get(CONSUME_HEADER)
+    if audience is not None or handles is not None:
+        if value is not None:
+            raise _bad(FIELD, f"give the field or the {PUBLISH_HEADER} headers, not both")
+        value = {}
+        if audience is not None:
+            value["publish"] = {"audience": audience.strip()}
+        if handles is not None:
+            value["consume"] = [h.strip() for h in handles.split(",")]
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise _bad(FIELD, f"is a {type(value).__name__}: give publish or consume")
+    try:
+        found = HandoffField.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise _bad(".".join([FIELD, *map(str, first["loc"])]), first["msg"]) from None
+    if found.publish is None and found.consume is None:
+        raise _bad(FIELD, "is empty: give publish or consume")
+    if found.consume is not None and len(set(found.consume)) < len(found.consume):
+        raise _bad(f"{FIELD}.consume", "names a handle twice: give each once")
+    return found
+
+
+def _bad(param: str, message: str) -> ProxyError:
+    return ProxyError(400, f"{param}: {message}", code="bad_handoff", param=param)

@@ -1,0 +1,209 @@
+"""Opens a deployment in the order in which its parts need each other, and closes it again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lcguard.followed import Followed
+from lcguard.guards import FrozenGuard
+from lcguard.guards.frozen import GuardError
+from lcguard.policy import Policy, load_policy
+from lcguard.server.audit import AuditLog, Entry
+from lcguard.server.authority import Authority
+from lcguard.server.canaries import CanaryRunner
+from lcguard.server.canary_jobs import canary_job
+from lcguard.server.changes import note_changes
+from lcguard.server.database import Database, DatabaseError
+from lcguard.server.engine import Engine, EnginePlan
+from lcguard.server.errors import ProxyError
+from lcguard.server.gate import Gate
+from lcguard.server.keyring import Keyring
+from lcguard.server.leakage import LeakageMeter
+from lcguard.server.ledger import sweep
+from lcguard.server.limits import KeyLimits
+from lcguard.server.readiness import Readiness, Watch
+from lcguard.server.selftest import GuardFiles, SelfTest
+from lcguard.server.settings import ServerSettings
+from lcguard.server.spans import SpanFinder
+from lcguard.server.state import Proxy
+from lcguard.server.upstream import Upstream
+from lcguard.store import open_store
+from lcguard.vllm.settings import guard_folder
+
+WATCH_S = 4.0
+"""Between two looks at the conditions of readiness."""
+SWEEP_S = 600.0
+
+
+@dataclass
+class Deployment:
+    """What ``lcguard serve`` was told."""
+
+    settings: ServerSettings
+    key: bytes
+    model: str
+    """Folder or hub repository."""
+    name: str
+    """As clients call it."""
+    plan: EnginePlan | None
+    """Of the vLLM to start; None: attach to ``upstream.url``."""
+    state: Path
+    say: Callable[[str], None]
+    canary_command: Sequence[str] = ()
+    """The worker that plants and attacks; none: no canaries."""
+    url: str = ""
+    """Where the proxy listens."""
+    readiness: Readiness = field(default_factory=Readiness)
+    engine: Engine | None = None
+
+    def drain(self) -> None:
+        """Not ready from now on; what runs may end."""
+        self.readiness.draining = True
+
+
+def policy_of(settings: ServerSettings) -> Policy | Followed[Policy]:
+    """The policy's file, followed; without one, everything is forbidden. Raises ``PolicyError``."""
+    if settings.policy.exists():
+        return Followed(settings.policy, load_policy)
+    return Policy(version=1, edges=())
+
+
+@asynccontextmanager
+async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
+    """The running proxy. Raises ``ValueError`` and ``RuntimeError`` for what cannot be opened."""
+    s = deployment.settings
+    async with AsyncExitStack() as stack:
+        policy = policy_of(s)
+        keyring = Keyring(s.keys)
+        store = open_store(s.store, max_bytes=s.store_max_bytes)
+        stack.callback(store.close)
+        database = Database(s.database, busy_timeout_s=s.database_timeout_s)
+        stack.callback(database.close)
+        audit = AuditLog(database, deployment.key)
+        c = s.canaries
+        meter = LeakageMeter(deployment.state / "leakage.json", c.threshold, c.interval_s)
+        url, api_key = s.upstream.url, os.environ.get(s.upstream.api_key_env, "")
+        if deployment.plan is not None:
+            deployment.engine = engine = Engine(deployment.plan, deployment.key, deployment.say)
+            url, api_key = engine.url, engine.api_key
+            await engine.start()
+            stack.push_async_callback(engine.stop)
+        upstream = Upstream(s.upstream, url, api_key)
+        await upstream.start()
+        stack.push_async_callback(upstream.close)
+        test = SelfTest(upstream, deployment.name, store, deployment.key,
+                        lambda: authority.policy)  # fmt: skip
+        files = GuardFiles(s.engine.guards)
+        blocked = _Blocked()
+        authority = Authority(
+            policy, store, deployment.key, audit, meter, SpanFinder(upstream, deployment.model),
+            lambda: blocked.reason,
+        )  # fmt: skip
+        proxy = Proxy(
+            s, deployment.key, deployment.name, upstream, keyring, database, audit, store, meter,
+            authority, deployment.readiness, KeyLimits(),
+            Gate(s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s),
+        )  # fmt: skip
+        proxy.policy_error = lambda: policy.error if isinstance(policy, Followed) else ""
+        proxy.certificates = certificates(s.engine.guards)
+        starts = 0
+
+        async def engine_lives() -> str:
+            nonlocal starts
+            engine = deployment.engine
+            if engine is not None:
+                if engine.starts != starts:
+                    starts = engine.starts
+                    test.forget()
+                if engine.failure:
+                    raise ProxyError(503, engine.failure, code="engine")
+            return await test.engine()
+
+        async def guards_intact() -> str:
+            try:
+                detail = await asyncio.to_thread(files.check, test.digests)
+            except ProxyError as error:
+                blocked.reason = error.message
+                raise
+            blocked.reason = ""
+            return detail
+
+        async def policy_good() -> str:
+            if error := proxy.policy_error():
+                raise ProxyError(503, f"{error}; the one before is in force", code="policy")
+            return f"digest {authority.policy.digest[:12]}"
+
+        async def audit_works() -> str:
+            await database.write(lambda connection: None)
+            return f"{(await asyncio.to_thread(audit.head)).count} rows"
+
+        watch = Watch(
+            deployment.readiness,
+            {
+                "engine": engine_lives, "guards": test.guards, "guard_files": guards_intact,
+                "policy": policy_good, "audit": audit_works,
+            },
+            WATCH_S,
+        )  # fmt: skip
+        await audit.append(Entry("start", policy_digest=authority.policy.digest))
+        tasks = [asyncio.ensure_future(t) for t in (
+            watch.run(), _announce(deployment), _sweeps(proxy), note_changes(proxy),
+        )]  # fmt: skip
+        if c.enabled and deployment.canary_command:
+            job = canary_job(proxy, deployment.model, lambda: deployment.url)
+            runner = CanaryRunner(
+                deployment.canary_command, job, meter, c.interval_s, c.timeout_s, proxy.edge_changed
+            )
+            proxy.canaries = runner
+            tasks.append(asyncio.ensure_future(runner.run()))
+        try:
+            yield proxy
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            with suppress(DatabaseError):
+                await audit.append(Entry("stop"))
+
+
+def certificates(folders: Mapping[str, str]) -> dict[str, float]:
+    """Guard to the mean pair leak on its card, in nats."""
+    out = {}
+    for name, folder in folders.items():
+        with suppress(GuardError):
+            card = FrozenGuard.from_pretrained(guard_folder(folder)).card
+            if card.certificate is not None:
+                out[name] = float(card.certificate["mean_nats"])
+    return out
+
+
+class _Blocked:
+    """Why nothing may be published now."""
+
+    reason = ""
+
+
+async def _announce(deployment: Deployment) -> None:
+    """Says when it becomes ready, and why it no longer is."""
+    before: Any = None
+    while True:
+        state = deployment.readiness
+        now = state.ready or tuple(state.reasons())
+        if now != before:
+            text = "ready" if now is True else "not ready: " + state.reasons()[0]
+            deployment.say(text)
+            before = now
+        await asyncio.sleep(0.25)
+
+
+async def _sweeps(proxy: Proxy) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        with suppress(DatabaseError):
+            await proxy.database.write(lambda c: sweep(c, proxy.authority.clock()))

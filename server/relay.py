@@ -1,0 +1,264 @@
+"""The two routes that generate: a request on its way to vLLM and its answer on the way back.
+
+One path for streams and whole answers: checked, limited, ordered, forwarded, and finished by the
+code that saw what was stored. Plain ASGI, because every layer above costs each request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+from starlette.types import Message, Receive, Scope, Send
+
+from lcguard.server.authority import Order
+from lcguard.server.body import ClientGone, parse_object, read_body
+from lcguard.server.contract import ContractError, check, clean
+from lcguard.server.errors import ProxyError
+from lcguard.server.handoff import FIELD, parse_handoff
+from lcguard.server.keyring import Identity
+from lcguard.server.spans import Endpoint
+from lcguard.server.sse import DONE, Events, data_of, event
+from lcguard.server.state import Proxy
+from lcguard.server.upstream import broken
+
+_TOTAL = re.compile(rb'"total_tokens":\s*(\d+)')
+_PASSED_ON = ("traceparent", "tracestate", "x-request-id")
+_BYTES_PER_TOKEN = 4
+
+
+class Exchange:
+    """One request and what became of it."""
+
+    def __init__(self, headers: Mapping[str, str], send: Send, request_id: str) -> None:
+        self.headers, self.request_id = headers, request_id
+        self._send = send
+        self.started_s = time.perf_counter()
+        self.upstream_s = 0.0
+        """Spent waiting for vLLM."""
+        self.first_byte_s: float | None = None
+        self.status = 0
+        self.who: Identity | None = None
+        self.order: Order | None = None
+        self.code = ""
+
+    async def head(self, status: int, kind: str, more: Mapping[str, str]) -> None:
+        """Sends the answer's head."""
+        self.status = status
+        headers = {"content-type": kind, "x-request-id": self.request_id, **more}
+        message: Message = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items()],
+        }
+        await self._send(message)
+
+    async def piece(self, data: bytes, more: bool = True) -> None:
+        """Sends a piece of the answer's body at once."""
+        if self.first_byte_s is None:
+            self.first_byte_s = time.perf_counter()
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def whole(self, status: int, kind: str, data: bytes, more: Mapping[str, str]) -> None:
+        await self.head(status, kind, {"content-length": str(len(data)), **more})
+        await self.piece(data, more=False)
+
+    async def refuse(self, error: ProxyError) -> None:
+        """The error as the answer, or as the last event of a stream that has begun."""
+        self.code = error.code
+        if self.status:
+            await self.piece(event(error.body()), more=False)
+            return
+        more = {"x-lcguard-verdict": "blocked" if error.status < 500 else "error"}
+        if error.retry_after_s is not None:
+            more["retry-after"] = str(max(1, int(-(-error.retry_after_s // 1))))
+        if error.status == 401:
+            more["www-authenticate"] = "Bearer"
+        if error.status in (408, 413):
+            more["connection"] = "close"  # the rest of the body is not wanted
+        await self.whole(error.status, "application/json", json.dumps(error.body()).encode(), more)
+
+
+class Relay:
+    """ASGI application of one generating route."""
+
+    def __init__(self, proxy: Proxy, endpoint: Endpoint, path: str) -> None:
+        self.proxy, self.endpoint, self.path = proxy, endpoint, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        exchange = Exchange(headers, send, self.proxy.request_id(headers))
+        with self.proxy.watch(exchange, self.endpoint):
+            try:
+                await self._answer(exchange, receive)
+            except ProxyError as error:
+                await exchange.refuse(error)
+            except ClientGone:
+                exchange.code = "client_gone"
+
+    async def _answer(self, x: Exchange, receive: Receive) -> None:
+        proxy, limits = self.proxy, self.proxy.settings.limits
+        x.who = proxy.authenticate(x.headers)
+        raw = await read_body(receive, x.headers, limits.max_body_bytes, limits.body_timeout_s)
+        # from here the only thing that a client can still do is to hang up
+        work = asyncio.ensure_future(self._work(x, raw))
+        gone = asyncio.ensure_future(_hung_up(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientGone
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+                with suppress(asyncio.CancelledError, ProxyError):
+                    await work  # vLLM is told, and the audit
+        work.result()
+
+    async def _work(self, x: Exchange, raw: bytes) -> None:
+        proxy, who = self.proxy, x.who
+        assert who is not None
+        body = parse_object(raw, x.headers)
+        handoff = parse_handoff(body.pop(FIELD, None), x.headers)
+        try:
+            body = check(
+                self.endpoint, body, consuming=bool(handoff and handoff.consume),
+                publishing=bool(handoff and handoff.publish),
+            )  # fmt: skip
+        except ContractError as error:
+            raise ProxyError(400, str(error), code="contract", param=error.param) from None
+        asked = proxy.check_size(who, body)
+        async with proxy.admit(who, len(raw) // _BYTES_PER_TOKEN + asked) as bill:
+            body["cache_salt"] = proxy.salt(who.tenant)
+            try:
+                if handoff is not None:
+                    _one_prompt(self.endpoint, body)
+                    x.order = await proxy.authority.open(
+                        who, handoff, self.endpoint, body, x.request_id
+                    )
+                    body["kv_transfer_params"] = {"lcguard": x.order.params}
+                bill.used_tokens = await self._forward(x, body)
+            except BaseException as error:
+                await self._undo(x.order, error)
+                raise
+
+    async def _undo(self, order: Order | None, error: BaseException) -> None:
+        """Whatever ended it, the audit says that the handoff did not come about."""
+        if order is None:
+            return
+        left = isinstance(error, asyncio.CancelledError)
+        reason = "the client hung up" if left else str(error) or type(error).__name__
+        # not to be cancelled itself
+        await asyncio.shield(
+            self.proxy.authority.fail(order, "aborted" if left else "failed", reason)
+        )
+
+    async def _forward(self, x: Exchange, body: dict[str, Any]) -> int:
+        """Relays vLLM's answer; returns the tokens that it counted, or that were counted here."""
+        passed = {k: x.headers[k] for k in _PASSED_ON if k in x.headers}
+        asked_s = time.perf_counter()
+        answer = await self.proxy.upstream.post(
+            self.path, json.dumps(body, separators=(",", ":")).encode(), passed
+        )
+        x.upstream_s += time.perf_counter() - asked_s
+        try:
+            kind = answer.headers.get("content-type", "application/json")
+            if kind.startswith("text/event-stream"):
+                return await self._stream(x, answer, kind)
+            return await self._whole(x, answer, kind)
+        finally:
+            answer.close()  # where vLLM still computes, it stops
+
+    async def _whole(self, x: Exchange, answer: aiohttp.ClientResponse, kind: str) -> int:
+        asked_s = time.perf_counter()
+        try:
+            data = await answer.read()
+        except (TimeoutError, aiohttp.ClientError) as error:
+            raise broken(error) from None
+        x.upstream_s += time.perf_counter() - asked_s
+        more: dict[str, str] = {}
+        if x.order is not None:
+            if answer.status != 200:
+                await self.proxy.authority.fail(x.order, "failed", f"vLLM answered {answer.status}")
+            else:
+                applied = await self.proxy.authority.finish(x.order)
+                whole = clean(json.loads(data), bool(x.order.consumed))
+                data = json.dumps({**whole, FIELD: applied}, separators=(",", ":")).encode()
+                more = _said(applied)
+        counted = _TOTAL.search(data, max(0, len(data) - 4096))
+        await x.whole(answer.status, kind, data, more)
+        return int(counted[1]) if counted else 0
+
+    async def _stream(self, x: Exchange, answer: aiohttp.ClientResponse, kind: str) -> int:
+        more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        await x.head(answer.status, kind, more)
+        events, n, last, ended, tail = Events(), 0, b"", False, b""
+        try:
+            async for piece in answer.content.iter_any():
+                if x.order is None:
+                    await x.piece(piece)
+                    n += piece.count(b"data: ")
+                    last, tail = piece, (tail + piece)[-len(DONE) :]
+                    ended = tail == DONE
+                    continue
+                for raw in events.feed(piece):
+                    n += 1
+                    if raw == DONE:
+                        ended = True
+                        await x.piece(await self._last_chunk(x.order, last))
+                    elif raw.startswith(b'data: {"error"'):
+                        await self.proxy.authority.fail(x.order, "failed", "vLLM broke off")
+                        x.code = "upstream_error"
+                    elif (found := data_of(raw)) is not None:
+                        last = raw = event(clean(found, bool(x.order.consumed)))
+                    await x.piece(raw)
+        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
+            raise broken(error) from None
+        if not ended and not x.code:
+            raise ProxyError(502, "vLLM broke off its answer", code="upstream_broke_off")
+        await x.piece(b"", more=False)
+        counted = _TOTAL.search(last)
+        return int(counted[1]) if counted else n
+
+    async def _last_chunk(self, order: Order, last: bytes) -> bytes:
+        """What was applied, as a chunk without choices: like OpenAI's chunk of usage."""
+        applied = await self.proxy.authority.finish(order)
+        before = data_of(last) or {}
+        same = {k: before[k] for k in ("id", "object", "created", "model") if k in before}
+        return event({**same, "choices": [], FIELD: applied})
+
+
+def _one_prompt(endpoint: Endpoint, body: dict[str, Any]) -> None:
+    prompt = body.get("prompt")
+    many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    if endpoint == "completions" and (many or not prompt):
+        raise ProxyError(
+            400, "prompt: a handoff takes exactly one prompt, of text or of tokens",
+            code="contract", param="prompt",
+        )  # fmt: skip
+
+
+def _said(applied: Mapping[str, Any]) -> dict[str, str]:
+    """What was applied, as headers."""
+    out = {"x-lcguard-verdict": "allowed"}
+    if made := applied.get("published"):
+        out |= {
+            "x-lcguard-handle": made["handle"],
+            "x-lcguard-expires": str(made["expires_at_s"]),
+            "x-lcguard-guard": made["guard"],
+            "x-lcguard-policy": made["policy_digest"],
+        }
+    if got := applied.get("consumed"):
+        out["x-lcguard-consumed"] = ",".join(s["handle"] for s in got)
+    return out
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

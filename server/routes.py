@@ -1,0 +1,252 @@
+"""Everything that does not generate: segments, policy, leakage, contract, models, health."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel, ConfigDict
+
+from lcguard.manifest import SegmentError
+from lcguard.policy import ANY, Edge, split_tenant
+from lcguard.server.audit import Entry
+from lcguard.server.authority import gone, unavailable
+from lcguard.server.contract import describe
+from lcguard.server.database import DatabaseError
+from lcguard.server.errors import ProxyError
+from lcguard.server.handoff import Handle, Name
+from lcguard.server.keyring import Identity
+from lcguard.server.ledger import Segment, find, live, revoke
+from lcguard.server.state import Proxy
+from lcguard.store import StoreError
+
+router = APIRouter()
+
+
+def proxy_of(request: Request) -> Proxy:
+    """The running proxy."""
+    found: Proxy = request.app.state.proxy
+    return found
+
+
+def caller(request: Request) -> Identity:
+    """Who asks. Raises ``ProxyError`` (401)."""
+    return proxy_of(request).authenticate(request.headers)
+
+
+def operator(who: Annotated[Identity, Depends(caller)]) -> Identity:
+    """An admin. Raises ``ProxyError`` (403)."""
+    if who.role != "admin":
+        raise ProxyError(403, f"this takes an admin's key, not an {who.role}'s", code="role")
+    return who
+
+
+Running = Annotated[Proxy, Depends(proxy_of)]
+Caller = Annotated[Identity, Depends(caller)]
+Operator = Annotated[Identity, Depends(operator)]
+
+
+class EdgeName(BaseModel):
+    """One hop."""
+
+    model_config = ConfigDict(extra="forbid")
+    tenant: Name
+    source: Name
+    audience: Name
+
+
+@router.get("/livez", tags=["health"])
+async def livez() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", tags=["health"], responses={503: {"description": "Not ready, and why."}})
+async def readyz(proxy: Running) -> Response:
+    """200 once engine, guards and policy were seen to work together."""
+    state = proxy.readiness
+    body = {
+        "ready": state.ready,
+        "checks": {c.name: {"ok": c.ok, "detail": c.detail} for c in state.conditions.values()},
+        "reasons": state.reasons(),
+    }
+    return Response(json.dumps(body), 200 if state.ready else 503, media_type="application/json")
+
+
+@router.get("/metrics", tags=["health"], response_class=Response)
+async def metrics(request: Request, proxy: Running) -> Response:
+    """In Prometheus' format."""
+    if proxy.settings.metrics_auth:
+        operator(caller(request))
+    from lcguard.server.overview import refresh_metrics
+
+    await asyncio.to_thread(refresh_metrics, proxy)
+    return Response(proxy.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/v1/models", tags=["openai"], response_class=Response)
+async def models(proxy: Running, who: Caller) -> Response:
+    """vLLM's models that the caller's key is for."""
+    status, data = await proxy.upstream.get("/v1/models")
+    if status == 200 and who.models:
+        found = json.loads(data)
+        found["data"] = [m for m in found["data"] if m["id"] in who.models]
+        data = json.dumps(found).encode()
+    return Response(data, status, media_type="application/json")
+
+
+@router.get("/lcguard/v1/contract", tags=["lcguard"])
+async def contract(who: Caller) -> dict[str, Any]:
+    """What becomes of each field of a request."""
+    return describe()
+
+
+@router.get("/lcguard/v1/policy", tags=["lcguard"])
+async def policy(proxy: Running, who: Caller) -> dict[str, Any]:
+    """The rules that concern the caller; all of them for an admin."""
+    found = proxy.authority.policy
+
+    def concerns(edge: Edge) -> bool:
+        if who.role == "admin":
+            return True
+        mine = edge.tenant in (ANY, who.tenant)
+        return mine and (
+            who.role == "auditor" or {edge.source, edge.audience} & {ANY, who.agent} != set()
+        )
+
+    return {
+        "digest": found.digest,
+        "error": proxy.policy_error(),
+        "default": "every category is forbidden on an edge that no rule matches",
+        "edges": [e.model_dump(mode="json") for e in found.edges if concerns(e)],
+    }
+
+
+@router.get("/lcguard/v1/segments", tags=["lcguard"])
+async def segments(proxy: Running, who: Caller) -> dict[str, Any]:
+    """Live segments that the caller published or may consume; its tenant's for other roles."""
+    rows = await asyncio.to_thread(
+        proxy.database.read, lambda c: live(c, who.tenant, proxy.authority.clock())
+    )
+    return {"data": [_listed(s) for s in rows if _may_see(who, s)]}
+
+
+@router.get("/lcguard/v1/segments/{handle}", tags=["lcguard"])
+async def segment(handle: Handle, proxy: Running, who: Caller) -> dict[str, Any]:
+    """A segment's manifest, verified."""
+    row = await _own(proxy, who, handle)
+    try:
+        manifest = await asyncio.to_thread(proxy.store.manifest, handle)
+        manifest.verify(proxy.key)
+    except StoreError as error:
+        raise unavailable(error) from None
+    except SegmentError:
+        raise gone(f"segment {handle[:6]}...") from None
+    shown = manifest.model_dump(mode="json", exclude={"hmac"})
+    for name in ("source_agent", "audience"):
+        shown[name] = split_tenant(shown[name])[1]
+    shown["edge"] = f"{row.source}>{row.audience}"
+    return {**_listed(row), "manifest": shown}
+
+
+@router.delete("/lcguard/v1/segments/{handle}", tags=["lcguard"])
+async def revoke_segment(
+    handle: Handle, proxy: Running, who: Caller,
+    cascade: Annotated[bool, Query(description="Also what was published on top of it.")] = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Revokes: nobody consumes it from now on, whatever a prefix cache still holds."""
+    row = await _own(proxy, who, handle)
+    if who.role == "auditor" or (who.role == "agent" and who.agent != row.source):
+        raise ProxyError(403, "only its publisher or an admin revokes a segment", code="role")
+    revoked: list[str] = []
+    entry = Entry(
+        "revoked", tenant=row.tenant, agent=who.agent, source=row.source, audience=row.audience,
+        handle=handle, reason="with all on top of it" if cascade else "",
+    )  # fmt: skip
+    try:
+        await proxy.audit.append(
+            entry,
+            lambda c: revoked.extend(revoke(c, handle, proxy.authority.clock(), cascade)),
+        )
+    except DatabaseError as error:
+        raise unavailable(error) from None
+    kept = await asyncio.to_thread(_delete, proxy, revoked)
+    return {"revoked": revoked, "still_in_store": kept}
+
+
+@router.get("/lcguard/v1/leakage", tags=["lcguard"])
+async def leakage(proxy: Running, who: Caller) -> dict[str, Any]:
+    """What canaries lost on each edge, and what audiences have accumulated."""
+    from lcguard.server.overview import edge_rows
+
+    rows = await asyncio.to_thread(edge_rows, proxy)
+    seen = [r for r in rows if who.role == "admin" or r.tenant == who.tenant]
+    if who.role == "agent":
+        seen = [r for r in seen if who.agent in (r.source, r.audience)]
+    return {"threshold": proxy.settings.canaries.threshold, "edges": [_leak(r) for r in seen]}
+
+
+@router.post("/lcguard/v1/leakage/reopen", tags=["lcguard"])
+async def reopen(edge: EdgeName, proxy: Running, who: Operator) -> dict[str, str]:
+    """Opens an edge that canaries closed, on an operator's word."""
+    try:
+        proxy.meter.reopen((edge.tenant, edge.source, edge.audience), who.agent)
+    except KeyError:
+        raise ProxyError(
+            404, f"{edge.source} -> {edge.audience} has no record", code="no_edge"
+        ) from None
+    try:
+        await proxy.audit.append(
+            Entry("edge_opened", tenant=edge.tenant, agent=who.agent, source=edge.source,
+                  audience=edge.audience, reason="by an operator")
+        )  # fmt: skip
+    except DatabaseError as error:
+        raise unavailable(error) from None
+    return {"state": "open"}
+
+
+def _leak(row: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(row)
+
+
+def _may_see(who: Identity, row: Segment) -> bool:
+    if who.role == "admin":
+        return True
+    return row.tenant == who.tenant and (
+        who.role == "auditor" or who.agent in (row.source, row.audience)
+    )
+
+
+async def _own(proxy: Proxy, who: Identity, handle: str) -> Segment:
+    """The segment's row, if the caller may know of it. Raises ``ProxyError`` (404, 503)."""
+    try:
+        row = await asyncio.to_thread(proxy.database.read, lambda c: find(c, handle))
+    except DatabaseError as error:
+        raise unavailable(error) from None
+    if row is None or row.revoked_at_s is not None or not _may_see(who, row):
+        raise gone(f"segment {handle[:6]}...")
+    return row
+
+
+def _listed(row: Segment) -> dict[str, Any]:
+    return {
+        "handle": row.handle, "source": row.source, "audience": row.audience,
+        "created_at_s": row.created_at_s, "expires_at_s": row.expires_at_s,
+        "n_tokens": row.n_tokens, "guard": row.guard, "guard_digest": row.guard_digest,
+        "parents": list(row.parents),
+    }  # fmt: skip
+
+
+def _delete(proxy: Proxy, handles: list[str]) -> list[str]:
+    """From the store; returns those that it would not let go, which are dead all the same."""
+    kept = []
+    for handle in handles:
+        try:
+            proxy.store.delete(handle)
+        except (StoreError, SegmentError):
+            kept.append(handle)
+    return kept

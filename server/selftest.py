@@ -1,0 +1,164 @@
+"""One handoff through the live engine for each guard that the policy names."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lcguard.grants import make_grant, new_handle
+from lcguard.guards import FrozenGuard
+from lcguard.guards.frozen import GuardError
+from lcguard.manifest import Manifest, SegmentError
+from lcguard.policy import ANY, Edge, Policy
+from lcguard.server.errors import ProxyError
+from lcguard.server.upstream import Upstream
+from lcguard.store import SegmentStore, StoreError
+from lcguard.vllm.gatekeeper import edge_digest, edge_of
+from lcguard.vllm.request import Publish
+from lcguard.vllm.settings import guard_folder
+
+_PROBE = "lcguard-probe"
+_PROMPT = "The quick brown fox reads a record."
+
+
+class SelfTest:
+    """What has to hold before anyone is served. Raises ``ProxyError`` with what does not."""
+
+    def __init__(
+        self, upstream: Upstream, model: str, store: SegmentStore, key: bytes,
+        policy: Callable[[], Policy],
+    ) -> None:  # fmt: skip
+        self.upstream, self.model, self.store, self.key = upstream, model, store, key
+        self._policy = policy
+        self._passed = ""
+        self.digests: dict[str, str] = {}
+        """Guard name to the digest of the guard that the engine really ran."""
+
+    async def engine(self) -> str:
+        """vLLM answers and serves the model."""
+        status, _ = await self.upstream.get("/health", timeout_s=10)
+        if status != 200:
+            raise ProxyError(502, f"vLLM answers {status} to /health", code="engine")
+        status, data = await self.upstream.get("/v1/models", timeout_s=10)
+        if status != 200:
+            raise ProxyError(502, f"vLLM answers {status} to /v1/models", code="engine")
+        served = [m["id"] for m in json.loads(data)["data"]]
+        if self.model not in served:
+            raise ProxyError(
+                502, f"vLLM serves {', '.join(served)}, not {self.model!r}", code="engine"
+            )
+        return f"serves {self.model}"
+
+    def forget(self) -> None:
+        """After another engine has started: what was seen was seen of the one before."""
+        self._passed = ""
+
+    async def guards(self) -> str:
+        """Every guard of the policy guards, and only the audience gets in."""
+        policy = self._policy()
+        if policy.digest != self._passed:
+            found = {}
+            for edge in edges_by_guard(policy):
+                found[edge.guard] = await self._handoff(policy, edge)
+            self.digests, self._passed = found, policy.digest
+        return ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(self.digests.items()))
+
+    async def _handoff(self, policy: Policy, edge: Edge) -> str:
+        wish = Publish(
+            source=edge.source, audience=edge.audience, handle=new_handle(), ttl_s=60.0,
+            spans=() if edge.guard == "redact" else None,
+        )  # fmt: skip
+        sent = {"publish": wish.model_dump(mode="json", exclude_none=True)}
+        handle = str(wish.handle)
+        try:
+            await self._complete(sent)
+            manifest = await asyncio.to_thread(self._manifest, handle)
+            wanted = edge_digest(edge_of(policy, wish))
+            if manifest.policy_digest != wanted:
+                raise ProxyError(
+                    502, "the engine goes by another policy than the proxy: give both the same "
+                    "file", code="policy",
+                )  # fmt: skip
+            await self._complete(self._consume(handle, edge.audience))
+            other = f"{edge.audience.partition('/')[0]}/{_PROBE}-{secrets.token_hex(4)}"
+            try:
+                await self._complete(self._consume(handle, other))
+            except ProxyError as error:
+                if error.status in (400, 403):
+                    return manifest.guard_digest
+                raise
+            raise ProxyError(502, "the engine let another agent consume", code="engine")
+        finally:
+            with suppress(StoreError, SegmentError):
+                await asyncio.to_thread(self.store.delete, handle)
+
+    def _consume(self, handle: str, agent: str) -> dict[str, Any]:
+        # with a grant that is right: the manifest alone has to keep another agent out
+        grant = make_grant(self.key, handle, agent, int(time.time()) + 60)
+        return {"consume": {"agent": agent, "segments": [{"handle": handle, "grant": grant}]}}
+
+    async def _complete(self, handoff: dict[str, Any]) -> None:
+        body = {
+            "model": self.model, "prompt": _PROMPT, "max_tokens": 1, "temperature": 0,
+            "kv_transfer_params": {"lcguard": handoff},
+        }  # fmt: skip
+        await self.upstream.ask("/v1/completions", body)
+
+    def _manifest(self, handle: str) -> Manifest:
+        try:
+            manifest = self.store.manifest(handle)
+            manifest.verify(self.key)
+        except (SegmentError, StoreError) as error:
+            raise ProxyError(
+                502, f"the proxy does not see what the engine stores ({error}): give both the same "
+                "store and the same LCGUARD_KEY", code="store",
+            ) from None  # fmt: skip
+        return manifest
+
+
+def edges_by_guard(policy: Policy) -> Iterator[Edge]:
+    """One concrete hop for each guard, and one that no entry matches."""
+    seen = set()
+    for edge in (*policy.edges, Edge(source=ANY, audience=ANY, forbid=())):
+        tenant = _PROBE if edge.tenant == ANY else edge.tenant
+        names = [_PROBE if n == ANY else n for n in (edge.source, edge.audience)]
+        rule = policy.for_edge(f"{tenant}/{names[0]}", f"{tenant}/{names[1]}")
+        if rule.guard not in seen:
+            seen.add(rule.guard)
+            yield rule
+
+
+class GuardFiles:
+    """Whether the guards on disk are still those that the engine runs."""
+
+    def __init__(self, folders: dict[str, str]) -> None:
+        """``folders``: guard name to folder, hub repository or ``nano:NAME``."""
+        self.folders = {k: Path(guard_folder(v)) for k, v in folders.items()}
+        self._marks: dict[str, tuple[object, str]] = {}
+
+    def check(self, running: dict[str, str]) -> str:
+        """Raises ``ProxyError`` for a guard whose files were altered since the engine read them."""
+        for name, folder in self.folders.items():
+            if name not in running or not folder.is_dir():
+                continue
+            mark = [(p.name, p.stat().st_mtime_ns, p.stat().st_size)
+                    for p in sorted(folder.iterdir())]  # fmt: skip
+            before = self._marks.get(name)
+            if before is None or before[0] != mark:
+                try:
+                    digest = FrozenGuard.from_pretrained(folder).digest
+                except GuardError as error:
+                    digest = f"unreadable: {error}"
+                before = self._marks[name] = (mark, digest)
+            if before[1] != running[name]:
+                raise ProxyError(
+                    503, f"guard {name!r} on the disk is not the one that the engine runs "
+                    f"({before[1][:80]}): put the files back, or restart", code="guard",
+                )  # fmt: skip
+        return f"{len(self.folders)} as the engine runs them"

@@ -1,0 +1,102 @@
+"""Options of the proxy: one YAML file, unknown keys refused (``lcguard.config``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class UpstreamSettings:
+    """How vLLM is called."""
+
+    url: str = ""
+    """Base URL of a running vLLM with the connector; empty: ``lcguard serve`` starts one."""
+    api_key_env: str = "LCGUARD_UPSTREAM_KEY"
+    """Environment variable with vLLM's ``--api-key``; may be unset for an upstream on loopback."""
+    connect_timeout_s: Seconds = 5.0
+    read_timeout_s: Seconds = 120.0
+    """Longest silence between two pieces of an answer."""
+    total_timeout_s: Seconds = 600.0
+    retries: Annotated[int, Field(ge=0, le=10)] = 1
+    """Further tries where no byte of an answer came: vLLM refused or dropped the connection."""
+
+
+@dataclass(frozen=True)
+class LimitSettings:
+    """Of the whole proxy; each key has its own besides (``lcguard keys new --help``)."""
+
+    max_body_bytes: Count = 4 * 2**20
+    """413 above."""
+    max_output_tokens: Count = 8192
+    """Most that a request may ask for."""
+    body_timeout_s: Seconds = 10.0
+    """For a request's head and for its body, each."""
+    max_concurrency: Count = 256
+    """Requests at vLLM at a time."""
+    max_queue: Annotated[int, Field(ge=0)] = 256
+    """Requests that wait for a place; 429 beyond."""
+    queue_timeout_s: Seconds = 30.0
+
+
+@dataclass(frozen=True)
+class CanarySettings:
+    """Planted records that pass the live guard and are attacked."""
+
+    enabled: bool = True
+    interval_s: Seconds = 3600.0
+    timeout_s: Seconds = 900.0
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """An edge closes where the lower bound of the attack's success rate is above this."""
+    train_records: Annotated[int, Field(ge=8)] = 96
+    test_records: Annotated[int, Field(ge=8)] = 64
+    attack: str = "probe"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The vLLM that ``lcguard serve`` starts."""
+
+    model: str = "nano"
+    """Folder, hub repository, or ``nano``."""
+    served_model_name: str = ""
+    """Default: the model's name."""
+    guards: dict[str, str] = field(default_factory=lambda: {"gate": "nano:gate"})
+    """Guard name as the policy uses it -> folder, hub repository or ``nano:NAME``."""
+    args: tuple[str, ...] = ()
+    """Further arguments of vLLM's server."""
+    start_timeout_s: Seconds = 300.0
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often a vLLM that died is started again."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The file ``server.yaml``. Relative paths are within the state folder."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    policy: Path = Path("policy.yaml")
+    """Absent: every category is forbidden on every edge, with guard ``gate``."""
+    keys: Path = Path("keys.yaml")
+    database: Path = Path("lcguard.sqlite")
+    """Audit and ledger."""
+    database_timeout_s: Seconds = 2.0
+    """How long a locked database is waited for before a handoff is refused."""
+    store: str = ""
+    """URL of the segment store that vLLM uses too; empty: the folder ``segments``."""
+    store_max_bytes: Annotated[int, Field(gt=0)] | None = None
+    metrics_auth: bool = False
+    """Whether ``/metrics`` asks for an admin's key."""
+    drain_s: Seconds = 30.0
+    """Time for running requests after SIGTERM."""
+    upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    canaries: CanarySettings = field(default_factory=CanarySettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)

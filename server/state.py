@@ -1,0 +1,225 @@
+"""What one running proxy holds, and what every route asks of it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from base64 import b64decode
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lcguard.server.audit import AuditLog, Entry
+from lcguard.server.authority import Authority
+from lcguard.server.canaries import CanaryRunner
+from lcguard.server.database import Database, DatabaseError
+from lcguard.server.edge_counts import EdgeCounts
+from lcguard.server.errors import ProxyError
+from lcguard.server.gate import Gate
+from lcguard.server.keyring import AuthError, Identity, Keyring
+from lcguard.server.leakage import EdgeLeakage, LeakageMeter
+from lcguard.server.limits import KeyLimits, Limited
+from lcguard.server.metrics import Metrics
+from lcguard.server.readiness import Readiness
+from lcguard.server.settings import ServerSettings
+from lcguard.server.upstream import Upstream
+from lcguard.store import SegmentStore
+
+if TYPE_CHECKING:
+    from lcguard.server.relay import Exchange
+
+logger = logging.getLogger("lcguard.server")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNSAID_TOKENS = 256
+"""Set aside for a request that names no limit of its own."""
+
+
+@dataclass
+class AgentCount:
+    """An agent, since the start."""
+
+    requests: int = 0
+    in_flight: int = 0
+    refused: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Bill:
+    """What a request took."""
+
+    used_tokens: int | None = None
+
+
+@dataclass
+class Proxy:
+    """Everything that lives as long as the server."""
+
+    settings: ServerSettings
+    key: bytes
+    model: str
+    """As clients call it."""
+    upstream: Upstream
+    keyring: Keyring
+    database: Database
+    audit: AuditLog
+    store: SegmentStore
+    meter: LeakageMeter
+    authority: Authority
+    readiness: Readiness
+    limits: KeyLimits
+    gate: Gate
+    metrics: Metrics = field(default_factory=Metrics)
+    agents: dict[tuple[str, str], AgentCount] = field(default_factory=dict)
+    started_s: float = field(default_factory=time.time)
+    counts: EdgeCounts = field(default_factory=EdgeCounts)
+    policy_error: Callable[[], str] = lambda: ""
+    """Why the policy's file as it is now cannot be used."""
+    canaries: CanaryRunner | None = None
+    certificates: dict[str, float] = field(default_factory=dict)
+    """Guard to the mean pair leak of its segments, in nats."""
+    publish_ms: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
+    """The last publications of each edge."""
+
+    def authenticate(self, headers: Mapping[str, str]) -> Identity:
+        """Who asks. Raises ``ProxyError`` (401)."""
+        try:
+            return self.keyring.authenticate(headers.get("authorization"))
+        except AuthError as error:
+            raise ProxyError(401, str(error), code="unauthorized") from None
+
+    def authenticate_basic(self, headers: Mapping[str, str]) -> Identity:
+        """Who asks in a browser: the key is the password. Raises ``ProxyError`` (401)."""
+        scheme, _, rest = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "basic":
+            return self.authenticate(headers)
+        try:
+            password = b64decode(rest, validate=True).decode().partition(":")[2]
+        except ValueError:
+            password = ""
+        return self.authenticate({"authorization": f"Bearer {password}"})
+
+    def request_id(self, headers: Mapping[str, str]) -> str:
+        """The client's, where it is a harmless one."""
+        given = headers.get("x-request-id", "")
+        return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+
+    def tenants(self) -> set[str]:
+        """Tenants that have a key or were seen."""
+        return {tenant for tenant, _ in self.agents} | self.keyring.tenants()
+
+    def salt(self, tenant: str) -> str:
+        """Names the tenant's blocks in vLLM's prefix cache: nobody else hits them, or sees by the
+        time of an answer that they are there."""
+        message = b"lcguard tenant salt\0" + tenant.encode()
+        return hmac.new(self.key, message, hashlib.sha256).hexdigest()
+
+    def check_size(self, who: Identity, body: Mapping[str, Any]) -> int:
+        """Tokens that the request may generate. Raises ``ProxyError`` (400, 403)."""
+        model = body.get("model")
+        if who.models and model is not None and model not in who.models:
+            raise ProxyError(
+                403, f"this key is not for model {str(model)[:80]!r}; it has "
+                f"{', '.join(who.models)}", code="model", param="model",
+            )  # fmt: skip
+        most = self.settings.limits.max_output_tokens
+        asked = _UNSAID_TOKENS
+        for name in ("max_tokens", "max_completion_tokens"):
+            value = body.get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                if value > most:
+                    raise ProxyError(
+                        400, f"{name}={value}: at most {most} here", code="max_tokens", param=name
+                    )
+                asked = max(0, value)
+        copies = body.get("n")
+        return asked * (copies if isinstance(copies, int) and copies > 1 else 1)
+
+    async def edge_changed(self, edge: EdgeLeakage, old: str, new: str) -> None:
+        """Writes it to the audit that canaries closed or opened an edge."""
+        entry = Entry(
+            "edge_closed" if new == "closed" else "edge_opened", tenant=edge.tenant,
+            source=edge.source, audience=edge.audience, guard=edge.guard,
+            guard_digest=edge.guard_digest, policy_digest=edge.policy_digest, reason=edge.reason,
+            verdict="blocked" if new == "closed" else "allowed",
+        )  # fmt: skip
+        logger.warning("%s/%s -> %s: %s: %s", *edge.name, entry.event, edge.reason)
+        with suppress(DatabaseError):  # the edge is closed all the same
+            await self.audit.append(entry)
+
+    @asynccontextmanager
+    async def admit(self, who: Identity, tokens: int) -> AsyncIterator[Bill]:
+        """A place for one request, within the limits of its key and of the proxy.
+
+        Raises ``ProxyError`` (413, 429).
+        """
+        if self.readiness.draining:
+            raise ProxyError(503, "the server is stopping", code="draining", retry_after_s=5)
+        try:
+            admission = self.limits.admit(who.key_id, who.limits, tokens)
+        except Limited as error:
+            raise _limited(error) from None
+        bill, count = Bill(), self._count(who)
+        with admission:
+            try:
+                async with self.gate:
+                    count.in_flight += 1
+                    try:
+                        yield bill
+                    finally:
+                        count.in_flight -= 1
+            except Limited as error:
+                raise _limited(error) from None
+            finally:
+                admission.settle(bill.used_tokens or 0)
+                self.metrics.tokens.inc(bill.used_tokens or 0)
+                count.tokens += bill.used_tokens or 0
+
+    @contextmanager
+    def watch(self, x: Exchange, route: str) -> Iterator[None]:
+        """Counts an exchange when it is over."""
+        try:
+            yield
+        finally:
+            m = self.metrics
+            m.requests.labels(route, str(x.status or 499)).inc()
+            if x.code:
+                m.refused.labels(x.code).inc()
+            if x.first_byte_s is not None and not x.code:
+                passed = x.first_byte_s - x.started_s
+                own = max(0.0, passed - x.upstream_s)
+                m.first_byte.labels(route).observe(passed)
+                m.overhead.labels(route).observe(own)
+                m.recent_first_ms.append(passed * 1000)
+                m.recent_overhead_ms.append(own * 1000)
+            if x.who is not None:
+                count = self._count(x.who)
+                count.requests += 1
+                count.refused += bool(x.code)
+            if x.order is not None and not x.code:
+                self._handoff(x, x.order)
+
+    def _handoff(self, x: Exchange, order: Any) -> None:
+        if order.consumed:
+            self.metrics.handoffs.labels("consumed").inc(len(order.consumed))
+        if order.edge is not None:
+            self.metrics.handoffs.labels("published").inc()
+            tenant, _, source = order.edge.source.partition("/")
+            times = self.publish_ms.setdefault(
+                (tenant, source, order.edge.audience.partition("/")[2]), []
+            )
+            times.append((time.perf_counter() - x.started_s) * 1000)
+            del times[:-256]
+
+    def _count(self, who: Identity) -> AgentCount:
+        return self.agents.setdefault((who.tenant, who.agent), AgentCount())
+
+
+def _limited(error: Limited) -> ProxyError:
+    code = "too_large" if error.status == 413 else "limited"
+    return ProxyError(error.status, error.reason, code=code, retry_after_s=error.retry_after_s)

@@ -1,0 +1,472 @@
+"""The dashboard, as a browser shows it: readable, safe with hostile names, and live."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("jinja2", reason="the dashboard needs jinja2: pip install lcguard[server]")
+
+from lcguard.server.dashboard import (
+    AgentRow,
+    AuditRow,
+    Check,
+    DashboardView,
+    EdgeRow,
+    Latency,
+    NextStep,
+    Totals,
+    headers,
+    new_nonce,
+    render,
+)
+from lcguard.server.graph_layout import arrange
+from lcguard.server.graph_svg import graph
+from lcguard.server.leak_svg import leak_bar, scale_top
+
+NOW_S = 1_780_000_000.0
+LONG = "an-agent-whose-name-is-as-long-as-the-key-ring-allows-00"
+HOSTILE = "<img src=x onerror=alert(1)>"
+REFRESH_S = 0.2
+
+
+def edge(source: str, audience: str, **changes: Any) -> EdgeRow:
+    made = EdgeRow(
+        tenant="default", source=source, audience=audience, guard="gate",
+        forbid=("government_id", "health"), state="open", published=140, consumed=133, asr=0.031,
+        asr_low=0.009, asr_high=0.107, floor=0.016, n_secrets=64, measured_at_s=NOW_S - 240,
+        history=(0.02, 0.05, 0.031), publish_p50_ms=38.2, publish_p95_ms=71.9, nats=0.42,
+        budget=50, received=7,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def closed(source: str, audience: str, **changes: Any) -> EdgeRow:
+    reason = "12 of 64 planted secrets were read off it"
+    return edge(source, audience, state="closed", asr=0.19, asr_low=0.11, asr_high=0.3,
+                reason=reason, **changes)  # fmt: skip
+
+
+def unmeasured(source: str, audience: str) -> EdgeRow:
+    return EdgeRow("default", source, audience, "gate", ("health",), "open")
+
+
+def agent(name: str, tenant: str = "default", requests: int = 12) -> AgentRow:
+    return AgentRow(tenant, name, requests, 1, 0, 3456)
+
+
+FRESH = DashboardView(
+    model="nano", version="0.1.0", now_s=NOW_S, uptime_s=90, ready=True,
+    checks=(Check("upstream", True, "answers"),), policy_digest="8f" * 32, threshold=0.1,
+    next_steps=(NextStep("Give each agent a key.", "a command"),),
+)  # fmt: skip
+THREE = replace(
+    FRESH,
+    agents=(agent("intake"), agent("billing"), agent("triage")),
+    edges=(edge("intake", "billing"), closed("intake", "triage"), unmeasured("triage", "billing")),
+    totals=Totals(2240, (("edge closed", 12), ("limit", 4))),
+    ttfb=Latency(182, 410),
+    recent=(AuditRow(NOW_S, "publish", "default", "intake", "intake", "triage", "blocked", "no"),),
+)
+_NAMES = [f"worker-{i:02d}" for i in range(40)]
+FORTY = replace(
+    FRESH,
+    agents=tuple(agent(name) for name in _NAMES),
+    edges=(
+        *(edge(_NAMES[i], _NAMES[(i + 1) % 40]) for i in range(40)),
+        *(edge(_NAMES[i], _NAMES[(i + 7) % 40], stale=True) for i in range(38)),
+        closed(_NAMES[38], _NAMES[5]),
+        closed(_NAMES[39], _NAMES[6], on_leak="redact"),
+    ),
+)
+HARD = replace(
+    FRESH,
+    ready=False,
+    checks=(Check("upstream", False, "connection refused"),),
+    policy_error="policy.yaml: edges.0.forbid: 'helth' is no category",
+    agents=(agent(LONG), agent(HOSTILE), agent("<script>alert(1)</script>", tenant=LONG)),
+    edges=(edge(LONG, HOSTILE), closed(HOSTILE, LONG + "'\""), edge("*", "a\u202eb\x07")),
+    recent=(AuditRow(NOW_S, "refused", "t", HOSTILE, LONG, LONG, "blocked", LONG + HOSTILE),),
+)
+VIEWS = {"fresh": FRESH, "three": THREE, "forty": FORTY, "hard": HARD}
+
+
+# Without a browser.
+
+
+@pytest.mark.parametrize("nonce", ["", "short", "a" * 21, "x" * 30 + "'; script-src *", "a" * 65])
+def test_a_nonce_that_could_open_the_policy_is_refused(nonce: str) -> None:
+    with pytest.raises(ValueError, match="nonce"):
+        headers(nonce)
+    with pytest.raises(ValueError, match="nonce"):
+        render(FRESH, nonce)
+
+
+def test_each_response_has_a_nonce_of_its_own() -> None:
+    first, second = new_nonce(), new_nonce()
+    assert first != second
+    assert headers(first)["content-security-policy"].count(first) == 2
+
+
+def test_deceiving_characters_show() -> None:
+    page = render(HARD, new_nonce())
+    assert "\u202e" not in page
+    assert "\x07" not in page
+    assert page.count("a�b�") >= 2  # the drawing and the table
+
+
+def test_missing_figures_are_said_and_never_zero() -> None:
+    page = render(replace(FRESH, edges=(unmeasured("a", "b"),)), new_nonce())
+    assert page.count("not measured yet") >= 4  # leak, publish, both latencies
+    assert "0.0%" not in page.split("<main")[1].split("threshold")[0]
+
+
+def test_an_open_edge_is_never_called_closed() -> None:
+    page = render(replace(THREE, edges=(edge("a", "b"),)), new_nonce())
+    assert "CLOSED" not in page
+    assert "edge is closed" not in page
+    assert "CLOSED" in render(THREE, new_nonce())
+
+
+def test_only_a_small_graph_is_drawn() -> None:
+    assert not graph(THREE.edges, ()).too_large
+    forty = graph(FORTY.edges, ())
+    assert forty.too_large
+    assert forty.wide is not None
+    assert forty.wide.count("✕ CLOSED") == 2  # what is drawn of it
+    assert graph([e for e in FORTY.edges if e.state == "open"], ()).wide is None
+    assert graph([edge("*", "*")], ()).wide is None
+
+
+def test_all_bars_share_a_scale_that_shows_every_figure() -> None:
+    assert scale_top([], 0.1) == 0.2
+    assert scale_top(THREE.edges, 0.1) == 0.4
+    assert scale_top([edge("a", "b", asr=1.0, asr_high=1.0)], 0.1) == 1.0
+    assert 'class="bar above"' in leak_bar(closed("a", "b"), 0.1, 0.4)
+    assert 'class="bar below"' in leak_bar(edge("a", "b"), 0.1, 0.4)
+    assert leak_bar(unmeasured("a", "b"), 0.1, 0.4) == ""
+
+
+_PAIR = st.tuples(st.sampled_from("abcdefg"), st.sampled_from("abcdefg"))
+PAIRS = st.lists(_PAIR.filter(lambda pair: pair[0] != pair[1]), max_size=14)
+
+
+@given(PAIRS)
+def test_layout_keeps_every_edge(pairs: list[tuple[str, str]]) -> None:
+    edges = [((a,), (b,)) for a, b in pairs]
+    layout = arrange(edges)
+    layer_of = {node: k for k, layer in enumerate(layout.layers) for node in layer}
+    assert len(layer_of) == sum(map(len, layout.layers))  # each once
+    assert layer_of.keys() - layout.stops == {node for e in edges for node in e}
+    for (source, target), path in zip(edges, layout.paths, strict=True):
+        assert (path[0], path[-1]) == (source, target)
+        steps = {layer_of[b] - layer_of[a] for a, b in pairwise(path)}
+        assert steps in ({1}, {-1})  # one layer at a time, in one direction
+
+
+def test_layout_follows_the_hops_and_turns_only_what_closes_a_cycle() -> None:
+    chain = [(("a",), ("b",)), (("b",), ("c",)), (("c",), ("a",))]
+    assert [layer[0] for layer in arrange(chain).layers] == [("a",), ("b",), ("c",)]
+    with pytest.raises(ValueError, match="loop"):
+        arrange([(("a",), ("a",))])
+
+
+# In a browser.
+
+
+@dataclass
+class Site:
+    """A server whose view a test can change, stop and start."""
+
+    view: DashboardView = FRESH
+    status: int = 200
+    server: Any = None
+    thread: threading.Thread | None = None
+    port: int = 0
+
+    def start(self) -> None:
+        import uvicorn
+        from fastapi import FastAPI, Response
+
+        app = FastAPI()
+
+        @app.get("/dashboard")
+        def page() -> Response:
+            nonce = new_nonce()
+            text = render(self.view, nonce, REFRESH_S)
+            return Response(text, self.status, headers(nonce))
+
+        config = uvicorn.Config(app, "127.0.0.1", self.port, log_level="error", ws="none")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        deadline = time.monotonic() + 60
+        while not self.server.started:
+            assert time.monotonic() < deadline, "uvicorn did not start"
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        assert self.thread is not None
+        self.server.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/dashboard"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright (dev extra)")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser: install one of {', '.join(names)}")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    made = Site()
+    made.start()
+    yield made
+    made.stop()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def visit(browser: Any, site: Site) -> Iterator[Open]:
+    """Opens the page; the test fails if the page complained or asked another host."""
+    contexts: list[Any] = []
+    problems: list[str] = []
+
+    def open_page(expect_problems: bool = False, **options: Any) -> Any:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        if not expect_problems:
+            page.on("console", lambda m: problems.append(m.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: problems.append(f"dialog {dialog.message}"))
+        page.on("request", lambda r: problems.append(r.url) if not _ours(r.url, site) else None)
+        page.goto(site.url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def _ours(url: str, site: Site) -> bool:
+    return url.startswith((f"http://127.0.0.1:{site.port}/", "data:image/svg+xml,"))
+
+
+def until(page: Any, condition: str) -> None:
+    """Playwright's own waiting evaluates text, which the page's policy forbids."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(50)
+
+
+FITS = "document.scrollingElement.scrollWidth <= document.scrollingElement.clientWidth"
+# Text whose colour is less than 4.5 to 1 away from what lies behind it (WCAG AA).
+FAINT = """() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const [r, g, b, a] = parse(getComputedStyle(e).backgroundColor);
+      if (a === undefined || a > 0) return [r, g, b];
+    }
+  };
+  const faint = [];
+  for (const element of document.querySelectorAll("main *:not(svg *)")) {
+    if (![...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+    const pair = [parse(getComputedStyle(element).color).slice(0, 3), behind(element)].map(light);
+    const ratio = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+    if (!(ratio >= 4.5)) faint.push([element.textContent, ratio]);
+  }
+  return faint;
+}"""
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_reads_well_on_desk_and_phone(name: str, site: Site, visit: Open) -> None:
+    site.view = VIEWS[name]
+    for width, scheme in product((1280, 800, 390), ("light", "dark")):
+        page = visit(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        assert page.evaluate(FITS), (width, scheme)
+        assert page.evaluate(FAINT) == [], (width, scheme)
+        rows = page.locator("table.edges tbody tr")
+        assert rows.count() == len(site.view.edges)
+        for i, row in enumerate(sorted(site.view.edges, key=lambda e: (e.state, e.source))):
+            if i < 4:  # the rest differs in the name only
+                assert rows.nth(i).locator("th .edge").is_visible()
+                box = rows.nth(i).locator("th .edge").bounding_box()
+                assert 0 <= box["x"] < box["x"] + box["width"] <= width
+                assert ("✕ CLOSED" in rows.nth(i).inner_text()) == (row.state == "closed")
+        text = page.inner_text("main")
+        for row in site.view.edges:
+            for who in (row.source, row.audience):
+                assert who.isprintable() is False or who == "*" or who in text
+        scheme_paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (scheme_paper == "rgb(21, 23, 26)") == (scheme == "dark")
+        page.context.close()
+
+
+def test_a_fresh_start_says_what_to_do(site: Site, visit: Open) -> None:
+    text = visit().inner_text("main")
+    assert "No agent has called yet" in text
+    assert "Give each agent a key." in text
+    assert "a command" in text
+
+
+def test_alarms_are_words_at_the_top(site: Site, visit: Open) -> None:
+    site.view = replace(HARD, edges=(closed("intake", "triage"), edge("intake", "billing")))
+    page = visit(viewport={"width": 1280, "height": 900})
+    assert page.title().startswith("1 closed")
+    alerts = page.locator("#alerts")
+    assert alerts.bounding_box()["y"] < 200
+    text = " ".join(alerts.inner_text().split())
+    assert "1 edge is closed" in text
+    assert "publishers are refused" in text
+    assert "12 of 64 planted secrets" in text
+    assert "connection refused" in text
+    assert "'helth' is no category" in text
+    assert page.locator(".graph:visible .tag.closed").text_content() == "✕ CLOSED"
+
+
+def test_drawing_and_tables_have_names_for_a_screen_reader(site: Site, visit: Open) -> None:
+    site.view = THREE
+    page = visit()
+    drawing = page.get_by_role("img", name="Agents and hops")
+    assert drawing.count() == 1
+    assert "intake to triage: closed" in drawing.locator("desc").text_content()
+    for name in ("Edges", "Agents", "Audit"):
+        table = page.get_by_role("region", name=name, exact=True).get_by_role("table").last
+        assert table.get_by_role("columnheader").count() >= 5
+        assert table.get_by_role("rowheader").count() >= 1
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => +h.nodeName[1])")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def test_names_stay_text(site: Site, visit: Open) -> None:
+    site.view = HARD
+    page = visit()
+    page.wait_for_timeout(3 * REFRESH_S * 1000)  # and after patching
+    assert page.locator("main img").count() == 0
+    assert page.locator("main script").count() == 0
+    assert page.locator("table.agents th", has_text="<script>alert(1)</script>").is_visible()
+    assert page.locator("table.edges th", has_text=HOSTILE).first.is_visible()
+
+
+def test_the_browser_runs_nothing_but_the_pages_own(site: Site, visit: Open) -> None:
+    page = visit(expect_problems=True)
+    stopped = page.evaluate("""async () => {
+      const stopped = new Set();
+      document.addEventListener(
+        "securitypolicyviolation", (e) => stopped.add(e.effectiveDirective));
+      const add = (name, set) => document.body.append(Object.assign(
+        document.createElement(name), set));
+      add("script", { textContent: "window.ran = 1" });
+      add("style", { textContent: "body { display: none }" });
+      add("img", { src: "/x.png" });
+      add("iframe", { src: "/dashboard" });
+      await fetch("http://127.0.0.1:9/").catch(() => 0);
+      await new Promise((done) => setTimeout(done, 300));
+      return [window.ran, [...stopped].sort(), getComputedStyle(document.body).display];
+    }""")  # fmt: skip
+    ran, directives, display = stopped
+    assert ran is None
+    assert display == "block"
+    assert directives == [
+        "connect-src", "frame-src", "img-src", "script-src-elem", "style-src-elem"
+    ]  # fmt: skip
+
+
+def test_refresh_keeps_place_focus_and_elements(site: Site, visit: Open) -> None:
+    site.view = FORTY
+    page = visit(viewport={"width": 1280, "height": 800})
+    page.evaluate("""() => {
+      document.querySelector("table.edges").closest(".scroll").focus({ preventScroll: true });
+      scrollTo(0, 3000);
+      document.querySelector("table.edges tr:last-child").mark = true;
+    }""")
+    changed = (*FORTY.agents[1:], replace(FORTY.agents[0], requests=987_654))
+    site.view = replace(FORTY, agents=changed, totals=Totals(555_555))
+    until(page, "document.querySelector('main').textContent.includes('555,555')")
+    assert page.locator("table.agents").get_by_text("987,654").count() == 1
+    assert page.evaluate("scrollY") == 3000
+    assert page.evaluate("document.activeElement.className") == "scroll"
+    assert page.evaluate("document.querySelector('table.edges tr:last-child').mark") is True
+
+
+def test_refresh_grows_from_nothing_to_a_closed_edge_and_back(site: Site, visit: Open) -> None:
+    page = visit()
+    site.view = THREE
+    page.get_by_text("1 edge is closed").wait_for()
+    until(page, "document.title.startsWith('1 closed')")
+    assert page.locator(".graph:visible").count() == 1
+    # the patched page is the one that a reload gives
+    now, loaded = "document.querySelector('main').outerHTML", page.context.new_page()
+    loaded.goto(site.url)
+    assert page.evaluate(now) == loaded.evaluate(now)
+    site.view = replace(THREE, edges=(edge("intake", "billing"),))
+    page.get_by_text("1 edge is closed").wait_for(state="detached")
+    until(page, "document.title === 'LCGuard'")
+
+
+def test_a_new_version_loads_the_page_anew(site: Site, visit: Open) -> None:
+    page = visit()
+    page.evaluate("window.old = true")
+    with page.expect_event("load"):
+        site.view = replace(FRESH, version="0.2.0")
+    assert page.evaluate("window.old === undefined")
+    page.get_by_text("version 0.2.0").wait_for()
+
+
+def test_connection_lost_is_said_and_taken_back(site: Site, visit: Open) -> None:
+    site.view = THREE
+    page = visit(expect_problems=True)  # the browser logs the failed requests itself
+    notice = page.get_by_role("status")
+    assert notice.count() == 0
+    site.stop()
+    page.get_by_text("Connection lost: the server does not answer").wait_for()
+    assert "20:26:40 UTC" in notice.inner_text()  # how old the figures are
+    assert page.get_by_text("intake").first.is_visible()  # the last ones stay
+    site.start()
+    notice.wait_for(state="hidden")
+    site.status = 503
+    page.get_by_text("Connection lost: the server answers with status 503").wait_for()
+    site.status = 403
+    page.get_by_text("refuses this page (status 403)").wait_for()
+
+
+def test_without_scripts_the_page_reloads_itself(site: Site, visit: Open) -> None:
+    page = visit(java_script_enabled=False)
+    site.view = THREE
+    page.get_by_text("1 edge is closed").wait_for()
