@@ -7,12 +7,14 @@ python examples/langgraph_intake.py
 
 import operator
 import os
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import START, StateGraph
 from openai import OpenAI
 
 URL = os.environ.get("LCGUARD_URL", "http://127.0.0.1:8080/v1")
+NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
+QUESTIONS = {"billing": "What is the chief complaint?", "scheduling": "What is the SSN?"}
 
 
 class State(TypedDict):
@@ -21,50 +23,34 @@ class State(TypedDict):
     answers: Annotated[list[str], operator.add]
 
 
-def client(agent: str) -> OpenAI:
-    return OpenAI(base_url=URL, api_key=os.environ[f"{agent.upper()}_KEY"])
+def chat(agent: str, role: str, text: str, handoff: dict[str, Any], **more: Any) -> Any:
+    client = OpenAI(base_url=URL, api_key=os.environ[f"{agent.upper()}_KEY"])
+    messages = [{"role": role, "content": text}]
+    options = {"model": "nano", "temperature": 0, "max_tokens": 24}
+    return client.chat.completions.create(
+        messages=messages, **options, extra_body={"lcguard": handoff, **more}
+    )
 
 
-def intake(state: State) -> dict:
+def intake(state: State) -> dict[str, Any]:
     handles = {}
-    for audience in ("billing", "scheduling"):
-        made = client("intake").chat.completions.create(
-            model="nano",
-            max_tokens=1,
-            messages=[{"role": "system", "content": state["note"]}],
-            extra_body={
-                "add_generation_prompt": False,
-                "lcguard": {"publish": {"audience": audience}},
-            },
-        )
+    for audience in QUESTIONS:
+        publish = {"publish": {"audience": audience}}
+        made = chat("intake", "system", state["note"], publish, add_generation_prompt=False)
         handles[audience] = made.lcguard["published"]["handle"]
     return {"handles": handles, "note": ""}  # the text stays with intake
 
 
-def reader(agent: str, question: str):
-    def node(state: State) -> dict:
-        answer = client(agent).chat.completions.create(
-            model="nano",
-            max_tokens=24,
-            temperature=0,
-            messages=[{"role": "user", "content": question}],
-            extra_body={"lcguard": {"consume": [state["handles"][agent]]}},
-        )
+def reader(agent: str) -> Any:
+    def node(state: State) -> dict[str, Any]:
+        answer = chat(agent, "user", QUESTIONS[agent], {"consume": [state["handles"][agent]]})
         return {"answers": [f"{agent}: {answer.choices[0].message.content}"]}
 
     return node
 
 
-graph = StateGraph(State)
-graph.add_node("intake", intake)
-graph.add_edge(START, "intake")
-for agent, question in (
-    ("billing", "What is the chief complaint?"),
-    ("scheduling", "What is the SSN?"),
-):
-    graph.add_node(agent, reader(agent, question))
-    graph.add_edge("intake", agent)
-    graph.add_edge(agent, END)
-note = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
-for line in sorted(graph.compile().invoke({"note": note, "handles": {}, "answers": []})["answers"]):
-    print(line)
+graph = StateGraph(State).add_node("intake", intake).add_edge(START, "intake")
+for agent in QUESTIONS:
+    graph.add_node(agent, reader(agent)).add_edge("intake", agent)
+found = graph.compile().invoke({"note": NOTE, "handles": {}, "answers": []})
+print(*sorted(found["answers"]), sep="\n")

@@ -1,33 +1,42 @@
 """Two agents on any OpenAI client: one reads a record, the other asks about it, and never sees it.
 
-eval "$(lcguard keys new intake billing)" && lcguard serve &
+eval "$(lcguard keys new intake billing mallory)" && lcguard serve &
 python examples/two_agents.py
 """
 
 import os
 
-from openai import OpenAI
+from openai import OpenAI, PermissionDeniedError
 
 URL = os.environ.get("LCGUARD_URL", "http://127.0.0.1:8080/v1")
-intake = OpenAI(base_url=URL, api_key=os.environ["INTAKE_KEY"])
-billing = OpenAI(base_url=URL, api_key=os.environ["BILLING_KEY"])
-
-NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
-
+NAMES = ("intake", "billing", "mallory")
+intake, billing, mallory = (
+    OpenAI(base_url=URL, api_key=os.environ[f"{name.upper()}_KEY"]) for name in NAMES
+)
+note = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
 published = intake.chat.completions.create(
     model="nano",
     max_tokens=1,
-    messages=[{"role": "system", "content": NOTE}],
+    messages=[{"role": "system", "content": note}],
     extra_body={"add_generation_prompt": False, "lcguard": {"publish": {"audience": "billing"}}},
 ).lcguard["published"]
-print("handle", published["handle"][:6], "guard", published["guard"], "hides", published["forbid"])
+print("guard", published["guard"], "hides", ", ".join(published["forbid"]))
 
-for field in ("chief complaint", "SSN"):
-    answer = billing.chat.completions.create(
+
+def ask(agent: OpenAI, question: str) -> str | None:
+    answer = agent.chat.completions.create(
         model="nano",
         max_tokens=24,
         temperature=0,
-        messages=[{"role": "user", "content": f"What is the {field}?"}],
+        messages=[{"role": "user", "content": question}],
         extra_body={"lcguard": {"consume": [published["handle"]]}},
     )
-    print(field, "->", answer.choices[0].message.content)
+    return answer.choices[0].message.content
+
+
+print("billing: chief complaint ->", ask(billing, "What is the chief complaint?"))
+print("billing: SSN ->", ask(billing, "What is the SSN?"))
+try:
+    ask(mallory, "What is the chief complaint?")
+except PermissionDeniedError as refused:
+    print("mallory ->", refused.status_code, refused.body["message"])

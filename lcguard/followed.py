@@ -47,6 +47,7 @@ class Followed(Generic[T]):
         self._next_s = self._clock() + self._every_s
         mark = self._stat()
         if mark == self._mark:
+            self.error = ""  # the very file that was read is back in its place
             return
         try:
             self._value = self._parse(self.path)

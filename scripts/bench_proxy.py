@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def difference(found: list[tuple[float, float]]) -> dict[str, float]:
 
 def gaps(streams: list[list[float]]) -> dict[str, float]:
     """Of streams: first piece, gaps between pieces, and how much comes at once at the end."""
-    between = sorted(b - a for s in streams for a, b in zip(s, s[1:], strict=False))
+    between = sorted(b - a for s in streams for a, b in pairwise(s))
     late = [sum(t > s[-1] - 1.0 for t in s) / len(s) for s in streams]
     return {
         "first_p50_ms": round(statistics.median(s[0] for s in streams), 3),

@@ -288,7 +288,8 @@ class Authority:
             pass  # it is in no ledger, so nobody can consume it; it expires by itself
 
     def _recorder(self, order: Order, manifest: Manifest | None) -> Any:
-        if manifest is None:
+        # a canary's segment is in no ledger: nobody can consume it, not even its audience
+        if manifest is None or order.who.role == "canary":
             return None
         tenant, source = split_tenant(manifest.source_agent)
         row = Segment(

@@ -6,12 +6,12 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from lcguard.server.edge_counts import CANARY_TENANT
 from lcguard.server.keyring import Identity
 from lcguard.server.overview import named_edges
 from lcguard.server.state import Proxy
 
 LEVEL = 0.95
-CANARY = "lcguard-canary"
 
 
 def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[], dict[str, Any]]:
@@ -21,7 +21,7 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
         model: folder or hub repository, for the tokenizer.
         url: where the proxy itself listens.
     """
-    who = Identity("", CANARY, CANARY, "canary")
+    who = Identity("", CANARY_TENANT, "canary", "canary")
     token = proxy.keyring.add_memory_key(who)
 
     def job() -> dict[str, Any]:

@@ -7,6 +7,7 @@ field that a later vLLM adds: unknown, hence refused.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +77,8 @@ def check(
             if type(value) is type(field.neutral) and value == field.neutral:
                 continue
             raise ContractError(_refusal(name, field), name)
-        if type(value) not in field.types:
+        kind = type(value)
+        if kind not in field.types or (kind is float and not math.isfinite(value)):
             raise ContractError(f"{name} is {_named(value)}: send {_either(field)}", name)
         out[name] = value
     if endpoint == "chat":
@@ -165,7 +167,9 @@ def _unknown(name: str, known: Mapping[str, object], param: str) -> ContractErro
     # A long name costs the comparison time, and the client sends it.
     close = difflib.get_close_matches(name[:60], known, 1)
     hint = f"did you mean {close[0]!r}?" if close else "leave it out"
-    return ContractError(f"{param[:80]!r} is no field of the guard contract: {hint}", param[:80])
+    return ContractError(
+        f"{_shown(param)} is no field of the guard contract: {hint}", _shown(param)
+    )
 
 
 def _check_messages(messages: list[Any] | None) -> None:
@@ -203,13 +207,13 @@ def _check_parts(parts: list[Any], where: str) -> None:
 
 def _check_template_options(options: dict[str, Any] | None) -> None:
     for name, value in (options or {}).items():
-        param = f"chat_template_kwargs.{name[:60]}"
+        param = _shown(f"chat_template_kwargs.{name}")
         if name in RENDERER_OPTIONS:
             raise ContractError(
-                f"{param!r} is an option of the renderer: use the field of that name", param
+                f"{param} is an option of the renderer: use the field of that name", param
             )
         if type(value) not in _SCALARS:
-            raise ContractError(f"{param!r} is {_named(value)}: send a plain value", param)
+            raise ContractError(f"{param} is {_named(value)}: send a plain value", param)
 
 
 def _check_prompt(prompt: str | list[Any] | None, handoff: bool) -> None:
@@ -235,7 +239,7 @@ def _passed(
 
 
 def _described(field: Field) -> dict[str, Any]:
-    out: dict[str, Any] = {"class": field.kind, "types": _types(field), "why": field.why}
+    out: dict[str, Any] = {"class": field.kind, "types": _either(field), "why": field.why}
     if field.fix:
         out["instead"] = field.fix
     if field.neutral is not None:
@@ -243,16 +247,19 @@ def _described(field: Field) -> dict[str, Any]:
     return out
 
 
-def _types(field: Field) -> list[str]:
-    return sorted(_NAMES[t].split()[1] for t in field.types)
-
-
 def _either(field: Field) -> str:
     return " or ".join(sorted(_NAMES[t] for t in field.types))
 
 
 def _named(value: object) -> str:
+    if type(value) is float and not math.isfinite(value):
+        return "not finite"
     return _NAMES.get(type(value), "no JSON value")
+
+
+def _shown(name: str) -> str:
+    """A client's name for something, short and in ASCII: it goes to logs and headers."""
+    return ascii(name[:80])[1:-1]
 
 
 def _words(kind: str) -> str:

@@ -94,8 +94,8 @@ _add("opaque", "how long the answer may be; counted against the key's limits", o
 _add("opaque", "how an answer is sampled",
      temperature=N, top_p=N, top_k=I, min_p=N, frequency_penalty=N, presence_penalty=N,
      repetition_penalty=N, length_penalty=N, seed=I, watermarking=B)  # fmt: skip
-_add("opaque", "constrains what is sampled. Answers stay samples, but many of them under chosen "
-     "constraints estimate log-probabilities: limits per key and the composition budget bound it",
+_add("opaque", "constrains what is sampled. Many answers under chosen constraints estimate "
+     "log-probabilities, as many samples do: the key's limits bound how many",
      logit_bias=O, allowed_token_ids=L, bad_words=L, structured_outputs=O)  # fmt: skip
 _add("opaque", "the form of the answer", only="completions", response_format=O)
 _add("opaque", "where the answer ends",

@@ -8,6 +8,8 @@ from sqlite3 import Connection
 
 Name = tuple[str, str, str]
 """Tenant, source, audience."""
+CANARY_TENANT = "(canary)"
+"""Whom the audit names as tenant of a canary: no key of a file can have this name."""
 
 
 class EdgeCounts:
@@ -27,6 +29,6 @@ class EdgeCounts:
             )
             for seq, tenant, source, audience, event in rows:
                 self._last = seq
-                if source and audience:
+                if source and audience and tenant != CANARY_TENANT:
                     self._found.setdefault((tenant, source, audience), Counter())[event] += 1
             return {name: Counter(found) for name, found in self._found.items()}

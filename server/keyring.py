@@ -26,7 +26,7 @@ import secrets
 import string
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -90,7 +90,7 @@ class KeyEntry(_Model):
     expires_at: AwareDatetime | None = None
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Served models that the key may use; None: all."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = Limits()
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Of the secret's ASCII text."""
 

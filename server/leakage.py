@@ -148,21 +148,24 @@ class LeakageMeter:
             history=(*old.history, Point(now, s.asr, s.asr_low, s.asr_high))[-HISTORY:],
         )  # fmt: skip
         state, reason, clean = self._rule(old, s)
-        if state == "closed" and old.state == "open":
+        if s.asr_low > self._limit(s):  # also while closed: another guard may leak as well
             measured = replace(
-                measured, closed_at_s=now, closed_guard_digest=s.guard_digest,
-                closed_policy_digest=s.policy_digest,
+                measured, closed_guard_digest=s.guard_digest, closed_policy_digest=s.policy_digest,
+                closed_at_s=now if old.state == "open" else old.closed_at_s,
             )  # fmt: skip
         return replace(measured, state=state, reason=reason, clean_runs=clean)
+
+    def _limit(self, s: Screening) -> float:
+        """What the attack guesses without the segment (the floor) did not leak from it."""
+        return max(self.threshold, s.floor)
 
     def _rule(self, old: EdgeLeakage, s: Screening) -> tuple[State, str, int]:
         """State, reason, and clean screenings so far.
 
         The interval's ends decide, not its middle: a guard whose true rate is the threshold itself
-        would be closed by every second estimate, and by one lower bound in forty. What the attack
-        guesses without the segment (the floor) did not leak from it, so it raises the limit.
+        would be closed by every second estimate, and by one lower bound in forty.
         """
-        limit = max(self.threshold, s.floor)
+        limit = self._limit(s)
         shown = f"{s.recovered} of {s.n_secrets} planted secrets ({s.asr:.0%}) by {s.attack!r}"
         if s.asr_low > limit:
             return "closed", f"{shown}: at least {s.asr_low:.0%}, above {limit:.0%}", 0

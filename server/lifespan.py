@@ -161,7 +161,7 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
                 deployment.canary_command, job, meter, c.interval_s, c.timeout_s, proxy.edge_changed
             )
             proxy.canaries = runner
-            tasks.append(asyncio.ensure_future(runner.run()))
+            tasks.append(asyncio.ensure_future(_canaries(deployment.readiness, runner)))
         try:
             yield proxy
         finally:
@@ -200,6 +200,13 @@ async def _announce(deployment: Deployment) -> None:
             deployment.say(text)
             before = now
         await asyncio.sleep(0.25)
+
+
+async def _canaries(readiness: Readiness, runner: CanaryRunner) -> None:
+    """Before it is ready there is nothing to screen, and an error would look like one."""
+    while not readiness.ready:
+        await asyncio.sleep(0.5)
+    await runner.run()
 
 
 async def _sweeps(proxy: Proxy) -> None:

@@ -19,8 +19,10 @@ from lcguard.server.dashboard_view import (
     DashboardView,
     EdgeRow,
     Latency,
+    NextStep,
     Totals,
 )
+from lcguard.server.edge_counts import CANARY_TENANT
 from lcguard.server.leakage import EdgeLeakage
 from lcguard.server.ledger import Segment, live, received_counts
 from lcguard.server.metrics import percentiles
@@ -29,6 +31,11 @@ from lcguard.server.state import Proxy
 Name = tuple[str, str, str]
 """Tenant, source, audience."""
 RECENT_ROWS = 20
+NEXT_STEPS = (
+    NextStep("Give each agent a key of its own.", "lcguard keys new intake billing"),
+    NextStep("Write in policy.yaml what each audience may not learn.", "lcguard policy schema"),
+    NextStep("Point the agents' OpenAI clients here: one publishes, another consumes."),
+)
 
 
 def edge_rows(proxy: Proxy) -> list[EdgeRow]:
@@ -103,7 +110,8 @@ def _overview(proxy: Proxy) -> DashboardView:
     segments: list[Segment] = []
     for tenant in proxy.tenants():
         segments += proxy.database.read(partial(live, tenant=tenant, now_s=now))
-    rows = proxy.database.read(lambda c: recent(c, last=RECENT_ROWS))
+    rows = proxy.database.read(lambda c: recent(c, last=RECENT_ROWS * 20))
+    rows = [r for r in rows if r["tenant"] != CANARY_TENANT][-RECENT_ROWS:]
     return DashboardView(
         model=proxy.model, version=__version__, now_s=now, uptime_s=now - proxy.started_s,
         ready=state.ready,
@@ -124,6 +132,7 @@ def _overview(proxy: Proxy) -> DashboardView:
                      r["audience"], r["verdict"], r["reason"])
             for r in reversed(rows)
         ),
+        next_steps=NEXT_STEPS,
     )  # fmt: skip
 
 

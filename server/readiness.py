@@ -74,7 +74,7 @@ class Watch:
                 continue
             try:
                 self.readiness.set(name, True, await check())
-            except (ProxyError, ValueError, OSError, RuntimeError) as error:
+            except Exception as error:  # whatever it is, a watch that died would stay ready
                 text = error.message if isinstance(error, ProxyError) else str(error)
                 self.readiness.set(name, False, " ".join(text.split())[:400])
                 failed = name

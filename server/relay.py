@@ -29,6 +29,7 @@ from lcguard.server.state import Proxy
 from lcguard.server.upstream import broken
 
 _TOTAL = re.compile(rb'"total_tokens":\s*(\d+)')
+_TOTAL_NAME = b'"total_tokens":'
 _PASSED_ON = ("traceparent", "tracestate", "x-request-id")
 _BYTES_PER_TOKEN = 4
 
@@ -133,8 +134,9 @@ class Relay:
             )  # fmt: skip
         except ContractError as error:
             raise ProxyError(400, str(error), code="contract", param=error.param) from None
-        asked = proxy.check_size(who, body)
-        async with proxy.admit(who, len(raw) // _BYTES_PER_TOKEN + asked) as bill:
+        prompt_tokens = len(raw) // _BYTES_PER_TOKEN  # an estimate
+        reserved = prompt_tokens + proxy.check_size(who, body)
+        async with proxy.admit(who, reserved) as bill:
             body["cache_salt"] = proxy.salt(who.tenant)
             try:
                 if handoff is not None:
@@ -143,8 +145,10 @@ class Relay:
                         who, handoff, self.endpoint, body, x.request_id
                     )
                     body["kv_transfer_params"] = {"lcguard": x.order.params}
-                bill.used_tokens = await self._forward(x, body)
+                bill.used_tokens = await self._forward(x, body, prompt_tokens)
             except BaseException as error:
+                if isinstance(error, asyncio.CancelledError):
+                    bill.used_tokens = reserved  # a stream left before its end is no free one
                 await self._undo(x.order, error)
                 raise
 
@@ -159,7 +163,7 @@ class Relay:
             self.proxy.authority.fail(order, "aborted" if left else "failed", reason)
         )
 
-    async def _forward(self, x: Exchange, body: dict[str, Any]) -> int:
+    async def _forward(self, x: Exchange, body: dict[str, Any], prompt_tokens: int) -> int:
         """Relays vLLM's answer; returns the tokens that it counted, or that were counted here."""
         passed = {k: x.headers[k] for k in _PASSED_ON if k in x.headers}
         asked_s = time.perf_counter()
@@ -170,7 +174,7 @@ class Relay:
         try:
             kind = answer.headers.get("content-type", "application/json")
             if kind.startswith("text/event-stream"):
-                return await self._stream(x, answer, kind)
+                return await self._stream(x, answer, kind, prompt_tokens)
             return await self._whole(x, answer, kind)
         finally:
             answer.close()  # where vLLM still computes, it stops
@@ -191,11 +195,13 @@ class Relay:
                 whole = clean(json.loads(data), bool(x.order.consumed))
                 data = json.dumps({**whole, FIELD: applied}, separators=(",", ":")).encode()
                 more = _said(applied)
-        counted = _TOTAL.search(data, max(0, len(data) - 4096))
+        counted = _counted(data)
         await x.whole(answer.status, kind, data, more)
-        return int(counted[1]) if counted else 0
+        return counted or 0
 
-    async def _stream(self, x: Exchange, answer: aiohttp.ClientResponse, kind: str) -> int:
+    async def _stream(
+        self, x: Exchange, answer: aiohttp.ClientResponse, kind: str, prompt_tokens: int
+    ) -> int:
         more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         await x.head(answer.status, kind, more)
         events, n, last, ended, tail = Events(), 0, b"", False, b""
@@ -211,7 +217,8 @@ class Relay:
                     n += 1
                     if raw == DONE:
                         ended = True
-                        await x.piece(await self._last_chunk(x.order, last))
+                        if not x.code:  # vLLM ends a stream that failed as well
+                            await x.piece(await self._last_chunk(x.order, last))
                     elif raw.startswith(b'data: {"error"'):
                         await self.proxy.authority.fail(x.order, "failed", "vLLM broke off")
                         x.code = "upstream_error"
@@ -223,8 +230,7 @@ class Relay:
         if not ended and not x.code:
             raise ProxyError(502, "vLLM broke off its answer", code="upstream_broke_off")
         await x.piece(b"", more=False)
-        counted = _TOTAL.search(last)
-        return int(counted[1]) if counted else n
+        return _counted(last) or prompt_tokens + n
 
     async def _last_chunk(self, order: Order, last: bytes) -> bytes:
         """What was applied, as a chunk without choices: like OpenAI's chunk of usage."""
@@ -232,6 +238,13 @@ class Relay:
         before = data_of(last) or {}
         same = {k: before[k] for k in ("id", "object", "created", "model") if k in before}
         return event({**same, "choices": [], FIELD: applied})
+
+
+def _counted(data: bytes) -> int | None:
+    """vLLM's own count: the last one, behind which log-probabilities of a prompt may stand."""
+    at = data.rfind(_TOTAL_NAME)
+    found = _TOTAL.match(data, at) if at >= 0 else None
+    return int(found[1]) if found else None
 
 
 def _one_prompt(endpoint: Endpoint, body: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from lcguard.manifest import SegmentError
@@ -205,6 +205,15 @@ async def reopen(edge: EdgeName, proxy: Running, who: Operator) -> dict[str, str
     except DatabaseError as error:
         raise unavailable(error) from None
     return {"state": "open"}
+
+
+@router.post("/lcguard/v1/canaries", tags=["lcguard"], status_code=202)
+async def plant(proxy: Running, who: Operator, background: BackgroundTasks) -> dict[str, str]:
+    """Screens every edge now, behind a run that is in progress."""
+    if proxy.canaries is None:
+        raise ProxyError(409, "canaries are switched off: set canaries.enabled", code="canaries")
+    background.add_task(proxy.canaries.run_now)
+    return {"status": "started"}
 
 
 def _leak(row: Any) -> dict[str, Any]:

@@ -48,7 +48,12 @@ class SelfTest:
         status, data = await self.upstream.get("/v1/models", timeout_s=10)
         if status != 200:
             raise ProxyError(502, f"vLLM answers {status} to /v1/models", code="engine")
-        served = [m["id"] for m in json.loads(data)["data"]]
+        try:
+            served = [str(m["id"]) for m in json.loads(data)["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise ProxyError(
+                502, "what answers /v1/models is not vLLM: see upstream.url", code="engine"
+            ) from None
         if self.model not in served:
             raise ProxyError(
                 502, f"vLLM serves {', '.join(served)}, not {self.model!r}", code="engine"

@@ -18,7 +18,7 @@ from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.authority import Authority
 from lcguard.server.canaries import CanaryRunner
 from lcguard.server.database import Database, DatabaseError
-from lcguard.server.edge_counts import EdgeCounts
+from lcguard.server.edge_counts import CANARY_TENANT, EdgeCounts
 from lcguard.server.errors import ProxyError
 from lcguard.server.gate import Gate
 from lcguard.server.keyring import AuthError, Identity, Keyring
@@ -111,7 +111,8 @@ class Proxy:
 
     def tenants(self) -> set[str]:
         """Tenants that have a key or were seen."""
-        return {tenant for tenant, _ in self.agents} | self.keyring.tenants()
+        seen = {tenant for tenant, _ in self.agents} | self.keyring.tenants()
+        return seen - {CANARY_TENANT}
 
     def salt(self, tenant: str) -> str:
         """Names the tenant's blocks in vLLM's prefix cache: nobody else hits them, or sees by the

@@ -84,7 +84,13 @@ class Upstream:
                     502 if answer.status >= 500 else answer.status,
                     f"vLLM answered {answer.status} to {path}: {_reason(data)}", code="upstream",
                 )  # fmt: skip
-            return json.loads(data)
+            try:
+                return json.loads(data)
+            except ValueError:
+                raise ProxyError(
+                    502, f"vLLM's answer to {path} is no JSON: is upstream.url vLLM's?",
+                    code="upstream",
+                ) from None  # fmt: skip
 
     async def _send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
@@ -97,6 +103,11 @@ class Upstream:
                     method, self.url + path, data=body, headers={**headers, **self._headers},
                     allow_redirects=False,
                 )  # fmt: skip
+            except aiohttp.ConnectionTimeoutError:
+                raise ProxyError(
+                    504, f"vLLM took no connection within {self.settings.connect_timeout_s:g} s",
+                    code="upstream_timeout",
+                ) from None  # fmt: skip
             except aiohttp.ServerTimeoutError:
                 raise _silent(path, self.settings.read_timeout_s) from None
             except _UNREACHED as error:

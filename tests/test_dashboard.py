@@ -5,16 +5,22 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("jinja2", reason="the dashboard needs jinja2: pip install lcguard[server]")
+pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install lcguard[server]")
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
 
 from lcguard.server.dashboard import (
     AgentRow,
@@ -189,18 +195,22 @@ class Site:
 
     view: DashboardView = FRESH
     status: int = 200
+    key: bytes = b""
+    """User and password, where the page asks for one."""
     server: Any = None
     thread: threading.Thread | None = None
     port: int = 0
 
     def start(self) -> None:
-        import uvicorn
-        from fastapi import FastAPI, Response
-
         app = FastAPI()
 
         @app.get("/dashboard")
-        def page() -> Response:
+        def page(request: Request) -> Response:
+            if self.key and b64decode(request.headers.get("authorization", "")[6:]) != self.key:
+                # to the page's own refresh no challenge: the browser would open a dialog
+                first = request.headers.get("sec-fetch-dest") == "document"
+                challenge = {"www-authenticate": 'Basic realm="any user, a key"'}
+                return Response("", 401, challenge if first else {})
             nonce = new_nonce()
             text = render(self.view, nonce, REFRESH_S)
             return Response(text, self.status, headers(nonce))
@@ -256,7 +266,7 @@ def visit(browser: Any, site: Site) -> Iterator[Open]:
     contexts: list[Any] = []
     problems: list[str] = []
 
-    def open_page(expect_problems: bool = False, **options: Any) -> Any:
+    def open_page(expect_problems: bool = False, at: str = "", **options: Any) -> Any:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -265,7 +275,7 @@ def visit(browser: Any, site: Site) -> Iterator[Open]:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: problems.append(f"dialog {dialog.message}"))
         page.on("request", lambda r: problems.append(r.url) if not _ours(r.url, site) else None)
-        page.goto(site.url)
+        page.goto(site.url.replace("//", f"//{at}"))
         return page
 
     yield open_page
@@ -275,7 +285,8 @@ def visit(browser: Any, site: Site) -> Iterator[Open]:
 
 
 def _ours(url: str, site: Site) -> bool:
-    return url.startswith((f"http://127.0.0.1:{site.port}/", "data:image/svg+xml,"))
+    parts = urlsplit(url)
+    return parts.scheme == "data" or (parts.hostname, parts.port) == ("127.0.0.1", site.port)
 
 
 def until(page: Any, condition: str) -> None:
@@ -470,3 +481,16 @@ def test_without_scripts_the_page_reloads_itself(site: Site, visit: Open) -> Non
     page = visit(java_script_enabled=False)
     site.view = THREE
     page.get_by_text("1 edge is closed").wait_for()
+
+
+@pytest.mark.parametrize("in_address", [False, True])
+def test_refresh_keeps_the_key(in_address: bool, site: Site, visit: Open) -> None:
+    site.key = b"me:a-key"
+    if in_address:
+        page = visit(expect_problems=True, at="me:a-key@")
+    else:
+        page = visit(True, http_credentials={"username": "me", "password": "a-key"})
+    site.view = THREE
+    page.get_by_text("1 edge is closed").wait_for()
+    site.key = b"me:another"  # revoked
+    page.get_by_text("the server refuses this page (status 401)").wait_for()

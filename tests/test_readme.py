@@ -52,3 +52,10 @@ def test_the_ten_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown[0].count("back pain") == 2  # the task's answer survives the gate
     assert "912-55-1029" in shown[1]
     assert shown[1].count("912-55-1029") == 1  # the secret does not
+
+
+def test_the_proxys_client_is_the_example() -> None:
+    """Which ``tests/test_proxy.py`` runs."""
+    code = (ROOT / "examples" / "two_agents.py").read_text()
+    shown = code[code.index("import os") :]
+    assert f"```python\n{shown}```" in (ROOT / "README.md").read_text()

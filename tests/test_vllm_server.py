@@ -274,7 +274,8 @@ def test_the_readmes_client_runs_word_for_word(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "OpenAI(" in b]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    (code,) = [b for b in blocks if "OpenAI(" in b and "kv_transfer_params" in b]
     address = server.url.removeprefix("http://").split("/")[0]
     assert "127.0.0.1:8000" in code
     exec(compile(code.replace("127.0.0.1:8000", address), "README.md", "exec"), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import stat
 import sys
@@ -133,7 +134,7 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False,
         http=TimedHttp.with_timeout(settings.limits.body_timeout_s), lifespan="on",
-        timeout_graceful_shutdown=int(settings.drain_s), server_header=False, date_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s), server_header=False, date_header=False,
     )  # fmt: skip
     server = _Server(config, deployment)
     server.run()

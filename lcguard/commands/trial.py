@@ -104,10 +104,14 @@ class Site:
         return new_api_key(self.folder / "keys.yaml", agent, tenant=tenant, **more)
 
     @contextmanager
-    def engine(self, guards: Mapping[str, str] | None = None) -> Iterator[Running]:
-        """vLLM on the nano agent, with the connector."""
+    def engine(
+        self, guards: Mapping[str, str] | None = None, args: Sequence[str] = ()
+    ) -> Iterator[Running]:
+        """vLLM on the nano agent, with the connector; ``args``: further ones of its server."""
         port, log = free_port(), self.folder / "vllm.log"
-        settings = EngineSettings(guards=dict(guards or {"gate": "nano:gate"}), args=NANO_ARGS)
+        settings = EngineSettings(
+            guards=dict(guards or {"gate": "nano:gate"}), args=(*NANO_ARGS, *args)
+        )
         policy = str(self.policy) if self.policy.exists() else ""
         plan = EnginePlan(settings, str(model_path()), "nano", policy, self.store, None, log)
         key = secrets.token_urlsafe(16)
@@ -125,7 +129,7 @@ class Site:
 
     @contextmanager
     def proxy(
-        self, upstream: Running | None = None, ready: bool = True, **settings: Any
+        self, upstream: Running | None = None, /, ready: bool = True, **settings: Any
     ) -> Iterator[Running]:
         """``lcguard serve``; with its own vLLM where no ``upstream`` is given."""
         port, log = free_port(), self.folder / "proxy.log"

@@ -38,14 +38,16 @@
   const refresh = async () => {
     let response, text;
     try {
-      response = await fetch(location.href, {
+      // not location.href: fetch refuses an address with a user and a password in it
+      response = await fetch(location.origin + location.pathname + location.search, {
         cache: "no-store",
         redirect: "error",
         signal: AbortSignal.timeout(Math.max(2 * period, 4000)),
       });
       text = await response.text();
-    } catch {
-      return lost("the server does not answer");
+    } catch (error) {
+      const late = error.name === "TimeoutError";
+      return lost(late ? "no answer in time" : "the server does not answer");
     }
     if (response.status === 401 || response.status === 403) {
       return lost(`the server refuses this page (status ${response.status}); load it again`);

@@ -1,0 +1,232 @@
+"""``python -m lcguard.commands.canary``: screens edges of a running proxy with planted records.
+
+    {"base_url": ..., "token": ..., "model": ..., "served_model": ..., "store": ..., "edges": [...]}
+
+One JSON object on standard input, one as the last line of standard output: ``{"results": [...]}``.
+Generated records are published over each edge as any agent's would be; a fresh attack is fitted on
+half of the segments that come out of the live guard and recovers the forbidden values of the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lcguard.agents.nano.load import model_path
+from lcguard.agents.scenarios.encode import Encoder
+from lcguard.attacks.base import attack_class
+from lcguard.categories import Category
+from lcguard.commands.canary_plant import Plant, Planter, PlantError, Rule
+from lcguard.commands.canary_records import Words, fitting_records, screening_records
+from lcguard.evaluation.intervals import wilson
+from lcguard.keys import deployment_key
+from lcguard.manifest import SegmentError
+from lcguard.protocols import AttackData, KVBatch
+from lcguard.records import TokenRecord
+from lcguard.store import StoreError, open_store
+from lcguard.training.dataset import Special, attack_data, blind
+
+ATTACKS: dict[str, dict[str, Any]] = {
+    # as strong as with 2048 tokens a step, in a quarter of the time
+    "probe": {"fit": {"steps": 300, "batch": 512, "lr": 5e-3}},
+    "decoder": {},
+    "linear": {},
+}
+"""Attacks that need no model of the agents, with what makes them cheap."""
+
+
+class EdgeJob(BaseModel):
+    """An edge to screen, under concrete names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tenant: str
+    source: str
+    audience: str
+    forbid: tuple[Category, ...]
+    derive: tuple[Category, ...] = ()
+    guard: str = ""
+    """Expected guard; an edge that publishes under another one is an error. Empty: any."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"tenant": self.tenant, "source": self.source, "audience": self.audience}
+
+
+class Job(BaseModel):
+    """What a run is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_url: str
+    token: str
+    model: str
+    """Folder or hub repository of the served model, for its tokenizer alone; or ``nano``."""
+    served_model: str
+    store: str
+    edges: tuple[EdgeJob, ...]
+    train_records: Annotated[int, Field(ge=8)] = 96
+    test_records: Annotated[int, Field(ge=8)] = 64
+    attack: str = "probe"
+    seed: Annotated[int, Field(ge=0)] = 0
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+
+class Screened(NamedTuple):
+    """What an attack recovered."""
+
+    n_secrets: int
+    recovered: int
+    asr: float
+    asr_low: float
+    asr_high: float
+    floor: float
+
+
+def screen(
+    train: AttackData, test: AttackData, attack: str = "probe", *, seed: int = 0,
+    level: float = 0.95,
+) -> Screened:  # fmt: skip
+    """Fits a fresh attack on ``train``, and counts whole values of ``test`` that it gets exactly.
+
+    Raises ``ValueError`` for an attack that is not for canaries, or where nothing could be scored.
+    """
+    won, n = _recovered(train, test, attack, seed)
+    by_chance, m = _recovered(blind(train, seed), blind(test, seed + 1), attack, seed)
+    if not n or not m:
+        raise ValueError(f"attack {attack!r} gave no guess that could be scored")
+    return Screened(n, won, won / n, *wilson(won, n, level), by_chance / m)
+
+
+def _recovered(train: AttackData, test: AttackData, attack: str, seed: int) -> tuple[int, int]:
+    """Exact values, and values that were tried."""
+    if attack not in ATTACKS:
+        raise ValueError(f"attack={attack!r}: for canaries there are {', '.join(ATTACKS)}")
+    words = Words.of(train)
+    fitted = attack_class(attack).build(ATTACKS[attack]).fit(words.rename(train), seed=seed)
+    guesses = fitted.recover(words.rename(test))
+    truth = [s.ids for row in test.secrets for s in row]
+    tried = [
+        words.back(g.ids) == ids
+        for g, ids in zip(guesses, truth, strict=True) if g.ids is not None
+    ]  # fmt: skip
+    return sum(tried), len(tried)
+
+
+@dataclass
+class Canaries:
+    """One run over all edges of a job."""
+
+    job: Job
+    encoder: Encoder
+    special: Special
+    planter: Planter
+
+    def results(self) -> list[dict[str, Any]]:
+        """One for each edge, in the job's order. What fails is an edge's error."""
+        known: dict[tuple[Rule, tuple[Category, ...]], tuple[str, dict[str, Any]]] = {}
+        return [self._tried(edge, known) for edge in self.job.edges]
+
+    def _tried(self, edge: EdgeJob, known: dict[Any, Any]) -> dict[str, Any]:
+        if not edge.forbid:
+            return {**edge.names, "skipped": "forbids nothing"}
+        try:
+            found = self._screened(edge, known)
+        except (PlantError, SegmentError, StoreError, ValueError) as error:
+            found = {"error": " ".join(str(error).split())[:300]}
+        print("/".join(edge.names.values()), found, file=sys.stderr, flush=True)
+        return {**edge.names, **found}
+
+    def _screened(self, edge: EdgeJob, known: dict[Any, Any]) -> dict[str, Any]:
+        started, job = time.monotonic(), self.job
+        test = screening_records(self.encoder, edge.forbid, job.test_records, job.seed + 1)
+        first = self.planter.plant(edge.names, test[:1])
+        rule = self._checked(edge, first)
+        key = rule, edge.forbid
+        if key in known:
+            # the guard does not know the edge's name: what leaks there leaks here
+            leader, figures = known[key]
+            return {
+                **figures, "policy_digest": first[0].policy_digest, "shared_with": leader,
+                "seconds": round(time.monotonic() - started, 1),
+            }  # fmt: skip
+        train = fitting_records(self.encoder, edge.forbid, job.train_records, job.seed)
+        rest = self.planter.plant(edge.names, [*test[1:], *train])
+        plants = [*first, *rest]
+        self._checked(edge, plants)
+        n = len(test)
+        found = screen(
+            self._pairs(train, plants[n:]), self._pairs(test, plants[:n]), job.attack,
+            seed=job.seed, level=job.level,
+        )  # fmt: skip
+        figures = {
+            **found._asdict(), "attack": job.attack, "guard": rule.guard,
+            "guard_digest": rule.guard_digest, "policy_digest": first[0].policy_digest,
+            "seconds": round(time.monotonic() - started, 1),
+        }  # fmt: skip
+        known[key] = "/".join(edge.names.values()), figures
+        return figures
+
+    def _checked(self, edge: EdgeJob, plants: Sequence[Plant]) -> Rule:
+        """The one rule of all plants. Raises ``PlantError`` for another than the job's."""
+        rule = plants[0].rule
+        if any((p.rule, p.policy_digest) != (rule, plants[0].policy_digest) for p in plants):
+            raise PlantError("guard or policy changed while records were planted")
+        if edge.guard and rule.guard != edge.guard:
+            raise PlantError(f"published under guard {rule.guard!r}, the job says {edge.guard!r}")
+        if missing := sorted(set(edge.forbid) - set(rule.forbid)):
+            raise PlantError(f"published without hiding {', '.join(missing)}: the policy changed")
+        return rule
+
+    def _pairs(self, records: Sequence[TokenRecord], plants: Sequence[Plant]) -> AttackData:
+        return attack_data(records, KVBatch.stack([p.kv for p in plants]), self.special)
+
+
+def open_canaries(job: Job) -> Canaries:
+    """Tokenizer and store. Raises ``ValueError`` and ``StoreError``."""
+    from transformers import AutoTokenizer
+
+    path = str(model_path()) if job.model == "nano" else job.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"the tokenizer of {job.model!r} cannot be loaded: {first}") from None
+    encoder = Encoder(tokenizer)
+    planter = Planter(
+        job.base_url, job.token, job.served_model, encoder, open_store(job.store), deployment_key()
+    )
+    return Canaries(job, encoder, Special.of(tokenizer, len(tokenizer)), planter)
+
+
+def main() -> int:
+    """Reads a job, writes its results; 2 for a job that cannot be done at all."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.nice(10)
+    try:
+        job = Job.model_validate_json(sys.stdin.buffer.read())
+        with redirect_stdout(sys.stderr):  # a library's chatter must not be the last line
+            results = open_canaries(job).results()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        print(f"job: {'.'.join(map(str, first['loc']))}: {first['msg']}", file=sys.stderr)
+        return 2
+    except (ValueError, StoreError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(json.dumps({"results": results}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The container files: what can be shown of them without a container engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lcguard.commands.serve import check_exposure, load_settings
+from lcguard.vllm.settings import read_settings
+
+ROOT = Path(__file__).parent.parent
+COMPOSE = yaml.safe_load((ROOT / "container" / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+DOCKERFILE = (ROOT / "container" / "Dockerfile").read_text()
+
+
+def test_no_image_runs_as_root() -> None:
+    stages = re.split(r"^FROM .* AS (\w+)$", DOCKERFILE, flags=re.M)[1:]
+    users = {
+        name: re.findall(r"^USER (\S+)$", text, re.M)
+        for name, text in zip(stages[::2], stages[1::2], strict=True)
+    }
+    assert users.keys() == {"proxy", "engine"}
+    assert all(found and int(found[-1]) > 0 for found in users.values()), users
+
+
+def test_the_proxys_command_is_one_that_serve_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = shlex.split(SERVICES["proxy"]["command"])
+    sets = [words[i + 1] for i, w in enumerate(words) if w == "--set"]
+    upstream = words[words.index("--upstream") + 1]
+    settings = load_settings(tmp_path, None, sets, upstream)
+    assert settings.store == "redis://store:6379/0"
+    assert settings.engine.guards == {"gate": "/guard"}
+    # beyond this machine it takes a key, and compose hands one over
+    monkeypatch.delenv("LCGUARD_UPSTREAM_KEY", raising=False)
+    with pytest.raises(ValueError, match="beyond this machine"):
+        check_exposure(settings)
+    monkeypatch.setenv("LCGUARD_UPSTREAM_KEY", "k")
+    check_exposure(settings)
+    assert "LCGUARD_UPSTREAM_KEY" in SERVICES["proxy"]["environment"]
+    assert "LCGUARD_UPSTREAM_KEY" in SERVICES["engine"]["environment"]["VLLM_API_KEY"]
+
+
+def test_engine_and_proxy_share_store_policy_and_key() -> None:
+    command = SERVICES["engine"]["command"]
+    transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector"] == "LCGuardConnector"
+    settings = read_settings(transfer["kv_connector_extra_config"])
+    assert settings.store == "redis://store:6379/0"
+    assert settings.policy == "/state/policy.yaml"
+    keys = {SERVICES[s]["environment"]["LCGUARD_KEY"][:14] for s in ("proxy", "engine")}
+    assert keys == {"${LCGUARD_KEY:"}
+
+
+def test_only_the_proxy_is_reachable() -> None:
+    for name, service in SERVICES.items():
+        assert ("ports" in service) == (name == "proxy")
+        assert ("outside" in service["networks"]) == (name == "proxy")
+        assert service["cap_drop"] == ["ALL"]
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES["proxy"]["ports"])
+    assert COMPOSE["networks"]["inside"]["internal"] is True
