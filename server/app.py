@@ -73,13 +73,10 @@ async def dashboard(request: Request) -> Response:
         operator(proxy.authenticate_basic(request.headers))
     except ProxyError as error:
         # A challenge to the page's own refresh would hang it behind a dialog.
-        asks = (
-            error.status == 401 and request.headers.get("sec-fetch-dest", "document") == "document"
-        )
+        whole = request.headers.get("sec-fetch-dest", "document") == "document"
         realm = 'Basic realm="LCGuard: any user, an admin key as password"'
-        return JSONResponse(
-            error.body(), error.status, {"WWW-Authenticate": realm} if asks else None
-        )
+        challenge = {"WWW-Authenticate": realm} if whole and error.status == 401 else None
+        return JSONResponse(error.body(), error.status, challenge)
     nonce = new_nonce()
     page = render(await overview(proxy), nonce)
     return Response(page, media_type="text/html; charset=utf-8", headers=dashboard_headers(nonce))
