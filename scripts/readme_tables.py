@@ -187,6 +187,48 @@ def handoff(report: dict[str, Any]) -> str:
     )
 
 
+def proxy(report: dict[str, Any]) -> str:
+    """Latency and throughput by both ways, and of a bare relay."""
+    loaded, alone = report["paired_at_concurrency"], report["paired_alone"]
+    bare, rps = report["floor_at_concurrency"], report["throughput_rps"]
+    streams = report["streams"]
+    n = report["concurrency"]
+    ms = "{:.1f} ms".format
+    rows = [
+        (f"added latency, p50, {n} at a time", ms(loaded["extra_p50_ms"]),
+         ms(bare["extra_p50_ms"])),
+        ("added latency, p50, one at a time", ms(alone["extra_p50_ms"]),
+         ms(report["floor_alone"]["extra_p50_ms"])),
+        ("throughput over direct", f"{report['throughput_share']:.3f} "
+         f"({rps['proxy']:.1f} of {rps['direct']:.1f} requests/s)", "-"),
+        ("gap between pieces of a stream, p50 (direct)", f"{ms(streams['proxy']['gap_p50_ms'])} "
+         f"({ms(streams['direct']['gap_p50_ms'])})", "-"),
+        ("pieces of a stream (direct)", f"{streams['proxy']['pieces']:.1f} "
+         f"({streams['direct']['pieces']:.1f})", "-"),
+    ]  # fmt: skip
+    return table(("", "proxy", "floor"), rows)
+
+
+def soak(report: dict[str, Any]) -> str:
+    """Requests, memory, latency and the audit."""
+    memory, audit = report["memory"], report["audit"]
+    latency = report["latency"]
+    rows = [
+        ("requests", f"{report['requests']:,}, {report['n_5xx']} answered 5xx "
+         f"({report['n_5xx_without_reason']} without a reason)"),
+        ("memory of the proxy", f"{memory['first_quarter_mib']:.0f} MiB in the first quarter, "
+         f"{memory['last_quarter_mib']:.0f} in the last; "
+         f"{memory['slope_mib_per_min']:+.2f} MiB a minute over the second half"),
+        ("open files", f"{memory['files_first']} at the start, {memory['files_last']} at the end"),
+        ("audit", f"{audit['rows']:,} rows, whole; {audit['lost']} lost of "
+         f"{sum(audit['told'].values()):,} that clients were told of"),
+        ("latency, p50 / p99", ", ".join(
+            f"{kind} {latency[kind]['p50_ms']:.0f} / {latency[kind]['p99_ms']:.0f} ms"
+            for kind in ("chat", "publish", "consume"))),
+    ]  # fmt: skip
+    return table(("", "seen"), rows)
+
+
 def multihop(report: dict[str, Any]) -> str:
     """Guards over several hops."""
     head = (
@@ -257,7 +299,9 @@ def sections() -> dict[str, str]:
         }
     if (RESULTS / "agentleak.json").exists():
         out["agentleak"] = guards(json.loads((RESULTS / "agentleak.json").read_text()))
-    for name, make in (("residual_search", search), ("handoff", handoff)):
+    for name, make in (
+        ("residual_search", search), ("handoff", handoff), ("proxy", proxy), ("soak", soak),
+    ):  # fmt: skip
         path = RESULTS / f"{name}.json"
         if path.exists():
             out[name] = make(json.loads(path.read_text()))

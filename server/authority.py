@@ -117,6 +117,8 @@ class Authority:
         except (StoreError, DatabaseError) as error:
             raise unavailable(error) from None
         except SegmentError as error:
+            if isinstance(error.__cause__, OSError):  # the store, not the segment
+                raise unavailable(error) from None
             raise ProxyError(409, f"{shown} is damaged: {error}", code="damaged") from None
         if row is None or row.revoked_at_s is not None:
             raise gone(shown)
@@ -269,6 +271,8 @@ class Authority:
                 "was handed over", code="not_stored",
             ) from None  # fmt: skip
         except SegmentError as error:
+            if isinstance(error.__cause__, OSError):
+                raise unavailable(error) from None
             raise ProxyError(
                 502, f"vLLM stored another segment than was ordered: {error}; it was deleted",
                 code="wrong_segment",

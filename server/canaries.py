@@ -2,7 +2,8 @@
 
 The worker is a process of its own at low priority: it fits an attack, which would hold up the
 event loop, and it may be killed at any time. It gets its job, token included, through standard
-input, because a command line is public.
+input, because a command line is public. It says what it found edge by edge, one line each, so that
+a leaking edge closes before the others are screened, and a worker that is late loses only the rest.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from lcguard.server.leakage_state import State
 
 logger = logging.getLogger("lcguard.server")
 FIRST_S, RETRY_S = 5.0, 15.0
-_MAX_BYTES = 16 * 2**20
-"""Most that is read of a worker's output."""
+_LINE_BYTES, _LOG_BYTES = 4 * 2**20, 64 * 2**10
+"""Longest line of a worker's output, and how much of its log is kept."""
 
 
 class WorkerError(RuntimeError):
-    """A worker that gave no result. One line."""
+    """A worker that did not end well. One line."""
 
 
 class CanaryRunner:
@@ -53,7 +54,7 @@ class CanaryRunner:
         self.runs = 0
         """Runs that ended, well or not."""
         self.error = ""
-        """Why the last run gave nothing; empty after one that did."""
+        """Why the last run did not end well; empty after one that did."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -74,14 +75,16 @@ class CanaryRunner:
         Raises nothing but ``CancelledError``, on which the worker is killed.
         """
         async with self._lock:
-            edges: list[EdgeName] = []
-            self.error, done = "", False
+            run = _Run(self._meter, self._on_change)
+            self.error = ""
             try:
                 job = self._job()
-                edges = [_name(edge) for edge in job["edges"]]
-                if not edges:
+                # those that waited longest first: a worker that is late screens the rest next time
+                job["edges"] = sorted(job["edges"], key=run.measured_at_s)
+                run.left = dict.fromkeys(_name(edge) for edge in job["edges"])
+                if not run.left:
                     return None
-                done = await self._take(edges, await self._results(job))
+                await self._work(job, run)
             except WorkerError as error:
                 self.error = str(error)
             except Exception as error:  # a schedule that ended by itself would measure nothing more
@@ -89,94 +92,118 @@ class CanaryRunner:
                 self.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if self.error:
                 logger.warning("canaries: %s", self.error)
-                for edge in edges:
-                    await asyncio.to_thread(self._meter.record_error, edge, self.error)
+            for edge in list(run.left):
+                await run.fail(edge, self.error or "the worker left this edge out")
             self.runs += 1
-            return done
+            return run.screened > 0 or run.failed == 0
 
-    async def _take(self, edges: list[EdgeName], results: list[Any]) -> bool:
-        """Records all results; edges without one get an error."""
-        left, failed, screened = dict.fromkeys(edges), False, False
-        for result in results:
-            edge = _name(result)
-            if edge not in left:
-                logger.warning("canaries: a result for %s, which was not asked for", edge)
-                continue
-            del left[edge]
-            if "error" in result:
-                await asyncio.to_thread(self._meter.record_error, edge, str(result["error"]))
-                failed = True
-                continue
-            try:
-                change = await asyncio.to_thread(self._meter.record, result)
-            except ValueError as error:
-                await asyncio.to_thread(self._meter.record_error, edge, str(error))
-                failed = True
-                continue
-            screened |= "skipped" not in result
-            await self._tell(change)
-        for edge in left:
-            await asyncio.to_thread(self._meter.record_error, edge, "the worker left this edge out")
-        return screened or not (failed or left)
-
-    async def _tell(self, change: Change) -> None:
-        if change.old == change.new:
-            return
-        logger.warning(
-            "edge %s is %s: %s", "/".join(change.edge.name), change.new, change.edge.reason
-        )
-        try:
-            await self._on_change(*change)
-        except Exception:  # the edge is what the meter says, whoever hears of it
-            logger.exception("nobody could be told that an edge is %s", change.new)
-
-    async def _results(self, job: dict[str, Any]) -> list[Any]:
-        """What the worker found. Raises ``WorkerError``."""
+    async def _work(self, job: dict[str, Any], run: _Run) -> None:
+        """Takes what a worker finds. Raises ``WorkerError``."""
         try:
             async with asyncio.timeout(self.timeout_s):
-                code, out, err = await self._work(json.dumps(job).encode())
+                code, err = await _worker(self.command, json.dumps(job).encode(), run.line)
         except TimeoutError:
             raise WorkerError(f"the worker took more than {self.timeout_s:g} s") from None
         except OSError as error:
             raise WorkerError(f"the worker cannot be started: {error}") from None
         if code:
+            lines = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
             token = str(job.get("token") or "")
-            why = _last_line(err)
-            why = why.replace(token, "***") if token else why
-            raise WorkerError(f"the worker ended with {code}: {why[:200] or 'it said nothing'}")
-        try:
-            found = json.loads(_last_line(out))["results"]
-            if not isinstance(found, list):
-                raise TypeError
-            [_name(r) for r in found]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise WorkerError("the last line of the worker's output is no result") from None
-        return found
+            why = lines[-1].replace(token, "***") if token else lines[-1]
+            raise WorkerError(f"the worker ended with {code}: {why.strip()[:200]}")
+        if not run.lines:
+            raise WorkerError("the worker ended well and said nothing that is a result")
 
-    async def _work(self, given: bytes) -> tuple[int, bytes, bytes]:
-        """Exit code, and the ends of both outputs. Leaves no process behind, whatever happens."""
-        process = await asyncio.create_subprocess_exec(
-            *self.command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        assert process.stdin is not None
-        out, err = (asyncio.ensure_future(_tail(s)) for s in (process.stdout, process.stderr))
+
+class _Run:
+    """What one worker has said so far."""
+
+    def __init__(
+        self, meter: LeakageMeter,
+        on_change: Callable[[EdgeLeakage, State, State], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        self._meter, self._on_change = meter, on_change
+        self._measured = {e.name: e.measured_at_s or 0.0 for e in meter.snapshot()}
+        self.left: dict[EdgeName, None] = {}
+        """Edges without a result."""
+        self.lines = self.screened = self.failed = 0
+
+    def measured_at_s(self, edge: Mapping[str, Any]) -> float:
+        """Unix time of the edge's last screening; 0 for none."""
+        return self._measured.get(_name(edge), 0.0)
+
+    async def line(self, text: bytes) -> None:
+        """A line of output: ``{"result": {...}}``, ``{"results": [...]}``, or a library's words."""
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                process.stdin.write(given)
-                await process.stdin.drain()
-            process.stdin.close()
-            code = await process.wait()
-            _kill_group(process.pid)  # what it left behind would hold its outputs open
-            return code, await out, await err
-        finally:
-            _kill_group(process.pid)
-            await process.wait()
-            for reader in (out, err):
-                reader.cancel()
-            await asyncio.gather(out, err, return_exceptions=True)
-            # asyncio has no public way to let go of pipes that a stranger still holds
-            process._transport.close()  # type: ignore[attr-defined]
+            said = json.loads(text)
+            results = said["results"] if "results" in said else [said["result"]]
+            names = [_name(r) for r in results]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return
+        self.lines += 1
+        for name, result in zip(names, results, strict=True):
+            if name in self.left:  # the last line repeats them all
+                del self.left[name]
+                await self._take(name, result)
+
+    async def fail(self, edge: EdgeName, message: str) -> None:
+        """An edge that could not be screened."""
+        self.failed += 1
+        await asyncio.to_thread(self._meter.record_error, edge, message)
+
+    async def _take(self, edge: EdgeName, result: Mapping[str, Any]) -> None:
+        if "error" in result:
+            await self.fail(edge, str(result["error"]))
+            return
+        try:
+            change = await asyncio.to_thread(self._meter.record, result)
+        except ValueError as error:
+            await self.fail(edge, str(error))
+            return
+        self.screened += "skipped" not in result
+        await self._tell(change)
+
+    async def _tell(self, change: Change) -> None:
+        if change.old == change.new:
+            return
+        logger.warning("edge %s is %s: %s", "/".join(change.edge.name), change.new,
+                       change.edge.reason)  # fmt: skip
+        try:
+            await self._on_change(*change)
+        except Exception:  # the edge is what the meter says, whoever hears of it
+            logger.exception("nobody could be told that an edge is %s", change.new)
+
+
+async def _worker(
+    command: Sequence[str], given: bytes, line: Callable[[bytes], Awaitable[None]]
+) -> tuple[int, bytes]:
+    """Exit code and the end of the log. Leaves no process behind, whatever happens."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE, start_new_session=True, limit=_LINE_BYTES,
+    )  # fmt: skip
+    stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+    assert stdin is not None
+    assert stdout is not None
+    assert stderr is not None
+    out, err = asyncio.ensure_future(_lines(stdout, line)), asyncio.ensure_future(_end(stderr))
+    try:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            stdin.write(given)
+            await stdin.drain()
+        stdin.close()
+        code = await process.wait()
+        _kill_group(process.pid)  # what it left behind would hold its outputs open
+        await out
+        return code, await err
+    finally:
+        _kill_group(process.pid)
+        await process.wait()
+        for reader in (out, err):
+            reader.cancel()
+        await asyncio.gather(out, err, return_exceptions=True)
+        # asyncio has no public way to let go of pipes that a stranger still holds
+        process._transport.close()  # type: ignore[attr-defined]
 
 
 def _kill_group(pid: int) -> None:
@@ -184,18 +211,23 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-async def _tail(stream: asyncio.StreamReader | None) -> bytes:
+async def _lines(stream: asyncio.StreamReader, line: Callable[[bytes], Awaitable[None]]) -> None:
+    while True:
+        try:
+            text = await stream.readline()
+        except ValueError:  # longer than the limit, and dropped
+            continue
+        if not text:
+            return
+        await line(text)
+
+
+async def _end(stream: asyncio.StreamReader) -> bytes:
     """The last bytes of a stream, read to its end."""
-    assert stream is not None
     kept = b""
-    while chunk := await stream.read(65536):
-        kept = (kept + chunk)[-_MAX_BYTES:]
+    while chunk := await stream.read(2**16):
+        kept = (kept + chunk)[-_LOG_BYTES:]
     return kept
-
-
-def _last_line(data: bytes) -> str:
-    lines = data.decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""
 
 
 def _name(edge: Mapping[str, Any]) -> EdgeName:

@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ class Engine:
         self.failure = ""
         """Why it does not run and will not be started again."""
         self.starts = 0
+        self.answered = False
+        """Whether the process that runs now was seen to serve."""
+        self._spawned_s = 0.0
+        self._late = ""
 
     @property
     def url(self) -> str:
@@ -96,6 +101,15 @@ class Engine:
                 await self._watch
         await self._end()
 
+    def check_start(self) -> None:
+        """Kills a process that does not serve within ``start_timeout_s``: it counts as dead."""
+        process, limit_s = self._process, self.plan.settings.start_timeout_s
+        running = process is not None and process.returncode is None and not self.answered
+        if process is not None and running and time.monotonic() - self._spawned_s > limit_s:
+            self._late = f"it did not serve within start_timeout_s={limit_s:g}"
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     async def _spawn(self) -> None:
         environment = os.environ | {
             KEY_VARIABLE: self._key.hex(),
@@ -111,6 +125,7 @@ class Engine:
                 stderr=log, env=environment, start_new_session=True,
             )  # fmt: skip
         self.starts += 1
+        self.answered, self._late, self._spawned_s = False, "", time.monotonic()
 
     async def _supervise(self) -> None:
         while self._process is not None:
@@ -118,7 +133,7 @@ class Engine:
             await self._end()  # its workers may have outlived it
             left = self.plan.settings.restarts - (self.starts - 1)
             if left <= 0:
-                self.failure = f"vLLM ended with {code}: {last_reason(self.plan.log)}"
+                self.failure = f"vLLM ended with {code}: {self._late or last_reason(self.plan.log)}"
                 self._say(self.failure)
                 return
             wait_s = _BACKOFF_S[min(self.starts - 1, len(_BACKOFF_S) - 1)]

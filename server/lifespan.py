@@ -123,7 +123,15 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
                     test.forget()
                 if engine.failure:
                     raise ProxyError(503, engine.failure, code="engine")
-            return await test.engine()
+            try:
+                detail = await test.engine()
+            except ProxyError:
+                if engine is not None:
+                    engine.check_start()
+                raise
+            if engine is not None:
+                engine.answered = True
+            return detail
 
         async def guards_intact() -> str:
             try:

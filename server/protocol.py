@@ -1,7 +1,8 @@
-"""uvicorn's HTTP with a limit on the time that a request's head may take.
+"""uvicorn's HTTP with a limit on the time that a request's head and body may take.
 
 uvicorn closes idle connections only between requests: a client that sends a head byte by byte, or
-none, would hold its connection for ever.
+none, would hold its connection for ever, and so would one that goes on sending the body of a
+request that was refused without it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 class TimedHttp(HttpToolsProtocol):
-    """Closes a connection whose request's head is late."""
+    """Closes a connection whose request's head is late, or whose body is twice as late: by then
+    a route that wants the body has refused it with a reason."""
 
     head_timeout_s: ClassVar[float] = 10.0
     _late: asyncio.TimerHandle | None = None
@@ -25,23 +27,27 @@ class TimedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait()
+        self._wait(self.head_timeout_s)
 
     def on_message_begin(self) -> None:
-        self._wait()
+        self._wait(self.head_timeout_s)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._stop()
+        self._wait(2 * self.head_timeout_s)
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._stop()
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
         super().connection_lost(exc)
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float) -> None:
         self._stop()
-        self._late = self.loop.call_later(self.head_timeout_s, self._close)
+        self._late = self.loop.call_later(seconds, self._close)
 
     def _stop(self) -> None:
         if self._late is not None:

@@ -26,12 +26,14 @@ from lcguard.server.keyring import Identity
 from lcguard.server.spans import Endpoint
 from lcguard.server.sse import DONE, Events, data_of, event
 from lcguard.server.state import Proxy
-from lcguard.server.upstream import broken
+from lcguard.server.upstream import broken, reason_of
 
 _TOTAL = re.compile(rb'"total_tokens":\s*(\d+)')
 _TOTAL_NAME = b'"total_tokens":'
 _PASSED_ON = ("traceparent", "tracestate", "x-request-id")
 _BYTES_PER_TOKEN = 4
+_NOT_STORED = b"the segment was not stored"
+"""In vLLM's refusal where its guard or its store failed."""
 
 
 class Exchange:
@@ -186,6 +188,7 @@ class Relay:
         except (TimeoutError, aiohttp.ClientError) as error:
             raise broken(error) from None
         x.upstream_s += time.perf_counter() - asked_s
+        _check_failed(x.order, answer.status, data)
         more: dict[str, str] = {}
         if x.order is not None:
             if answer.status != 200:
@@ -245,6 +248,17 @@ def _counted(data: bytes) -> int | None:
     at = data.rfind(_TOTAL_NAME)
     found = _TOTAL.match(data, at) if at >= 0 else None
     return int(found[1]) if found else None
+
+
+def _check_failed(order: Order | None, status: int, data: bytes) -> None:
+    """Raises ``ProxyError`` (502) for a failure of vLLM's, whatever status vLLM gives it: the
+    client may send the same again."""
+    lost = order is not None and order.edge is not None and _NOT_STORED in data
+    if status >= 500 or (status != 200 and lost):
+        raise ProxyError(
+            502, f"vLLM answered {status}: {reason_of(data)}",
+            code="not_stored" if lost else "upstream", retry_after_s=2,
+        )  # fmt: skip
 
 
 def _one_prompt(endpoint: Endpoint, body: dict[str, Any]) -> None:

@@ -7,12 +7,13 @@ import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Query, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcguard.manifest import SegmentError
 from lcguard.policy import ANY, Edge, split_tenant
 from lcguard.server.audit import Entry
 from lcguard.server.authority import gone, unavailable
+from lcguard.server.body import ClientGone, parse_object, read_body
 from lcguard.server.contract import describe
 from lcguard.server.database import DatabaseError
 from lcguard.server.errors import ProxyError
@@ -55,6 +56,14 @@ class EdgeName(BaseModel):
     tenant: Name
     source: Name
     audience: Name
+
+
+_EDGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": EdgeName.model_json_schema()}},
+    }
+}
 
 
 @router.get("/livez", tags=["health"])
@@ -188,9 +197,10 @@ async def leakage(proxy: Running, who: Caller) -> dict[str, Any]:
     return {"threshold": proxy.settings.canaries.threshold, "edges": [_leak(r) for r in seen]}
 
 
-@router.post("/lcguard/v1/leakage/reopen", tags=["lcguard"])
-async def reopen(edge: EdgeName, proxy: Running, who: Operator) -> dict[str, str]:
+@router.post("/lcguard/v1/leakage/reopen", tags=["lcguard"], openapi_extra=_EDGE_BODY)
+async def reopen(request: Request, proxy: Running, who: Operator) -> dict[str, str]:
     """Opens an edge that canaries closed, on an operator's word."""
+    edge = await _edge_name(request, proxy)
     try:
         proxy.meter.reopen((edge.tenant, edge.source, edge.audience), who.agent)
     except KeyError:
@@ -214,6 +224,22 @@ async def plant(proxy: Running, who: Operator, background: BackgroundTasks) -> d
         raise ProxyError(409, "canaries are switched off: set canaries.enabled", code="canaries")
     background.add_task(proxy.canaries.run_now)
     return {"status": "started"}
+
+
+async def _edge_name(request: Request, proxy: Proxy) -> EdgeName:
+    """The body. FastAPI would read it before it asks for a key, of any size and for any time."""
+    limits, headers = proxy.settings.limits, dict(request.headers)
+    try:
+        raw = await read_body(
+            request.receive, headers, limits.max_body_bytes, limits.body_timeout_s
+        )
+        return EdgeName.model_validate(parse_object(raw, headers))
+    except ClientGone:
+        raise ProxyError(400, "the body ended too early", code="bad_json") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ProxyError(400, f"{where}: {first['msg']}", code="bad_request", param=where) from None
 
 
 def _leak(row: Any) -> dict[str, Any]:

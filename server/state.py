@@ -123,9 +123,10 @@ class Proxy:
     def check_size(self, who: Identity, body: Mapping[str, Any]) -> int:
         """Tokens that the request may generate. Raises ``ProxyError`` (400, 403)."""
         model = body.get("model")
-        if who.models and model is not None and model not in who.models:
+        # a request that names none gets vLLM's own, which may be another
+        if who.models and model not in who.models:
             raise ProxyError(
-                403, f"this key is not for model {str(model)[:80]!r}; it has "
+                403, f"this key is not for model {str(model or '')[:80]!r}: name one of "
                 f"{', '.join(who.models)}", code="model", param="model",
             )  # fmt: skip
         most = self.settings.limits.max_output_tokens

@@ -82,7 +82,7 @@ class Upstream:
             if answer.status != 200:
                 raise ProxyError(
                     502 if answer.status >= 500 else answer.status,
-                    f"vLLM answered {answer.status} to {path}: {_reason(data)}", code="upstream",
+                    f"vLLM answered {answer.status} to {path}: {reason_of(data)}", code="upstream",
                 )  # fmt: skip
             try:
                 return json.loads(data)
@@ -137,10 +137,10 @@ def _silent(path: str, seconds: float) -> ProxyError:
     )
 
 
-def _reason(data: bytes) -> str:
-    """vLLM's own words, cut short."""
+def reason_of(data: bytes) -> str:
+    """vLLM's own words, cut short; it has none where its own code failed."""
     try:
         found = json.loads(data)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         found = data.decode(errors="replace")
-    return " ".join(str(found).split())[:300]
+    return " ".join(str(found).split())[:300] or "no reason, see its log"

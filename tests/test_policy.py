@@ -239,3 +239,59 @@ def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, rules: list[d
     path = tmp_path_factory.mktemp("policy") / "policy.yaml"
     path.write_text(yaml.safe_dump(before.model_dump(mode="json")))
     assert load_policy(path) == before
+
+
+TENANTS = """
+version: 1
+edges:
+  - {source: intake, audience: billing, forbid: [contact]}
+  - {source: intake, audience: billing, tenant: acme, forbid: [health]}
+  - {source: "*", audience: "*", tenant: beta, forbid: []}
+"""
+
+
+def test_a_tenants_own_edge_goes_before_the_others(tmp_path: Path) -> None:
+    rules = load(tmp_path, TENANTS)
+    assert rules.for_edge("acme/intake", "acme/billing").forbid == ("health",)
+    assert rules.for_edge("other/intake", "other/billing").forbid == ("contact",)
+    assert rules.for_edge("intake", "billing").forbid == ("contact",)
+    # a tenant's wildcard too, and it opens nothing for anybody else
+    assert rules.for_edge("beta/intake", "beta/billing").forbid == ()
+    assert rules.for_edge("acme/a", "acme/b").forbid == CATEGORIES
+    found = rules.for_edge("acme/intake", "acme/billing")
+    assert (found.source, found.audience) == ("acme/intake", "acme/billing")
+
+
+@pytest.mark.parametrize(
+    ("source", "audience"), [("acme/intake", "beta/billing"), ("acme/intake", "billing")]
+)
+def test_no_hop_crosses_tenants(source: str, audience: str, tmp_path: Path) -> None:
+    rules = load(tmp_path, TENANTS)
+    with pytest.raises(PolicyError, match="from one tenant to another"):
+        rules.for_edge(source, audience)
+
+
+def test_the_digest_knows_tenants(tmp_path: Path) -> None:
+    rules = load(tmp_path, TENANTS)
+    other = load(tmp_path, TENANTS.replace("tenant: acme", "tenant: acne"))
+    assert rules.digest != other.digest
+    again = Policy(version=1, edges=rules.edges[::-1])
+    assert rules.digest == again.digest
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("max_segments: 0", "edges[0].max_segments = 0"),
+        ("window_s: 0", "edges[0].window_s = 0"),
+        ("window_s: 9000000", "edges[0].window_s"),
+        ("detect: all", "edges[0].detect = 'all'"),
+        ("on_leak: pass", "edges[0].on_leak = 'pass'"),
+        ("tenant: ''", "edges[0].tenant = ''"),
+    ],
+)
+def test_refuses_what_the_proxy_could_not_keep(more: str, expected: str, tmp_path: Path) -> None:
+    text = f"version: 1\nedges:\n  - {{source: a, audience: b, forbid: [], {more}}}\n"
+    with pytest.raises(PolicyError) as caught:
+        load(tmp_path, text)
+    assert expected in str(caught.value)

@@ -74,16 +74,16 @@ def test_headers_stand_for_the_field(front: Front) -> None:
 
 
 def test_one_request_consumes_and_publishes(front: Front) -> None:
-    first = front.handle(front.auth("intake"), "open")
+    first = front.handle(front.auth("intake"), "open", f"SSN: {SSN}.")
     both = {"consume": [first], "publish": {"audience": "clerk"}}
     made = front.chat(
         front.auth("open"), "", both, max_tokens=1, add_generation_prompt=False,
-        messages=[{"role": "system", "content": "Invoice number: INV-2291."}],
+        messages=[{"role": "system", "content": f"Patient {NAME}. Chief complaint: {COMPLAINT}."}],
     ).json()["lcguard"]  # fmt: skip
     assert made["consumed"][0]["handle"] == first
     second = made["published"]["handle"]
     clerk = front.auth("clerk")
-    assert "INV-2291" in front.answer(clerk, "What is the invoice number?", second)
+    assert COMPLAINT in front.answer(clerk, ASK_COMPLAINT, second)
     # what was consumed is not published again
     assert SSN not in front.answer(clerk, ASK_SSN, second)
     listed = front.http.get(f"/lcguard/v1/segments/{second}", headers=clerk).json()
@@ -355,7 +355,7 @@ def test_the_examples_run(front: Front, name: str) -> None:
     pytest.importorskip("langgraph" if "langgraph" in name else "openai")
     keys = {
         f"{a.upper()}_KEY": front.auth(a)["Authorization"].removeprefix("Bearer ")
-        for a in ("intake", "billing", "scheduling")
+        for a in ("intake", "billing", "scheduling", "mallory")
     }
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True,

@@ -347,12 +347,12 @@ def test_a_request_can_tighten_but_not_loosen(engine: Engine) -> None:
     edge = connector.policy.edges[0]
     loose = edge.model_copy(update={"forbid": ("health",), "derive": ("health",)})
     policy = connector.policy.model_copy(update={"edges": (loose,)})
-    before, connector.policy = connector.policy, policy
+    before, connector._policy = connector._policy, policy
     try:
         plain = publish(engine, record.ids, "identity")
         tight = publish(engine, record.ids, "identity", policy=["person"], ttl_s=9e6)
     finally:
-        connector.policy = before
+        connector._policy = before
     assert plain.forbid == ("health",)
     assert tight.forbid == ("person", "health")
     assert tight.expires_at_s <= time.time() + edge.ttl_s + 1

@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.load import guard_path, model_path
+from lcguard.followed import Followed
 from lcguard.grants import GrantError, check_grant, make_grant, new_handle
 from lcguard.guards.frozen import weights_digest
 from lcguard.model_digest import checkpoint_digest
-from lcguard.policy import parse_policy
+from lcguard.policy import load_policy, parse_policy
 from lcguard.store import open_store
 from lcguard.vllm.checks import check_config, check_groups, check_siblings, check_version
 from lcguard.vllm.errors import HandoffError, StartError
-from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts
+from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts, edge_of
 from lcguard.vllm.llm import Handle
 from lcguard.vllm.request import Publish, parse_handoff
 from lcguard.vllm.settings import guard_folder, policy_of, read_settings
@@ -289,3 +290,61 @@ def test_a_handle_travels_as_json() -> None:
     assert Handle.from_dict(made.to_dict()) == made
     with pytest.raises(ValueError, match="grant"):
         Handle.from_dict({"handle": "x"})
+
+
+# -- what a proxy may ask for in a publish
+
+
+def rules(**edge: Any) -> Any:
+    both = {"source": "a", "audience": "b", "forbid": ["health"]} | edge
+    return parse_policy({"version": 1, "edges": [both]})
+
+
+def test_a_request_chooses_redact_only_where_the_policy_lets_it() -> None:
+    wish = Publish(source="a", audience="b", guard="redact")
+    with pytest.raises(HandoffError, match="on_leak: redact") as caught:
+        edge_of(rules(), wish)
+    assert caught.value.status == 400
+    assert edge_of(rules(on_leak="redact"), wish).guard == "redact"
+    assert edge_of(rules(guard="redact"), wish).guard == "redact"
+    plain = Publish(source="a", audience="b")
+    assert edge_of(rules(on_leak="redact"), plain).guard == "gate"
+
+
+def test_a_publish_never_crosses_tenants() -> None:
+    with pytest.raises(HandoffError, match="one tenant to another"):
+        edge_of(rules(), Publish(source="acme/a", audience="beta/b"))
+
+
+def test_a_chosen_handle_is_long_and_used(tmp_path: Path) -> None:
+    keeper = Gatekeeper(FACTS, rules(guard="identity"), ["identity"],
+                        open_store(str(tmp_path)), KEY)  # fmt: skip
+    handle = new_handle()
+    handoff = parse_handoff(
+        {"lcguard": {"publish": {"source": "a", "audience": "b", "handle": handle}}}
+    )
+    assert handoff is not None
+    plan = keeper.plan(handoff, [1, 2, 3])
+    assert plan.publish is not None
+    assert plan.publish.handle == handle
+    with pytest.raises(HandoffError, match=r"publish\.handle"):
+        parse_handoff({"lcguard": {"publish": {"source": "a", "audience": "b", "handle": "short"}}})
+
+
+def test_a_policy_file_is_followed_by_the_engine(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\nedges: [{source: a, audience: b, forbid: [health]}]\n")
+    found = policy_of(read_settings({"store": "memory://", "policy": str(path)}))
+    assert isinstance(found, Followed)
+    clock = [0.0]
+    policy = Followed(path, load_policy, clock=lambda: clock[0])
+    keeper = Gatekeeper(FACTS, policy, ["gate"], open_store(str(tmp_path / "s")), KEY)
+    wish = Publish(source="a", audience="b")
+    assert keeper.edge(wish).forbid == ("health",)
+    path.write_text("version: 1\nedges: [{source: a, audience: b, forbid: [finance]}]\n")
+    clock[0] = 2.0
+    assert keeper.edge(wish).forbid == ("finance",)
+    path.write_text("version: 1\nedges: nonsense\n")
+    clock[0] = 4.0
+    assert keeper.edge(wish).forbid == ("finance",)
+    assert "edges" in policy.error

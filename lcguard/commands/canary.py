@@ -2,7 +2,8 @@
 
     {"base_url": ..., "token": ..., "model": ..., "served_model": ..., "store": ..., "edges": [...]}
 
-One JSON object on standard input, one as the last line of standard output: ``{"results": [...]}``.
+One JSON object on standard input. On standard output a line ``{"result": {...}}`` as soon as an
+edge is screened, and last ``{"results": [...]}`` with all of them; the log is standard error.
 Generated records are published over each edge as any agent's would be; a fresh attack is fitted on
 half of the segments that come out of the live guard and recovers the forbidden values of the rest.
 """
@@ -13,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -129,21 +130,25 @@ class Canaries:
     encoder: Encoder
     special: Special
     planter: Planter
+    say: Callable[[dict[str, Any]], None] = lambda result: None
+    """Told each result at once."""
 
     def results(self) -> list[dict[str, Any]]:
         """One for each edge, in the job's order. What fails is an edge's error."""
         known: dict[tuple[Rule, tuple[Category, ...]], tuple[str, dict[str, Any]]] = {}
-        return [self._tried(edge, known) for edge in self.job.edges]
+        out = []
+        for edge in self.job.edges:
+            out.append({**edge.names, **self._tried(edge, known)})
+            self.say(out[-1])
+        return out
 
     def _tried(self, edge: EdgeJob, known: dict[Any, Any]) -> dict[str, Any]:
         if not edge.forbid:
-            return {**edge.names, "skipped": "forbids nothing"}
+            return {"skipped": "forbids nothing"}
         try:
-            found = self._screened(edge, known)
+            return self._screened(edge, known)
         except (PlantError, SegmentError, StoreError, ValueError) as error:
-            found = {"error": " ".join(str(error).split())[:300]}
-        print("/".join(edge.names.values()), found, file=sys.stderr, flush=True)
-        return {**edge.names, **found}
+            return {"error": " ".join(str(error).split())[:300]}
 
     def _screened(self, edge: EdgeJob, known: dict[Any, Any]) -> dict[str, Any]:
         started, job = time.monotonic(), self.job
@@ -161,6 +166,7 @@ class Canaries:
         train = fitting_records(self.encoder, edge.forbid, job.train_records, job.seed)
         rest = self.planter.plant(edge.names, [*test[1:], *train])
         plants = [*first, *rest]
+        planted_s = time.monotonic() - started
         self._checked(edge, plants)
         n = len(test)
         found = screen(
@@ -172,7 +178,10 @@ class Canaries:
             "guard_digest": rule.guard_digest, "policy_digest": first[0].policy_digest,
             "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
-        known[key] = "/".join(edge.names.values()), figures
+        name = "/".join(edge.names.values())
+        print(f"{name}: {len(plants)} records planted in {planted_s:.1f} s, "
+              f"{figures['seconds']} s in all", file=sys.stderr, flush=True)  # fmt: skip
+        known[key] = name, figures
         return figures
 
     def _checked(self, edge: EdgeJob, plants: Sequence[Plant]) -> Rule:
@@ -213,10 +222,17 @@ def main() -> int:
 
     torch.set_num_threads(1)
     os.nice(10)
+    out = sys.stdout
+
+    def say(found: dict[str, Any]) -> None:
+        print(json.dumps(found), file=out, flush=True)
+
     try:
         job = Job.model_validate_json(sys.stdin.buffer.read())
-        with redirect_stdout(sys.stderr):  # a library's chatter must not be the last line
-            results = open_canaries(job).results()
+        with redirect_stdout(sys.stderr):  # a library's chatter is no result
+            canaries = open_canaries(job)
+            canaries.say = lambda result: say({"result": result})
+            say({"results": canaries.results()})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         print(f"job: {'.'.join(map(str, first['loc']))}: {first['msg']}", file=sys.stderr)
@@ -224,7 +240,6 @@ def main() -> int:
     except (ValueError, StoreError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
-    print(json.dumps({"results": results}), flush=True)
     return 0
 
 

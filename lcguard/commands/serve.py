@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -24,6 +26,7 @@ from lcguard.server.engine import EnginePlan
 from lcguard.server.lifespan import Deployment, lifespan
 from lcguard.server.protocol import TimedHttp
 from lcguard.server.settings import ServerSettings
+from lcguard.server.state import Proxy
 
 NANO_ARGS = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
 KEY_FILE = "deployment.key"
@@ -130,14 +133,34 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
 
     worker = (sys.executable, "-m", "lcguard.commands.canary")
     deployment = Deployment(settings, key, model, name, plan, state.resolve(), say, worker)
-    app = make_app(lambda: lifespan(deployment))
+    failed: list[Exception] = []
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Proxy]:
+        async with AsyncExitStack() as stack:
+            try:
+                proxy = await stack.enter_async_context(lifespan(deployment))
+            except (ValueError, RuntimeError, OSError) as error:
+                failed.append(error)
+                raise
+            yield proxy
+
+    app = make_app(opened)
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False,
         http=TimedHttp.with_timeout(settings.limits.body_timeout_s), lifespan="on",
         timeout_graceful_shutdown=math.ceil(settings.drain_s), server_header=False, date_header=False,
     )  # fmt: skip
+    # said in one line below, not as a traceback
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not failed)
     server = _Server(config, deployment)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:
+        if not failed:
+            raise
+    if failed:
+        raise ValueError(f"cannot start: {failed[0]}")
     return 0 if server.started else 1
 
 
@@ -151,6 +174,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._deployment.drain()
         super().handle_exit(sig, frame)
+        # uvicorn raises them again at its end; a stop that was asked for is no failure
+        self._captured_signals.clear()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
