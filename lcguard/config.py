@@ -81,7 +81,8 @@ def parse_yaml(text: str) -> Any:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{where}not valid YAML: {problem}") from None
-    except ValueError as error:  # e.g. an integer of more digits than Python converts
+    # an integer of more digits than Python converts; a list for a key; a very deep nesting
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"not valid YAML: {error}") from None
 
 

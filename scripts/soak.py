@@ -99,7 +99,8 @@ class Load:
         """The request, under an id of its own."""
         self._n += 1
         name = f"soak-{self._n}"
-        path = "/v1/chat/completions" if "messages" in data else "/v1/completions"
+        chat = isinstance(data, dict) and "messages" in data
+        path = "/v1/chat/completions" if chat else "/v1/completions"
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
         headers = {"Authorization": f"Bearer {self.keys[agent]}", "X-Request-Id": name,
                    "Content-Type": "application/json"}  # fmt: skip
@@ -294,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         audit = audited(Path(folder) / "lcguard.sqlite", key, seen)
     statuses = {kind: dict(found) for kind, found in sorted(seen.statuses.items())}
     n_5xx = sum(n for found in statuses.values() for s, n in found.items() if s.startswith("5"))
-    found = {
+    found: dict[str, Any] = {
         "requests": sum(sum(s.values()) for s in statuses.values()), "statuses": statuses,
         "n_5xx": n_5xx, "n_5xx_without_reason": seen.silent_5xx, "n_broken": seen.broken,
         "memory": memory(samples), "audit": audit, "latency": latencies(seen, args.minutes * 60),

@@ -24,6 +24,8 @@ logger = logging.getLogger("lcguard.server")
 FIRST_S, RETRY_S = 5.0, 15.0
 _LINE_BYTES, _LOG_BYTES = 4 * 2**20, 64 * 2**10
 """Longest line of a worker's output, and how much of its log is kept."""
+_LAST_WORDS_S = 5.0
+"""For what a worker that ended has written and nobody has read yet."""
 
 
 class WorkerError(RuntimeError):
@@ -95,7 +97,7 @@ class CanaryRunner:
             for edge in list(run.left):
                 await run.fail(edge, self.error or "the worker left this edge out")
             self.runs += 1
-            return run.screened > 0 or run.failed == 0
+            return run.screened > 0 or not (run.failed or self.error)
 
     async def _work(self, job: dict[str, Any], run: _Run) -> None:
         """Takes what a worker finds. Raises ``WorkerError``."""
@@ -192,18 +194,27 @@ async def _worker(
             stdin.write(given)
             await stdin.drain()
         stdin.close()
-        code = await process.wait()
-        _kill_group(process.pid)  # what it left behind would hold its outputs open
-        await out
-        return code, await err
+        code = await _ended(process)
+        _kill_group(process.pid)  # what it left behind holds its outputs open
+        await asyncio.wait((out, err), timeout=_LAST_WORDS_S)
+        if out.done():
+            out.result()  # raises what taking a result raised
+        return code, err.result() if err.done() else b""
     finally:
         _kill_group(process.pid)
-        await process.wait()
+        await _ended(process)
         for reader in (out, err):
             reader.cancel()
         await asyncio.gather(out, err, return_exceptions=True)
-        # asyncio has no public way to let go of pipes that a stranger still holds
+        # asyncio has no public way to let go of pipes that a process beyond the group holds
         process._transport.close()  # type: ignore[attr-defined]
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """Exit code. ``process.wait()`` would wait for whoever holds the pipes as well."""
+    while process.returncode is None:
+        await asyncio.sleep(0.05)
+    return process.returncode
 
 
 def _kill_group(pid: int) -> None:

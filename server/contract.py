@@ -17,30 +17,14 @@ from lcguard.server.contract_fields import (
     CHOICE,
     FIELDS,
     MEANING,
+    MESSAGE,
     PATHS,
+    RENDERER_OPTIONS,
     AnswerClass,
     Endpoint,
     Field,
 )
 
-_MESSAGE: dict[str, frozenset[type]] = {
-    "content": frozenset({str, list}),
-    "tool_calls": frozenset({list}),
-    "tools": frozenset({list}),
-    **dict.fromkeys(
-        ("role", "name", "tool_call_id", "reasoning", "reasoning_content", "refusal", "task"),
-        frozenset({str}),
-    ),
-    # An answer's message sent back has them, as null.
-    **dict.fromkeys(("annotations", "audio", "function_call"), frozenset[type]()),
-}
-RENDERER_OPTIONS = frozenset({
-    "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
-    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "messages",
-})  # fmt: skip
-"""Parameters of ``apply_chat_template``: in ``chat_template_kwargs`` they would be another way to
-say a template, a truncation or a document that was refused under its own name."""
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string",
           list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
@@ -143,6 +127,15 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
+def page() -> str:
+    """``docs/contract.md``."""
+    command = 'python -c "from lcguard.server.contract import page; print(page(), end=\'\')"'
+    return (
+        "# The guard contract\n\nWhat becomes of every field of a request and of an answer, served "
+        f"as JSON at `/lcguard/v1/contract`. This page is printed by `{command}`.\n\n{markdown()}"
+    )
+
+
 def _refused(field: Field, consuming: bool, publishing: bool) -> bool:
     match field.kind:
         case "refused_on_consume":
@@ -182,9 +175,9 @@ def _check_messages(messages: list[Any] | None) -> None:
         if type(message.get("role")) is not str:
             raise ContractError(f"{where}.role is missing: send a string", f"{where}.role")
         for name, value in message.items():
-            types = _MESSAGE.get(name)
+            types = MESSAGE.get(name)
             if types is None:
-                raise _unknown(name, _MESSAGE, f"{where}.{name}")
+                raise _unknown(name, MESSAGE, f"{where}.{name}")
             if value is not None and type(value) not in types:
                 raise ContractError(
                     f"{where}.{name} is {_named(value)}, which is not allowed there",

@@ -170,3 +170,23 @@ CHOICE: dict[str, AnswerClass] = {
     "routed_experts": "removed",
 }
 """Of each of its ``choices``."""
+
+MESSAGE: dict[str, frozenset[type]] = {
+    "content": frozenset({str, list}),
+    "tool_calls": frozenset({list}),
+    "tools": frozenset({list}),
+    **dict.fromkeys(
+        ("role", "name", "tool_call_id", "reasoning", "reasoning_content", "refusal", "task"),
+        frozenset({str}),
+    ),
+    # An answer's message sent back has them, as null.
+    **dict.fromkeys(("annotations", "audio", "function_call"), frozenset[type]()),
+}
+"""Of each of ``messages``, with the types of its value; null is allowed."""
+RENDERER_OPTIONS = frozenset({
+    "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "messages",
+})  # fmt: skip
+"""Parameters of ``apply_chat_template``: in ``chat_template_kwargs`` they would be another way to
+say a template, a truncation or a document that was refused under its own name."""

@@ -27,7 +27,6 @@ import string
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,8 +249,5 @@ class Keyring:
 
 def _lock(entry: KeyEntry) -> _Lock:
     who = Identity(entry.id, entry.tenant, entry.agent, entry.role, entry.models, entry.limits)
-    return _Lock(bytes.fromhex(entry.sha256), who, _epoch(entry.expires_at))
-
-
-def _epoch(at: datetime | None) -> float | None:
-    return None if at is None else at.timestamp()
+    until = entry.expires_at
+    return _Lock(bytes.fromhex(entry.sha256), who, None if until is None else until.timestamp())

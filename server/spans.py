@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lcguard.policy import Edge, PolicyError
+from lcguard.server.contract_fields import FIELDS
 from lcguard.server.detector import COVERED, Detector
 from lcguard.server.errors import ProxyError
 from lcguard.server.upstream import Upstream
 
 Endpoint = Literal["chat", "completions"]
 _CHAT_KEYS = ("messages", "add_generation_prompt", "continue_final_message", "add_special_tokens")
+_COMPLETION_KEYS = ("prompt", "add_special_tokens")
 
 
 class SpanFinder:
@@ -59,6 +61,11 @@ class SpanFinder:
             ProxyError: 400 where a forbidden category is neither detected nor answered for by
                 ``secrets``, where a secret is not in the prompt, or where tokens disagree.
         """
+        counted = _CHAT_KEYS if endpoint == "chat" else _COMPLETION_KEYS
+        for name, field in FIELDS[endpoint].items():
+            # vLLM would render it, the count below would not, and every span would be off
+            if field.kind == "guarded" and name in body and name not in counted:
+                raise _refused(f"{name} has no place on an edge with guard 'redact': leave it out")
         detects = edge.detect == "presidio"
         open_ = [c for c in edge.forbid if not (detects and c in COVERED)]
         if secrets is None and open_:

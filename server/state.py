@@ -53,7 +53,10 @@ class AgentCount:
 class Bill:
     """What a request took."""
 
+    asked: bool = False
+    """Whether vLLM was asked: if not, it cost nothing."""
     used_tokens: int | None = None
+    """As counted at the end; None where it did not come to one, and what was set aside is due."""
 
 
 @dataclass
@@ -139,7 +142,9 @@ class Proxy:
                         400, f"{name}={value}: at most {most} here", code="max_tokens", param=name
                     )
                 asked = max(0, value)
-        copies = body.get("n")
+        copies, prompt = body.get("n"), body.get("prompt")
+        many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+        asked *= len(prompt) if many and isinstance(prompt, list) else 1
         return asked * (copies if isinstance(copies, int) and copies > 1 else 1)
 
     async def edge_changed(self, edge: EdgeLeakage, old: str, new: str) -> None:
@@ -178,7 +183,8 @@ class Proxy:
             except Limited as error:
                 raise _limited(error) from None
             finally:
-                admission.settle(bill.used_tokens or 0)
+                if bill.used_tokens is not None or not bill.asked:
+                    admission.settle(bill.used_tokens or 0)
                 self.metrics.tokens.inc(bill.used_tokens or 0)
                 count.tokens += bill.used_tokens or 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,8 +21,9 @@ import pytest
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.nano.load import guard_path
+from lcguard.agents.scenarios.load import load_hops
 from lcguard.categories import CATEGORIES
-from lcguard.commands.canary import screen
+from lcguard.commands.canary import Job, open_canaries, screen
 from lcguard.commands.canary_plant import _layers
 from lcguard.commands.canary_records import Words, fitting_records, screening_records
 from lcguard.grants import new_handle
@@ -77,20 +79,17 @@ def test_records_hold_what_is_forbidden_and_share_no_name(agent: HFBackend) -> N
 
 
 def test_chosen_records_teach_more_words(agent: HFBackend) -> None:
-    """Fewer values that the attack cannot name than with records as they come."""
-    train = fitting_records(agent.encoder, CATEGORIES, 32, 3)
-    plain = fitting_records(agent.encoder, CATEGORIES, 1, 3)  # the generator is at the same seed
-    assert plain
-    seen = {t for r in train for t in r.ids}
-    as_they_come = screening_records(agent.encoder, CATEGORIES, 64, 3)
-    other = {t for r in as_they_come for t in r.ids}
+    """More values that the attack can name than from as many records as they come."""
+    chosen = fitting_records(agent.encoder, CATEGORIES, 32, 3)
+    hops = load_hops("generator", seed=3, split="coined", n=64, min_fields=7)[:64]
     test = screening_records(agent.encoder, CATEGORIES, 64, 11)
 
-    def nameable(words: set[int]) -> float:
+    def nameable(records: list[TokenRecord]) -> float:
+        words = {t for r in records for t in r.ids}
         values = [set(s.ids) for r in test for s in r.secrets()]
         return sum(v <= words for v in values) / len(values)
 
-    assert nameable(seen) > nameable(other)
+    assert nameable(chosen) > nameable(agent.encoder.encode(hops)) + 0.03
 
 
 def test_words_are_renamed_and_back(agent: HFBackend) -> None:
@@ -272,20 +271,23 @@ def test_the_worker_plants_screens_and_cleans_up(site: Site, tmp_path: Path) -> 
     assert "planted" not in done.stdout.replace("records planted", "")
 
 
-def test_jobs_that_cannot_be_done(tmp_path: Path) -> None:
-    job = {
-        "base_url": "http://127.0.0.1:9", "token": "planted", "model": "nano", "store": "memory://x",
-        "served_model": "nano", "edges": [],
+def test_jobs_that_cannot_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    good = {
+        "base_url": "http://127.0.0.1:9", "token": "planted", "model": "nano",
+        "store": f"file://{tmp_path}", "served_model": "nano", "edges": [],
     }  # fmt: skip
+    assert open_canaries(Job.model_validate(good)).results() == []
     for changed, message in (
-        ({}, "the store is within one process"),
-        ({"store": f"file://{tmp_path}", "base_url": "9"}, "base_url='9': write http://"),
-        ({"edgs": []}, "job: edgs: Extra inputs"),
+        ({"store": "memory://x"}, "the store is within one process"),
+        ({"base_url": "9"}, "base_url='9': write http://"),
+        ({"model": str(tmp_path / "none")}, "the tokenizer of .* cannot be loaded"),
     ):
-        done = work(job | changed)
-        assert done.returncode == 2
-        assert done.stderr.splitlines()[-1].startswith(message)
-        assert done.stdout == ""
+        with pytest.raises(ValueError, match=message):
+            open_canaries(Job.model_validate(good | changed))
+    done = work(good | {"edgs": []})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "job: edgs: Extra inputs are not permitted"
 
 
 # -- the schedule, with real processes
@@ -369,8 +371,8 @@ def test_results_reach_the_meter_and_changes_are_told(bench: Bench) -> None:
 
 def test_the_job_goes_through_stdin_alone(bench: Bench) -> None:
     check = (
-        "assert job['token'] == 'planted-token'; args = open('/proc/self/cmdline').read();"
-        "assert 'planted-token' not in args + str(dict(__import__('os').environ))"
+        "token = '-'.join(('planted', 'token')); assert job['token'] == token;"
+        "assert token not in open('/proc/self/cmdline').read() + open('/proc/self/environ').read()"
     )
     runner = bench.runner(says(found("b", 0), found("c", 0), more=check))
     assert asyncio.run(runner.run_now()) is True, bench.errors()
@@ -486,7 +488,7 @@ def nested(folder: Path, then: str) -> Iterator[tuple[str, Callable[[], list[int
 
 
 def test_a_worker_that_hangs_is_killed_with_its_children(bench: Bench, tmp_path: Path) -> None:
-    with nested(tmp_path, "time.sleep(600)") as (code, pids):
+    with nested(tmp_path, "time.sleep(600)") as (code, _):
         runner = bench.runner(code, timeout_s=5)
 
         async def main() -> int:
@@ -507,6 +509,17 @@ def test_children_of_a_worker_that_ended_are_killed(bench: Bench, tmp_path: Path
     line = json.dumps({"results": [found("b", 0), found("c", 0)]})
     with nested(tmp_path, f"print({line!r})") as (code, _):
         assert asyncio.run(bench.runner(code).run_now()) is True
+
+
+def test_a_child_that_left_the_group_holds_nothing_up(bench: Bench, tmp_path: Path) -> None:
+    line = json.dumps({"results": [found("b", 0), found("c", 0)]})
+    code = NEST.format(path=str(tmp_path / "pids"), then=f"print({line!r})")
+    code = code.replace('600)"])', '600)"], start_new_session=True)')
+    try:
+        assert asyncio.run(bench.runner(code, timeout_s=60).run_now()) is True
+        assert bench.errors() == ["", ""]
+    finally:
+        os.kill(int((tmp_path / "pids").read_text().split()[1]), signal.SIGKILL)
 
 
 def test_shutdown_kills_the_worker(bench: Bench, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def test_without_a_file() -> None:
         ("", "name: missing"),
         ("name: x\nname: y", "line 2, column 1: not valid YAML: duplicate key 'name'"),
         ("name: x\n1: y", "1 = 'y': unknown key"),
+        ("[1]: 2", "not valid YAML: unhashable"),
+        ("[" * 5000, "not valid YAML"),
         ("name: !!python/name:os.system", "not valid YAML"),
         ("name: !!set {a, b}", "write plain YAML"),
         ("- x", "top level is a list"),

@@ -38,6 +38,21 @@ def chunks(data: bytes) -> list[Any]:
     return [json.loads(e) for e in events]
 
 
+def joined(events: list[Any]) -> dict[str, Any]:
+    """A stream as one: under load vLLM puts several tokens into one event, or not."""
+    choices = [c for e in events for c in e["choices"]]
+    deltas = [c.get("delta", c) for c in choices]
+    logprobs = [c["logprobs"] for c in choices if c.get("logprobs")]
+    return {
+        "keys": {k for e in events for k in e} | {k for c in choices for k in c},
+        "text": "".join(d.get("text") or d.get("content") or "" for d in deltas),
+        "role": [d["role"] for d in deltas if d.get("role")],
+        "logprobs": {k: sum((x.get(k) or [] for x in logprobs), []) for x in logprobs for k in x},
+        "finish": [c["finish_reason"] for c in choices if c["finish_reason"]],
+        "usage": [e["usage"] for e in events if e.get("usage")],
+    }
+
+
 def unnamed(found: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in ("id", "created")}
 
@@ -134,7 +149,7 @@ def test_without_a_handoff_the_answer_is_vllms_own(
     assert direct.headers["content-type"] == proxied.headers["content-type"]
     if stream:
         wanted, got = chunks(direct.content), chunks(proxied.content)
-        assert list(map(unnamed, got)) == list(map(unnamed, wanted))
+        assert joined(got) == joined(wanted)
     else:
         assert unnamed(proxied.json()) == unnamed(direct.json())
 
@@ -162,10 +177,9 @@ def test_pieces_of_a_stream_come_as_they_are_generated(front: Front) -> None:
     ) as answer:
         for piece in answer.iter_raw():
             at_s += [time.perf_counter() - start] * piece.count(b"data: {")
-    assert len(at_s) >= 0.9 * n
-    assert len(set(at_s)) >= n / 3, "they came in a few bursts"
+    assert len(set(at_s)) >= n / 4, "they came in a few bursts"
     half = sum(t < at_s[-1] / 2 for t in at_s)
-    assert 0.1 * n < half < 0.95 * n, "they came late, or all at once"
+    assert 0.1 < half / len(at_s) < 0.95, "they came late, or all at once"
 
 
 @pytest.mark.parametrize(

@@ -149,16 +149,22 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False,
         http=TimedHttp.with_timeout(settings.limits.body_timeout_s), lifespan="on",
-        timeout_graceful_shutdown=math.ceil(settings.drain_s), server_header=False, date_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        server_header=False, date_header=False,
     )  # fmt: skip
-    # said in one line below, not as a traceback
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not failed)
-    server = _Server(config, deployment)
+    server, log = _Server(config, deployment), logging.getLogger("uvicorn.error")
+
+    def unsaid(record: logging.LogRecord) -> bool:
+        return not failed  # said below in one line, not as a traceback
+
+    log.addFilter(unsaid)
     try:
         server.run()
     except SystemExit:
         if not failed:
             raise
+    finally:
+        log.removeFilter(unsaid)
     if failed:
         raise ValueError(f"cannot start: {failed[0]}")
     return 0 if server.started else 1
