@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -34,6 +35,9 @@ def make_app(lifespan: Lifespan) -> FastAPI:
     async def live(app: FastAPI) -> AsyncIterator[None]:
         async with lifespan() as proxy:
             app.state.proxy = proxy
+            # what was imported stays: looking through it again would hold up requests
+            gc.collect()
+            gc.freeze()
             yield
 
     app = FastAPI(
@@ -43,7 +47,8 @@ def make_app(lifespan: Lifespan) -> FastAPI:
     )  # fmt: skip
     app.include_router(router)
     for path, endpoint in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
-        app.router.routes.append(Route(path, _Relayed(endpoint, path), methods=["POST"]))
+        # before the others: a request tries the routes one by one
+        app.router.routes.insert(0, Route(path, _Relayed(endpoint, path), methods=["POST"]))
     app.add_api_route("/dashboard", dashboard, include_in_schema=False, response_class=Response)
     app.add_exception_handler(ProxyError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

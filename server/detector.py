@@ -44,9 +44,11 @@ class Detector:
                 "detect: presidio needs Presidio: pip install 'lcguard[pii]'"
             ) from None
         # its recogniser of e-mail addresses would fetch the list of public suffixes
-        tldextract.extract = tldextract.TLDExtract(suffix_list_urls=())
+        setattr(tldextract, "extract", tldextract.TLDExtract(suffix_list_urls=()))  # noqa: B010
 
-        class Blank(SpacyNlpEngine):  # type: ignore[misc]
+        class Blank(SpacyNlpEngine):
+            nlp: Any
+
             def load(self) -> None:
                 self.nlp = {"en": spacy.blank("en")}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import re
 import secrets
 import time
@@ -33,7 +32,6 @@ from lcguard.store import SegmentStore
 if TYPE_CHECKING:
     from lcguard.server.relay import Exchange
 
-logger = logging.getLogger("lcguard.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNSAID_TOKENS = 256
 """Set aside for a request that names no limit of its own."""
@@ -155,7 +153,6 @@ class Proxy:
             guard_digest=edge.guard_digest, policy_digest=edge.policy_digest, reason=edge.reason,
             verdict="blocked" if new == "closed" else "allowed",
         )  # fmt: skip
-        logger.warning("%s/%s -> %s: %s: %s", *edge.name, entry.event, edge.reason)
         with suppress(DatabaseError):  # the edge is closed all the same
             await self.audit.append(entry)
 

@@ -47,7 +47,7 @@ def joined(events: list[Any]) -> dict[str, Any]:
         "keys": {k for e in events for k in e} | {k for c in choices for k in c},
         "text": "".join(d.get("text") or d.get("content") or "" for d in deltas),
         "role": [d["role"] for d in deltas if d.get("role")],
-        "logprobs": {k: sum((x.get(k) or [] for x in logprobs), []) for x in logprobs for k in x},
+        "logprobs": {k: [y for x in logprobs for y in x.get(k) or []] for x in logprobs for k in x},
         "finish": [c["finish_reason"] for c in choices if c["finish_reason"]],
         "usage": [e["usage"] for e in events if e.get("usage")],
     }
@@ -379,3 +379,6 @@ def test_the_examples_run(front: Front, name: str) -> None:
     lines = done.stdout.splitlines()
     assert len([x for x in lines if COMPLAINT in x]) == 1, done.stdout
     assert SSN not in done.stdout
+    assert len([x for x in lines if "not stated" in x]) == 1, done.stdout
+    if name == "two_agents.py":
+        assert lines[-1].startswith("mallory -> 403 segment ")

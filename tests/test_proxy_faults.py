@@ -437,7 +437,8 @@ def test_malformed_requests(drill: Drill) -> None:
         n = int(N_MALFORMED * weights.get(operation.path, 0.2 / len(others))) + 1
         _send_many(operation, GenerationMode.NEGATIVE, n, drill, seen)
         drill.works()
-    assert sum(statuses.values()) >= N_MALFORMED, statuses
+    print(statuses)
+    assert sum(statuses.values()) - statuses.get(401, 0) >= N_MALFORMED, statuses
     assert statuses.get(400, 0) > N_MALFORMED / 2, statuses
     assert drill.readyz()[0] == 200
 
@@ -453,9 +454,6 @@ def _send_many(
 
     sent = 0
 
-    @settings(max_examples=n, phases=[Phase.generate], database=None, deadline=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(case=operation.as_strategy(generation_mode=mode))
     def send(case: Any) -> None:
         nonlocal sent
         if isinstance(case.body, dict):
@@ -467,7 +465,7 @@ def _send_many(
             )  # fmt: skip
         except (InvalidHeader, InvalidURL):  # none that can be sent
             return
-        sent += 1
+        sent += got.status_code != 401  # Schemathesis leaves the key out now and then
         headers = {k.lower(): v[0] for k, v in got.headers.items()}
         if got.status_code == 200 and (handle := headers.get("x-lcguard-handle")):
             drill.publisher.acknowledged.append(handle)
@@ -475,7 +473,11 @@ def _send_many(
 
     while sent < n:  # Hypothesis ends early where it has no more ideas
         before = sent
-        send()
+        generated = settings(
+            max_examples=int(1.4 * (n - sent)) + 1, phases=[Phase.generate], database=None,
+            deadline=None, suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        generated(given(case=operation.as_strategy(generation_mode=mode))(send))()
         if sent == before:
             break
 

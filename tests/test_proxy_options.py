@@ -67,10 +67,10 @@ OPTIONS = {
     "limits.max_concurrency": "test_max_concurrency_max_queue_and_queue_timeout_s",
     "limits.max_queue": "test_max_concurrency_max_queue_and_queue_timeout_s",
     "limits.queue_timeout_s": "test_max_concurrency_max_queue_and_queue_timeout_s",
-    "canaries.enabled": _CANARIES,
+    "canaries.enabled": "test_canaries_run_where_they_are_enabled",
     "canaries.interval_s": _CANARIES,
     "canaries.timeout_s": _CANARIES,
-    "canaries.threshold": _CANARIES,
+    "canaries.threshold": "test_on_leak_refuses_or_redacts_on_a_closed_edge",
     "canaries.train_records": _CANARIES,
     "canaries.test_records": _CANARIES,
     "canaries.attack": _CANARIES,
@@ -152,7 +152,8 @@ def tight(site: Site, engine: Running, tmp_path_factory: pytest.TempPathFactory)
     with front_of(
         with_key(site, "OTHER_KEY", engine.api_key), None, folder, host="0.0.0.0",
         keys="people/keys.yaml", database="book/audit.sqlite", metrics_auth=True,
-        database_timeout_s=0.2, upstream={"url": engine.url, "api_key_env": "OTHER_KEY"},
+        database_timeout_s=0.2, canaries={"enabled": False, "threshold": 0.35},
+        upstream={"url": engine.url, "api_key_env": "OTHER_KEY"},
         limits={"max_body_bytes": 20000, "max_output_tokens": FOREVER, "body_timeout_s": 1,
                 "max_concurrency": 1, "max_queue": 1, "queue_timeout_s": 2},
     ) as found:  # fmt: skip
@@ -343,6 +344,17 @@ def test_max_concurrency_max_queue_and_queue_timeout_s(tight: Front) -> None:
     assert "no place came free within 2 s" in late
     # the stream was left: its place is free again
     wait_for(lambda: tight.chat(who, "hello").status_code == 200)
+
+
+def test_canaries_run_where_they_are_enabled(
+    site: Site, engine: Running, front: Front, tmp_path: Path
+) -> None:
+    worker = "-m:lcguard.commands.canary"
+    small = {"enabled": True, "train_records": 8, "test_records": 8, "interval_s": 3}
+    with front_of(site, engine, tmp_path, canaries=small) as proxy:
+        proxy.handle(proxy.auth("intake"), "hidden")  # an edge in use is screened
+        wait_for(lambda: worker in commands(proxy.running), 60)
+        assert worker not in commands(front.running)  # disabled, and older
 
 
 # --- engine ---
@@ -544,7 +556,9 @@ def test_on_leak_refuses_or_redacts_on_a_closed_edge(tight: Front) -> None:
     assert tight.publish(tight.auth("analyst"), "shut").status_code == 200
     edge = {"tenant": "default", "source": "intake", "audience": "shut"}
     admin = tight.auth("root", role="admin")
-    shown = tight.http.get("/lcguard/v1/leakage", headers=admin).json()["edges"]
+    leakage = tight.http.get("/lcguard/v1/leakage", headers=admin).json()
+    assert leakage["threshold"] == 0.35
+    shown = leakage["edges"]
     assert [e["state"] for e in shown if e["audience"] == "shut" and e["source"] == "intake"] == [
         "closed"
     ]
