@@ -22,9 +22,10 @@ demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
 	@$(BIN)/lcguard demo --out runs/demo
 
+# Two processes, each with whole files: a file's engine starts once.
 test: $(ENGINE)  ## Run the tests (ARGS="-k policy" for some)
-	@echo "test: pytest $(ARGS)"
-	@$(BIN)/python -m pytest $(ARGS)
+	@echo "test: pytest -n 2 --dist loadfile $(ARGS)"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## Style, format and types
 	@echo "lint: ruff check, ruff format --check, mypy"

@@ -15,12 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from lcguard import __version__
+from lcguard.server.access import operator
 from lcguard.server.dashboard import headers as dashboard_headers
 from lcguard.server.dashboard import new_nonce, render
 from lcguard.server.errors import ProxyError
+from lcguard.server.health import router as health
 from lcguard.server.overview import overview
 from lcguard.server.relay import Relay
-from lcguard.server.routes import operator, router
+from lcguard.server.routes import router
 from lcguard.server.schema_openapi import openapi
 from lcguard.server.state import Proxy
 
@@ -45,6 +47,7 @@ def make_app(lifespan: Lifespan) -> FastAPI:
         # their pages would load scripts from another host
         docs_url=None, redoc_url=None,
     )  # fmt: skip
+    app.include_router(health)
     app.include_router(router)
     for path, endpoint in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
         # before the others: a request tries the routes one by one

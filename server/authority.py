@@ -1,4 +1,4 @@
-"""Decides whether a handoff may happen, and says afterwards what did.
+"""Decides whether a handoff may happen.
 
 Every decision is in the audit before vLLM hears of it, so that a crash loses none. What cannot be
 decided, because the policy, the store, the ledger or the audit is out of reach, does not happen.
@@ -9,46 +9,38 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from sqlite3 import Connection
 from typing import Any
 
 from lcguard.followed import Followed
 from lcguard.grants import make_grant, new_handle
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.policy import Edge, Policy, PolicyError, split_tenant
+from lcguard.policy import Policy, PolicyError, split_tenant
 from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.database import DatabaseError
 from lcguard.server.errors import ProxyError
 from lcguard.server.handoff import HandoffField, Publish
 from lcguard.server.keyring import Identity
 from lcguard.server.leakage import LeakageMeter
-from lcguard.server.ledger import BudgetSpent, LedgerError, Segment, find, record_segment, reserve
+from lcguard.server.ledger import BudgetSpent, LedgerError, find, reserve
+from lcguard.server.orders import (
+    Order,
+    consumption,
+    edge_name,
+    gone,
+    publication,
+    qualified,
+    unavailable,
+)
 from lcguard.server.rules import rule_digest
 from lcguard.server.spans import Endpoint, SpanFinder
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.vllm.errors import HandoffError
-from lcguard.vllm.gatekeeper import edge_digest, edge_of
+from lcguard.vllm.gatekeeper import edge_of
 from lcguard.vllm.request import Publish as EnginePublish
 
 GRANT_S = 600
 """Life of the grant that the proxy shows the engine for one request."""
-
-
-@dataclass
-class Order:
-    """A handoff that may happen, on its way through vLLM."""
-
-    who: Identity
-    request_id: str
-    params: dict[str, Any]
-    """``kv_transfer_params["lcguard"]`` for vLLM."""
-    consumed: tuple[Manifest, ...] = ()
-    edge: Edge | None = None
-    """The rule that a publish goes by."""
-    rule: str = ""
-    handle: str = ""
-    done: bool = field(default=False, compare=False)
 
 
 class Authority:
@@ -159,7 +151,7 @@ class Authority:
             order.rule = rule_digest(self.policy.for_edge(source, audience))
             order.edge = edge  # from here on the audit can name it
             # a canary measures the guard itself: that is what opens a closed edge again
-            if not canary and self.meter.verdict(*_edge_key(edge)) == "closed":
+            if not canary and self.meter.verdict(*edge_name(edge)) == "closed":
                 if edge.on_leak != "redact":
                     raise ProxyError(
                         403, f"the edge to {publish.audience!r} is closed: planted records were "
@@ -196,9 +188,9 @@ class Authority:
                     edge.max_segments, edge.window_s, now,
                 )  # fmt: skip
 
-        entries = [self._consumption(order, m, "consume") for m in order.consumed]
+        entries = [consumption(order, m, "consume") for m in order.consumed]
         if order.edge is not None:
-            entries.append(self._publication(order, "publish"))
+            entries.append(publication(order, "publish"))
         try:
             await self.audit.append_all(entries, book if wanted else None)
         except BudgetSpent as error:
@@ -209,148 +201,11 @@ class Authority:
         except DatabaseError as error:
             raise unavailable(error) from None
 
-    async def finish(self, order: Order) -> dict[str, Any]:
-        """What was applied, for the client, after vLLM has answered; written to the audit.
-
-        Raises ``ProxyError`` (502, 503) where the segment is not what was ordered: it is then
-        deleted.
-        """
-        answer: dict[str, Any] = {}
-        entries: list[Entry] = []
-        manifest = None
-        try:
-            if order.consumed:
-                answer["consumed"] = [_shown(m) for m in order.consumed]
-                entries += [self._consumption(order, m, "consumed") for m in order.consumed]
-            if order.edge is not None:
-                manifest = await asyncio.to_thread(self._stored, order)
-                answer["published"] = self._describe(order, manifest)
-                entries.append(self._publication(order, "published", manifest))
-            await self.audit.append_all(entries, self._recorder(order, manifest))
-        except (DatabaseError, LedgerError) as error:
-            await self.fail(order, "failed", str(error))
-            raise unavailable(error) from None
-        except ProxyError as error:
-            await self.fail(order, "failed", error.message)
-            raise
-        order.done = True
-        return answer
-
-    async def fail(self, order: Order, event: Any, reason: str) -> None:
-        """A handoff that did not come about (``failed``) or whose client left (``aborted``)."""
-        if order.done:
-            return
-        order.done = True
-        if order.handle:
-            await asyncio.to_thread(self._drop, order.handle)
-        entries = [self._consumption(order, m, event, reason) for m in order.consumed]
-        if order.edge is not None:
-            entries.append(self._publication(order, event, reason=reason))
-        try:
-            await self.audit.append_all(entries)
-        except DatabaseError:
-            # the row that allowed it is there; its missing end says that it did not come about
-            pass
-
-    def _stored(self, order: Order) -> Manifest:
-        """The manifest of what vLLM stored. Raises ``ProxyError`` unless it is what was ordered."""
-        edge = order.edge
-        assert edge is not None
-        try:
-            manifest = self.store.manifest(order.handle)
-            manifest.check(
-                self.key,
-                expect={
-                    "handle": order.handle, "audience": edge.audience,
-                    "source_agent": edge.source, "policy_digest": edge_digest(edge),
-                },
-            )  # fmt: skip
-        except SegmentNotFound:
-            raise ProxyError(
-                502, "vLLM stored no segment: its guard or its store failed, see its log; nothing "
-                "was handed over", code="not_stored",
-            ) from None  # fmt: skip
-        except SegmentError as error:
-            if isinstance(error.__cause__, OSError):
-                raise unavailable(error) from None
-            raise ProxyError(
-                502, f"vLLM stored another segment than was ordered: {error}; it was deleted",
-                code="wrong_segment",
-            ) from None  # fmt: skip
-        except StoreError as error:
-            raise unavailable(error) from None
-        if not manifest.guard_digest:
-            raise ProxyError(
-                502, "vLLM stored a segment without a guard; it was deleted", code="wrong_segment"
-            )
-        return manifest
-
-    def _drop(self, handle: str) -> None:
-        try:
-            self.store.delete(handle)
-        except (StoreError, SegmentError):
-            pass  # it is in no ledger, so nobody can consume it; it expires by itself
-
-    def _recorder(self, order: Order, manifest: Manifest | None) -> Any:
-        # a canary's segment is in no ledger: nobody can consume it, not even its audience
-        if manifest is None or order.who.role == "canary":
-            return None
-        tenant, source = split_tenant(manifest.source_agent)
-        row = Segment(
-            handle=manifest.handle, tenant=tenant, source=source,
-            audience=split_tenant(manifest.audience)[1], created_at_s=self.clock(),
-            expires_at_s=manifest.expires_at_s, n_tokens=manifest.n_tokens,
-            guard=order.edge.guard if order.edge else "", guard_digest=manifest.guard_digest,
-            policy_digest=order.rule, parents=tuple(m.handle for m in order.consumed),
-        )  # fmt: skip
-        return lambda connection: record_segment(connection, row)
-
-    def _describe(self, order: Order, manifest: Manifest) -> dict[str, Any]:
-        edge = order.edge
-        assert edge is not None
-        spans = order.params["publish"].get("spans")
-        return {
-            **_shown(manifest),
-            "audience": split_tenant(edge.audience)[1],
-            "expires_at_s": manifest.expires_at_s,
-            "guard": edge.guard,
-            "forbid": list(edge.forbid),
-            "derive": list(edge.derive),
-            **({"redacted_spans": len(spans)} if spans is not None else {}),
-        }
-
-    def _consumption(self, order: Order, m: Manifest, event: Any, reason: str = "") -> Entry:
-        return self._entry(
-            order, event, reason, source=split_tenant(m.source_agent)[1],
-            audience=split_tenant(m.audience)[1], handle=m.handle, guard_digest=m.guard_digest,
-            policy_digest=m.policy_digest, n_tokens=m.n_tokens,
-        )  # fmt: skip
-
-    def _publication(
-        self, order: Order, event: Any, manifest: Manifest | None = None, reason: str = ""
-    ) -> Entry:
-        edge = order.edge
-        assert edge is not None
-        return self._entry(
-            order, event, reason, source=split_tenant(edge.source)[1],
-            audience=split_tenant(edge.audience)[1], handle=order.handle, guard=edge.guard,
-            policy_digest=edge_digest(edge),
-            guard_digest=manifest.guard_digest if manifest else "",
-            n_tokens=manifest.n_tokens if manifest else 0,
-        )  # fmt: skip
-
-    def _entry(self, order: Order, event: Any, reason: str = "", **more: Any) -> Entry:
-        verdict: Any = "error" if event in ("failed", "aborted") else "allowed"
-        return Entry(
-            at_ms=int(self.clock() * 1000), request_id=order.request_id, event=event,
-            tenant=order.who.tenant, agent=order.who.agent, verdict=verdict, reason=reason, **more,
-        )  # fmt: skip
-
     async def _refused(self, order: Order, handoff: HandoffField, error: ProxyError) -> None:
         """A refusal is audited too; where that fails it is still a refusal."""
         handles = handoff.consume or ("",)
         entry = Entry(
-            at_ms=int(self.clock() * 1000), request_id=order.request_id, event="refused",
+            request_id=order.request_id, event="refused",
             tenant=order.who.tenant, agent=order.who.agent,
             source=order.who.agent if handoff.publish else "",
             audience=handoff.publish.audience if handoff.publish else order.who.agent,
@@ -362,37 +217,3 @@ class Authority:
         except DatabaseError:
             if error.status < 500:
                 raise unavailable(DatabaseError("the audit cannot be written")) from None
-
-
-def qualified(tenant: str, agent: str) -> str:
-    """An agent's name inside vLLM and in manifests."""
-    return f"{tenant}/{agent}"
-
-
-def gone(shown: str) -> ProxyError:
-    """404, the same for never, expired and revoked."""
-    return ProxyError(
-        404, f"{shown} does not exist: it expired, was revoked or never was", code="no_segment"
-    )
-
-
-def unavailable(error: Exception) -> ProxyError:
-    """503: nobody can tell whether it may happen, so it does not."""
-    return ProxyError(
-        503, f"handoffs are not possible now: {error}", code="unavailable", retry_after_s=2
-    )
-
-
-def _edge_key(edge: Edge) -> tuple[str, str, str]:
-    tenant, source = split_tenant(edge.source)
-    return tenant, source, split_tenant(edge.audience)[1]
-
-
-def _shown(m: Manifest) -> dict[str, Any]:
-    return {
-        "handle": m.handle,
-        "source": split_tenant(m.source_agent)[1],
-        "n_tokens": m.n_tokens,
-        "guard_digest": m.guard_digest,
-        "policy_digest": m.policy_digest,
-    }

@@ -129,7 +129,7 @@ def markdown() -> str:
 
 def page() -> str:
     """``docs/contract.md``."""
-    command = 'python -c "from lcguard.server.contract import page; print(page(), end=\'\')"'
+    command = "python -c \"from lcguard.server.contract import page; print(page(), end='')\""
     return (
         "# The guard contract\n\nWhat becomes of every field of a request and of an answer, served "
         f"as JSON at `/lcguard/v1/contract`. This page is printed by `{command}`.\n\n{markdown()}"

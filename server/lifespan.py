@@ -30,6 +30,7 @@ from lcguard.server.limits import KeyLimits
 from lcguard.server.readiness import Readiness, Watch
 from lcguard.server.selftest import GuardFiles, SelfTest
 from lcguard.server.settings import ServerSettings
+from lcguard.server.settlement import Settlement
 from lcguard.server.spans import SpanFinder
 from lcguard.server.state import Proxy
 from lcguard.server.upstream import Upstream
@@ -107,7 +108,7 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
         )  # fmt: skip
         proxy = Proxy(
             s, deployment.key, deployment.name, upstream, keyring, database, audit, store, meter,
-            authority, deployment.readiness, KeyLimits(),
+            authority, Settlement(store, deployment.key, audit), deployment.readiness, KeyLimits(),
             Gate(s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s),
         )  # fmt: skip
         proxy.policy_error = lambda: policy.error if isinstance(policy, Followed) else ""

@@ -15,14 +15,14 @@ from contextlib import suppress
 from typing import Any
 
 import aiohttp
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from lcguard.server.authority import Order
 from lcguard.server.body import ClientGone, parse_object, read_body
 from lcguard.server.contract import ContractError, check, clean
 from lcguard.server.errors import ProxyError
+from lcguard.server.exchange import Exchange
 from lcguard.server.handoff import FIELD, parse_handoff
-from lcguard.server.keyring import Identity
+from lcguard.server.orders import Order
 from lcguard.server.spans import Endpoint
 from lcguard.server.sse import DONE, Events, data_of, event
 from lcguard.server.state import Proxy
@@ -34,58 +34,6 @@ _PASSED_ON = ("traceparent", "tracestate", "x-request-id")
 _BYTES_PER_TOKEN = 4
 _NOT_STORED = b"the segment was not stored"
 """In vLLM's refusal where its guard or its store failed."""
-
-
-class Exchange:
-    """One request and what became of it."""
-
-    def __init__(self, headers: Mapping[str, str], send: Send, request_id: str) -> None:
-        self.headers, self.request_id = headers, request_id
-        self._send = send
-        self.started_s = time.perf_counter()
-        self.upstream_s = 0.0
-        """Spent waiting for vLLM."""
-        self.first_byte_s: float | None = None
-        self.status = 0
-        self.who: Identity | None = None
-        self.order: Order | None = None
-        self.code = ""
-
-    async def head(self, status: int, kind: str, more: Mapping[str, str]) -> None:
-        """Sends the answer's head."""
-        self.status = status
-        headers = {"content-type": kind, "x-request-id": self.request_id, **more}
-        message: Message = {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items()],
-        }
-        await self._send(message)
-
-    async def piece(self, data: bytes, more: bool = True) -> None:
-        """Sends a piece of the answer's body at once."""
-        if self.first_byte_s is None:
-            self.first_byte_s = time.perf_counter()
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def whole(self, status: int, kind: str, data: bytes, more: Mapping[str, str]) -> None:
-        await self.head(status, kind, {"content-length": str(len(data)), **more})
-        await self.piece(data, more=False)
-
-    async def refuse(self, error: ProxyError) -> None:
-        """The error as the answer, or as the last event of a stream that has begun."""
-        self.code = error.code
-        if self.status:
-            await self.piece(event(error.body()), more=False)
-            return
-        more = {"x-lcguard-verdict": "blocked" if error.status < 500 else "error"}
-        if error.retry_after_s is not None:
-            more["retry-after"] = str(max(1, int(-(-error.retry_after_s // 1))))
-        if error.status == 401:
-            more["www-authenticate"] = "Bearer"
-        if error.status in (408, 413):
-            more["connection"] = "close"  # the rest of the body is not wanted
-        await self.whole(error.status, "application/json", json.dumps(error.body()).encode(), more)
 
 
 class Relay:
@@ -162,7 +110,7 @@ class Relay:
         reason = "the client hung up" if left else str(error) or type(error).__name__
         # not to be cancelled itself
         await asyncio.shield(
-            self.proxy.authority.fail(order, "aborted" if left else "failed", reason)
+            self.proxy.settlement.fail(order, "aborted" if left else "failed", reason)
         )
 
     async def _forward(self, x: Exchange, body: dict[str, Any], prompt_tokens: int) -> int:
@@ -192,9 +140,11 @@ class Relay:
         more: dict[str, str] = {}
         if x.order is not None:
             if answer.status != 200:
-                await self.proxy.authority.fail(x.order, "failed", f"vLLM answered {answer.status}")
+                await self.proxy.settlement.fail(
+                    x.order, "failed", f"vLLM answered {answer.status}"
+                )
             else:
-                applied = await self.proxy.authority.finish(x.order)
+                applied = await self.proxy.settlement.finish(x.order)
                 whole = clean(json.loads(data), bool(x.order.consumed))
                 data = json.dumps({**whole, FIELD: applied}, separators=(",", ":")).encode()
                 more = _said(applied)
@@ -223,7 +173,7 @@ class Relay:
                         if not x.code:  # vLLM ends a stream that failed as well
                             await x.piece(await self._last_chunk(x.order, last))
                     elif raw.startswith(b'data: {"error"'):
-                        await self.proxy.authority.fail(x.order, "failed", "vLLM broke off")
+                        await self.proxy.settlement.fail(x.order, "failed", "vLLM broke off")
                         x.code = "upstream_error"
                     elif (found := data_of(raw)) is not None:
                         last = raw = event(clean(found, bool(x.order.consumed)))
@@ -237,7 +187,7 @@ class Relay:
 
     async def _last_chunk(self, order: Order, last: bytes) -> bytes:
         """What was applied, as a chunk without choices: like OpenAI's chunk of usage."""
-        applied = await self.proxy.authority.finish(order)
+        applied = await self.proxy.settlement.finish(order)
         before = data_of(last) or {}
         same = {k: before[k] for k in ("id", "object", "created", "model") if k in before}
         return event({**same, "choices": [], FIELD: applied})

@@ -1,18 +1,19 @@
-"""Everything that does not generate: segments, policy, leakage, contract, models, health."""
+"""What agents and operators ask beside answers: segments, policy, leakage, contract, models."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Depends, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcguard.manifest import SegmentError
 from lcguard.policy import ANY, Edge, split_tenant
+from lcguard.server.access import Caller, Operator, Running
 from lcguard.server.audit import Entry
-from lcguard.server.authority import gone, unavailable
 from lcguard.server.body import ClientGone, parse_object, read_body
 from lcguard.server.contract import describe
 from lcguard.server.database import DatabaseError
@@ -20,33 +21,12 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.handoff import Handle, Name
 from lcguard.server.keyring import Identity
 from lcguard.server.ledger import Segment, find, live, revoke
+from lcguard.server.orders import gone, unavailable
+from lcguard.server.overview import edge_rows
 from lcguard.server.state import Proxy
 from lcguard.store import StoreError
 
 router = APIRouter()
-
-
-def proxy_of(request: Request) -> Proxy:
-    """The running proxy."""
-    found: Proxy = request.app.state.proxy
-    return found
-
-
-def caller(request: Request) -> Identity:
-    """Who asks. Raises ``ProxyError`` (401)."""
-    return proxy_of(request).authenticate(request.headers)
-
-
-def operator(who: Annotated[Identity, Depends(caller)]) -> Identity:
-    """An admin. Raises ``ProxyError`` (403)."""
-    if who.role != "admin":
-        raise ProxyError(403, f"this takes an admin's key, not an {who.role}'s", code="role")
-    return who
-
-
-Running = Annotated[Proxy, Depends(proxy_of)]
-Caller = Annotated[Identity, Depends(caller)]
-Operator = Annotated[Identity, Depends(operator)]
 
 
 class EdgeName(BaseModel):
@@ -64,35 +44,6 @@ _EDGE_BODY = {
         "content": {"application/json": {"schema": EdgeName.model_json_schema()}},
     }
 }
-
-
-@router.get("/livez", tags=["health"])
-async def livez() -> dict[str, str]:
-    """The process answers."""
-    return {"status": "alive"}
-
-
-@router.get("/readyz", tags=["health"], responses={503: {"description": "Not ready, and why."}})
-async def readyz(proxy: Running) -> Response:
-    """200 once engine, guards and policy were seen to work together."""
-    state = proxy.readiness
-    body = {
-        "ready": state.ready,
-        "checks": {c.name: {"ok": c.ok, "detail": c.detail} for c in state.conditions.values()},
-        "reasons": state.reasons(),
-    }
-    return Response(json.dumps(body), 200 if state.ready else 503, media_type="application/json")
-
-
-@router.get("/metrics", tags=["health"], response_class=Response)
-async def metrics(request: Request, proxy: Running) -> Response:
-    """In Prometheus' format."""
-    if proxy.settings.metrics_auth:
-        operator(caller(request))
-    from lcguard.server.overview import refresh_metrics
-
-    await asyncio.to_thread(refresh_metrics, proxy)
-    return Response(proxy.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/v1/models", tags=["openai"], response_class=Response)
@@ -188,13 +139,11 @@ async def revoke_segment(
 @router.get("/lcguard/v1/leakage", tags=["lcguard"])
 async def leakage(proxy: Running, who: Caller) -> dict[str, Any]:
     """What canaries lost on each edge, and what audiences have accumulated."""
-    from lcguard.server.overview import edge_rows
-
     rows = await asyncio.to_thread(edge_rows, proxy)
     seen = [r for r in rows if who.role == "admin" or r.tenant == who.tenant]
     if who.role == "agent":
         seen = [r for r in seen if who.agent in (r.source, r.audience)]
-    return {"threshold": proxy.settings.canaries.threshold, "edges": [_leak(r) for r in seen]}
+    return {"threshold": proxy.settings.canaries.threshold, "edges": [asdict(r) for r in seen]}
 
 
 @router.post("/lcguard/v1/leakage/reopen", tags=["lcguard"], openapi_extra=_EDGE_BODY)
@@ -240,12 +189,6 @@ async def _edge_name(request: Request, proxy: Proxy) -> EdgeName:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ProxyError(400, f"{where}: {first['msg']}", code="bad_request", param=where) from None
-
-
-def _leak(row: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(row)
 
 
 def _may_see(who: Identity, row: Segment) -> bool:

@@ -26,11 +26,12 @@ from lcguard.server.limits import KeyLimits, Limited
 from lcguard.server.metrics import Metrics
 from lcguard.server.readiness import Readiness
 from lcguard.server.settings import ServerSettings
+from lcguard.server.settlement import Settlement
 from lcguard.server.upstream import Upstream
 from lcguard.store import SegmentStore
 
 if TYPE_CHECKING:
-    from lcguard.server.relay import Exchange
+    from lcguard.server.exchange import Exchange
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNSAID_TOKENS = 256
@@ -72,6 +73,7 @@ class Proxy:
     store: SegmentStore
     meter: LeakageMeter
     authority: Authority
+    settlement: Settlement
     readiness: Readiness
     limits: KeyLimits
     gate: Gate

@@ -437,7 +437,7 @@ def test_malformed_requests(drill: Drill) -> None:
         n = int(N_MALFORMED * weights.get(operation.path, 0.2 / len(others))) + 1
         _send_many(operation, GenerationMode.NEGATIVE, n, drill, seen)
         drill.works()
-    print(statuses)
+    print(statuses, flush=True)
     assert sum(statuses.values()) - statuses.get(401, 0) >= N_MALFORMED, statuses
     assert statuses.get(400, 0) > N_MALFORMED / 2, statuses
     assert drill.readyz()[0] == 200
@@ -452,10 +452,7 @@ def _send_many(
 ) -> None:
     from requests.exceptions import InvalidHeader, InvalidURL
 
-    sent = 0
-
     def send(case: Any) -> None:
-        nonlocal sent
         if isinstance(case.body, dict):
             case.body.setdefault("max_tokens", 1)  # some are answered after all
         try:
@@ -465,21 +462,17 @@ def _send_many(
             )  # fmt: skip
         except (InvalidHeader, InvalidURL):  # none that can be sent
             return
-        sent += got.status_code != 401  # Schemathesis leaves the key out now and then
         headers = {k.lower(): v[0] for k, v in got.headers.items()}
         if got.status_code == 200 and (handle := headers.get("x-lcguard-handle")):
             drill.publisher.acknowledged.append(handle)
         seen(Answer(got.status_code, headers, got.content))
 
-    while sent < n:  # Hypothesis ends early where it has no more ideas
-        before = sent
-        generated = settings(
-            max_examples=int(1.4 * (n - sent)) + 1, phases=[Phase.generate], database=None,
-            deadline=None, suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        generated(given(case=operation.as_strategy(generation_mode=mode))(send))()
-        if sent == before:
-            break
+    # Schemathesis leaves the key out of every fourth, which says nothing of what is behind it
+    generated = settings(
+        max_examples=int(1.6 * n) + 1, phases=[Phase.generate], database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    generated(given(case=operation.as_strategy(generation_mode=mode))(send))()
 
 
 def test_vllm_is_killed_and_starts_again(drill: Drill) -> None:
