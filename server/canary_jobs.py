@@ -31,7 +31,7 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
         for tenant, source, audience in sorted(used | named_edges(policy.edges, proxy.tenants())):
             rule = policy.for_edge(f"{tenant}/{source}", f"{tenant}/{audience}")
             edges.append({"tenant": tenant, "source": source, "audience": audience,
-                          "forbid": list(rule.forbid)})  # fmt: skip
+                          "forbid": list(rule.forbid), "guard": rule.guard})  # fmt: skip
         return {
             "base_url": url(), "token": token, "model": model, "served_model": proxy.model,
             "store": proxy.settings.store, "edges": edges, "train_records": c.train_records,

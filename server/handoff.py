@@ -36,7 +36,7 @@ class Publish(_Model):
     """Agent of the same tenant."""
     forbid: tuple[Category, ...] = ()
     """Categories to hide beyond those of the policy: a request tightens, never loosens."""
-    ttl_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    ttl_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
     """Seconds to live; at most the policy's."""
     secrets: tuple[Annotated[str, StringConstraints(min_length=1, max_length=4096)], ...] | None = (
         Field(default=None, max_length=1024)

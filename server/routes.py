@@ -20,6 +20,7 @@ from lcguard.server.database import DatabaseError
 from lcguard.server.errors import ProxyError
 from lcguard.server.handoff import Handle, Name
 from lcguard.server.keyring import Identity
+from lcguard.server.leakage import LeakageError
 from lcguard.server.ledger import Segment, find, live, revoke
 from lcguard.server.orders import gone, unavailable
 from lcguard.server.overview import edge_rows
@@ -156,6 +157,8 @@ async def reopen(request: Request, proxy: Running, who: Operator) -> dict[str, s
         raise ProxyError(
             404, f"{edge.source} -> {edge.audience} has no record", code="no_edge"
         ) from None
+    except LeakageError as error:
+        raise unavailable(error) from None
     try:
         await proxy.audit.append(
             Entry("edge_opened", tenant=edge.tenant, agent=who.agent, source=edge.source,

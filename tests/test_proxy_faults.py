@@ -437,7 +437,6 @@ def test_malformed_requests(drill: Drill) -> None:
         n = int(N_MALFORMED * weights.get(operation.path, 0.2 / len(others))) + 1
         _send_many(operation, GenerationMode.NEGATIVE, n, drill, seen)
         drill.works()
-    print(statuses, flush=True)
     assert sum(statuses.values()) - statuses.get(401, 0) >= N_MALFORMED, statuses
     assert statuses.get(400, 0) > N_MALFORMED / 2, statuses
     assert drill.readyz()[0] == 200

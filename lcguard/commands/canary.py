@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -38,10 +38,10 @@ from lcguard.training.dataset import Special, attack_data, blind
 ATTACKS: dict[str, dict[str, Any]] = {
     # as strong as with 2048 tokens a step, in a quarter of the time
     "probe": {"fit": {"steps": 300, "batch": 512, "lr": 5e-3}},
-    "decoder": {},
     "linear": {},
 }
-"""Attacks that need no model of the agents, with what makes them cheap."""
+"""Attacks that need no model of the agents and a few seconds of one core. A decoder takes minutes
+beside a live server: that is for ``lcguard eval``."""
 
 
 class EdgeJob(BaseModel):
@@ -76,7 +76,7 @@ class Job(BaseModel):
     edges: tuple[EdgeJob, ...]
     train_records: Annotated[int, Field(ge=8)] = 96
     test_records: Annotated[int, Field(ge=8)] = 64
-    attack: str = "probe"
+    attack: Literal["probe", "linear"] = "probe"
     seed: Annotated[int, Field(ge=0)] = 0
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
 

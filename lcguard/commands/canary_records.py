@@ -17,7 +17,7 @@ from lcguard.protocols import AttackData
 from lcguard.records import IGNORE, TokenRecord
 from lcguard.training.dataset import with_policy
 
-_POOL = 3
+_POOL = 6
 """Records generated for each one chosen."""
 
 
