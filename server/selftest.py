@@ -150,12 +150,11 @@ class GuardFiles:
     def check(self, running: dict[str, str]) -> str:
         """Raises ``ProxyError`` for a guard whose files were altered since the engine read them."""
         for name, folder in self.folders.items():
-            if name not in running or not Path(folder).is_absolute() and not folder.is_dir():
+            if name not in running or not (folder.is_absolute() or folder.is_dir()):
                 continue  # not used by the policy, or a hub repository
             if not folder.is_dir():
-                raise ProxyError(
-                    503, f"guard {name!r}: {folder} is gone: put it back", code="guard"
-                )
+                why = f"guard {name!r}: {folder} is gone: put it back"
+                raise ProxyError(503, why, code="guard")
             mark = [(p.name, p.stat().st_mtime_ns, p.stat().st_size)
                     for p in sorted(folder.iterdir())]  # fmt: skip
             before = self._marks.get(name)
