@@ -124,6 +124,7 @@ class Engine:
                 *self.plan.command(self.port), stdin=asyncio.subprocess.DEVNULL, stdout=log,
                 stderr=log, env=environment, start_new_session=True,
             )  # fmt: skip
+        lower_priority(self._process.pid, self.plan.settings.nice)
         self.starts += 1
         self.answered, self._late, self._spawned_s = False, "", time.monotonic()
 
@@ -155,6 +156,15 @@ class Engine:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+def lower_priority(pid: int, nice: int) -> None:
+    """Of a process that has just started: what it starts later inherits it.
+
+    Never raises it above our own, which takes privileges.
+    """
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, pid, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def last_reason(log: Path) -> str:

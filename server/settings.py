@@ -71,6 +71,9 @@ class EngineSettings:
     """Guard name as the policy uses it -> folder, hub repository or ``nano:NAME``."""
     args: tuple[str, ...] = ()
     """Further arguments of vLLM's server."""
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    """Lowers the engine's priority: on a full machine the proxy's small pieces of work come first,
+    and a request waits for the engine alone."""
     start_timeout_s: Seconds = 300.0
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often a vLLM that died is started again."""

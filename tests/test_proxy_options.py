@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import socket
 import sqlite3
@@ -31,6 +32,7 @@ from lcguard.server.settings import ServerSettings
 from lcguard.store import open_store
 from tests.engine import needs_vllm
 from tests.proxy import COMPLAINT, NOTE, POLICY, SSN, Front, error, front_of, rewrite, wait_for
+from tests.proxy_client import engine_of
 
 pytest_plugins = ("tests.proxy_fixtures",)
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -78,6 +80,7 @@ OPTIONS = {
     "engine.served_model_name": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.guards": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.args": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
+    "engine.nice": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.start_timeout_s": "test_start_timeout_s_and_restarts",
     "engine.restarts": "test_start_timeout_s_and_restarts",
 }
@@ -370,11 +373,15 @@ def test_lcguard_serve_starts_the_engine_that_its_options_describe(tmp_path: Pat
         "store_max_bytes": 200_000,
         "engine": {
             "model": str(model_path()), "served_model_name": "small", "args": args,
-            "guards": {"gate": "nano:gate", "residual": "nano:residual"},
+            "guards": {"gate": "nano:gate", "residual": "nano:residual"}, "nice": 7,
         },
     }  # fmt: skip
     own.key("nobody")
     with own.proxy(**settings) as running:
+        before = os.getpriority(os.PRIO_PROCESS, running.process.pid)
+        pid, _ = engine_of(running)
+        assert os.getpriority(os.PRIO_PROCESS, pid) == max(7, before)
+        assert before != 7
         front = Front(own, running)
         intake = front.auth("intake")
         (served,) = front.http.get("/v1/models", headers=intake).json()["data"]

@@ -22,7 +22,7 @@ from lcguard.agents.nano.load import model_path
 from lcguard.commands.keys import new_key as new_api_key
 from lcguard.commands.serve import NANO_ARGS
 from lcguard.keys import KEY_VARIABLE, new_key
-from lcguard.server.engine import EnginePlan
+from lcguard.server.engine import EnginePlan, lower_priority
 from lcguard.server.settings import EngineSettings
 
 START_S = 300.0
@@ -120,6 +120,7 @@ class Site:
             "VLLM_CPU_KVCACHE_SPACE": "1",
         }  # fmt: skip
         process = _spawn(plan.command(port), environment, log)
+        lower_priority(process.pid, settings.nice)
         running = Running(process, f"http://127.0.0.1:{port}", log, key)
         try:
             running.wait("/health")
