@@ -123,8 +123,6 @@ def load_keys(path: str | Path) -> KeyFile:
         data = read_mapping(Path(path))
     except ConfigError as error:
         raise KeyringError(str(error)) from None
-    except (TypeError, RecursionError):  # a list for a key, or lists within lists without end
-        raise KeyringError(f"{path}: not plain YAML scalars, lists and keys") from None
     return parse_keys(data, str(path))
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+
+from lcguard.replaced import replace_file
 
 State = Literal["open", "closed"]
 EdgeName = tuple[str, str, str]
@@ -167,24 +166,10 @@ def load_state(path: Path) -> dict[EdgeName, EdgeLeakage]:
 def save_state(path: Path, edges: Mapping[EdgeName, EdgeLeakage]) -> None:
     """Replaces the file whole, durably, readable by its owner alone. Raises ``LeakageError``."""
     data = _ADAPTER.dump_json(_File(1, tuple(e for _, e in sorted(edges.items()))))
-    part = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(path, data)
     except OSError as error:
-        if part:
-            with suppress(OSError):
-                os.unlink(part)
         raise LeakageError(
             f"{path}: cannot be written: {error.strerror}; a restart would forget what it lacks"
         ) from None

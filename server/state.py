@@ -52,10 +52,8 @@ class AgentCount:
 class Bill:
     """What a request took."""
 
-    asked: bool = False
-    """Whether vLLM was asked: if not, it cost nothing."""
-    used_tokens: int | None = None
-    """As counted at the end; None where it did not come to one, and what was set aside is due."""
+    used_tokens: int = 0
+    """As counted at the end; what was set aside where the client left before it."""
 
 
 @dataclass
@@ -182,10 +180,9 @@ class Proxy:
             except Limited as error:
                 raise _limited(error) from None
             finally:
-                if bill.used_tokens is not None or not bill.asked:
-                    admission.settle(bill.used_tokens or 0)
-                self.metrics.tokens.inc(bill.used_tokens or 0)
-                count.tokens += bill.used_tokens or 0
+                admission.settle(bill.used_tokens)
+                self.metrics.tokens.inc(bill.used_tokens)
+                count.tokens += bill.used_tokens
 
     @contextmanager
     def watch(self, x: Exchange, route: str) -> Iterator[None]:

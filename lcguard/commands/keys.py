@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from lcguard.config import dump_config
+from lcguard.replaced import replace_file
 from lcguard.server.keyring import (
     KeyEntry,
     KeyFile,
@@ -126,29 +126,11 @@ def _write(path: Path, keys: list[dict[str, Any]]) -> None:
     """Puts the whole file in place, for its owner alone. Raises ``KeyringError``."""
     data = {"version": 1, "keys": keys}
     parse_keys(data, str(path))  # nothing malformed gets in
-    work = ""
     try:
-        descriptor, work = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            if path.exists():
-                # Made by root for a server that is not: still the server's to read.
-                owner = path.stat()
-                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
-            file.write(_HEAD + dump_config(data))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, path)
-        work = ""
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        # made by root for a server that is not: still the server's to read
+        replace_file(path, (_HEAD + dump_config(data)).encode(), keep_owner=True)
     except OSError as error:
         raise KeyringError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        if work:
-            Path(work).unlink(missing_ok=True)
 
 
 def _plain(entry: KeyEntry) -> dict[str, Any]:
