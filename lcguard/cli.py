@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,12 @@ def _command() -> str:
     return shlex.join(["lcguard", *sys.argv[1:]])
 
 
+def _table_console() -> Console:
+    """Standard output; wide where it is no terminal, so that no figure in a log is cut."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160)
+
+
 def _say(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, markup=False)
 
@@ -52,7 +59,7 @@ def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str]
 
     console = Console(stderr=True)
     code = run(config, out, _command(), console, device, fail_if)
-    Console().print(rendered(out, "table"))
+    _table_console().print(rendered(out, "table"))
     console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
     if code:
         raise typer.Exit(code)
@@ -117,7 +124,7 @@ def eval_report(
     if isinstance(text, str):
         typer.echo(text)
     else:
-        Console().print(text)
+        _table_console().print(text)
     code = judge(report, gates, console)
     if code:
         raise typer.Exit(code)
@@ -138,7 +145,7 @@ def eval_compare(
     from lcguard.evaluation.compare import compare, read_report
 
     found = compare(read_report(first), read_report(second), threshold, force)
-    Console().print(comparison_table(found))
+    _table_console().print(comparison_table(found))
     console, worse = Console(stderr=True), found.regressions()
     for line in [f"differs: {d}" for d in found.differences] + [f"worse: {w}" for w in worse]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -156,7 +163,7 @@ def eval_list(
     """Show the runs there are, or what an evaluation can be made of."""
     from lcguard.commands import inventory
 
-    console = Console()
+    console = _table_console()
     if not (attacks or guards or presets):
         console.print(inventory.run_table(inventory.find_runs(runs), runs))
     if attacks:

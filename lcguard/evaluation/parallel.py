@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
@@ -24,8 +24,9 @@ def _run(index: int) -> Any:
     return _jobs[index]()
 
 
-def side_by_side(jobs: Sequence[Callable[[], T]], device: str = "cpu") -> list[T]:
-    """Results in order. One after the other where forking is not safe (a GPU, not Linux).
+def side_by_side(jobs: Sequence[Callable[[], T]], device: str = "cpu") -> Iterator[T]:
+    """Results in order, each as soon as it and those before it are there. One after the other
+    where forking is not safe (a GPU, not Linux).
 
     An exception of any job is raised here.
     """
@@ -34,11 +35,12 @@ def side_by_side(jobs: Sequence[Callable[[], T]], device: str = "cpu") -> list[T
     # one job is forked like several: with other threads its floats would differ, and so would the
     # report of a run that was killed after the rest of its group
     if not jobs or device != "cpu" or sys.platform != "linux":
-        return [job() for job in jobs]
+        yield from (job() for job in jobs)
+        return
     _jobs = jobs
     try:
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            return list(pool.map(_run, range(len(jobs))))
+            yield from pool.map(_run, range(len(jobs)))
     finally:
         _jobs = ()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,25 @@ AttackFactory = Callable[[AttackSpec, Attack | None, bool, FrozenGuard | None], 
 """``(spec, warm, stop_early, guard) -> unfitted attack`` that knows the guard."""
 EDGE = "edge"
 """Policy label: every record under its own edge's policy."""
+
+
+class Fit(NamedTuple):
+    """One attack to fit and score: on which guard (None: none), under which policy (None: each
+    record's own), with which seed; ``kind`` floor takes segments of other records."""
+
+    spec: GuardSpec | None
+    policy: PolicySpec | None
+    attack: AttackSpec
+    seed: int
+    kind: str = "attack"
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The journal's names of guard and policy."""
+        return (
+            self.spec.name if self.spec else "none",
+            self.policy.name if self.policy else EDGE,
+        )
 
 
 @dataclass
@@ -60,7 +79,7 @@ class Runner:
         self.s, self.journal = setup, journal
         self._raw: tuple[KVBatch, KVBatch] | None = None
         self._warm: dict[tuple[str, int], Attack] = {}
-        self._guarded: tuple[Any, AttackData, AttackData] | None = None
+        self._pairs: dict[Any, AttackData] = {}
 
     # -- data
 
@@ -87,32 +106,37 @@ class Runner:
         self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int
     ) -> tuple[AttackData, AttackData]:
         """Attacker's and victim's pairs behind a guard (None: no guard)."""
+        return self._half(spec, policy, seed, 0), self._half(spec, policy, seed, 1)
+
+    def _half(
+        self, spec: GuardSpec | None, policy: PolicySpec | None, seed: int, which: int
+    ) -> AttackData:
+        """The attacker's pairs (0) or the victim's (1); those of the last guard are kept."""
         key = (spec.name if spec else "", policy.name if policy else EDGE, seed)
-        if self._guarded is not None and self._guarded[0] == key:
-            return self._guarded[1], self._guarded[2]
-        made = []
-        for i, (records, raw) in enumerate(zip(self.records(policy), self.raw(), strict=True)):
-            kv = raw
-            if spec is not None:
-                started = time.perf_counter()
-                # the victim's noise is not the attacker's
-                kv = guard_all(
-                    self.s.guards[spec.name],
-                    records,
-                    raw,
-                    self.s.source,
-                    self.s.special,
-                    seed=seed * 1_000_003 + i * 500_009,
-                    fixed_length=spec.fixed_length,
-                )
-                spent = (time.perf_counter() - started) / len(records) * 1e3
-                self.s.timing.setdefault(spec.name, {})["ms"] = spent
-            data = attack_data(records, kv, self.s.special)
-            if spec is not None and spec.fixed_length:  # tokens moved: no per-position target
-                data = replace(data, context_ids=torch.full_like(data.context_ids, IGNORE))
-            made.append(data)
-        self._guarded = (key, made[0], made[1])
-        return made[0], made[1]
+        if any(k[:3] != key for k in self._pairs):
+            self._pairs.clear()
+        if (*key, which) in self._pairs:
+            return self._pairs[*key, which]
+        records, kv = self.records(policy)[which], self.raw()[which]
+        if spec is not None:
+            started = time.perf_counter()
+            # the victim's noise is not the attacker's
+            kv = guard_all(
+                self.s.guards[spec.name],
+                records,
+                kv,
+                self.s.source,
+                self.s.special,
+                seed=seed * 1_000_003 + which * 500_009,
+                fixed_length=spec.fixed_length,
+            )
+            spent = (time.perf_counter() - started) / len(records) * 1e3
+            self.s.timing.setdefault(spec.name, {})["ms"] = spent
+        data = attack_data(records, kv, self.s.special)
+        if spec is not None and spec.fixed_length:  # tokens moved: no per-position target
+            data = replace(data, context_ids=torch.full_like(data.context_ids, IGNORE))
+        self._pairs[*key, which] = data
+        return data
 
     # -- units
 
@@ -160,7 +184,7 @@ class Runner:
 
         def make() -> list[Attempt]:
             records = self.records(policy)[1]
-            kv = self.pairs(spec, policy, seed)[1].kv
+            kv = self._half(spec, policy, seed, 1).kv
             if spec is not None:
                 kv = self.s.guards[spec.name].opened(kv)
             out = []
@@ -204,55 +228,41 @@ class Runner:
         kind: str = "attack",
     ) -> list[Attempt]:
         """A fresh attack on a guard; with ``kind`` floor on segments of other records."""
-        return self.attacks(spec, policy, [attack], seed, kind)[0]
+        return self.fit([Fit(spec, policy, attack, seed, kind)])[0]
 
-    def attacks(
-        self,
-        spec: GuardSpec | None,
-        policy: PolicySpec | None,
-        attacks: Sequence[AttackSpec],
-        seed: int,
-        kind: str = "attack",
-    ) -> list[list[Attempt]]:
-        """Several fresh attacks on the same segments, those not yet in the journal side by side."""
-        names = (spec.name if spec else "none", policy.name if policy else EDGE)
-        missing = [
-            a for a in attacks
-            if self.journal.done(self._identity(kind, *names, a.name, seed, self._detail(spec, a)))
-            is None
-        ]  # fmt: skip
-        found: dict[str, tuple[list[Guess], float]] = {}
+    def fit(self, fits: Sequence[Fit]) -> list[list[Attempt]]:
+        """Fresh attacks, those not yet in the journal side by side."""
+        missing = [f for f in fits if self.journal.done(self._fit_identity(f)) is None]
         if missing:
-            train, test = self.pairs(spec, policy, seed)
-            if kind == "floor":
-                train, test = blind(train, seed), blind(test, seed + 1)
-            for a in missing:
-                if a.warm and spec is not None:
-                    self.clean(a, seed)  # here, so that the children share it
+            self.raw()  # here, so that the children share it, and what the warm ones start from
+            for f in missing:
+                if f.attack.warm and f.spec is not None:
+                    self.clean(f.attack, f.seed)
+            done = side_by_side([partial(self._job, f) for f in missing], self.s.source.device.type)
+            for f, (guesses, seconds) in zip(missing, done, strict=True):
+                self.s.say(
+                    f"{f.kind:9} {f.names[0]:20} {f.names[1]:14} {f.attack.name:14} "
+                    f"seed {f.seed} {seconds:6.1f} s"
+                )
+                self.journal.write(self._fit_identity(f), self.score(guesses, f))
+        return [self.journal.done(self._fit_identity(f)) or [] for f in fits]
 
-            def job(a: AttackSpec) -> tuple[list[Guess], float]:
-                started = time.perf_counter()
-                warm = self.clean(a, seed) if a.warm and spec is not None else None
-                early = kind == "attack" and self.s.config.broken_at is not None
-                guard = self.s.guards[spec.name] if spec is not None else None
-                fitted = self.s.attack(a, warm, early, guard).fit(train, seed=seed)
-                return fitted.recover(test), time.perf_counter() - started
+    def _fit_identity(self, f: Fit) -> dict[str, Any]:
+        return self._identity(
+            f.kind, *f.names, f.attack.name, f.seed, self._detail(f.spec, f.attack)
+        )
 
-            device = self.s.source.device.type
-            done = side_by_side([partial(job, a) for a in missing], device)
-            found = {a.name: r for a, r in zip(missing, done, strict=True)}
-
-        def make(a: AttackSpec) -> list[Attempt]:
-            guesses, seconds = found[a.name]
-            self.s.say(
-                f"{kind:9} {names[0]:20} {names[1]:14} {a.name:14} seed {seed} {seconds:6.1f} s"
-            )
-            return self.score(guesses, spec, policy, a.name, seed, kind)
-
-        return [
-            self.unit(kind, *names, a.name, seed, partial(make, a), self._detail(spec, a))
-            for a in attacks
-        ]
+    def _job(self, f: Fit) -> tuple[list[Guess], float]:
+        """Guesses, and the seconds that fitting and guessing took."""
+        train, test = self.pairs(f.spec, f.policy, f.seed)
+        if f.kind == "floor":
+            train, test = blind(train, f.seed), blind(test, f.seed + 1)
+        started = time.perf_counter()
+        warm = self.clean(f.attack, f.seed) if f.attack.warm and f.spec is not None else None
+        early = f.kind == "attack" and self.s.config.broken_at is not None
+        guard = self.s.guards[f.spec.name] if f.spec is not None else None
+        fitted = self.s.attack(f.attack, warm, early, guard).fit(train, seed=f.seed)
+        return fitted.recover(test), time.perf_counter() - started
 
     def clean(self, attack: AttackSpec, seed: int) -> Attack:
         """The attack fitted on unguarded KV of the attacker's own records, for a warm start."""
@@ -265,17 +275,9 @@ class Runner:
             self._warm[key] = self.s.attack(cold, None, True, None).fit(data, seed=seed)
         return self._warm[key]
 
-    def score(
-        self,
-        guesses: Sequence[Guess],
-        spec: GuardSpec | None,
-        policy: PolicySpec | None,
-        attack: str,
-        seed: int,
-        kind: str,
-    ) -> list[Attempt]:
+    def score(self, guesses: Sequence[Guess], f: Fit) -> list[Attempt]:
         """Guesses against the truth, as text; one attempt per secret."""
-        truth: dict[str, TokenRecord] = {r.record_id: r for r in self.records(policy)[1]}
+        truth: dict[str, TokenRecord] = {r.record_id: r for r in self.records(f.policy)[1]}
         out = []
         for record_id, group in _by_record(guesses).items():
             record = truth[record_id]
@@ -288,13 +290,13 @@ class Runner:
                 out.append(
                     self._attempt(
                         record,
-                        spec,
-                        policy,
-                        attack,
-                        seed,
+                        f.spec,
+                        f.policy,
+                        f.attack.name,
+                        f.seed,
                         secret.category,
                         f"{secret.field}/{i}",
-                        kind,
+                        f.kind,
                         outcome,
                         guess.token_accuracy,
                         guess.nll_nats,
@@ -350,14 +352,23 @@ class Runner:
         attacks: Sequence[AttackSpec],
     ) -> list[Attempt]:
         """All attacks on a guard; only the first, the cheapest, where that has broken it."""
-        chosen = [a for a in attacks if not spec or not spec.attacks or a.name in spec.attacks]
+        first, *rest = chosen(spec, attacks)
+        found = self.attack(spec, policy, first, seed)
+        if self.broken(found):
+            return found
+        more = self.fit([Fit(spec, policy, a, seed) for a in rest])
+        return found + [a for group in more for a in group]
+
+    def broken(self, attempts: Sequence[Attempt]) -> bool:
+        """Did an attack recover so much that others are not asked?"""
         limit = self.s.config.broken_at
-        first = self.attack(spec, policy, chosen[0], seed)
-        value = mean_over_categories(first, n_boot=2).value
-        if limit is not None and value is not None and value >= limit:
-            return first
-        rest = self.attacks(spec, policy, chosen[1:], seed)
-        return first + [a for group in rest for a in group]
+        value = mean_over_categories(attempts, n_boot=2).value
+        return limit is not None and value is not None and value >= limit
+
+
+def chosen(spec: GuardSpec | None, attacks: Sequence[AttackSpec]) -> list[AttackSpec]:
+    """Those of the attacks that the guard's entry asks for."""
+    return [a for a in attacks if not spec or not spec.attacks or a.name in spec.attacks]
 
 
 def is_task(record: TokenRecord, question: TokenQuestion) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from lcguard.evaluation.ahead import INJECTION, fit_ahead, floor_attack, policy_case
 from lcguard.evaluation.outcomes import Attempt
-from lcguard.evaluation.plan import AttackSpec, GuardSpec, PolicySpec
+from lcguard.evaluation.plan import GuardSpec, PolicySpec
 from lcguard.evaluation.runner import EDGE, Runner
 from lcguard.evaluation.statistics import (
     any_of_k,
@@ -25,19 +25,14 @@ from lcguard.protocols import Mask
 from lcguard.records import TokenRecord, masks
 from lcguard.training.dataset import with_policy
 
-INJECTION = AttackSpec("injection", "injection")
-
 
 def run_all(runner: Runner) -> dict[str, Any]:
     """Runs what is missing and returns the report's figures."""
     c = runner.s.config
     if not c.guards or not c.attacks:
         raise ValueError("the evaluation names no guards or no attacks; give at least one of each")
-    # nothing to find in another record's segment, so the cheapest writer of values will do; one
-    # that starts warm starts cold here
-    writer = next((a for a in c.attacks if a.attack != "probe"), c.attacks[0])
-    floor_attack = replace(writer, name=f"{writer.name}-blind", warm=False)
-    floor = _per_seed(c.seeds, lambda s: runner.attack(None, None, floor_attack, s, "floor"))
+    fit_ahead(runner)
+    floor = _per_seed(c.seeds, lambda s: runner.attack(None, None, floor_attack(c), s, "floor"))
     vanilla = _per_seed(c.seeds[:1], lambda s: runner.utility(None, None, s))
     ceiling: list[Attempt] = []
     rows = []
@@ -69,9 +64,8 @@ def guard_row(
     utility, attempts, injected = [], [], []
     for seed in c.seeds:
         utility += runner.utility(spec, None, seed)
-        if c.injection:  # beside the first attack
-            allowed = [a for a in c.attacks if not spec.attacks or a.name in spec.attacks]
-            injected += runner.attacks(spec, None, [INJECTION, allowed[0]], seed)[0]
+        if c.injection:
+            injected += runner.attack(spec, None, INJECTION, seed)
         attempts += runner.run_guard(spec, None, seed, c.attacks)
     useful = rate(utility, "utility")
     before = rate(vanilla, "utility")
@@ -125,15 +119,12 @@ def guard_row(
 def policy_row(runner: Runner, policy: PolicySpec, floor: Sequence[Attempt]) -> dict[str, Any]:
     """The chosen guard under another policy."""
     c = runner.s.config
-    spec = next(g for g in c.guards if g.name == c.policy_guard)
-    attacks = [a for a in c.attacks if a.name in c.policy_attacks] or list(c.attacks)
+    spec, attacked, attacks = policy_case(runner, policy)
     attempts, utility, vanilla = [], [], []
-    # the records' own edges may say the same: their attacks then are the answer already
-    same = None if _is_edge_policy(runner, policy) else policy
     for seed in c.seeds:
         utility += runner.utility(spec, policy, seed)
         if policy.forbid:
-            attempts += runner.run_guard(spec, same, seed, attacks if same else c.attacks)
+            attempts += runner.run_guard(spec, attacked, seed, attacks)
     vanilla += runner.utility(None, policy, c.seeds[0])
     best = best_attack(attempts) if attempts else None
     blind = mean_over_categories([a for a in floor if a.category in policy.forbid])
@@ -158,12 +149,6 @@ def policy_row(runner: Runner, policy: PolicySpec, floor: Sequence[Attempt]) -> 
     return row
 
 
-def _is_edge_policy(runner: Runner, policy: PolicySpec) -> bool:
-    """Does every test record's edge forbid just what the policy does?"""
-    wanted = (set(policy.forbid), set(policy.derive))
-    return all((set(r.forbid), set(r.derive)) == wanted for r in runner.s.test)
-
-
 def derived_rows(runner: Runner, policy: PolicySpec) -> list[dict[str, Any]]:
     """Derived answers whose source is forbidden: are they right, and is the exact value safe?
 
@@ -171,8 +156,7 @@ def derived_rows(runner: Runner, policy: PolicySpec) -> list[dict[str, Any]]:
     the most frequent training value of that field and band.
     """
     c = runner.s.config
-    spec = next(g for g in c.guards if g.name == c.policy_guard)
-    attacks = [a for a in c.attacks if a.name in c.policy_attacks] or list(c.attacks)
+    spec, _, attacks = policy_case(runner, policy)
     train, test = runner.records(policy)
     guess = _band_guesses(train)
     rows = []

@@ -57,7 +57,9 @@ class TrainConfig:
     ce_weight: float = 1.0
     """Receiver on guarded KV against the true answers."""
     band_weight: float = 3.0
-    """Extra weight of allowed derived answers to forbidden values."""
+    """Weight of allowed derived answers to forbidden values, beside 1 of task answers."""
+    allowed_weight: float = 1.0
+    """Weight of answers with values of secret categories that the policy allows."""
     pair_weight: float = 0.2
     """Weight of log1p(pair leak / leak_scale_nats)."""
     leak_scale_nats: float = 1.0
@@ -70,6 +72,9 @@ class TrainConfig:
     alone: cheap, and the counterfactuals then only have to say what else to withhold."""
     label_weight: float = 0.0
     """Weight of the spans' labels in the steps after that."""
+    open_weight: float = 0.0
+    """Share of the labels for opening each category's gates on the values of the others: numbers
+    that are allowed look like numbers that are not."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: the hidden matrices by Muon, the rest by AdamW."""
     muon_lr: float = 0.02

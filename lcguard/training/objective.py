@@ -221,7 +221,7 @@ def guard_losses(
         scaled = torch.log1p(leak / config.leak_scale_nats)
         total = total + ramp * config.pair_weight * scaled.mean()
         if config.label_weight and out.by_category is not None:
-            labels = closing_loss(out.by_category, data.records)
+            labels = closing_loss(out.by_category, data.records, config.open_weight)
             if out.words is not None:
                 labels = labels + word_loss(out.words, data.records, pool)
             total = total + config.label_weight * labels
@@ -287,15 +287,23 @@ def label_loss(
     return labels if out.words is None else labels + 0.1 * word_loss(out.words, records, pool)
 
 
-def closing_loss(by_category: Tensor, records: Sequence[TokenRecord]) -> Tensor:
-    """Cross-entropy in nats of closing each category's gates on its own values.
+def closing_loss(
+    by_category: Tensor, records: Sequence[TokenRecord], open_weight: float = 0.0
+) -> Tensor:
+    """Cross-entropy in nats of closing each category's gates on its own values and, weighted by
+    ``open_weight``, of opening them on those of the other categories.
 
     What else they close on, what follows a value, is for the pair leak to say.
     """
-    inside = value_labels(records, by_category).bool()
-    if not bool(inside.any()):
+    value = value_labels(records, by_category).bool()
+    if not bool(value.any()):
         return by_category.sum() * 0.0
-    return F.softplus(-by_category[:, :, :, 0][inside]).mean()
+    own = by_category[:, :, :, 0]
+    loss = F.softplus(-own[value]).mean()
+    if open_weight:
+        others = value.any(2, keepdim=True) & ~value
+        loss = loss + open_weight * F.softplus(own[others]).mean()
+    return loss
 
 
 def receiver_loss(
@@ -309,7 +317,7 @@ def receiver_loss(
     labels = packed.labels[packed.labels != IGNORE].to(guarded.keys.device)
     if not len(labels):
         return guarded.keys.sum() * 0.0, {"accuracy": float("nan")}
-    weight = _answer_weights(data.records, packed.labels, packed.block, config.band_weight)
+    weight = _answer_weights(data.records, packed.labels, packed.block, config)
     weight = weight.to(labels.device) / weight.sum()
     logits = source.answer_logits(guarded, packed)
     total = config.ce_weight * (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
@@ -324,12 +332,13 @@ def receiver_loss(
 
 
 def _answer_weights(
-    records: Sequence[TokenRecord], labels: Tensor, block: Tensor, band_weight: float
+    records: Sequence[TokenRecord], labels: Tensor, block: Tensor, config: TrainConfig
 ) -> Tensor:
-    """``[N]``: one for every answer token, more for derived answers to forbidden values."""
+    """``[N]``: 1 for a task answer's token, the configured weights for secret categories."""
     weight = torch.ones_like(labels, dtype=torch.float32)
     for i, record in enumerate(records):
         for j, q in enumerate(record.questions):
-            if q.category is not None and q.category in record.forbid:
-                weight[i][block[i] == j] = band_weight
+            if q.category is not None:
+                hidden = q.category in record.forbid
+                weight[i][block[i] == j] = config.band_weight if hidden else config.allowed_weight
     return weight[labels != IGNORE]
