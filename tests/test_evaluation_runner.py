@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lcguard.commands.compose import evaluate, setup
-from lcguard.evaluation.outcomes import Journal
+from lcguard.evaluation.outcomes import Journal, read_attempts
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec, PolicySpec
 from lcguard.evaluation.runner import Runner
 
@@ -128,3 +128,32 @@ def test_changed_options_are_not_taken_from_the_journal(tmp_path: Path) -> None:
         weak = runner.attack(spec, None, cheap, 0)
         strong = runner.attack(spec, None, TINY.attacks[0], 0)
     assert sum(a.outcome == "success" for a in weak) < sum(a.outcome == "success" for a in strong)
+
+
+def test_what_the_first_attack_breaks_is_not_attacked_further(tmp_path: Path) -> None:
+    config = replace(TINY, guards=TINY.guards[:2], policies=(), derived=None, broken_at=0.6)
+    said: list[str] = []
+    report = evaluate(config, tmp_path, "test", said.append)
+    attempts = read_attempts(tmp_path / "attempts.jsonl")
+    fitted = {(a.guard, a.attack) for a in attempts if a.kind == "attack"}
+    assert fitted == {
+        *((g, a) for g in ("identity", "redact") for a in ("injection", "probe")),
+        ("redact", "decoder"),
+    }
+    assert row(report, "identity")["asr_fresh_best"] == "probe"
+    # the second round comes after the whole first one
+    assert [s.split()[1] for s in said if s.startswith("attack")][-1] == "redact"
+
+
+def test_policies_and_seeds_are_fitted_once_each(report: tuple[dict[str, Any], Path]) -> None:
+    lines = (report[1] / "attempts.jsonl").read_text().splitlines()
+    units = [found["content"] for found in map(json.loads, lines) if "content" in found]
+    fits = [
+        (u["kind"], u["guard"], u["policy"], u["attack"]) for u in units if u["kind"] != "utility"
+    ]
+    assert len(fits) == len(set(fits))
+    expected = {("floor", "none", "edge", "decoder-blind")}
+    for guard in TINY.guards:
+        expected |= {("attack", guard.name, "edge", a) for a in ("injection", "probe", "decoder")}
+    expected |= {("attack", "gate", policy, "probe") for policy in ("ids", "bands")}
+    assert set(fits) == expected

@@ -24,7 +24,7 @@ from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard, weights_digest
 from lcguard.guards.gate import GateGuard
 from lcguard.protocols import KVBatch
-from lcguard.records import TokenRecord, masks
+from lcguard.records import TokenRecord, masks, pack_questions
 from lcguard.training import checkpoint as checkpoint_module
 from lcguard.training import trainer
 from lcguard.training.adversary import Ensemble, FieldPrior
@@ -32,7 +32,14 @@ from lcguard.training.certificate import pair_leaks
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import AdversaryConfig, PolicyMix, TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
-from lcguard.training.objective import draw_batch, permitted, sample_policy
+from lcguard.training.objective import (
+    answer_weights,
+    closing_loss,
+    draw_batch,
+    permitted,
+    sample_policy,
+    value_labels,
+)
 from lcguard.training.trainer import Run, train_guard
 from lcguard.training.twins import ValuePool, fixed_length_twin, neutral_twin
 from tests.fixtures import World
@@ -62,7 +69,7 @@ CONFIGS = {
     ),
     "gate-all": TrainConfig(
         "gate", GUARDS["gate"], twin_weight=0.1, adversary=adversary(count=1, reset_every=2),
-        label_steps=2, optimizer="muon", **SMALL,
+        label_steps=2, optimizer="muon", ema=0.5, **SMALL,
     ),
 }  # fmt: skip
 
@@ -591,3 +598,53 @@ def test_an_average_without_steps_is_made_of_two_guards(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the run wants"):
         run_training(wider, tmp_path / "b", "test")
     assert not (tmp_path / "b").exists()
+
+
+def test_gates_are_taught_to_open_on_values_of_other_categories(world: World) -> None:
+    records = [r for r in world.records if len({s.category for s in r.spans} - {None}) > 1][:4]
+    tokens = max(len(r.ids) for r in records)
+    own = torch.zeros(len(records), tokens, len(CATEGORIES), 2, 2, 2, requires_grad=True)
+    (closing,) = torch.autograd.grad(closing_loss(own, records), own)
+    (both,) = torch.autograd.grad(closing_loss(own, records, 0.5), own)
+    value = value_labels(records, own).bool()
+    others = value.any(2, keepdim=True) & ~value
+    assert bool((closing[value][:, 0] < 0).all())
+    assert not bool(closing[others].any())
+    assert bool((both[others][:, 0] > 0).all())
+    torch.testing.assert_close(both[value], closing[value])
+    assert not bool(both[~value.any(2)].any())  # outside values the pair leak says
+
+
+def test_answers_of_secret_categories_have_weights_of_their_own(world: World) -> None:
+    config = TrainConfig(band_weight=3.0, allowed_weight=2.0)
+    records = with_policy(world.records, ("health", "finance"), ("health", "finance"))
+    packed = pack_questions(records)
+    weight = answer_weights(records, packed.labels, packed.block, config)
+    expected = [
+        1.0 if q.category is None else 3.0 if q.category in r.forbid else 2.0
+        for r in records for q in r.questions for _ in q.answer
+    ]  # fmt: skip
+    assert set(expected) == {1.0, 2.0, 3.0}
+    assert weight.tolist() == expected
+
+
+def test_a_run_ends_with_the_running_average_of_its_weights(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    step = trainer._step
+
+    def watched(*args: Any) -> dict[str, float]:
+        row = step(*args)
+        module = next(a for a in args if isinstance(a, GuardModule))
+        seen.append({k: v.detach().clone() for k, v in module.named_parameters()})
+        return row
+
+    monkeypatch.setattr(trainer, "_step", watched)
+    run = train(world, replace(CONFIGS["gate"], ema=0.75), tmp_path)
+    expected = seen[0]
+    for weights in seen[1:]:
+        expected = {k: 0.75 * v + 0.25 * weights[k] for k, v in expected.items()}
+    for name, value in run.guard.module.named_parameters():
+        torch.testing.assert_close(value, expected[name])
+    assert any(not torch.equal(seen[-1][k], v) for k, v in expected.items())

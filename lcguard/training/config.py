@@ -78,6 +78,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: the hidden matrices by Muon, the rest by AdamW."""
     muon_lr: float = 0.02
+    ema: float = 0.0
+    """Decay a step of the running average of the weights that the run ends with; 0 ends with the
+    last weights."""
     gate_weight: float = 0.05
     """Weight of the mean withheld share, for guards that withhold."""
     leak_ramp: int = 60
@@ -108,6 +111,8 @@ class TrainConfig:
             )
         if not 0 <= self.merge_rate <= 1:
             raise ValueError(f"merge_rate={self.merge_rate} must be within 0..1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
         if self.adversary.weight and not self.adversary.count:
             raise ValueError(
                 f"adversary.weight={self.adversary.weight} without attackers: set adversary.count"

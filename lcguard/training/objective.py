@@ -317,7 +317,7 @@ def receiver_loss(
     labels = packed.labels[packed.labels != IGNORE].to(guarded.keys.device)
     if not len(labels):
         return guarded.keys.sum() * 0.0, {"accuracy": float("nan")}
-    weight = _answer_weights(data.records, packed.labels, packed.block, config)
+    weight = answer_weights(data.records, packed.labels, packed.block, config)
     weight = weight.to(labels.device) / weight.sum()
     logits = source.answer_logits(guarded, packed)
     total = config.ce_weight * (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
@@ -331,7 +331,7 @@ def receiver_loss(
     return total, {"accuracy": accuracy, "task_nats": float(total.detach())}
 
 
-def _answer_weights(
+def answer_weights(
     records: Sequence[TokenRecord], labels: Tensor, block: Tensor, config: TrainConfig
 ) -> Tensor:
     """``[N]``: 1 for a task answer's token, the configured weights for secret categories."""

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
@@ -124,6 +125,10 @@ def train_guard(
         module.load_state_dict(init.module.state_dict())
     ensemble = Ensemble(config.adversary, factory or _no_adversary, pairs, config.seed)
     optimizers = make_optimizers(module, config)
+    kept: dict[str, nn.Module] = {"guard": module}
+    if config.ema:
+        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        kept["average"] = average
     state = out / "checkpoint.safetensors"
     first, spent = 0, 0.0
     if state.exists():
@@ -132,7 +137,7 @@ def train_guard(
             raise ValueError(
                 f"{state} belongs to another configuration; delete it or use another out"
             )
-        meta = load_checkpoint(state, {"guard": module, **ensemble.modules()},
+        meta = load_checkpoint(state, kept | ensemble.modules(),
                                [*optimizers, *ensemble.optimizers])  # fmt: skip
         first, spent = meta["step"], meta["seconds"]
     rank = accelerator.process_index
@@ -144,6 +149,8 @@ def train_guard(
         for step in range(first, config.steps):
             row = _step(config, step, rank, records, pool, source, special, module,
                         optimizers, ensemble, accelerator)  # fmt: skip
+            if config.ema:
+                average.update_parameters(module)
             metrics.append({"step": step, **row})
             bar.update(task, advance=1, note=_note(row))
             if accelerator.is_main_process and (
@@ -151,11 +158,13 @@ def train_guard(
             ):
                 _write_metrics(out / "metrics.jsonl", metrics)
                 save_checkpoint(
-                    state, {"guard": module, **ensemble.modules()},
+                    state, kept | ensemble.modules(),
                     [*optimizers, *ensemble.optimizers],
                     {"step": step + 1, "seconds": time.monotonic() - started,
                      "config": asdict(config)},
                 )  # fmt: skip
+    if config.ema and config.steps:
+        module.load_state_dict(average.module.state_dict())
     return Run(FrozenGuard(module), ensemble, metrics, time.monotonic() - started)
 
 
