@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ def parse_object(raw: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise ProxyError(415, "content-encoding: send the body uncompressed", code="media")
     try:
-        data = json.loads(raw, parse_constant=_no_constant)
+        data = json.loads(raw, parse_constant=_no_constant, parse_int=_integer, parse_float=_number)
     except (ValueError, RecursionError) as error:
         where = f"column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
         raise ProxyError(400, f"the body is not JSON ({where})", code="bad_json") from None
@@ -70,6 +71,23 @@ def parse_object(raw: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(name)  # NaN and Infinity are no JSON
+
+
+def _integer(digits: str) -> int:
+    # the engine's counters have 64 bits; it would answer 500 to a wider one
+    if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**63:
+        raise ProxyError(400, f"{_short(digits)} does not fit 64 bits: send less", code="bad_json")
+    return value
+
+
+def _number(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ProxyError(400, f"{_short(digits)} is not finite: send less", code="bad_json")
+    return value
+
+
+def _short(digits: str) -> str:
+    return digits if len(digits) <= 24 else f"{digits[:21]}..."
 
 
 def _too_large(max_bytes: int) -> ProxyError:
