@@ -152,11 +152,15 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
             await database.write(lambda connection: None)
             return f"{(await asyncio.to_thread(audit.head)).count} rows"
 
+        async def store_works() -> str:
+            await asyncio.to_thread(store.check)
+            return "segments can be put"
+
         watch = Watch(
             deployment.readiness,
             {
-                "engine": engine_lives, "guards": test.guards, "guard_files": guards_intact,
-                "policy": policy_good, "audit": audit_works,
+                "engine": engine_lives, "store": store_works, "guards": test.guards,
+                "guard_files": guards_intact, "policy": policy_good, "audit": audit_works,
             },
             WATCH_S,
         )  # fmt: skip

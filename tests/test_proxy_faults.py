@@ -299,9 +299,11 @@ def test_the_store_is_gone_and_comes_back(drill: Drill) -> None:
         assert any("error" in e for e in seen if e != DONE)
         assert not any("lcguard" in e for e in seen if e != DONE)
         assert drill.publisher.ask(NOTE).status == 200
+        drill.until_unready(f"{drill.store} is no folder")
     finally:
         drill.store.unlink()
         away.rename(drill.store)
+    drill.until_ready()
     assert drill.audience.consume(handle).status == 200
 
 

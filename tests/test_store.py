@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -573,6 +574,25 @@ def test_files_are_the_owners_alone(tmp_path: Path, file_store: FileStore) -> No
     file_store.put(signed())
     for path in (tmp_path / "root", tmp_path / "root" / A):
         assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_check_says_whether_segments_could_be_put(place: Place, store: Any) -> None:
+    store.check()
+    store.put(signed())
+    store.check()
+
+
+def test_check_finds_a_root_that_is_gone_or_full(
+    tmp_path: Path, file_store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "root").rename(tmp_path / "away")
+    with pytest.raises(StoreError, match=f"{tmp_path}/root is no folder.*mount it"):
+        file_store.check()
+    (tmp_path / "away").rename(tmp_path / "root")
+    file_store.check()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(StoreError, match="full disk: free space"):
+        file_store.check()
 
 
 @pytest.mark.parametrize("error", ["save_file", "write_bytes"])

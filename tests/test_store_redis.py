@@ -280,6 +280,7 @@ def test_a_server_that_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             lambda: store.delete(A),
             store.handles,
             store.sweep,
+            store.check,
             lambda: RedisStore(f"redis://:{QUOTED}@127.0.0.1:{port}/0"),
         )
         for call in calls:

@@ -83,6 +83,9 @@ class SegmentStore(Protocol):
         Returns how many went. To be called now and then; any number of processes may.
         """
 
+    def check(self) -> None:
+        """At no cost of segments: raises ``StoreError`` where nothing could be put or found now."""
+
     def close(self) -> None:
         """Lets go of connections and memory; nothing may be called afterwards."""
 

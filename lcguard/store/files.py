@@ -124,6 +124,12 @@ class FileStore:
             if (match := _LEFTOVER.fullmatch(name)) and self._abandoned(self._root / name)
         )
 
+    def check(self) -> None:
+        if not self._root.is_dir() or not os.access(self._root, os.R_OK | os.W_OK | os.X_OK):
+            raise StoreError(f"{self._root} is no folder that can be written to: mount it again")
+        if shutil.disk_usage(self._root).free == 0:
+            raise StoreError(f"{self._root} is on a full disk: free space or lower max_bytes")
+
     def close(self) -> None:
         self._seen = {}
 

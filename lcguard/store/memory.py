@@ -94,6 +94,9 @@ class MemoryStore:
         with self._shelf.lock:
             return self._drop(self._max_bytes)
 
+    def check(self) -> None:
+        """Memory is there as long as the process is."""
+
     def close(self) -> None:
         with _shelves_lock:
             if self._closed:

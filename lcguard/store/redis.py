@@ -76,8 +76,7 @@ class RedisStore:
             options = self._client.connection_pool.connection_kwargs
             self._password = str(options.get("password") or "")
             self._where = f"redis at {options.get('host', 'localhost')}:{options.get('port', 6379)}"
-            with self._talking():
-                self._client.ping()
+            self.check()
         except (TypeError, ValueError):
             # Its text quotes parts of the URL, such as what follows a colon in the password.
             text = "write redis://[user:password@]host:port/db, special characters as %XX"
@@ -154,6 +153,10 @@ class RedisStore:
         """As ``SegmentStore.sweep``; what the server's own expiry removed does not count."""
         with self._talking():
             return self._drop(self._max_bytes)
+
+    def check(self) -> None:
+        with self._talking():
+            self._client.ping()
 
     def close(self) -> None:
         self._client.close()
