@@ -28,6 +28,7 @@ from lcguard.vllm.gatekeeper import ModelFacts
 from lcguard.vllm.jobs import LoadJob, SaveJob
 from lcguard.vllm.pages import LayerPages, slots_of
 from lcguard.vllm.rewrite import has_page_form, rewrite_pages
+from lcguard.vllm.selfcheck import check_rewriting
 
 logger = init_logger("vllm.lcguard.worker")
 SWEEP_EVERY_S = 60.0
@@ -58,9 +59,12 @@ class HandoffWorker:
         self._pool = ThreadPoolExecutor(1, "lcguard-load") if load_async else None
 
     def register(self, layers: list[LayerPages]) -> None:
-        """Takes the engine's pages, in layer order, and proves that it reads them right."""
+        """Takes the engine's pages, in layer order, and proves that it reads and guards them
+        right."""
         for layer in layers:
             layer.probe()
+        if self.world == 1:  # several ranks rewrite with the guards' modules
+            check_rewriting(self.guards, layers, self.rotary)
         self.layers = layers
 
     # -- consume
