@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from lcguard.agents.nano.load import model_path
 from lcguard.agents.scenarios.encode import Encoder
+from lcguard.cache import check_supported
 from lcguard.guards.frozen import weights_digest
+from lcguard.hub import quiet_hub, why_not_loaded
 from lcguard.source import ModelSource
 from lcguard.training.dataset import Special
 
@@ -46,11 +48,13 @@ def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
         raise ValueError(f"model {name!r} is not a folder; give a model folder or a hub repository")
     hf_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path)
+        with quiet_hub():
+            # before gigabytes of weights are fetched
+            check_supported(AutoConfig.from_pretrained(path).get_text_config())
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model: Any = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {Path(path).name!r} cannot be loaded: {first}") from error
+        raise ValueError(why_not_loaded(name, error)) from error
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model.to(chosen)

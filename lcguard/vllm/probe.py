@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lcguard.hub import quiet_hub, why_not_loaded
 from lcguard.keys import KEY_VARIABLE, deployment_key
 from lcguard.vllm import TESTED_VERSIONS
 
@@ -102,10 +103,13 @@ def _model(model: str) -> Finding:
     from lcguard.rope import Rotary, UnsupportedModelError
 
     try:
-        config: Any = AutoConfig.from_pretrained(model).get_text_config()
+        with quiet_hub():
+            config: Any = AutoConfig.from_pretrained(model).get_text_config()
         check_supported(config)
-    except (UnsupportedModelError, OSError, ValueError) as error:
+    except UnsupportedModelError as error:
         return Finding("model", False, str(error).splitlines()[0])
+    except (OSError, ValueError) as error:
+        return Finding("model", False, why_not_loaded(model, error))
     layers, heads, dim = kv_shape(config)
     window = window_tokens(config)
     detail = (
