@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.utils import logging
+from huggingface_hub.utils import logging as hub
 
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
     """The hub's warnings of each retry stay unsaid: the error that follows says it once."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    before = hub.get_verbosity()
+    hub.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        hub.set_verbosity(before)
 
 
 def why_not_loaded(name: str, error: Exception) -> str:
