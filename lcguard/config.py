@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -197,10 +198,20 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
         raise ConfigError(f"{name}: {explain(stripped, field_paths(cls))}") from None
 
 
+def validated(model: type[M], data: Any, name: str, keys: Iterable[str]) -> M:
+    """Parsed YAML as a pydantic model; ``name`` stands for the file in the one-line
+    ``ConfigError``, ``keys`` as for ``explain``."""
+    try:
+        # through JSON, as in ``load_config``
+        return model.model_validate_json(_as_json(data, name))
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {explain(error, keys)}") from None
+
+
 def _as_json(data: Any, name: str) -> str:
     try:
         return json.dumps(data)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: {error}; write plain YAML scalars, lists and keys") from None
 
 

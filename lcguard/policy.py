@@ -29,12 +29,11 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
 
 from lcguard.categories import CATEGORIES, DERIVABLE, Category
-from lcguard.config import ConfigError, explain, read_mapping
+from lcguard.config import ConfigError, read_mapping, validated
 
 if TYPE_CHECKING:
     from lcguard.protocols import Mask
@@ -200,22 +199,17 @@ _KEYS = (
 def load_policy(path: str | Path) -> Policy:
     """Reads and checks a policy file; raises ``PolicyError`` with one line that says the fix."""
     try:
-        data = read_mapping(Path(path))
+        return validated(Policy, read_mapping(Path(path)), str(path), _KEYS)
     except ConfigError as error:
         raise PolicyError(str(error)) from None
-    return parse_policy(data, str(path))
 
 
 def parse_policy(data: dict[str, Any], name: str = "policy") -> Policy:
     """Checks a policy that is already parsed; ``name`` stands for the file in errors."""
     try:
-        text = json.dumps(data)
-    except (TypeError, ValueError) as error:
-        raise PolicyError(f"{name}: {error}; write plain YAML scalars, lists and keys") from None
-    try:
-        return Policy.model_validate_json(text)  # JSON, where strict still takes lists for tuples
-    except ValidationError as error:
-        raise PolicyError(f"{name}: {explain(error, _KEYS)}") from None
+        return validated(Policy, data, name, _KEYS)
+    except ConfigError as error:
+        raise PolicyError(str(error)) from None
 
 
 def policy_schema() -> dict[str, Any]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import re
 import secrets
 import string
@@ -36,11 +35,10 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
 
-from lcguard.config import ConfigError, explain, read_mapping
+from lcguard.config import ConfigError, read_mapping, validated
 from lcguard.followed import Followed
 from lcguard.server.limits import Limits
 
@@ -129,14 +127,11 @@ def load_keys(path: str | Path) -> KeyFile:
 def parse_keys(data: Mapping[str, Any], name: str = "keys") -> KeyFile:
     """Checks a keys file that is already parsed; ``name`` stands for it in errors."""
     try:
-        text = json.dumps(data)
-    except (TypeError, ValueError, RecursionError):
-        raise KeyringError(f"{name}: not plain YAML scalars, lists and keys") from None
-    try:
-        return KeyFile.model_validate_json(text)  # JSON, where strict still takes lists for tuples
-    except ValidationError as error:
-        # A value in the wrong place may be a secret, and this message goes to logs.
-        raise KeyringError(f"{name}: {_SECRETIVE.sub('...', explain(error, _KEYS))}") from None
+        return validated(KeyFile, data, name, _KEYS)
+    except ConfigError as error:
+        # a value in the wrong place may be a secret, and this message goes to logs
+        said = _SECRETIVE.sub("...", str(error).removeprefix(f"{name}: "))
+        raise KeyringError(f"{name}: {said}") from None
 
 
 @dataclass(frozen=True)
