@@ -67,7 +67,8 @@ def test_the_log_belongs_to_the_configuration() -> None:
 
 
 def test_names_of_shipped_guards() -> None:
-    assert set(guard_names()) == {"gate", "gate-full", "regress", "residual", "residual-full"}
+    gates = {"gate", "gate-agentleak", "gate-full"}
+    assert set(guard_names()) == {*gates, "regress", "residual", "residual-full"}
 
 
 def test_weights_are_float32() -> None:
