@@ -21,7 +21,7 @@ from lcguard.server.leakage import Change, EdgeLeakage, EdgeName, LeakageMeter
 from lcguard.server.leakage_state import State
 
 logger = logging.getLogger("lcguard.server")
-FIRST_S, RETRY_S = 5.0, 15.0
+FIRST_S, RETRY_S, LOOK_S = 5.0, 15.0, 5.0
 _LINE_BYTES, _LOG_BYTES = 4 * 2**20, 64 * 2**10
 """Longest line of a worker's output, and how much of its log is kept."""
 _LAST_WORDS_S = 5.0
@@ -33,13 +33,14 @@ class WorkerError(RuntimeError):
 
 
 class CanaryRunner:
-    """One run at a time, the first soon after the start, then one every interval."""
+    """One run at a time, the first soon after the start, then one every interval; edges that are
+    new, or that a changed policy guards otherwise, are screened in between."""
 
     def __init__(
         self, command: Sequence[str], job: Callable[[], dict[str, Any]], meter: LeakageMeter,
         interval_s: float, timeout_s: float,
         on_change: Callable[[EdgeLeakage, State, State], Awaitable[None]], *,
-        first_s: float = FIRST_S, retry_s: float = RETRY_S,
+        first_s: float = FIRST_S, retry_s: float = RETRY_S, look_s: float = LOOK_S,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -48,10 +49,13 @@ class CanaryRunner:
             first_s: wait before the first run.
             retry_s: wait after a run in which no edge could be screened; doubles up to the
                 interval.
+            look_s: how often to look for new edges.
         """
         self.command, self._job, self._meter = tuple(command), job, meter
         self.interval_s, self.timeout_s, self._on_change = interval_s, timeout_s, on_change
-        self._first_s, self._retry_s = first_s, retry_s
+        self._first_s, self._retry_s, self._look_s = first_s, retry_s, look_s
+        self._planned: set[str] = set()
+        """Edges of the last run, with what guards them."""
         self._lock = asyncio.Lock()
         self.runs = 0
         """Runs that ended, well or not."""
@@ -60,19 +64,43 @@ class CanaryRunner:
 
     async def run(self) -> None:
         """Until cancelled."""
-        wait_s, failures = self._first_s, 0
+        clock = asyncio.get_running_loop().time
+        due_s, failures = clock() + self._first_s, 0
         while True:
-            await asyncio.sleep(wait_s)
+            if await self._rest(due_s):
+                # the others keep their time, unless the new ones have to be tried again before it
+                if await self.run_now(new_only=True) is False:
+                    due_s = min(due_s, clock() + self._retry_s)
+                continue
             done = await self.run_now()
             if done:
                 wait_s, failures = self.interval_s, 0
             else:  # the exponent is bounded, or the power would overflow after months
                 wait_s = min(self.interval_s, self._retry_s * 2 ** min(failures, 20))
                 failures += done is False
+            due_s = clock() + wait_s
 
-    async def run_now(self) -> bool | None:
+    async def _rest(self, until_s: float) -> bool:
+        """Waits; true as soon as there is an edge that no run had."""
+        clock = asyncio.get_running_loop().time
+        while (left_s := until_s - clock()) > 0:
+            await asyncio.sleep(min(left_s, self._look_s))
+            if left_s > self._look_s and await asyncio.to_thread(self._any_new):
+                return True
+        return False
+
+    def _any_new(self) -> bool:
+        try:
+            return any(_plan(edge) not in self._planned for edge in self._job()["edges"])
+        except Exception:  # what is wrong with the job is for the next run to say
+            return False
+
+    async def run_now(self, new_only: bool = False) -> bool | None:
         """One run, after the one in progress if any. False where every edge that forbids anything
         failed, None where there is no edge.
+
+        Args:
+            new_only: without the edges that the last run had.
 
         Raises nothing but ``CancelledError``, on which the worker is killed.
         """
@@ -81,6 +109,10 @@ class CanaryRunner:
             self.error = ""
             try:
                 job = self._job()
+                planned, before = {_plan(edge) for edge in job["edges"]}, self._planned
+                if new_only:
+                    job["edges"] = [e for e in job["edges"] if _plan(e) not in before]
+                self._planned = planned
                 # those that waited longest first: a worker that is late screens the rest next time
                 job["edges"] = sorted(job["edges"], key=run.measured_at_s)
                 run.left = dict.fromkeys(_name(edge) for edge in job["edges"])
@@ -239,6 +271,11 @@ async def _end(stream: asyncio.StreamReader) -> bytes:
     while chunk := await stream.read(2**16):
         kept = (kept + chunk)[-_LOG_BYTES:]
     return kept
+
+
+def _plan(edge: Mapping[str, Any]) -> str:
+    """An edge with all that is to be screened on it."""
+    return json.dumps(edge, sort_keys=True)
 
 
 def _name(edge: Mapping[str, Any]) -> EdgeName:

@@ -579,6 +579,91 @@ def test_a_job_that_cannot_be_made_ends_nothing(bench: Bench) -> None:
     assert runner.error == "ValueError: the policy is gone"
 
 
+GOES = """
+import json, sys
+job = json.load(sys.stdin)
+for e in job["edges"]:
+    found = dict(json.loads(sys.argv[1]), audience=e["audience"])
+    print(json.dumps({"result": found}), flush=True)
+"""
+"""A worker that finds nothing on whatever edges it is told."""
+
+
+def follower(bench: Bench, edges: list[dict[str, Any]], **more: Any) -> CanaryRunner:
+    """A runner whose policy is ``edges``, as they are when it looks."""
+    return CanaryRunner(
+        [sys.executable, "-c", GOES, json.dumps(found("b", 0))], lambda: {"edges": list(edges)},
+        bench.meter, 3600, 60, bench.changed, first_s=0, look_s=0.02, **more,
+    )  # fmt: skip
+
+
+async def stop(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def screenings(bench: Bench) -> dict[str, int]:
+    return {e.audience: len(e.history) for e in bench.meter.snapshot()}
+
+
+def test_a_new_edge_is_screened_before_the_interval_and_the_others_are_not(bench: Bench) -> None:
+    edges = [edge("b", "health")]
+    runner = follower(bench, edges)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(runner.run())
+        await until(lambda: screenings(bench) == {"b": 1})
+        edges.append(edge("c", "health"))
+        await until(lambda: screenings(bench) == {"b": 1, "c": 1})
+        await asyncio.sleep(0.3)
+        assert (screenings(bench), runner.runs) == ({"b": 1, "c": 1}, 2)
+        await stop(task)
+
+    asyncio.run(main())
+
+
+def test_an_edge_under_another_rule_is_screened_again(bench: Bench) -> None:
+    edges = [edge("b", "health", guard="gate"), edge("c", "health", guard="gate")]
+    runner = follower(bench, edges)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(runner.run())
+        await until(lambda: screenings(bench) == {"b": 1, "c": 1})
+        edges[0] = edge("b", "health", guard="identity")
+        await until(lambda: screenings(bench) == {"b": 2, "c": 1})
+        await stop(task)
+
+    asyncio.run(main())
+
+
+def test_looking_for_new_edges_survives_a_broken_job(bench: Bench) -> None:
+    edges = [edge("b", "health")]
+    runner = follower(bench, edges)
+    whole, broken = runner._job, False
+
+    def job() -> dict[str, Any]:
+        if broken:
+            raise ValueError("the database is busy")
+        return whole()
+
+    runner._job = job
+
+    async def main() -> None:
+        nonlocal broken
+        task = asyncio.ensure_future(runner.run())
+        await until(lambda: runner.runs == 1)
+        broken = True
+        edges.append(edge("c", "health"))
+        await asyncio.sleep(0.2)
+        assert (runner.runs, task.done()) == (1, False)
+        broken = False
+        await until(lambda: screenings(bench) == {"b": 1, "c": 1})
+        await stop(task)
+
+    asyncio.run(main())
+
+
 def test_one_run_at_a_time(bench: Bench, tmp_path: Path) -> None:
     lock = str(tmp_path / "lock")
     alone = f"import os, time; os.mkdir({lock!r}); time.sleep(0.2); os.rmdir({lock!r})"
