@@ -199,9 +199,10 @@ _KEYS = (
 def load_policy(path: str | Path) -> Policy:
     """Reads and checks a policy file; raises ``PolicyError`` with one line that says the fix."""
     try:
-        return validated(Policy, read_mapping(Path(path)), str(path), _KEYS)
+        data = read_mapping(Path(path))
     except ConfigError as error:
         raise PolicyError(str(error)) from None
+    return parse_policy(data, str(path))
 
 
 def parse_policy(data: dict[str, Any], name: str = "policy") -> Policy:

@@ -129,7 +129,8 @@ def parse_keys(data: Mapping[str, Any], name: str = "keys") -> KeyFile:
     try:
         return validated(KeyFile, data, name, _KEYS)
     except ConfigError as error:
-        # a value in the wrong place may be a secret, and this message goes to logs
+        # a value in the wrong place may be a secret, and this message goes to logs; the file's
+        # name, which may be as long, stays whole
         said = _SECRETIVE.sub("...", str(error).removeprefix(f"{name}: "))
         raise KeyringError(f"{name}: {said}") from None
 

@@ -352,6 +352,12 @@ async def until(true: Callable[[], Any], timeout_s: float = 30) -> None:
         await asyncio.sleep(0.01)
 
 
+async def stop(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 def alive(pid: int) -> bool:
     """A process that is neither gone nor waiting to be reaped."""
     try:
@@ -387,9 +393,7 @@ def test_a_leak_closes_before_the_worker_ends(bench: Bench) -> None:
         await until(lambda: bench.changes)
         assert bench.meter.verdict(*EDGES[0]) == "closed"
         assert not task.done()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await stop(task)
 
     asyncio.run(main())
 
@@ -528,9 +532,7 @@ def test_shutdown_kills_the_worker(bench: Bench, tmp_path: Path) -> None:
         async def main() -> None:
             task = asyncio.ensure_future(bench.runner(code, first_s=0).run())
             await until(pids)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await stop(task)
 
         asyncio.run(main())
 
@@ -583,24 +585,15 @@ GOES = """
 import json, sys
 job = json.load(sys.stdin)
 for e in job["edges"]:
-    found = dict(json.loads(sys.argv[1]), audience=e["audience"])
-    print(json.dumps({"result": found}), flush=True)
+    print(json.dumps({"result": NOTHING | {"audience": e["audience"]}}), flush=True)
 """
 """A worker that finds nothing on whatever edges it is told."""
 
 
-def follower(bench: Bench, edges: list[dict[str, Any]], **more: Any) -> CanaryRunner:
+def follower(bench: Bench, edges: list[dict[str, Any]]) -> CanaryRunner:
     """A runner whose policy is ``edges``, as they are when it looks."""
-    return CanaryRunner(
-        [sys.executable, "-c", GOES, json.dumps(found("b", 0))], lambda: {"edges": list(edges)},
-        bench.meter, 3600, 60, bench.changed, first_s=0, look_s=0.02, **more,
-    )  # fmt: skip
-
-
-async def stop(task: asyncio.Future[None]) -> None:
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    code = f"NOTHING = {found('b', 0)!r}\n{GOES}"
+    return bench.runner(code, job=lambda: {"edges": list(edges)}, first_s=0, look_s=0.02)
 
 
 def screenings(bench: Bench) -> dict[str, int]:

@@ -9,6 +9,8 @@ them back, and an engine whose pages read differently does not start.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,32 +62,52 @@ class LayerPages:
             slots,
         )
 
+    @contextmanager
+    def null_block_kept(self) -> Iterator[None]:
+        """Puts the content of vLLM's null block, which no request ever owns, back in the end."""
+        saved = self.pages[0].clone()
+        try:
+            yield
+        finally:
+            self.pages[0].copy_(saved)
+
     def probe(self) -> None:
         """Writes known numbers with vLLM's operation into its null block and reads them back.
 
-        Raises ``StartError`` where this class reads anything else. The block's content is restored.
+        Raises ``StartError`` where this class reads anything else.
         """
         n = min(3, self.block)
-        # block 0 is vLLM's null block: no request ever owns it
+        # block 0 is vLLM's null block
         slots = torch.arange(self.block - n, self.block, device=self.pages.device)
-        saved = self.pages[0].clone()
         numbers = torch.arange(1, 2 * n * self.heads * self.dim + 1, device=self.pages.device)
         # small distinct numbers survive bfloat16's 8 bits when they are below 256
         wanted = (numbers % 251).to(self.pages.dtype).view(2, n, self.heads, self.dim)
         try:
-            self.write(slots, wanted[0], wanted[1])
-            keys, values = self.gather(slots)
+            with self.null_block_kept():
+                self.write(slots, wanted[0], wanted[1])
+                keys, values = self.gather(slots)
         except (RuntimeError, AttributeError, TypeError) as error:
             first = str(error).splitlines()[0]
             raise StartError(f"{self.name}: the layout probe failed: {first}") from error
-        finally:
-            self.pages[0].copy_(saved)
         if not (torch.equal(keys, wanted[0]) and torch.equal(values, wanted[1])):
             raise StartError(
                 f"{self.name}: pages of shape {tuple(self.pages.shape)} and strides "
                 f"{self.pages.stride()} read back differently than vLLM wrote them: this KV "
                 "layout is not supported"
             )
+
+
+def gather_layers(layers: Sequence[LayerPages], slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values of ``slots [T]``, each ``[L, H, T, D]``, a copy."""
+    both = [layer.gather(slots) for layer in layers]
+    keys = torch.stack([k.transpose(0, 1) for k, _ in both])
+    return keys, torch.stack([v.transpose(0, 1) for _, v in both])
+
+
+def write_layers(layers: Sequence[LayerPages], slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Rotated keys and values ``[L, H, T, D]`` into ``slots [T]``."""
+    for layer, key, value in zip(layers, keys, values, strict=True):
+        layer.write(slots, key.transpose(0, 1), value.transpose(0, 1))
 
 
 def slots_of(blocks: list[int], block_size: int, start: int, end: int) -> Tensor:

@@ -10,6 +10,7 @@ GPU this also compiles the kernels before the first request.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from lcguard.protocols import KVBatch, Mask
 from lcguard.records import mask_of
 from lcguard.rope import Rotary
 from lcguard.vllm.errors import StartError
-from lcguard.vllm.pages import LayerPages
+from lcguard.vllm.pages import LayerPages, gather_layers, write_layers
 from lcguard.vllm.rewrite import has_page_form, rewrite_pages
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
@@ -39,8 +40,7 @@ def check_rewriting(
 ) -> None:
     """Every guard with a page form, with everything forbidden, with and without derived values.
 
-    Raises ``StartError`` naming guard, largest difference and how to go on. The null block's
-    content is restored.
+    Raises ``StartError`` naming guard, largest difference and how to go on.
     """
     paged = {name: guard for name, guard in guards.items() if has_page_form(guard)}
     if not paged:
@@ -48,8 +48,9 @@ def check_rewriting(
     block, page = layers[0].block, layers[0].pages
     slots = torch.arange(max(0, block - TOKENS), block, device=page.device)
     limit = TOLERANCE[page.dtype]
-    saved = [layer.pages[0].clone() for layer in layers]
-    try:
+    with ExitStack() as kept:
+        for layer in layers:
+            kept.enter_context(layer.null_block_kept())
         for name, guard in paged.items():
             _write_numbers(guard, layers, slots, rotary)
             raw = _read(layers, slots, rotary)
@@ -68,9 +69,6 @@ def check_rewriting(
                         f"channel's scale (at most {limit:.3g}): set LCGUARD_OPS=reference to "
                         "rewrite without kernels, and report it"
                     )
-    finally:
-        for layer, content in zip(layers, saved, strict=True):
-            layer.pages[0].copy_(content)
 
 
 def _write_numbers(
@@ -84,16 +82,13 @@ def _write_numbers(
     like = KVBatch(torch.empty(0), torch.empty(0), valid)
     kv = module.restore(z.to(slots.device), like)
     keys = rotary.rotate(kv.keys[0], _positions(slots))
-    for i, layer in enumerate(layers):
-        layer.write(slots, keys[i].transpose(0, 1), kv.values[0, i].transpose(0, 1))
+    write_layers(layers, slots, keys, kv.values[0])
 
 
 def _read(layers: list[LayerPages], slots: Tensor, rotary: Rotary) -> KVBatch:
     """The tokens' KV without positions, ``[1, L, H, T, D]``, in float32 from before the rotation
     is undone: what is rounded after it would be a difference of this check's own."""
-    both = [layer.gather(slots) for layer in layers]
-    keys = torch.stack([k.transpose(0, 1) for k, _ in both])
-    values = torch.stack([v.transpose(0, 1) for _, v in both])
+    keys, values = gather_layers(layers, slots)
     keys = rotary.unrotate(keys.float(), _positions(slots))
     valid = torch.ones(1, len(slots), dtype=torch.bool, device=slots.device)
     return KVBatch(keys[None], values[None].float(), valid)
@@ -111,10 +106,6 @@ def _difference(
     """Largest difference of both paths over max(standard deviation of the channel, value)."""
     found = rewrite_pages(guard, layers, slots, rotary, START, mask, KEY, raw).kv
     wanted = guard(raw, mask, keys=[KEY]).kv
-    got, right = (guard.module.channels(_as_float(kv)) for kv in (found, wanted))
+    got, right = (guard.module.channels(kv).float() for kv in (found, wanted))
     off = (got - right).abs() / right.abs().maximum(guard.module.scale)
     return float(off.max())
-
-
-def _as_float(kv: KVBatch) -> KVBatch:
-    return KVBatch(kv.keys.float(), kv.values.float(), kv.valid)

@@ -26,7 +26,7 @@ from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
 from lcguard.vllm.gatekeeper import ModelFacts
 from lcguard.vllm.jobs import LoadJob, SaveJob
-from lcguard.vllm.pages import LayerPages, slots_of
+from lcguard.vllm.pages import LayerPages, gather_layers, slots_of, write_layers
 from lcguard.vllm.rewrite import has_page_form, rewrite_pages
 from lcguard.vllm.selfcheck import check_rewriting
 
@@ -116,8 +116,7 @@ class HandoffWorker:
         positions = torch.arange(first, end, device=device)
         rotated = self.rotary.rotate(keys, positions)
         slots = slots_of(blocks, self.block_size, first, end).to(device)
-        for i, layer in enumerate(self.layers):
-            layer.write(slots, rotated[i].transpose(0, 1), values[i].transpose(0, 1))
+        write_layers(self.layers, slots, rotated, values)
 
     def _own_heads(self, tensor: Tensor) -> Tensor:
         """This rank's heads of ``[L, H, T, D]``; with more ranks than heads, ranks share heads."""
@@ -159,9 +158,7 @@ class HandoffWorker:
         start, end = job.plan.start_token, job.n_tokens
         device = self.layers[0].pages.device
         slots = slots_of(job.blocks, self.block_size, start, end).to(device)
-        both = [layer.gather(slots) for layer in self.layers]
-        keys = torch.stack([k.transpose(0, 1) for k, _ in both])
-        values = torch.stack([v.transpose(0, 1) for _, v in both])
+        keys, values = gather_layers(self.layers, slots)
         positions = torch.arange(start, end, device=device)
         return self.rotary.unrotate(keys, positions), values
 
