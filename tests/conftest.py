@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -15,6 +16,9 @@ __all__ = ["world"]  # a fixture of all tests
 
 # Two threads wait for each other longer than they compute: these tensors are tiny.
 torch.set_num_threads(1)
+# The same for the engines that tests start. Spinning on every core of a small machine they keep
+# proxies and clients from running for as long as they generate.
+os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 # A shared machine is slow at times; that is no failure.
 settings.register_profile("lcguard", deadline=None)

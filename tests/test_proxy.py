@@ -166,7 +166,7 @@ def test_an_error_of_vllm_is_passed_as_it_is(front: Front, engine: Running) -> N
 
 
 def test_pieces_of_a_stream_come_as_they_are_generated(front: Front) -> None:
-    n = 150
+    n = 600  # generated for longer than a busy machine keeps this process waiting
     body = {
         "model": "nano", "prompt": "Once", "max_tokens": n, "ignore_eos": True, "stream": True,
     }  # fmt: skip

@@ -112,6 +112,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                 time.sleep(0.5)
         yield Server(client, str(client.base_url), folder / "store", load_backend("nano"), process)
     finally:
+        client.close()
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
@@ -278,5 +279,7 @@ def test_the_readmes_client_runs_word_for_word(
     (code,) = [b for b in blocks if "OpenAI(" in b and "kv_transfer_params" in b]
     address = server.url.removeprefix("http://").split("/")[0]
     assert "127.0.0.1:8000" in code
-    exec(compile(code.replace("127.0.0.1:8000", address), "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("127.0.0.1:8000", address), "README.md", "exec"), names)
+    names["client"].close()
     assert "back pain" in capsys.readouterr().out
