@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lcguard.commands import service
+from lcguard.commands import models, service
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,7 @@ eval_app = typer.Typer(no_args_is_help=True, help="Measure what a guarded hop le
 policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(policy_app, name="policy")
+app.add_typer(models.models_app, name="models")
 app.add_typer(service.keys_app, name="keys")
 app.add_typer(service.audit_app, name="audit")
 app.add_typer(service.config_app, name="config")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from lcguard.agents.nano.load import model_path
+from lcguard.agents.models import model_location
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.cache import check_supported
 from lcguard.guards.frozen import weights_digest
@@ -39,11 +40,11 @@ class HFBackend:
 
 
 def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
-    """Loads ``nano``, a model folder or a hub repository.
+    """Loads a model that goes by a name (``lcguard models list``), a folder or a hub repository.
 
     Raises ``ValueError`` in one line where the model cannot be loaded or is not supported.
     """
-    path = str(model_path()) if name == "nano" else name
+    path = model_location(name, lambda text: print(text, file=sys.stderr))
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise ValueError(f"model {name!r} is not a folder; give a model folder or a hub repository")
     hf_logging.disable_progress_bar()
@@ -57,12 +58,19 @@ def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
         raise ValueError(why_not_loaded(name, error)) from error
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    digest = weights_digest(model)  # of the weights as they are stored
     model.to(chosen)
-    source = ModelSource(model, int(pad))
+    if chosen == "cpu" and model.dtype is torch.bfloat16 and not _fast_bfloat16():
+        model.float()  # the same values; this processor would emulate every product
     return HFBackend(
         name,
-        source,
+        ModelSource(model, int(pad)),
         Encoder(tokenizer),
         Special.of(tokenizer, model.config.vocab_size),
-        weights_digest(model),
+        digest,
     )
+
+
+def _fast_bfloat16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))

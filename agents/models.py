@@ -1,0 +1,52 @@
+"""Models that go by a name of ours: the embedded one, and those made from a wheel on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcguard.agents.nano.load import MODEL, model_path
+from lcguard.agents.smollm2 import prepare as smollm2
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model whose folder is made or found by its name."""
+
+    name: str
+    what: str
+    folder: Callable[[], Path]
+    """Where it lies, or will."""
+    ready: Callable[[], bool]
+    prepare: Callable[[Say], Path]
+    """Makes the folder where it is missing; raises ``ValueError`` in one line."""
+
+
+NAMED = {
+    m.name: m
+    for m in (
+        NamedModel(
+            "nano",
+            "1 M parameters, embedded: tests and the demo",
+            lambda: MODEL,
+            lambda: (MODEL / "model.safetensors").is_file(),
+            lambda say: model_path(),
+        ),
+        NamedModel(
+            "smollm2",
+            f"SmolLM2-135M-Instruct, from the wheel {smollm2.WHEEL}=={smollm2.VERSION}",
+            smollm2.model_folder,
+            smollm2.ready,
+            smollm2.prepare,
+        ),
+    )
+}
+
+
+def model_location(name: str, say: Say = lambda text: None) -> str:
+    """A folder for a name of ours, prepared where it has to be; anything else as it is: a folder
+    or a hub repository. Raises ``ValueError`` in one line where it cannot be prepared."""
+    return str(NAMED[name].prepare(say)) if name in NAMED else name
