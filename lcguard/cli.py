@@ -241,12 +241,21 @@ def probe(
 
 
 @policy_app.command("check")
-def policy_check(path: Path) -> None:
-    """Check a policy file."""
-    from lcguard.policy import load_policy
+def policy_check(
+    path: Path,
+    explain: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="SOURCE AUDIENCE", help="Say which edge decides this hop, and why."),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="API keys, to find edges of no agent; keys.yaml beside it by default."),
+    ] = None,
+) -> None:
+    """Check a policy file; edges that can never match are warned of."""
+    from lcguard.commands.policy import check_command
 
-    policy = load_policy(path)
-    typer.echo(f"{path.name}: {len(policy.edges)} edges, digest {policy.digest[:12]}")
+    check_command(path, explain, keys, typer.echo, lambda text: typer.echo(text, err=True))
 
 
 @policy_app.command("schema")

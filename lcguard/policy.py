@@ -10,8 +10,9 @@
 Fails closed: an edge that no entry matches has every category forbidden, a category that the
 policy does not list as known is forbidden everywhere, and a file with any unknown key is refused.
 
-A deployment of several tenants names its agents ``tenant/agent``. An entry holds for every tenant
-unless it names one, a tenant's own entries go before the others, and no hop crosses tenants.
+A deployment of several tenants names its agents ``tenant/agent``. An entry gives the two apart: it
+holds for every tenant unless it names one, a tenant's own entries go before the others, and no hop
+crosses tenants.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -34,11 +36,10 @@ from pydantic import (
 
 from lcguard.categories import CATEGORIES, DERIVABLE, Category
 from lcguard.config import ConfigError, read_mapping, validated
+from lcguard.names import ANY, PolicyName, is_agent, split_tenant
 
 if TYPE_CHECKING:
     from lcguard.protocols import Mask
-
-ANY = "*"
 
 
 class PolicyError(ValueError):
@@ -55,8 +56,15 @@ def _canonical(categories: tuple[Category, ...]) -> tuple[Category, ...]:
 
 CategorySet = Annotated[tuple[Category, ...], AfterValidator(_canonical)]
 
-# A pattern such as `agent-*` would match nobody, so it is refused rather than ignored.
-AgentName = Annotated[str, StringConstraints(pattern=r"^(\*|[^\s*]([^*\r\n\t]*[^\s*])?)$")]
+
+def _apart(name: Any) -> Any:
+    """``acme/intake`` in one field would match nobody, and the next wider edge would decide."""
+    if isinstance(name, str) and "/" in name:
+        raise ValueError("no agent and no tenant has '/' in its name; give the tenant as `tenant:`")
+    return name
+
+
+AgentName = Annotated[PolicyName, BeforeValidator(_apart)]
 
 
 class _Model(BaseModel):
@@ -118,6 +126,9 @@ class Edge(_Model):
         return Mask(*(row.repeat(batch, 1) for row in rows))
 
 
+_CLOSED = Edge(source=ANY, audience=ANY, forbid=CATEGORIES)
+
+
 class Policy(_Model):
     """All edges of a deployment."""
 
@@ -165,29 +176,31 @@ class Policy(_Model):
     def for_edge(self, source: str, audience: str) -> Edge:
         """The rule for one hop, under its concrete names; everything forbidden without a match.
 
-        Raises ``PolicyError`` for a name with ``*``, and for a hop from one tenant to another.
+        Raises ``PolicyError`` for what is no agent's name, and for a hop from one tenant to
+        another.
+        """
+        found = self.matching(source, audience)
+        edge = self.edges[found[0]] if found else _CLOSED
+        unknown = tuple(c for c in CATEGORIES if c not in self.categories)
+        forbid = _canonical(edge.forbid + unknown)
+        names = {"source": source, "audience": audience}
+        return edge.model_copy(update={**names, "forbid": forbid})
+
+    def matching(self, source: str, audience: str) -> list[int]:
+        """Which of ``edges`` match a hop, most specific first: the first decides.
+
+        Raises ``PolicyError`` as ``for_edge``.
         """
         for name in (source, audience):
-            if not name or ANY in name:
-                raise PolicyError(f"{name!r} is no agent's name; give one without '*'")
+            if not is_agent(name):
+                raise PolicyError(f"{name!r} is no agent's name; write `agent` or `tenant/agent`")
         (tenant, giver), (other, taker) = split_tenant(source), split_tenant(audience)
         if tenant != other:
             raise PolicyError(f"{source} -> {audience} goes from one tenant to another")
-        by_name = {(edge.tenant, edge.source, edge.audience): edge for edge in self.edges}
+        at = {(edge.tenant, edge.source, edge.audience): i for i, edge in enumerate(self.edges)}
         pairs = ((giver, taker), (giver, ANY), (ANY, taker), (ANY, ANY))
-        for group, pair in product((tenant, ANY), pairs):
-            if edge := by_name.get((group, *pair)):
-                unknown = tuple(c for c in CATEGORIES if c not in self.categories)
-                forbid = _canonical(edge.forbid + unknown)
-                names = {"source": source, "audience": audience}
-                return edge.model_copy(update={**names, "forbid": forbid})
-        return Edge(source=source, audience=audience, forbid=CATEGORIES)
-
-
-def split_tenant(name: str) -> tuple[str, str]:
-    """``acme/intake`` is ``("acme", "intake")``; a name without tenant has ``""``."""
-    tenant, slash, agent = name.partition("/")
-    return (tenant, agent) if slash else ("", name)
+        wanted = ((group, *pair) for group, pair in product((tenant, ANY), pairs))
+        return [at[names] for names in wanted if names in at]
 
 
 _KEYS = (

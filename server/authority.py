@@ -15,7 +15,8 @@ from typing import Any
 from lcguard.followed import Followed
 from lcguard.grants import make_grant, new_handle
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.policy import Policy, PolicyError, split_tenant
+from lcguard.names import split_tenant
+from lcguard.policy import Policy, PolicyError
 from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.database import DatabaseError
 from lcguard.server.errors import ProxyError

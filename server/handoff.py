@@ -15,13 +15,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from lcguard.categories import Category
+from lcguard.names import KeyName
 from lcguard.server.errors import ProxyError
 
 FIELD = "lcguard"
 PUBLISH_HEADER = "x-lcguard-publish"
 CONSUME_HEADER = "x-lcguard-consume"
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$")]
 Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
 
 
@@ -32,7 +32,7 @@ class _Model(BaseModel):
 class Publish(_Model):
     """Guard this prompt's KV and keep it for ``audience``."""
 
-    audience: Name
+    audience: KeyName
     """Agent of the same tenant."""
     forbid: tuple[Category, ...] = ()
     """Categories to hide beyond those of the policy: a request tightens, never loosens."""
@@ -42,9 +42,9 @@ class Publish(_Model):
         Field(default=None, max_length=1024)
     )
     """For edges with guard ``redact``: texts in the prompt to overwrite, wherever they occur."""
-    source: Name | None = None
+    source: KeyName | None = None
     """For canaries alone: whom they stand in for."""
-    tenant: Name | None = None
+    tenant: KeyName | None = None
     """For canaries alone."""
 
 

@@ -40,12 +40,10 @@ from pydantic import (
 
 from lcguard.config import ConfigError, read_mapping, validated
 from lcguard.followed import Followed
+from lcguard.names import KeyName
 from lcguard.server.limits import Limits
 
 Role = Literal["agent", "admin", "auditor"]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$")]
-"""Of a tenant or an agent."""
-
 _ID_LENGTH, _SECRET_BYTES = 12, 32
 _ID_CHARACTERS = string.ascii_lowercase + string.digits
 _BEARER = re.compile(r"(?i:bearer) +lcg_([a-z0-9]{12})_([A-Za-z0-9_-]{43})")
@@ -80,8 +78,8 @@ class KeyEntry(_Model):
     """
 
     id: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{12}$")]
-    tenant: Name
-    agent: Name
+    tenant: KeyName
+    agent: KeyName
     role: Role
     created_at: AwareDatetime
     expires_at: AwareDatetime | None = None

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcguard.manifest import Manifest
-from lcguard.policy import Edge, split_tenant
+from lcguard.names import split_tenant
+from lcguard.policy import Edge
 from lcguard.server.audit import Entry, Event
 from lcguard.server.errors import ProxyError
 from lcguard.server.keyring import Identity

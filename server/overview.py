@@ -10,7 +10,8 @@ from functools import partial
 from statistics import quantiles
 
 from lcguard import __version__
-from lcguard.policy import ANY, Edge
+from lcguard.names import ANY
+from lcguard.policy import Edge
 from lcguard.server.audit import recent
 from lcguard.server.dashboard_view import (
     AgentRow,

@@ -11,14 +11,15 @@ from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcguard.manifest import SegmentError
-from lcguard.policy import ANY, Edge, split_tenant
+from lcguard.names import ANY, KeyName, split_tenant
+from lcguard.policy import Edge
 from lcguard.server.access import Caller, Operator, Running
 from lcguard.server.audit import Entry
 from lcguard.server.body import ClientGone, parse_object, read_body
 from lcguard.server.contract import describe
 from lcguard.server.database import DatabaseError
 from lcguard.server.errors import ProxyError
-from lcguard.server.handoff import Handle, Name
+from lcguard.server.handoff import Handle
 from lcguard.server.keyring import Identity
 from lcguard.server.leakage import LeakageError
 from lcguard.server.ledger import Segment, find, live, revoke
@@ -34,9 +35,9 @@ class EdgeName(BaseModel):
     """One hop."""
 
     model_config = ConfigDict(extra="forbid")
-    tenant: Name
-    source: Name
-    audience: Name
+    tenant: KeyName
+    source: KeyName
+    audience: KeyName
 
 
 _EDGE_BODY = {

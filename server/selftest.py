@@ -15,7 +15,8 @@ from lcguard.grants import make_grant, new_handle
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.policy import ANY, Edge, Policy
+from lcguard.names import ANY
+from lcguard.policy import Edge, Policy
 from lcguard.server.errors import ProxyError
 from lcguard.server.upstream import Upstream
 from lcguard.store import SegmentStore, StoreError

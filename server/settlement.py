@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.policy import split_tenant
+from lcguard.names import split_tenant
 from lcguard.server.audit import AuditLog, Entry, Event
 from lcguard.server.database import DatabaseError
 from lcguard.server.errors import ProxyError

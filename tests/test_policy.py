@@ -74,6 +74,13 @@ def test_loads(tmp_path: Path) -> None:
         ("version: 1", "version: 1\ncategories: [health, contact]", "add it to categories"),
         ('audience: "*"', "audience: billing", "edges[0] and edges[1] are both intake -> billing"),
         ('audience: "*"', "audience: bill*", "edges[1].audience = 'bill*'"),
+        (
+            'audience: "*"',
+            "audience: acme/billing",
+            "'acme/billing': no agent and no tenant has '/'",
+        ),
+        ('audience: "*"', "audience: the desk", "edges[1].audience = 'the desk'"),
+        ('audience: "*"', "audience: büro", "edges[1].audience = 'büro'"),
         ("version: 1", "version: [1", "not valid YAML"),
         ("version: 1", "version: 2024-01-01", "version = '2024-01-01'"),
         ("version: 1", "- 1", "not valid YAML"),
@@ -125,7 +132,7 @@ def test_fails_closed() -> None:
     rules = policy({"source": "a", "audience": "b", "forbid": []})
     closed = rules.for_edge("b", "a")  # direction matters
     assert (closed.forbid, closed.derive) == (CATEGORIES, ())
-    for name in ("", "*"):
+    for name in ("", "*", "a/b/c", "/a", "acme/", "a b"):
         with pytest.raises(PolicyError, match="no agent's name"):
             rules.for_edge(name, "b")
 
@@ -288,6 +295,7 @@ def test_the_digest_knows_tenants(tmp_path: Path) -> None:
         ("detect: all", "edges[0].detect = 'all'"),
         ("on_leak: pass", "edges[0].on_leak = 'pass'"),
         ("tenant: ''", "edges[0].tenant = ''"),
+        ("tenant: acme/x", "edges[0].tenant = 'acme/x'"),
     ],
 )
 def test_refuses_what_the_proxy_could_not_keep(more: str, expected: str, tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from urllib.parse import urlsplit
 import uvicorn
 from rich.console import Console
 
+from lcguard.commands.policy import warnings
 from lcguard.config import load_config
 from lcguard.keys import KEY_VARIABLE, deployment_key, new_key
+from lcguard.policy import load_policy
 from lcguard.server.app import make_app
 from lcguard.server.engine import EnginePlan
 from lcguard.server.lifespan import Deployment, lifespan
@@ -132,6 +134,9 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     worker = (sys.executable, "-m", "lcguard.commands.canary")
+    if settings.policy.exists():
+        for line in warnings(load_policy(settings.policy), settings.keys):
+            say(line)
     deployment = Deployment(settings, key, model, name, plan, state.resolve(), say, worker)
     failed: list[Exception] = []
 

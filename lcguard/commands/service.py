@@ -95,6 +95,7 @@ def keys_revoke(key_id: Annotated[str, typer.Argument(help="From keys list.")],
 @config_app.command("check")
 def config_check(state: State = STATE, config: Config = None, sets: Sets = None) -> None:
     """Check server.yaml, keys and policy as the server would."""
+    from lcguard.commands.policy import summary, warnings
     from lcguard.commands.serve import check_exposure, load_settings
     from lcguard.policy import load_policy
     from lcguard.server.keyring import load_keys
@@ -104,7 +105,9 @@ def config_check(state: State = STATE, config: Config = None, sets: Sets = None)
     n = len(load_keys(settings.keys).keys)
     if settings.policy.exists():
         policy = load_policy(settings.policy)
-        rules = f"{len(policy.edges)} edges, digest {policy.digest[:12]}"
+        rules = summary(policy)
+        for line in warnings(policy, settings.keys):
+            typer.echo(line, err=True)
     else:
         rules = "no file: every category is forbidden on every edge"
     typer.echo(f"settings: good\nkeys: {n}\npolicy: {rules}")

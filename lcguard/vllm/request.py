@@ -14,11 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from lcguard.categories import Category
+from lcguard.names import QualifiedName
 from lcguard.vllm.errors import HandoffError
 
 PARAM = "lcguard"
-Agent = Annotated[str, StringConstraints(pattern=r"^[\x21-\x29\x2b-\x7e]{1,100}$")]
-"""An agent's name: visible ASCII without spaces and ``*``."""
 Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
 
 
@@ -29,8 +28,8 @@ class _Model(BaseModel):
 class Publish(_Model):
     """Guard this prompt's KV and keep it for ``audience``."""
 
-    source: Agent
-    audience: Agent
+    source: QualifiedName
+    audience: QualifiedName
     forbid: tuple[Category, ...] | None = None
     """Categories to hide beyond those of the policy: a request can tighten, never loosen."""
     ttl_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
@@ -52,7 +51,7 @@ class Grant(_Model):
 class Consume(_Model):
     """Put segments before this prompt, one behind the other."""
 
-    agent: Agent
+    agent: QualifiedName
     """Who consumes: must be the audience of every grant."""
     segments: Annotated[tuple[Grant, ...], Field(min_length=1, max_length=64)]
     placed: bool = False

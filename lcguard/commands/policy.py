@@ -1,0 +1,42 @@
+"""``lcguard policy check``: what a policy holds, what decides a hop, and what can never match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lcguard.policy import Policy, load_policy
+from lcguard.policy_review import never, why
+
+
+def check_command(
+    path: Path, hop: tuple[str, str] | None, keys: Path | None,
+    say: Callable[[str], None], warn: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Says what the file holds and, for a hop, which edge decides it.
+
+    Raises ``PolicyError`` or ``KeyringError`` for a file that cannot be used.
+    """
+    policy = load_policy(path)
+    say(f"{path.name}: {summary(policy)}")
+    for line in warnings(policy, keys or path.with_name("keys.yaml"), must_exist=keys is not None):
+        warn(line)
+    for line in why(policy, *hop) if hop else ():
+        say(line)
+
+
+def summary(policy: Policy) -> str:
+    return f"{len(policy.edges)} edges, digest {policy.digest[:12]}"
+
+
+def warnings(policy: Policy, keys: Path, must_exist: bool = False) -> list[str]:
+    """A line for each edge that never matches, given who has a key.
+
+    Raises ``KeyringError`` for a keys file that cannot be used.
+    """
+    agents = None
+    if must_exist or keys.exists():
+        from lcguard.server.keyring import load_keys  # here: it needs the extra `server`
+
+        agents = {(k.tenant, k.agent) for k in load_keys(keys).keys if k.role == "agent"}
+    return [f"warning: {line}" for line in never(policy, agents)]

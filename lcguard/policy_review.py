@@ -1,0 +1,88 @@
+"""What a policy says to a reader: which edge decides a hop and why, and which edges never can."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator
+
+from pydantic import TypeAdapter, ValidationError
+
+from lcguard.names import ANY, KeyName
+from lcguard.policy import Edge, Policy
+
+_KEY_NAME = TypeAdapter(KeyName)
+
+
+def why(policy: Policy, source: str, audience: str) -> list[str]:
+    """Lines that say which edge decides ``source -> audience``, by which of its names, what then
+    holds, and which edges stand back. Raises ``PolicyError`` as ``Policy.for_edge``."""
+    found = policy.matching(source, audience)
+    edge = policy.for_edge(source, audience)
+    hop = f"{source} -> {audience}"
+    if not found:
+        lines = [f"{hop}: no edge matches, so every category is forbidden"]
+    else:
+        others = len(found) - 1
+        rank = f"the most specific of {len(found)} that match" if others else "no other matches"
+        lines = [f"{hop}: {_named(policy, found[0])} decides, {rank}"]
+    lines.append(f"forbid {_listed(edge.forbid)}; derive {_listed(edge.derive)}; {_rest(edge)}")
+    lines += [f"{_named(policy, i)} matches too and stands back" for i in found[1:]]
+    return lines
+
+
+def never(policy: Policy, agents: Collection[tuple[str, str]] | None = None) -> Iterator[str]:
+    """A line for each edge that no hop through the proxy can match.
+
+    Args:
+        agents: (tenant, name) of every agent with a key; None where that is not known.
+    """
+    for i, edge in enumerate(policy.edges):
+        reason = _no_key_can(edge) or (agents is not None and _no_key_does(edge, agents))
+        if reason:
+            yield f"{_named(policy, i)} never matches: {reason}"
+
+
+def _no_key_can(edge: Edge) -> str:
+    for name in (edge.tenant, edge.source, edge.audience):
+        try:
+            name == ANY or _KEY_NAME.validate_python(name)
+        except ValidationError:
+            return f"no API key can have the name {name!r}"
+    return ""
+
+
+def _no_key_does(edge: Edge, agents: Collection[tuple[str, str]]) -> str:
+    tenants = {tenant for tenant, _ in agents}
+    if edge.tenant != ANY and edge.tenant not in tenants:
+        return f"no API key is of tenant {edge.tenant!r}{_near(edge.tenant, tenants)}"
+    here = {(t, name) for t, name in agents if edge.tenant in (ANY, t)}
+    names = {name for _, name in here}
+    for name in (edge.source, edge.audience):
+        if name != ANY and name not in names:
+            where = "" if edge.tenant == ANY else f" in tenant {edge.tenant!r}"
+            return f"no API key is of agent {name!r}{where}{_near(name, names)}"
+    wanted = {edge.source, edge.audience} - {ANY}
+    if wanted and not any(wanted <= {n for t, n in here if t == tenant} for tenant in tenants):
+        return f"no tenant has API keys of both {edge.source!r} and {edge.audience!r}"
+    return ""
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def _named(policy: Policy, i: int) -> str:
+    edge = policy.edges[i]
+    tenant = "" if edge.tenant == ANY else f", tenant {edge.tenant}"
+    return f"edges[{i}] ({edge.source} -> {edge.audience}{tenant})"
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def _rest(edge: Edge) -> str:
+    rest = edge.model_dump(exclude={"source", "audience", "tenant", "forbid", "derive"})
+    return "; ".join(f"{key} {value}" for key, value in rest.items() if value is not None)
