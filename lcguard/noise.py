@@ -1,11 +1,12 @@
-"""The noise of a guard: standard normal draws from the ChaCha20 key stream (RFC 8439).
+"""The noise of a guard: discrete Gaussian draws from the ChaCha20 key stream (RFC 8439).
 
 A receiver who could rebuild the noise would subtract it, and a closed gate shows him some of it as
 it is. So the noise of a published segment comes from a 32-byte secret drawn for that segment alone
 and forgotten, through a cipher, and is a function of the entry's place, never of a batch's.
 
-The stream is counter-based: every (token, layer, K or V, head) owns ``ceil(D / 16)`` blocks of 16
-words, so that a kernel makes any part of it alone, and a tensor-parallel shard its own heads.
+The stream is counter-based: every (token, layer, K or V, head) owns ``ceil(D / 8)`` blocks of 16
+words, two for a draw, so that a kernel makes any part of it alone, and a tensor-parallel shard its
+own heads. See ``lcguard.discrete_gaussian`` for the law and ``lcguard.grid`` for where it is added.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
+from lcguard.discrete_gaussian import discrete_gaussian
+
 KEY_BYTES = 32
 WORDS = 16
 """32-bit words in a block of ChaCha20."""
-_CHUNK_TOKENS = 512
+DRAWS = WORDS // 2
+"""Draws of a block."""
+CHUNK_BLOCKS = 1 << 13
+"""Blocks at a time: what they are turned into stays in a processor's cache."""
 
 
 def new_noise_key() -> bytes:
@@ -37,7 +43,7 @@ def noise_key(seed: int, name: str) -> bytes:
 
 def blocks_per_head(head_dim: int) -> int:
     """Cipher blocks that one head of one token takes."""
-    return -(-head_dim // WORDS)
+    return -(-head_dim // DRAWS)
 
 
 def key_stream(key: bytes, first_block: int, n_blocks: int) -> np.ndarray:
@@ -57,21 +63,10 @@ def key_stream(key: bytes, first_block: int, n_blocks: int) -> np.ndarray:
     return np.frombuffer(cipher.update(bytes(64 * n_blocks)), dtype="<u4").reshape(-1, WORDS)
 
 
-def normals(words: np.ndarray) -> Tensor:
-    """Box and Muller on neighbours: uint32 words ``[..., 2n]`` to float32 draws of that shape.
-
-    24 bits of each word, so that every processor forms the same float32; no draw is beyond 5.8.
-    """
-    u = torch.from_numpy((words >> np.uint32(8)).astype(np.float32)) * 2.0**-24
-    radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2] + 2.0**-24))
-    angle = u[..., 1::2] * (2.0 * torch.pi)
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2)
-
-
 def segment_noise(
     key: bytes, shape: tuple[int, int, int], n_tokens: int, first_token: int = 0
 ) -> Tensor:
-    """Noise of a segment, float32 ``[T, L, 2, H * D]``.
+    """Noise of a segment in steps of the grid, int16 ``[T, L, 2, H * D]``.
 
     Args:
         shape: (L, H, D) of the model's KV.
@@ -80,11 +75,12 @@ def segment_noise(
     layers, heads, dim = shape
     a_head = blocks_per_head(dim)
     a_token = layers * 2 * heads * a_head
-    out = torch.empty(n_tokens, layers, 2, heads * dim)
-    for start in range(0, n_tokens, _CHUNK_TOKENS):
-        n = min(_CHUNK_TOKENS, n_tokens - start)
+    out = torch.empty(n_tokens, layers, 2, heads * dim, dtype=torch.int16)
+    chunk = max(1, CHUNK_BLOCKS // a_token)
+    for start in range(0, n_tokens, chunk):
+        n = min(chunk, n_tokens - start)
         words = key_stream(key, (first_token + start) * a_token, n * a_token)
-        noise = normals(words)
-        by_head = noise.view(n, layers, 2, heads, a_head * WORDS)[..., :dim]
+        noise = torch.from_numpy(discrete_gaussian(words))
+        by_head = noise.view(n, layers, 2, heads, a_head * DRAWS)[..., :dim]
         out[start : start + n] = by_head.flatten(3)
     return out

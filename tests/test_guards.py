@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcguard.categories import CATEGORIES
+from lcguard.discrete_gaussian import STEPS
+from lcguard.grid import noisy
 from lcguard.guards import frozen
 from lcguard.guards.base import GuardModule, KVShape, guard_class, names, register
 from lcguard.guards.cloak import CloakGuard
@@ -240,7 +242,9 @@ class TestGate:
         keys = [noise_key(5, "a"), noise_key(5, "b")]
         out = FrozenGuard(module)(kv, forbid_all(2), keys=keys).kv
         noise = torch.stack([segment_noise(key, tuple(SHAPE), 6) for key in keys])
-        torch.testing.assert_close(module.standardise(out), z + 0.1 * noise, atol=1e-5, rtol=1e-4)
+        wanted = noisy(z, 0.1, noise)
+        torch.testing.assert_close(module.standardise(out), wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(wanted, z + 0.1 / STEPS * noise, atol=0.1 / STEPS, rtol=0.0)
 
     def test_a_policy_that_forbids_nothing_changes_nothing(self) -> None:
         kv, forbidden = random_kv((6, 6)), forbid_all(2, derive=True)

@@ -15,7 +15,9 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lcguard.noise import segment_noise
+from lcguard.discrete_gaussian import STEPS
+from lcguard.grid import SMALLEST, noisy, to_grid
+from lcguard.noise import new_noise_key, segment_noise
 from lcguard.protocols import KVBatch, Mask
 
 
@@ -33,7 +35,8 @@ class KVShape(NamedTuple):
 
 
 Draws = torch.Generator | Sequence[bytes] | None
-"""Where noise comes from: a generator in training, a key for each record on a hop."""
+"""Where noise comes from: a generator in training, a key for each record on a hop, fresh secrets
+where None."""
 
 
 class Rewrite(NamedTuple):
@@ -65,7 +68,7 @@ class GuardModule(nn.Module):
     @dataclass(frozen=True)
     class Config:
         noise: float = 0.0
-        """Standard deviation of the Gaussian noise, in units of each channel's own."""
+        """Standard deviation of the noise, in units of each channel's own: 0 or 1e-4 and more."""
 
     def __init__(self, shape: KVShape, n_categories: int, config: Any = None) -> None:
         super().__init__()
@@ -73,6 +76,8 @@ class GuardModule(nn.Module):
         self.config: Any = config if config is not None else self.Config()
         if not 0 <= self.config.noise < math.inf:  # NaN too: it would switch the noise off
             raise ValueError(f"noise {self.config.noise} must be a finite number, 0 or more")
+        if 0 < self.config.noise < SMALLEST:
+            raise ValueError(f"noise {self.config.noise} is too fine: use 0 or {SMALLEST} and more")
         width = shape.kv_heads * shape.head_dim
         self.register_buffer("center", torch.zeros(shape.layers, 2, width))
         self.register_buffer("scale", torch.ones(shape.layers, 2, width))
@@ -125,20 +130,25 @@ class GuardModule(nn.Module):
         """What happens to the noisy output before it is sent; can reveal nothing more."""
         return noisy
 
-    def draw_noise(self, like: Tensor, draws: Draws) -> Tensor:
-        """Standard normal noise made on the CPU, so that a key means the same on every device.
+    def unfinish(self, sent: Tensor, mask: Mask) -> Tensor:
+        """The opposite of ``finish``, for one who attacks, in the precision of ``sent``."""
+        return sent
 
-        ``like``: ``[B, T, L, 2, H * D]``. Training draws fast from a generator; a hop draws from
-        the records' keys, whatever batch and padding they come in.
+    def add_noise(self, mean: Tensor, draws: Draws) -> Tensor:
+        """``mean [B, T, L, 2, H * D]`` with noise that is the same on every device.
+
+        A hop sends grid points (``lcguard.grid``), drawn from the records' keys, whatever batch
+        and padding they come in. Training adds real numbers from a generator, which gradients pass:
+        nobody receives them.
         """
-        if draws is None or isinstance(draws, torch.Generator):
-            noise = torch.randn(like.shape, generator=draws, dtype=torch.float32)
-        else:
-            if len(draws) != len(like):
-                raise ValueError(f"{len(draws)} noise keys for {len(like)} segments")
-            rows = [segment_noise(key, self.shape, like.shape[1]) for key in draws]
-            noise = torch.stack(rows)
-        return noise.to(like.device, like.dtype)
+        if isinstance(draws, torch.Generator):
+            noise = torch.randn(mean.shape, generator=draws, dtype=torch.float32)
+            return mean + float(self.config.noise) * noise.to(mean.device, mean.dtype)
+        keys = [new_noise_key() for _ in mean] if draws is None else draws
+        if len(keys) != len(mean):
+            raise ValueError(f"{len(keys)} noise keys for {len(mean)} segments")
+        rows = [segment_noise(key, self.shape, mean.shape[1]) for key in keys]
+        return noisy(mean, self.config.noise, torch.stack(rows))
 
     def forward(self, kv: KVBatch, mask: Mask, generator: Draws = None) -> tuple[KVBatch, Rewrite]:
         """Guarded KV and what it was made of."""
@@ -149,11 +159,39 @@ class GuardModule(nn.Module):
             live = kv.valid[:, None, None, :, None]
             return KVBatch(kv.keys * live, kv.values * live, kv.valid), out
         if self.config.noise > 0:
-            noise = self.config.noise * self.draw_noise(z, generator)
+            z = self.add_noise(z, generator)
             if self.reads_policy:
-                noise = noise * mask.forbid.any(1).to(z.device)[:, None, None, None, None]
-            z = z + noise
+                hides = mask.forbid.any(1).to(z.device)[:, None, None, None, None]
+                z = torch.where(hides, z, out.mean)
         return self.restore(self.finish(z, mask), kv), out
+
+    @torch.no_grad()
+    def grid_mean(self, kv: KVBatch, mask: Mask) -> Tensor:
+        """Of raw KV, the grid points int32 ``[B, T, L, 2, H * D]`` that noise is added to: all of
+        the content that a receiver's observation depends on.
+
+        Rows whose policy forbids nothing have no noise where the guard ``reads_policy``. Raises
+        ``ValueError`` for a guard without noise of its own.
+        """
+        noise = self._own_noise()
+        return to_grid(self.rewrite(self.standardise(kv), kv.valid, mask).mean, noise)
+
+    @torch.no_grad()
+    def grid_points(self, kv: KVBatch, mask: Mask) -> Tensor:
+        """Of guarded KV, what was drawn: float64 ``[B, T, L, 2, H * D]`` in steps of the grid.
+
+        Whole numbers but for the rounding of ``kv``: of float32 some hundredths, to be rounded
+        away; of 16-bit KV many steps, still small beside the noise's 1024: use them as they are.
+        See ``lcguard.grid.log_likelihood``. Raises as ``grid_mean``.
+        """
+        noise = self._own_noise()
+        z = (self.channels(kv).double() - self.center.double()) / self.scale.double()
+        return self.unfinish(z, mask) * (STEPS / noise)
+
+    def _own_noise(self) -> float:
+        if not self.config.noise:
+            raise ValueError(f"guard {self.name!r} adds no noise of its own: it has no grid")
+        return float(self.config.noise)
 
 
 _REGISTRY: dict[str, type[GuardModule]] = {}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lcguard.guards.base import GuardModule, KVShape, Rewrite, register
-from lcguard.noise import KEY_BYTES, WORDS, key_stream, normals
+from lcguard.noise import KEY_BYTES, WORDS, key_stream
 from lcguard.protocols import KVBatch, Mask
 
 VARIABLE = "LCGUARD_CLOAK_KEY"
@@ -131,10 +131,18 @@ def _derive(key: bytes, purpose: str) -> bytes:
 def _orthogonal(key: bytes, n: int) -> Tensor:
     """``[n, n]``, uniform: the signs of QR are fixed, or they would depend on the library."""
     words = key_stream(key, 0, -(-n * n // WORDS)).flatten()
-    draws = normals(words)[: n * n].double().view(n, n)
+    draws = _normals(words)[: n * n].double().view(n, n)
     q, r = torch.linalg.qr(draws)
     fixed: Tensor = q * r.diagonal().sign()
     return fixed
+
+
+def _normals(words: np.ndarray) -> Tensor:
+    """Box and Muller on neighbours of an even number of uint32 words; no noise is made of it."""
+    u = torch.from_numpy((words >> np.uint32(8)).astype(np.float32)) * 2.0**-24
+    radius = torch.sqrt(-2.0 * torch.log(u[0::2] + 2.0**-24))
+    angle = u[1::2] * (2.0 * torch.pi)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten()
 
 
 def _reorder(z: Tensor, order: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ of the forbidden categories are joined, so any subset of categories is a policy 
 nothing changes nothing. A closed gate (g = 1) replaces the standardised entry by a word of a small
 learned codebook; an open one lets it pass; fixed Gaussian noise lies on both:
 
-    z' = B ((1 - g) A z + g sum_w p_w c_w + sigma n),
+    z' = B ([(1 - g) A z + g sum_w p_w c_w] + sigma n),     [.] to the grid that n is on
     g = clamp(1.2 sigmoid(logsumexp over forbidden categories) - 0.1, 0, 1).
 
 A and B, one matrix each per layer and K or V, start as the identity: A shrinks the directions in
@@ -95,6 +95,10 @@ class GateGuard(GuardModule):
     def finish(self, noisy: Tensor, mask: Mask) -> Tensor:
         """Undoes the squeeze as well as the noise allows."""
         return self._where_forbidden(noisy, self.expand, mask)
+
+    def unfinish(self, sent: Tensor, mask: Mask) -> Tensor:
+        back = torch.linalg.pinv(self.expand.detach().double()).to(sent.dtype)
+        return self._where_forbidden(sent, back, mask)
 
     def _where_forbidden(self, z: Tensor, matrix: Tensor, mask: Mask) -> Tensor:
         """A linear map per layer and K or V; nothing forbidden, nothing changed."""

@@ -1,8 +1,8 @@
-"""The noise of ``lcguard.noise`` inside a Triton kernel: ChaCha20 (RFC 8439) and Box-Muller.
+"""The noise of ``lcguard.noise`` inside a Triton kernel: ChaCha20 (RFC 8439) and the alias table.
 
-A cipher block gives 16 words, so 16 channels share one: a tile of ``[tokens, D]`` noise costs a
-tile of ``[tokens, D / 16]`` ciphers. The words are those of ``key_stream`` to the bit; the draws
-differ from ``normals`` by the last bits of the processor's logarithm and cosine.
+A cipher block gives 16 words, so 8 channels share one: a tile of ``[tokens, D]`` noise costs a
+tile of ``[tokens, D / 8]`` ciphers. Words are those of ``key_stream`` and draws those of
+``discrete_gaussian``, to the bit: nothing here is a floating-point number.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -81,39 +81,35 @@ def chacha_words(key, counter):
 
 
 @triton.jit
-def _draws(first, second):
-    """Box and Muller: two words to two standard normal draws, as ``lcguard.noise.normals``."""
-    u = (first >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-    angle = (second >> 8).to(tl.float32) * 5.9604644775390625e-08 * 6.283185307179586
-    radius = tl.sqrt(-2.0 * tl.log(u + 5.9604644775390625e-08))
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+def _draw(table, low, high):
+    """Two words to a draw int32, as ``lcguard.discrete_gaussian.discrete_gaussian``."""
+    slot = (high >> 17).to(tl.int32)
+    entry = tl.load(table + slot).to(tl.uint64, bitcast=True)
+    word = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+    own = (word << 15) < (entry << 15)
+    return tl.where(own, slot, (entry >> 49).to(tl.int32)) - 16384
 
 
 @triton.jit
-def spread(x0, x1, x2, x3, x4, x5, x6, x7,
-           x8, x9, x10, x11, x12, x13, x14,
-           x15):  # fmt: skip
-    """16 tiles ``[T, B]`` to one ``[T, B * 16]``, where ``x_i`` is column ``i`` of each 16."""
-    # The last join is the fastest index: it parts the even words from the odd ones.
-    a = tl.join(tl.join(tl.join(x0, x8), tl.join(x4, x12)),
-                tl.join(tl.join(x2, x10), tl.join(x6, x14)))  # fmt: skip
-    b = tl.join(tl.join(tl.join(x1, x9), tl.join(x5, x13)),
-                tl.join(tl.join(x3, x11), tl.join(x7, x15)))  # fmt: skip
-    return tl.reshape(tl.join(a, b), (x0.shape[0], x0.shape[1] * 16))
+def spread(x0, x1, x2, x3, x4, x5, x6, x7):
+    """8 tiles ``[T, B]`` to one ``[T, B * 8]``, where ``x_i`` is column ``i`` of each 8."""
+    # The last join is the fastest index: it parts the even draws from the odd ones.
+    a = tl.join(tl.join(x0, x4), tl.join(x2, x6))
+    b = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    return tl.reshape(tl.join(a, b), (x0.shape[0], x0.shape[1] * 8))
 
 
 @triton.jit
-def normal_tile(key, counter):
-    """Float32 draws ``[T, B * 16]`` of the cipher blocks ``counter [T, B]`` uint32."""
+def draw_tile(table, key, counter):
+    """int32 draws ``[T, B * 8]`` of the cipher blocks ``counter [T, B]`` uint32.
+
+    table: int64, the bits of ``lcguard.discrete_gaussian.table``.
+    """
     (x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15) = chacha_words(
         key, counter
     )
-    x0, x1 = _draws(x0, x1)
-    x2, x3 = _draws(x2, x3)
-    x4, x5 = _draws(x4, x5)
-    x6, x7 = _draws(x6, x7)
-    x8, x9 = _draws(x8, x9)
-    x10, x11 = _draws(x10, x11)
-    x12, x13 = _draws(x12, x13)
-    x14, x15 = _draws(x14, x15)
-    return spread(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15)
+    return spread(
+        _draw(table, x0, x1), _draw(table, x2, x3), _draw(table, x4, x5), _draw(table, x6, x7),
+        _draw(table, x8, x9), _draw(table, x10, x11), _draw(table, x12, x13),
+        _draw(table, x14, x15),
+    )  # fmt: skip

@@ -19,8 +19,8 @@ from lcguard.ops.tiles import (
     Segment,
     Turn,
     channel,
-    draws_of,
     gated,
+    noisy,
     page_rows,
     read,
     standardised,
@@ -56,19 +56,19 @@ def _plain(pages: Pages, out: Segment, places: Places, turn: Turn, stats, gate, 
             if GATE:
                 z = gated(z, gate, tokens, live, w, inside, H * D, KV, X, BLOCK_X)
             if NOISE:
-                column = head * ((D + 15) // 16) + tl.arange(0, BLOCK_D // 16)
-                z += noise.sigma * draws_of(noise, tokens, column, KV)
+                column = head * ((D + 7) // 8) + tl.arange(0, BLOCK_D // 8)
+                z = noisy(z, noise, tokens, column, KV)
             x = z * scale + center
         write(out, x, head * out.head + c, inside, tokens, places, live)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def plain_kernel(k_pages: Pages, v_pages: Pages, k_out: Segment, v_out: Segment, slots, n_tokens,
-                 n_slots, start, turn: Turn, stats, gate, first, key0, key1, key2, key3, key4,
-                 key5, key6, key7, per_token, per_kind, sigma, H: tl.constexpr, D: tl.constexpr,
-                 R2: tl.constexpr, N: tl.constexpr, X: tl.constexpr, CHANGES: tl.constexpr,
-                 GATE: tl.constexpr, NOISE: tl.constexpr, HEADS: tl.constexpr,
-                 BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+                 n_slots, start, turn: Turn, stats, gate, table, first, key0, key1, key2, key3,
+                 key4, key5, key6, key7, per_token, per_kind, steps, step, H: tl.constexpr,
+                 D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr, X: tl.constexpr,
+                 CHANGES: tl.constexpr, GATE: tl.constexpr, NOISE: tl.constexpr,
+                 HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
                  BLOCK_X: tl.constexpr):  # fmt: skip
     """Guards that treat a head alone: identity, gaussian, a gate without squeeze.
 
@@ -76,7 +76,7 @@ def plain_kernel(k_pages: Pages, v_pages: Pages, k_out: Segment, v_out: Segment,
     """
     places = Places(slots, n_tokens, n_slots, start)
     key = (key0, key1, key2, key3, key4, key5, key6, key7)
-    noise = Noise(key, first, per_token, per_kind, sigma)
+    noise = Noise(table, key, first, per_token, per_kind, steps, step)
     if tl.program_id(2) == 0:
         _plain(k_pages, k_out, places, turn, stats, gate, noise, H, D, R2, N, X, CHANGES, GATE,
                NOISE, HEADS, BLOCK_T, BLOCK_D, BLOCK_X, 0)  # fmt: skip
@@ -145,22 +145,23 @@ def _bottleneck(pages: Pages, out: Segment, places: Places, turn: Turn, stats, n
             tile = tl.load(up + (KV * R + r)[:, None] * W + w[None, :], mask=mask, other=0.0)
             z += tl.dot(hidden, tile, input_precision=DOT) + channel(up_bias + KV * W, w, inside)
             if NOISE:
-                block = start // 16 + tl.arange(0, BLOCK_C // 16)
-                z += noise.sigma * draws_of(noise, tokens, head * ((D + 15) // 16) + block, KV)
+                block = start // 8 + tl.arange(0, BLOCK_C // 8)
+                z = noisy(z, noise, tokens, head * ((D + 7) // 8) + block, KV)
             write(out, z * scale + center, head * out.head + c, inside, tokens, places, live)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def bottleneck_kernel(k_pages: Pages, v_pages: Pages, k_out: Segment, v_out: Segment, slots,
-                      n_tokens, n_slots, start, turn: Turn, stats, net, first, key0, key1, key2,
-                      key3, key4, key5, key6, key7, per_token, per_kind, sigma, H: tl.constexpr,
-                      D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-                      NOISE: tl.constexpr, DOT: tl.constexpr, BLOCK_T: tl.constexpr,
-                      BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+                      n_tokens, n_slots, start, turn: Turn, stats, net, table, first, key0, key1,
+                      key2, key3, key4, key5, key6, key7, per_token, per_kind, steps, step,
+                      H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr,
+                      R: tl.constexpr, NOISE: tl.constexpr, DOT: tl.constexpr,
+                      BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+                      BLOCK_R: tl.constexpr):  # fmt: skip
     """The residual guard. Grid: (token tiles, 1, 2); net: as ``work.Bottleneck``."""
     places = Places(slots, n_tokens, n_slots, start)
     key = (key0, key1, key2, key3, key4, key5, key6, key7)
-    noise = Noise(key, first, per_token, per_kind, sigma)
+    noise = Noise(table, key, first, per_token, per_kind, steps, step)
     if tl.program_id(2) == 0:
         _bottleneck(k_pages, k_out, places, turn, stats, net, noise, H, D, R2, N, R, NOISE, DOT,
                     BLOCK_T, BLOCK_C, BLOCK_R, 0)  # fmt: skip

@@ -3,10 +3,10 @@
 Same arguments, errors and results as ``lcguard.ops.reference``, but that slots past the last page
 are treated as padding (a check would wait for the device).
 
-Without noise the plain path should be bound by memory; with it, by the cipher's 60 or so integer
-operations per channel. The grid is not persistent: a long segment has thousands of equal programs.
-Tile sizes follow from what the compiler reports for sm_90 (registers, spills); no choice here was
-measured on a GPU.
+Without noise the plain path should be bound by memory; with it, by the cipher's 120 or so integer
+operations per channel and a look-up in the 256 KiB of the noise's law. The grid is not persistent:
+a long segment has thousands of equal programs. Tile sizes follow from what the compiler reports for
+sm_90 (registers, spills); no choice here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lcguard import discrete_gaussian
+from lcguard.grid import step_size, steps_per_unit
 from lcguard.noise import blocks_per_head
 from lcguard.ops.kernels import bottleneck_kernel, place_kernel, plain_kernel
 from lcguard.ops.reference import check_layer, check_work
@@ -27,7 +29,7 @@ from lcguard.ops.work import TokenWork
 from lcguard.rope import Rotary
 
 TILE = 2048
-"""Elements of a tile: one cipher block for each of 128 threads, 16 registers for each value."""
+"""Elements of a tile: two cipher blocks for each of 128 threads, 16 registers for each value."""
 MAX_D = 256
 MAX_BOTTLENECK = 256
 """R that a tile holds whole."""
@@ -57,7 +59,7 @@ def rewrite_layer(
     token = _places(k_view, slots, start)
     token["stats"] = work.center.contiguous(), work.scale.contiguous()
     source: dict[str, Any] = {
-        **_noise(work, dim), "k_pages": _pages(k_view), "v_pages": _pages(v_view),
+        **_noise(work, dim, k_view.device), "k_pages": _pages(k_view), "v_pages": _pages(v_view),
         "turn": Turn(_frequencies(rotary, k_view.device), -1.0, 1.0 / rotary.attention_scaling),
         "R2": rotary.rotary_dim, "N": k_view.shape[2], "NOISE": bool(work.noise),
     }  # fmt: skip
@@ -162,8 +164,9 @@ def _places(view: Tensor, slots: Tensor, start: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _noise(work: TokenWork, dim: int) -> dict[str, Any]:
-    words, first, per_token, per_kind = [0] * 8, 0, 0, 0
+def _noise(work: TokenWork, dim: int, device: torch.device) -> dict[str, Any]:
+    words, first, per_token, per_kind, table = [0] * 8, 0, 0, 0, None
+    steps, step = 0.0, 0.0
     if work.noise and (stream := work.stream):
         a_head = blocks_per_head(dim)
         per_token, per_kind = stream.blocks_per_token(dim), stream.heads * a_head
@@ -171,10 +174,17 @@ def _noise(work: TokenWork, dim: int) -> dict[str, Any]:
         first += stream.first_head * a_head
         # Arguments of the launch, not a tensor: the allocator would keep the secret.
         words = np.frombuffer(stream.key, dtype="<i4").tolist()
+        steps, step, table = steps_per_unit(work.noise), step_size(work.noise), _table(device)
     key = {f"key{i}": word for i, word in enumerate(words)}
     return key | {
-        "first": first, "per_token": per_token, "per_kind": per_kind, "sigma": float(work.noise),
+        "table": table, "first": first, "per_token": per_token, "per_kind": per_kind,
+        "steps": steps, "step": step,
     }  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _table(device: torch.device) -> Tensor:
+    return torch.from_numpy(discrete_gaussian.table().view(np.int64)).to(device)
 
 
 @lru_cache(maxsize=16)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lcguard.grid import noisy
 from lcguard.ops.work import Bottleneck, TokenWork
 from lcguard.rope import Rotary
 
@@ -98,8 +99,7 @@ def guard_tokens(x: Tensor, work: TokenWork, head_dim: int) -> Tensor:
         closed = gate.closed[..., None]
         z = (1 - closed) * z + closed * torch.einsum("tx,xkc->tkc", gate.words, gate.codebook)
     if work.noise and work.stream:
-        noise = work.stream.draw(x.shape[2] // head_dim, head_dim, len(x))
-        z = z + work.noise * noise.to(z.device)
+        z = noisy(z, work.noise, work.stream.draw(x.shape[2] // head_dim, head_dim, len(x)))
     if gate and gate.expand is not None:
         z = torch.einsum("tkc,kcd->tkd", z, gate.expand)
     return z * work.scale + work.center

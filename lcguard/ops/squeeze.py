@@ -1,6 +1,6 @@
 """Triton kernels for a gate whose matrices mix all W channels of a token.
 
-    y = (1 - g) z A + g sum_w p_w c_w + sigma n        ``squeeze_kernel``
+    y = [(1 - g) z A + g sum_w p_w c_w] + sigma n      ``squeeze_kernel``
     x = (y B) * scale + center                         ``expand_kernel``
 
 Two launches with y ``[2, T, W]`` float32 between them: any W, and no W x W tile. A program makes
@@ -22,8 +22,8 @@ from lcguard.ops.tiles import (
     Segment,
     Turn,
     channel,
-    draws_of,
     gated,
+    noisy,
     page_rows,
     standardised,
     turn_of,
@@ -65,23 +65,23 @@ def _squeeze(pages: Pages, y, places: Places, turn: Turn, stats, gate, matrix, n
             z = tl.dot(raw, tile, z, input_precision=DOT)
     z = gated(z, gate, tokens, live, w, inside, W, KV, X, BLOCK_X)
     if NOISE:
-        block = head * ((D + 15) // 16) + start // 16 + tl.arange(0, BLOCK_C // 16)
-        z += noise.sigma * draws_of(noise, tokens, block, KV)
+        block = head * ((D + 7) // 8) + start // 8 + tl.arange(0, BLOCK_C // 8)
+        z = noisy(z, noise, tokens, block, KV)
     at = (KV * places.n_tokens + tokens).to(tl.int64)[:, None] * W + w[None, :]
     tl.store(y + at, z, mask=(tokens < places.n_tokens)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def squeeze_kernel(k_pages: Pages, v_pages: Pages, y, slots, n_tokens, n_slots, start, turn: Turn,
-                   stats, gate, matrix, first, key0, key1, key2, key3, key4, key5, key6, key7,
-                   per_token, per_kind, sigma, H: tl.constexpr, D: tl.constexpr,
+                   stats, gate, matrix, table, first, key0, key1, key2, key3, key4, key5, key6,
+                   key7, per_token, per_kind, steps, step, H: tl.constexpr, D: tl.constexpr,
                    R2: tl.constexpr, N: tl.constexpr, X: tl.constexpr, NOISE: tl.constexpr,
                    DOT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
                    BLOCK_X: tl.constexpr):  # fmt: skip
     """matrix: A ``[2, W, W]``. Grid: (token tiles, H * ceil(D / BLOCK_C), 2)."""
     places = Places(slots, n_tokens, n_slots, start)
     key = (key0, key1, key2, key3, key4, key5, key6, key7)
-    noise = Noise(key, first, per_token, per_kind, sigma)
+    noise = Noise(table, key, first, per_token, per_kind, steps, step)
     if tl.program_id(2) == 0:
         _squeeze(k_pages, y, places, turn, stats, gate, matrix, noise, H, D, R2, N, X, NOISE, DOT,
                  BLOCK_T, BLOCK_C, BLOCK_X, 0)  # fmt: skip

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lcguard.noise import KEY_BYTES, blocks_per_head, key_stream, normals
-
-_CHUNK_BLOCKS = 1 << 18
+from lcguard.discrete_gaussian import discrete_gaussian
+from lcguard.noise import CHUNK_BLOCKS, KEY_BYTES, blocks_per_head, key_stream
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,18 @@ class NoiseStream:
             )
 
     def draw(self, heads: int, head_dim: int, n_tokens: int) -> Tensor:
-        """The part of ``segment_noise`` of these heads: float32 ``[T, 2, heads * D]`` on the CPU.
+        """The part of ``segment_noise`` of these heads: int16 ``[T, 2, heads * D]`` on the CPU.
 
         Runs the cipher over the other layers' blocks too: seeking once a token takes longer.
         """
         self.check(n_tokens, head_dim)
         a_token = self.blocks_per_token(head_dim)
-        chunk = max(1, _CHUNK_BLOCKS // a_token)
-        parts = [torch.empty(0, 2, heads * head_dim)]
+        chunk = max(1, CHUNK_BLOCKS // a_token)
+        parts = [torch.empty(0, 2, heads * head_dim, dtype=torch.int16)]
         for start in range(0, n_tokens, chunk):
             n = min(chunk, n_tokens - start)
             words = key_stream(self.key, (self.first_token + start) * a_token, n * a_token)
             words = words.reshape(n, self.layers, 2, self.heads, -1)[:, self.layer]
             own = words[:, :, self.first_head : self.first_head + heads]
-            parts.append(normals(own)[..., :head_dim].flatten(2))
+            parts.append(torch.from_numpy(discrete_gaussian(own))[..., :head_dim].flatten(2))
         return torch.cat(parts)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from lcguard.ops.chacha import normal_tile
+from lcguard.ops.chacha import draw_tile
 
 
 class Pages(NamedTuple):
@@ -56,7 +56,10 @@ class Turn(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Where the cipher blocks are; see ``lcguard.noise`` for the layout."""
+    """The grid, the law and where the cipher blocks are; see ``lcguard.noise`` for the layout."""
+
+    table: Any
+    """int64 ``[2^15]``."""
 
     key: Any
     """8 ints: the little-endian words of the secret, signed."""
@@ -64,7 +67,9 @@ class Noise(NamedTuple):
     """Cipher block of token 0, keys, head 0."""
     per_token: int
     per_kind: int
-    sigma: float
+    steps: float
+    """In one standard deviation of a channel."""
+    step: float
 
 
 @triton.jit
@@ -105,10 +110,19 @@ def read(data, at, mask, c, turned, R2: tl.constexpr, TURN: tl.constexpr):
 
 
 @triton.jit
-def draws_of(noise: Noise, tokens, column, KV: tl.constexpr):
-    """Draws ``[BLOCK_T, 16 * columns]``; ``column``: cipher block within a token's keys."""
+def noisy(z, noise: Noise, tokens, column, KV: tl.constexpr):
+    """``lcguard.grid.noisy`` on ``z [BLOCK_T, 8 * columns]``; column: block in a token's keys."""
     row = noise.first + tokens.to(tl.int64) * noise.per_token + KV * noise.per_kind
-    return normal_tile(noise.key, (row[:, None] + column[None, :]).to(tl.uint32))
+    counter = (row[:, None] + column[None, :]).to(tl.uint32)
+    finite = tl.abs(z) < float("inf")
+    at = tl.where(finite, z, 0.0) * noise.steps
+    low = tl.floor(at)
+    half = low * 0.5
+    over = at - low  # ties to even, as torch.round
+    up = (over > 0.5) | ((over == 0.5) & (half != tl.floor(half)))
+    point = tl.minimum(tl.maximum(tl.where(up, low + 1.0, low), -1073741824.0), 1073741824.0)
+    point = point.to(tl.int32) + draw_tile(noise.table, noise.key, counter)
+    return tl.where(finite, point.to(tl.float32) * noise.step, float("nan"))
 
 
 @triton.jit

@@ -2,10 +2,11 @@
 
     z = (x - center) / scale
     z' = z + up(gelu(down(layer_norm(z) * gain + bias) + down_bias)) + up_bias      residual
-    z' = expand((1 - g) squeeze(z) + g sum_w p_w c_w + sigma n)                     gate
+    z' = expand([(1 - g) squeeze(z) + g sum_w p_w c_w] + sigma n)                   gate
     x' = z' scale + center
 
-with keys un-rotated. Every other guard adds ``sigma n`` last. What reads the whole segment, the
+with keys un-rotated. Every other guard adds ``sigma n`` last; [.] is rounded to the grid that
+``sigma n`` is on (``lcguard.grid``). What reads the whole segment, the
 gate's context network, runs before (``decide``) and leaves g and p. W = H * D channels, R
 bottleneck width, X words of the codebook.
 """

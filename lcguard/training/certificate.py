@@ -1,7 +1,8 @@
 """What one draw of a guarded segment can tell about the secrets, in nats, and what that allows.
 
-For a guard with mean m and Gaussian noise sigma, the KL divergence between the segments of two
-contexts is ``||m(raw) - m(raw')||^2 / 2 sigma^2``. Its expectation over contexts that differ in
+For a guard whose mean falls on grid points k (``lcguard.grid``), the KL divergence between the
+segments of two contexts is ``||k(raw) - k(raw')||^2 / 2 S^2``: exact for the discrete noise that is
+drawn, of S = 1024 steps. Its expectation over contexts that differ in
 resampled forbidden secrets alone bounds the mutual information between the secrets and one draw of
 the segment, given the rest of the text and the secrets' lengths (convexity of KL). Data processing
 (Fano's inequality in its binary form) then bounds any attacker's success p:
@@ -24,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lcguard.discrete_gaussian import STEPS
+from lcguard.grid import to_grid
 from lcguard.guards.base import GuardModule
 from lcguard.records import TokenRecord, masks
 from lcguard.source import ModelSource
@@ -139,8 +142,9 @@ def pair_leaks(
         means = []
         for half in (kv[:n], kv[n:]):
             z = module.standardise(half)
-            means.append(z if raw else module.rewrite(z, half.valid, mask).mean)
-        out += pair_leak_nats(means[0], means[1], kv[:n].valid, module.config.noise).tolist()
+            mean = z if raw else module.rewrite(z, half.valid, mask).mean
+            means.append(to_grid(mean, module.config.noise).double())
+        out += pair_leak_nats(means[0], means[1], kv[:n].valid, STEPS).tolist()
     return out
 
 

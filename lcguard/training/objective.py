@@ -5,7 +5,8 @@
 
 Pair leak, in nats: ``||m(raw) - m(raw')||^2 / (2 sigma^2)``, with raw' the same context whose
 forbidden secrets are resampled, through the whole guard (our own; evidence in the README). It
-bounds what one draw of the segment tells about the secrets. ``log1p`` keeps a large leak from
+bounds what one draw of the segment tells about the secrets; the certificate takes it on the grid
+that the means are rounded to, which has no gradient. ``log1p`` keeps a large leak from
 drowning the receiver's loss. The adversarial term is the minimax of arXiv 2605.22786.
 """
 
