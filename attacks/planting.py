@@ -14,6 +14,7 @@ from lcguard.attacks.soft import embedding_table
 from lcguard.noise import noise_key
 from lcguard.protocols import AttackData, KVBatch, Secret
 from lcguard.records import IGNORE, pad
+from lcguard.training.twins import found_twin
 
 
 def context_of(data: AttackData, i: int) -> list[int]:
@@ -65,9 +66,15 @@ def publish(data: AttackData, known: Knowledge, salt: str) -> AttackData:
             keys = [noise_key(0, f"{salt} {name}") for name in data.record_ids[cut]]
             twin = None
             if known.guard.needs_twin:
-                filler = neutral_token(known)
+                filler, marks = neutral_token(known), known.guard.marks(kv, data.mask[cut])
                 pairs = zip(rows[cut], data.secrets[cut], strict=True)
-                twin = known.source.prefill([_neutral(r, s, filler) for r, s in pairs], on=on)
+                contexts: list[Sequence[int]] = [_neutral(r, s, filler) for r, s in pairs]
+                if marks is not None:  # a guard that finds them itself
+                    contexts = [
+                        found_twin(r, m[: len(r)], "neutral", filler)
+                        for r, m in zip(rows[cut], marks.tolist(), strict=True)
+                    ]
+                twin = known.source.prefill(contexts, on=on)
             kv = known.guard(kv, data.mask[cut], keys=keys, twin=twin).kv
         parts.append(kv)
     return data.with_kv(KVBatch.stack(parts))

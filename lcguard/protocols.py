@@ -128,7 +128,14 @@ class Guard(Protocol):
 
     name: str
     needs_twin: bool
-    """True where the guard sends the KV of the twin instead (secret spans known)."""
+    """True where the guard sends the KV of the twin instead (secret spans known, or found)."""
+    placeholder: str
+    """What stands for a value in that twin."""
+
+    def marks(self, kv: KVBatch, mask: Mask) -> Tensor | None:
+        """What it finds itself in raw KV, ``[B, T]``: a token's category, -1 where it stays; None
+        for a guard that is told."""
+        ...
 
     def __call__(
         self, kv: KVBatch, mask: Mask, *, keys: Sequence[bytes] | None = None,

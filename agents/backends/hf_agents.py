@@ -13,7 +13,7 @@ from lcguard.agents.backends.hf import HFBackend
 from lcguard.noise import noise_key
 from lcguard.protocols import Guard, KVBatch
 from lcguard.records import TokenRecord, masks
-from lcguard.training.twins import neutral_twin
+from lcguard.training.dataset import twin_contexts
 
 ANY = "*"
 
@@ -119,8 +119,7 @@ class HFAgents:
     ) -> KVBatch:
         twin = None
         if guard.needs_twin:
-            neutral = self.model.special.neutral_id
-            contexts = [neutral_twin(r, r.forbid, neutral) for r in records]
+            contexts = twin_contexts(guard, records, kv, self.model.special)
             twin = self.model.source.prefill(contexts, len(contexts), on)
         # one draw per segment: whoever receives it under the same policy receives the same noise
         keys = [noise_key(self.seed, f"{r.record_id}/{_policy(r)}") for r in records]

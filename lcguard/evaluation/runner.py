@@ -133,7 +133,10 @@ class Runner:
             spent = (time.perf_counter() - started) / len(records) * 1e3
             self.s.timing.setdefault(spec.name, {})["ms"] = spent
         data = attack_data(records, kv, self.s.special)
-        if spec is not None and spec.fixed_length:  # tokens moved: no per-position target
+        moved = spec is not None and (
+            spec.fixed_length or self.s.guards[spec.name].placeholder != "neutral"
+        )
+        if moved:  # no token stands where it stood: no per-position target
             data = replace(data, context_ids=torch.full_like(data.context_ids, IGNORE))
         self._pairs[*key, which] = data
         return data

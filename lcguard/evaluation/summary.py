@@ -249,7 +249,10 @@ def explain_tokens(
     decode: Callable[[Sequence[int]], str],
 ) -> list[dict[str, Any]]:
     """Token texts with the share withheld and the category of the value they belong to."""
-    if guard.needs_twin:
+    marks = guard.marks(kv, mask)
+    if marks is not None:
+        withheld = (marks[0, : len(record.ids)] >= 0).float()
+    elif guard.needs_twin:
         withheld = torch.zeros(len(record.ids))
         for s in record.spans:
             withheld[s.start : s.end] = float(s.secret)

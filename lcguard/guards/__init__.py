@@ -12,6 +12,7 @@ from lcguard.guards import (
     redact,
     regress,
     residual,
+    twin,
 )
 from lcguard.guards.base import GuardModule, KVShape, guard_class, names, register
 from lcguard.guards.frozen import Card, FrozenGuard, GuardError
@@ -34,4 +35,5 @@ __all__ = [
     "register",
     "regress",
     "residual",
+    "twin",
 ]

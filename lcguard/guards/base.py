@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class KVShape(NamedTuple):
         return self.layers * 2 * self.kv_heads * self.head_dim
 
 
+Placeholder = Literal["neutral", "fixed_length", "typed"]
 Draws = torch.Generator | Sequence[bytes] | None
 """Where noise comes from: a generator in training, a key for each record on a hop, fresh secrets
 where None."""
@@ -62,6 +63,9 @@ class GuardModule(nn.Module):
     trained: ClassVar[bool] = True
     reads_policy: ClassVar[bool] = False
     """True where a record under a policy that forbids nothing passes without noise."""
+    placeholder: Placeholder = "neutral"
+    """What stands for a replaced value, for guards that send a twin: a neutral token for each of
+    its own, a run of fixed length, or its category's name in brackets."""
     claim: ClassVar[str] = ""
     """What the guard claims, and against whom; printed on its card."""
 
@@ -125,6 +129,12 @@ class GuardModule(nn.Module):
     def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
         """The deterministic part: ``z [B, T, L, 2, H * D]`` to the mean of the output."""
         raise NotImplementedError(f"guard {self.name!r} does not rewrite KV")
+
+    def marks(self, kv: KVBatch, mask: Mask) -> Tensor | None:
+        """What the guard itself finds in raw KV, to be replaced before the context is prefilled
+        again: ``[B, T]``, the index of a token's category, -1 where it stays. None for a guard that
+        is told the values, or replaces none."""
+        return None
 
     def finish(self, noisy: Tensor, mask: Mask) -> Tensor:
         """What happens to the noisy output before it is sent; can reveal nothing more."""

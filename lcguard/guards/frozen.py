@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+from torch import Tensor
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
@@ -59,6 +60,7 @@ class FrozenGuard:
         self.module = module.eval().requires_grad_(False)
         self.name = module.name
         self.needs_twin = module.needs_twin
+        self.placeholder: str = module.placeholder
         self.card = card or Card(
             guard=module.name, options=module.options(), shape=(*module.shape,),
             claim=module.claim,
@@ -73,6 +75,10 @@ class FrozenGuard:
         )
         same["weights"] = weights_digest(self.module)
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+    def marks(self, kv: KVBatch, mask: Mask) -> Tensor | None:
+        """See ``GuardModule.marks``."""
+        return self.module.marks(kv, mask)
 
     def opened(self, kv: KVBatch) -> KVBatch:
         """What an entitled audience reads: a guard for the wire alone is undone with its key."""

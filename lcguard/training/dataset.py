@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from lcguard.categories import CATEGORIES
 from lcguard.noise import noise_key
 from lcguard.protocols import AttackData, Guard, KVBatch, Mask
 from lcguard.records import IGNORE, TokenRecord, masks, pad
 from lcguard.source import ModelSource
-from lcguard.training.twins import fixed_length_twin, neutral_twin
+from lcguard.training.twins import fixed_length_twin, found_twin, neutral_twin
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,23 @@ class Special:
     neutral_id: int
     vocab: int
     special_ids: tuple[int, ...] = ()
+    typed: tuple[tuple[int, ...], ...] = ()
+    """Each category's name in brackets: what a typed placeholder reads."""
 
     @classmethod
     def of(cls, tokenizer: Any, vocab: int) -> Special:
         """Neutral token: the letter X, which every vocabulary has."""
-        neutral = tokenizer("X", add_special_tokens=False)["input_ids"][-1]
-        return cls(int(tokenizer.eos_token_id), int(neutral), vocab,
-                   tuple(sorted(tokenizer.all_special_ids)))  # fmt: skip
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        return cls(
+            end_id=int(tokenizer.eos_token_id),
+            neutral_id=ids("X")[-1],
+            vocab=vocab,
+            special_ids=tuple(sorted(tokenizer.all_special_ids)),
+            typed=tuple(ids(f"[{c.upper()}]") for c in CATEGORIES),
+        )
 
 
 def with_policy(
@@ -87,8 +98,7 @@ def guard_all(
     mask = masks(records)
     twin = None
     if guard.needs_twin:
-        make = fixed_length_twin if fixed_length else neutral_twin
-        twin = source.prefill([make(r, r.forbid, special.neutral_id) for r in records])
+        twin = source.prefill(twin_contexts(guard, records, kv, special, fixed_length))
     parts = []
     for first in range(0, len(records), batch):
         rows = slice(first, first + batch)
@@ -97,6 +107,29 @@ def guard_all(
         out = guard(kv[rows], part, keys=keys, twin=None if twin is None else twin[rows])
         parts.append(out.kv)
     return KVBatch.stack(parts)
+
+
+def twin_contexts(
+    guard: Guard, records: Sequence[TokenRecord], kv: KVBatch, special: Special,
+    fixed_length: bool = False, batch: int = 16,
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """What is prefilled again for a guard that sends a twin: the contexts without what it finds in
+    raw ``kv``, or, for a guard that is told, without the values that each policy forbids."""
+    make = fixed_length_twin if fixed_length else neutral_twin
+    mask, out = masks(records), list[tuple[int, ...]]()
+    for first in range(0, len(records), batch):
+        rows = slice(first, first + batch)
+        found = guard.marks(kv[rows], mask[rows])
+        for i, record in enumerate(records[rows]):
+            if found is None:
+                out.append(make(record, record.forbid, special.neutral_id))
+            else:
+                placeholder = "fixed_length" if fixed_length else guard.placeholder
+                marks = found[i, : len(record.ids)].tolist()
+                out.append(
+                    found_twin(record.ids, marks, placeholder, special.neutral_id, special.typed)
+                )
+    return out
 
 
 def blind(data: AttackData, seed: int = 0) -> AttackData:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from lcguard.guards.detector import runs
 from lcguard.records import TokenRecord, TokenSpan
 
 Key = tuple[str, int, str | None]
@@ -33,12 +34,42 @@ def fixed_length_twin(
     record: TokenRecord, forbid: Sequence[str], neutral_id: int, length_tokens: int = 4
 ) -> tuple[int, ...]:
     """As ``neutral_twin``, but every value becomes ``length_tokens`` tokens: hides lengths too."""
-    ids: list[int] = []
+    spans = sorted(forbidden_spans(record, forbid), key=lambda s: s.start)
+    return replaced(record.ids, [(s.start, s.end, (neutral_id,) * length_tokens) for s in spans])
+
+
+def found_twin(
+    ids: Sequence[int], marks: Sequence[int], placeholder: str, neutral_id: int,
+    typed: Sequence[Sequence[int]] = (), length_tokens: int = 4,
+) -> tuple[int, ...]:  # fmt: skip
+    """The context with what a detector marked replaced; ``marks``: see ``GuardModule.marks``.
+
+    ``typed``: the tokens of each category's name, for the placeholder ``typed``. Raises
+    ``ValueError`` for a placeholder that is not known.
+    """
+    fill: dict[str, Callable[[int, int], Sequence[int]]] = {
+        "neutral": lambda n, category: (neutral_id,) * n,
+        "fixed_length": lambda n, category: (neutral_id,) * length_tokens,
+        "typed": lambda n, category: typed[category],
+    }
+    if placeholder not in fill:
+        raise ValueError(f"placeholder {placeholder!r} is unknown: use {', '.join(fill)}")
+    chosen = fill[placeholder]
+    return replaced(ids, [(a, b, chosen(b - a, c)) for a, b, c in runs(marks)])
+
+
+def replaced(
+    ids: Sequence[int], ranges: Iterable[tuple[int, int, Sequence[int]]]
+) -> tuple[int, ...]:
+    """The context with token ranges ``(start, end, by)``, in order, replaced; they may not overlap:
+    of two that do, the second loses what the first has taken."""
+    out: list[int] = []
     at = 0
-    for span in sorted(forbidden_spans(record, forbid), key=lambda s: s.start):
-        ids += [*record.ids[at : span.start], *[neutral_id] * length_tokens]
-        at = span.end
-    return (*ids, *record.ids[at:])
+    for start, end, by in ranges:
+        if end > at:
+            out += [*ids[at : max(at, start)], *by]
+            at = end
+    return (*out, *ids[at:])
 
 
 class ValuePool:

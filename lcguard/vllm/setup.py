@@ -110,6 +110,12 @@ def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, F
                 )
                 if tuple(out[name].card.categories) != CATEGORIES:
                     raise GuardError("it knows other categories")
+                if out[name].needs_twin:
+                    # the engine holds the raw prompt's KV alone: passed on as the twin, it leaks
+                    raise GuardError(
+                        f"{out[name].name!r} sends the KV of another prompt, which only edges with "
+                        "guard 'redact' prefill here; use it on transformers"
+                    )
             else:
                 module = guard_class(name).build(KVShape(*shape), len(CATEGORIES), {})
                 out[name] = FrozenGuard(module)

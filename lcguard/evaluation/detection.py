@@ -1,0 +1,94 @@
+"""How much a detector finds and what it damages: whole values of forbidden categories against
+whatever else it touches, with an exact bound on what it misses.
+
+A value is found where every one of its tokens is hidden. The bound is Clopper and Pearson's,
+one-sided: at its level, no more than that share of values like the measured ones is missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lcguard.records import TokenRecord
+
+LEVEL = 0.95
+
+
+@dataclass
+class Tally:
+    """Counts over one category, or all."""
+
+    found: int = 0
+    total: int = 0
+
+    @property
+    def recall(self) -> float | None:
+        return self.found / self.total if self.total else None
+
+    def to_dict(self, level: float = LEVEL) -> dict[str, Any]:
+        return {
+            "found": self.found,
+            "total": self.total,
+            "recall": self.recall,
+            "recall_lower": recall_lower(self.found, self.total, level),
+        }
+
+
+def recall_lower(found: int, total: int, level: float = LEVEL) -> float:
+    """One-sided Clopper-Pearson lower bound on the share of values found; 0 where none was asked.
+
+    Raises ``ValueError`` for counts that are no counts.
+    """
+    from scipy.stats import beta  # half a second that most commands do not need
+
+    if not 0 <= found <= total:
+        raise ValueError(f"found={found} of total={total}: give 0 <= found <= total")
+    return float(beta.ppf(1 - level, found, total - found + 1)) if found else 0.0
+
+
+def asr_ceiling(found: int, total: int, blind_guess: float, level: float = LEVEL) -> float:
+    """No attacker recovers a value like those measured more often than this: a value that is missed
+    stands in clear, one that is found can only be guessed.
+
+    ``(1 - recall) + recall p0`` at the recall's lower bound; p0 is the best blind guess.
+    """
+    low = recall_lower(found, total, level)
+    return (1 - low) + low * blind_guess
+
+
+Marks = Callable[[Sequence[TokenRecord]], list[Tensor]]
+"""Records to one ``[T]`` bool tensor each: which tokens are hidden."""
+
+
+def measure(records: Sequence[TokenRecord], marks: Marks, level: float = LEVEL) -> dict[str, Any]:
+    """Figures of a detector on records under their own policies.
+
+    ``task_touched`` is the share of values without a category of which any token is hidden,
+    ``tokens_flagged`` the share of all tokens that are. None where there is nothing to divide by.
+    """
+    whole, by_category = Tally(), dict[str, Tally]()
+    touched = task = flagged = tokens = 0
+    for record, row in zip(records, marks(records), strict=True):
+        for span in record.spans:
+            hidden = row[span.start : span.end]
+            if span.secret and span.category is not None:
+                for tally in (whole, by_category.setdefault(span.category, Tally())):
+                    tally.total += 1
+                    tally.found += bool(hidden.all())
+            elif span.category is None:
+                task += 1
+                touched += bool(hidden.any())
+        flagged += int(row.sum())
+        tokens += len(row)
+    return {
+        **whole.to_dict(level),
+        "level": level,
+        "task_spans": task,
+        "task_touched": touched / task if task else None,
+        "tokens_flagged": flagged / tokens if tokens else None,
+        "categories": {c: t.to_dict(level) for c, t in sorted(by_category.items())},
+    }

@@ -1,0 +1,163 @@
+"""Fits the detector of guard ``twin``: which tokens belong to a value of which category.
+
+Binary cross-entropy per token and category on labelled records, values weighted up. The model is
+frozen and read once: a record's features are kept, so an epoch costs the small network alone.
+Thresholds come afterwards, from validation records: the highest one that still reaches a category's
+wanted recall, since every other token that it flags costs the receiver something.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lcguard.categories import CATEGORIES
+from lcguard.guards.twin import TwinGuard
+from lcguard.protocols import KVBatch
+from lcguard.records import TokenRecord
+from lcguard.source import ModelSource
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    steps: int = 900
+    batch: int = 16
+    lr: float = 1.5e-3
+    warmup: int = 30
+    value_weight: float = 3.0
+    """Of a value's tokens against all others."""
+    dropout: float = 0.1
+    """Share of the features that a step does not see."""
+    recall: float = 0.98
+    """Share of validation values, per category, that thresholds have to reach."""
+    thresholds: tuple[float, float] = (-7.0, 0.0)
+    """Lowest and highest threshold that may be chosen."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ReadRecords:
+    """Records with what the detector reads of them, one tensor ``[T, F]`` each, as bfloat16."""
+
+    records: tuple[TokenRecord, ...]
+    features: tuple[Tensor, ...]
+
+    def batches(self, size: int) -> Iterator[tuple[list[TokenRecord], Tensor, Tensor]]:
+        """All of them, shortest first: records, features ``[B, T, F]`` and valid ``[B, T]``."""
+        order = sorted(range(len(self.records)), key=lambda i: len(self.features[i]))
+        for first in range(0, len(order), size):
+            yield self.rows(order[first : first + size])
+
+    def rows(self, at: Sequence[int]) -> tuple[list[TokenRecord], Tensor, Tensor]:
+        width = max(len(self.features[i]) for i in at)
+        x = torch.zeros(len(at), width, self.features[at[0]].shape[1])
+        valid = torch.zeros(len(at), width, dtype=torch.bool)
+        for row, i in enumerate(at):
+            n = len(self.features[i])
+            x[row, :n], valid[row, :n] = self.features[i].float(), True
+        return [self.records[i] for i in at], x, valid
+
+
+@torch.no_grad()
+def read_records(
+    module: TwinGuard, records: Sequence[TokenRecord], source: ModelSource, batch: int = 16,
+    progress: Callable[[int], None] = lambda n: None,
+) -> ReadRecords:  # fmt: skip
+    """Prefills each distinct context once. Statistics are fitted on the first records where the
+    module has none."""
+    known: dict[tuple[int, ...], Tensor] = {}
+    contexts = sorted({r.ids for r in records}, key=len)
+    if bool((module.center == 0).all()):
+        some = random.Random(0).sample(contexts, min(128, len(contexts)))
+        module.fit_statistics(_float(source.prefill(some, batch)))
+    for first in range(0, len(contexts), batch):
+        part = contexts[first : first + batch]
+        x = module.features(source.prefill(part, batch)).cpu()
+        for ids, row in zip(part, x, strict=True):
+            known[ids] = row[: len(ids)].to(torch.bfloat16, copy=True)
+        progress(len(part))
+    return ReadRecords(tuple(records), tuple(known[r.ids] for r in records))
+
+
+def _float(kv: KVBatch) -> KVBatch:
+    return KVBatch(kv.keys.float(), kv.values.float(), kv.valid)
+
+
+def labels(records: Sequence[TokenRecord], n_tokens: int) -> Tensor:
+    """``[B, T, C]`` in 0, 1: whatever has a category, forbidden on this edge or not."""
+    y = torch.zeros(len(records), n_tokens, len(CATEGORIES))
+    for row, record in zip(y, records, strict=True):
+        for span in record.spans:
+            if span.category is not None:
+                row[span.start : span.end, CATEGORIES.index(span.category)] = 1.0
+    return y
+
+
+def fit_detector(
+    module: TwinGuard, data: Sequence[ReadRecords], config: DetectorConfig,
+    say: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:  # fmt: skip
+    """Trains in place. ``data``: one entry per source; every source is drawn from as often.
+
+    Raises ``ValueError`` for a source without records, or a loss that is not finite.
+    """
+    if not data or any(not d.records for d in data):
+        raise ValueError("a source has no records to train a detector on")
+    rng = random.Random(config.seed)
+    torch.manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(module.detector.parameters(), lr=config.lr, weight_decay=0.01)
+    module.train()
+    for step in range(config.steps):
+        source = data[step % len(data)]
+        at = [rng.randrange(len(source.records)) for _ in range(config.batch)]
+        records, x, valid = source.rows(at)
+        y = labels(records, x.shape[1])
+        logits = module.detector(x, valid, config.dropout)
+        weight = 1 + (config.value_weight - 1) * y
+        each = F.binary_cross_entropy_with_logits(logits, y, reduction="none") * weight
+        loss = each[valid].mean()
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(f"the detector's loss is {float(loss)} at step {step}: lower lr")
+        rate = min(1.0, (step + 1) / config.warmup) * (1 - step / config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.detector.parameters(), 1.0)
+        optimizer.step()
+        say(step, float(loss.detach()))
+    module.eval()
+
+
+@torch.no_grad()
+def choose_thresholds(
+    module: TwinGuard, data: ReadRecords, config: DetectorConfig
+) -> tuple[float, ...]:
+    """For each category the highest threshold at which its wanted share of values is found whole.
+
+    A value is found once all its tokens are above: it counts with its lowest token's logit. A
+    category without validation values takes the lowest threshold.
+    """
+    lowest: dict[str, list[float]] = {c: [] for c in CATEGORIES}
+    for records, x, valid in data.batches(config.batch):
+        logits = module.detector(x, valid)
+        for row, record in zip(logits, records, strict=True):
+            for span in record.spans:
+                if span.category is not None:
+                    c = CATEGORIES.index(span.category)
+                    lowest[span.category].append(float(row[span.start : span.end, c].min()))
+    out = []
+    low, high = config.thresholds
+    for values in lowest.values():
+        if not values:
+            out.append(low)
+            continue
+        may_miss = int((1 - config.recall) * len(values))
+        # just below the value that has to be found
+        out.append(min(high, max(low, sorted(values)[may_miss] - 1e-3)))
+    return tuple(round(v, 3) for v in out)

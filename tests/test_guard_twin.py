@@ -1,0 +1,200 @@
+"""Guard twin: what its detector finds is gone exactly, what it misses is counted and bounded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import comb
+
+import pytest
+import torch
+
+from lcguard.categories import CATEGORIES
+from lcguard.evaluation.detection import asr_ceiling, measure, recall_lower
+from lcguard.guards import FrozenGuard, KVShape
+from lcguard.guards.detector import bridged, evenly_spaced, runs
+from lcguard.guards.twin import TwinGuard
+from lcguard.records import TokenRecord, mask_of, masks
+from lcguard.training.dataset import guard_all, twin_contexts, with_policy
+from lcguard.training.fit_detector import (
+    DetectorConfig,
+    ReadRecords,
+    choose_thresholds,
+    fit_detector,
+    read_records,
+)
+from lcguard.training.twins import found_twin, neutral_twin
+from tests.fixtures import World, make_records
+
+CONFIG = DetectorConfig(steps=150, batch=8, lr=4e-3, warmup=10, dropout=0.0, recall=1.0)
+OPTIONS = {"width": 32, "blocks": 1}
+
+
+Fitted = tuple[TwinGuard, list[TokenRecord], ReadRecords]
+
+
+@pytest.fixture(scope="module")
+def fitted(world: World) -> Fitted:
+    """A detector fitted on the tiny model, thresholds from the same records."""
+    records = make_records(world.encoder, 48, seed=3)
+    module = TwinGuard.build(KVShape(*world.source.shape), len(CATEGORIES), OPTIONS)
+    read = read_records(module, records, world.source)
+    fit_detector(module, [read], CONFIG)
+    options = module.options() | {"thresholds": choose_thresholds(module, read, CONFIG)}
+    done = TwinGuard.build(KVShape(*world.source.shape), len(CATEGORIES), options)
+    done.load_state_dict(module.state_dict())
+    return done, records, read
+
+
+def test_every_value_of_its_records_is_found_and_gone(world: World, fitted: Fitted) -> None:
+    module, records, _ = fitted
+    guard = FrozenGuard(module)
+    kv = world.source.prefill([r.ids for r in records])
+    contexts = twin_contexts(guard, records, kv, world.special)
+    for record, ids in zip(records, contexts, strict=True):
+        assert len(ids) == len(record.ids)
+        for span in record.spans:
+            if span.secret:
+                assert set(ids[span.start : span.end]) == {world.special.neutral_id}
+    # the segment is a function of the contexts without them, to the bit
+    sent = guard_all(guard, records, kv, world.source, world.special)
+    assert torch.equal(sent.keys, world.source.prefill(contexts).keys)
+    assert torch.equal(sent.values, world.source.prefill(contexts).values)
+
+
+def test_what_the_policy_allows_stays(world: World, fitted: Fitted) -> None:
+    module, records, _ = fitted
+    guard = FrozenGuard(module)
+    free = with_policy(records, ())
+    kv = world.source.prefill([r.ids for r in records])
+    assert twin_contexts(guard, free, kv, world.special) == [r.ids for r in records]
+    one = with_policy(records, ("person",))
+    for record, ids in zip(one, twin_contexts(guard, one, kv, world.special), strict=True):
+        changed = {i for i, (a, b) in enumerate(zip(record.ids, ids, strict=True)) if a != b}
+        exact = neutral_twin(record, ("person",), world.special.neutral_id)
+        wanted = {i for i, (a, b) in enumerate(zip(record.ids, exact, strict=True)) if a != b}
+        assert wanted <= changed
+
+
+def test_saved_and_loaded_it_finds_the_same(world: World, fitted: Fitted, tmp_path: object) -> None:
+    module, records, _ = fitted
+    FrozenGuard(module).save_pretrained(f"{tmp_path}/guard")
+    loaded = FrozenGuard.from_pretrained(f"{tmp_path}/guard", shape=world.source.shape)
+    kv = world.source.prefill([r.ids for r in records[:4]])
+    mask = masks(records[:4])
+    first, second = module.marks(kv, mask), loaded.marks(kv, mask)
+    assert second is not None
+    assert torch.equal(first, second)
+    assert int((first >= 0).sum()) > 0
+
+
+def test_marks_do_not_depend_on_the_batch(world: World, fitted: Fitted) -> None:
+    module, records, _ = fitted
+    kv, mask = world.source.prefill([r.ids for r in records[:6]]), masks(records[:6])
+    whole = module.marks(kv, mask)
+    for i, record in enumerate(records[:6]):
+        alone = module.marks(world.source.prefill([record.ids]), mask[[i]])
+        assert torch.equal(alone[0], whole[i, : len(record.ids)])
+    assert bool((whole[~kv.valid] == -1).all())
+
+
+def test_thresholds_are_the_highest_that_reach_the_recall(world: World, fitted: Fitted) -> None:
+    module, _, read = fitted
+    wanted = replace(CONFIG, recall=0.8, thresholds=(-99.0, 99.0))
+    for c, limit in enumerate(choose_thresholds(module, read, wanted)):
+        lowest = []
+        for records, x, valid in read.batches(8):
+            with torch.no_grad():
+                logits = module.detector(x, valid)
+            lowest += [
+                float(row[s.start : s.end, c].min())
+                for row, r in zip(logits, records, strict=True)
+                for s in r.spans
+                if s.category == CATEGORIES[c]
+            ]
+        if lowest:
+            assert sum(v > limit for v in lowest) >= 0.8 * len(lowest)
+            assert sum(v > limit + 0.01 for v in lowest) < len(lowest)
+        else:
+            assert limit == -99.0
+
+
+def test_placeholders(world: World) -> None:
+    ids, marks = (1, 2, 3, 4, 5, 6), (-1, 0, 0, -1, 3, -1)
+    assert found_twin(ids, marks, "neutral", 9) == (1, 9, 9, 4, 9, 6)
+    assert found_twin(ids, marks, "fixed_length", 9) == (1, 9, 9, 9, 9, 4, 9, 9, 9, 9, 6)
+    typed = world.special.typed
+    assert found_twin(ids, marks, "typed", 9, typed) == (1, *typed[0], 4, *typed[3], 6)
+    assert world.tokenizer.decode(typed[0]).replace(" ", "") == "[PERSON]"
+    with pytest.raises(ValueError, match="placeholder 'stars' is unknown: use neutral"):
+        found_twin(ids, marks, "stars", 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"placeholder": "stars"}, "placeholder 'stars' is unknown: use neutral, fixed_length"),
+        ({"layers": [7]}, "layers \\[7\\] are not all of 0..1"),
+        ({"thresholds": [0.0]}, "1 thresholds for 7 categories"),
+        ({"width": 33}, "width 33 must be a multiple of 32"),
+    ],
+)
+def test_options_that_do_not_fit(world: World, options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TwinGuard.build(KVShape(*world.source.shape), len(CATEGORIES), dict(options))
+
+
+def test_holes_inside_a_value_are_closed_and_those_between_values_are_not() -> None:
+    marks = torch.tensor([[0, -1, 0, -1, 2, -1, -1, 2, -1]])
+    assert bridged(marks, 1).tolist() == [[0, 0, 0, -1, 2, -1, -1, 2, -1]]
+    assert bridged(marks, 2).tolist() == [[0, 0, 0, -1, 2, 2, 2, 2, -1]]
+    assert runs([0, 0, -1, 2, 3, 3]) == [(0, 2, 0), (3, 4, 2), (4, 6, 3)]
+
+
+def test_layers_are_spread_over_the_model() -> None:
+    assert evenly_spaced(30, 6) == (5, 10, 15, 19, 24, 29)
+    assert evenly_spaced(2, 6) == (0, 1)
+    assert evenly_spaced(4, 1) == (3,)
+
+
+def test_the_bound_is_clopper_and_pearsons() -> None:
+    found, total = 97, 100
+    low = recall_lower(found, total)
+    # at the bound, seeing so many or more has just the probability of the level's rest
+    tail = sum(comb(total, k) * low**k * (1 - low) ** (total - k) for k in range(found, total + 1))
+    assert tail == pytest.approx(0.05, abs=1e-9)
+    assert recall_lower(0, 0) == recall_lower(0, 50) == 0.0
+    assert recall_lower(50, 50) == pytest.approx(0.05 ** (1 / 50))
+    assert asr_ceiling(50, 50, 0.1) == pytest.approx(1 - 0.9 * 0.05 ** (1 / 50))
+    with pytest.raises(ValueError, match="found=3 of total=2"):
+        recall_lower(3, 2)
+
+
+def test_measure_counts_whole_values_and_touched_task_spans(world: World) -> None:
+    records = make_records(world.encoder, 12, seed=5)
+
+    def all_but_the_last_token(rows: object) -> list[torch.Tensor]:
+        out = []
+        for r in records:
+            marks = torch.zeros(len(r.ids), dtype=torch.bool)
+            for s in r.spans:
+                if s.secret:
+                    marks[s.start : s.end - (s.category == "person")] = True
+            out.append(marks)
+        return out
+
+    found = measure(records, all_but_the_last_token)
+    secrets = [s for r in records for s in r.spans if s.secret]
+    persons = sum(s.category == "person" for s in secrets)
+    assert persons
+    assert (found["found"], found["total"]) == (len(secrets) - persons, len(secrets))
+    assert found["categories"]["person"]["found"] == 0
+    assert found["task_touched"] == 0.0
+    whole = measure(records, lambda rows: [torch.ones(len(r.ids)) > 0 for r in rows])
+    assert (whole["recall"], whole["task_touched"], whole["tokens_flagged"]) == (1.0, 1.0, 1.0)
+
+
+def test_a_mask_names_the_category_of_each_mark(world: World, fitted: Fitted) -> None:
+    module, records, _ = fitted
+    kv = world.source.prefill([r.ids for r in records[:8]])
+    only = mask_of([("person",)] * 8, [()] * 8)
+    assert set(module.marks(kv, only).unique().tolist()) <= {-1, CATEGORIES.index("person")}
