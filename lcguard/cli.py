@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lcguard.commands import models, service
+from lcguard.commands import detect, models, service
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +26,7 @@ policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(policy_app, name="policy")
 app.add_typer(models.models_app, name="models")
+app.add_typer(detect.detect_app, name="detect")
 app.add_typer(service.keys_app, name="keys")
 app.add_typer(service.audit_app, name="audit")
 app.add_typer(service.config_app, name="config")

@@ -13,6 +13,7 @@ from typing import Any
 from lcguard.followed import Followed
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
+from lcguard.guards.shipped import guard_folder
 from lcguard.policy import Policy, load_policy
 from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.authority import Authority
@@ -35,7 +36,6 @@ from lcguard.server.spans import SpanFinder
 from lcguard.server.state import Proxy
 from lcguard.server.upstream import Upstream
 from lcguard.store import open_store
-from lcguard.vllm.settings import guard_folder
 
 WATCH_S = 4.0
 """Between two looks at the conditions of readiness."""

@@ -14,6 +14,7 @@ from typing import Any
 from lcguard.grants import make_grant, new_handle
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
+from lcguard.guards.shipped import guard_folder
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.names import ANY
 from lcguard.policy import Edge, Policy
@@ -22,7 +23,6 @@ from lcguard.server.upstream import Upstream
 from lcguard.store import SegmentStore, StoreError
 from lcguard.vllm.gatekeeper import edge_digest, edge_of
 from lcguard.vllm.request import Publish
-from lcguard.vllm.settings import guard_folder
 
 _PROBE = "lcguard-probe"
 _PROMPT = "The quick brown fox reads a record."

@@ -172,24 +172,19 @@ def test_the_bound_is_clopper_and_pearsons() -> None:
 def test_measure_counts_whole_values_and_touched_task_spans(world: World) -> None:
     records = make_records(world.encoder, 12, seed=5)
 
-    def all_but_the_last_token(rows: object) -> list[torch.Tensor]:
-        out = []
-        for r in records:
-            marks = torch.zeros(len(r.ids), dtype=torch.bool)
-            for s in r.spans:
-                if s.secret:
-                    marks[s.start : s.end - (s.category == "person")] = True
-            out.append(marks)
-        return out
-
-    found = measure(records, all_but_the_last_token)
+    marks = [torch.zeros(len(r.ids), dtype=torch.bool) for r in records]
+    for record, row in zip(records, marks, strict=True):
+        for s in record.spans:
+            if s.secret:  # names but for their last token
+                row[s.start : s.end - (s.category == "person")] = True
+    found = measure(records, marks)
     secrets = [s for r in records for s in r.spans if s.secret]
     persons = sum(s.category == "person" for s in secrets)
     assert persons
     assert (found["found"], found["total"]) == (len(secrets) - persons, len(secrets))
     assert found["categories"]["person"]["found"] == 0
     assert found["task_touched"] == 0.0
-    whole = measure(records, lambda rows: [torch.ones(len(r.ids)) > 0 for r in rows])
+    whole = measure(records, [torch.ones_like(row) for row in marks])
     assert (whole["recall"], whole["task_touched"], whole["tokens_flagged"]) == (1.0, 1.0, 1.0)
 
 

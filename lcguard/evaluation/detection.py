@@ -7,7 +7,7 @@ one-sided: at its level, no more than that share of values like the measured one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,19 +60,18 @@ def asr_ceiling(found: int, total: int, blind_guess: float, level: float = LEVEL
     return (1 - low) + low * blind_guess
 
 
-Marks = Callable[[Sequence[TokenRecord]], list[Tensor]]
-"""Records to one ``[T]`` bool tensor each: which tokens are hidden."""
-
-
-def measure(records: Sequence[TokenRecord], marks: Marks, level: float = LEVEL) -> dict[str, Any]:
+def measure(
+    records: Sequence[TokenRecord], marks: Sequence[Tensor], level: float = LEVEL
+) -> dict[str, Any]:
     """Figures of a detector on records under their own policies.
 
+    ``marks``: one bool tensor ``[T]`` a record, which tokens are hidden.
     ``task_touched`` is the share of values without a category of which any token is hidden,
     ``tokens_flagged`` the share of all tokens that are. None where there is nothing to divide by.
     """
     whole, by_category = Tally(), dict[str, Tally]()
     touched = task = flagged = tokens = 0
-    for record, row in zip(records, marks(records), strict=True):
+    for record, row in zip(records, marks, strict=True):
         for span in record.spans:
             hidden = row[span.start : span.end]
             if span.secret and span.category is not None:

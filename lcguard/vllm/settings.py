@@ -8,8 +8,6 @@ The deployment key is not among them, because vLLM logs its configuration: ``LCG
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,10 +62,3 @@ def policy_of(settings: Settings) -> Policy | Followed[Policy]:
         return parse_policy(settings.policy)
     except PolicyError as error:
         raise StartError(str(error)) from None
-
-
-def guard_folder(path: str) -> str:
-    """The folder of a guard; ``nano:NAME`` is one that came with the package."""
-    if path.startswith("nano:"):
-        return str(Path(str(files("lcguard.agents.nano") / "guards" / path[5:])))
-    return path

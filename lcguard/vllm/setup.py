@@ -10,6 +10,7 @@ from lcguard.cache import kv_shape
 from lcguard.categories import CATEGORIES
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.guards.frozen import GuardError
+from lcguard.guards.shipped import guard_folder
 from lcguard.keys import deployment_key
 from lcguard.manifest import config_digest
 from lcguard.model_digest import checkpoint_digest
@@ -17,7 +18,7 @@ from lcguard.rope import Rotary
 from lcguard.store import SegmentStore, StoreError, open_store
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts
-from lcguard.vllm.settings import PLAIN, Settings, guard_folder, policy_of, read_settings
+from lcguard.vllm.settings import PLAIN, Settings, policy_of, read_settings
 
 
 def settings_of(config: Any) -> Settings:
@@ -119,7 +120,7 @@ def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, F
             else:
                 module = guard_class(name).build(KVShape(*shape), len(CATEGORIES), {})
                 out[name] = FrozenGuard(module)
-        except GuardError as error:
+        except ValueError as error:  # also a name that is not shipped
             raise StartError(f"guards.{name}: {error}") from None
     return out
 

@@ -1,0 +1,74 @@
+"""``lcguard detect``: find what a policy forbids, and say how well."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from lcguard.replaced import replace_file
+
+detect_app = typer.Typer(no_args_is_help=True, help="Find what a policy forbids, and say how well.")
+
+
+@detect_app.command("train")
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML, or the name of a preset.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the guard.")] = Path("runs/detect"),
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Override a key.")] = None,
+) -> None:
+    """Train guard ``twin``'s detector on labelled records."""
+    from lcguard.commands.compose import load_plan
+    from lcguard.commands.detector import DetectorRun, train_detector
+
+    run = load_plan(DetectorRun, config, sets or [], None, "detect-")
+    train_detector(run, out, _command(), Console(stderr=True).print)
+    typer.echo(out / "guard")
+
+
+@detect_app.command("eval")
+def evaluate(
+    source: Annotated[str, typer.Option(help="agentleak, privacylens, magpie, generator, jsonl.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON file for the figures.")],
+    data: Annotated[Path | None, typer.Option(help="Folder or file of the source.")] = None,
+    model: Annotated[str, typer.Option(help="A model with a shipped twin, or any.")] = "smollm2",
+    guard: Annotated[str, typer.Option(help="A guard's folder, or MODEL:NAME.")] = "smollm2:twin",
+    against: Annotated[
+        Literal["presidio"] | None, typer.Option(help="Measure this beside it.")
+    ] = None,
+    records: Annotated[int, typer.Option(help="Records at most; 0: all there are.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which records, and which are generated.")] = 1000,
+) -> None:
+    """Measure how many forbidden values are found whole, and what else is touched."""
+    from lcguard.agents.scenarios.load import SOURCES
+    from lcguard.commands.detector import measure_detector
+    from lcguard.evaluation.plan import DataConfig
+
+    if source not in SOURCES:
+        raise ValueError(f"source {source!r} is unknown; use one of {', '.join(SOURCES)}")
+    n = records or (300 if source == "generator" else 0)
+    config = DataConfig(source, str(data or ""), seed, 0, n)
+    figures = measure_detector(config, model, guard, against, _command())
+    replace_file(out, (json.dumps(figures, indent=1, default=str) + "\n").encode())
+    Console().print(_line("found", figures), highlight=False)
+    if against:
+        Console().print(_line(against, figures[against]), highlight=False)
+
+
+def _command() -> str:
+    return shlex.join(["lcguard", *sys.argv[1:]])
+
+
+def _line(name: str, f: dict[str, Any]) -> str:
+    touched = "-" if f["task_touched"] is None else f"{f['task_touched']:.3f}"
+    share = "-" if f["recall"] is None else f"{f['recall']:.3f}"
+    return (
+        f"{name}: {f['found']} of {f['total']} values ({share}, at least {f['recall_lower']:.3f} "
+        f"at {f['level']:.0%}); task spans touched {touched}; tokens flagged "
+        f"{f['tokens_flagged']:.3f}"
+    )

