@@ -7,6 +7,7 @@ pairs as it likes from records of its own. It is fitted from scratch after the g
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
@@ -52,6 +53,10 @@ class Knowledge:
     """The frozen guard with its weights; None where segments cross unguarded."""
     prompt: Callable[[str], Sequence[int]] | None = None
     """A question's text to the tokens that a receiver puts after a segment."""
+    encode: Callable[[str], Sequence[int]] | None = None
+    """Text to token ids, as inside of a context."""
+    sample: Callable[[str, random.Random], str | None] | None = None
+    """A plausible value of a field, as text; None for a field that it does not know."""
 
 
 class BaseAttack:
@@ -130,6 +135,7 @@ BUILT_IN = (
     "gradient_prediction",
     "injection",
     "inversion",
+    "likelihood",
     "linear",
     "probe",
     "trigger",

@@ -38,6 +38,12 @@ class Foresight:
         self.local = self.module is None or _position_wise(self.module, own)
         """True where a token's output depends on that token's entry alone."""
 
+    @property
+    def noise(self) -> float | None:
+        """Standard deviation of the noise in an observed segment; None where no guard states it."""
+        stated = 0.0 if self.module is None else float(self.module.config.noise)
+        return stated or None
+
     def undone(self, kv: KVBatch) -> KVBatch:
         """The segment without what can simply be inverted."""
         return self._inverse(kv) if self._inverse else kv
@@ -74,10 +80,14 @@ class Foresight:
 
     def segment(self, kv: KVBatch, mask: Mask) -> Tensor:
         """The mean of what a raw segment (B = 1) becomes: ``[T, L', 2, C]``; differentiable."""
+        return self.segments(kv, mask)[0]
+
+    def segments(self, kv: KVBatch, mask: Mask) -> Tensor:
+        """The same of N raw segments: ``[N, T, L', 2, C]``."""
         if self.module is None:
-            return ((_channels(kv)[0] - self._center) / self._scale)[:, self.layers]
+            return ((_channels(kv) - self._center) / self._scale)[:, :, self.layers]
         z = self.module.standardise(kv).float()
-        return self.module.rewrite(z, kv.valid, mask).mean[0, :, self.layers]
+        return self.module.rewrite(z, kv.valid, mask).mean[:, :, self.layers]
 
     def _unfinish(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Offset ``[L, 2, C]`` and inverse matrices ``[L, 2, C, C]`` of ``finish``."""

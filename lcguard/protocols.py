@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -167,7 +167,8 @@ class AttackData:
 
     Training pairs have all fields. ``context_ids`` is what the attacker's own copy of the sender
     read: a dense auxiliary target. For the records under attack only ``kv``, ``mask`` and the
-    identity of the wanted field may be used; the secrets serve to score.
+    identity of the wanted field may be used; the secrets serve to score. An attack that states
+    that it knows the rest of a record also reads ``meta['records']``.
     """
 
     kv: KVBatch
@@ -198,14 +199,27 @@ class AttackData:
         )
 
     def _meta_of(self, index: Sequence[int]) -> Mapping[str, Any]:
-        """``prompts``, ``segments`` and ``on`` are per record, the rest about the whole set."""
+        """``prompts``, ``records``, ``segments`` and ``on`` are per record, the rest about the
+        whole set."""
         rows, out = torch.as_tensor(list(index), dtype=torch.long), dict(self.meta)
-        if "prompts" in out:
-            out["prompts"] = [out["prompts"][i] for i in index]
+        for name in ("prompts", "records"):
+            if name in out:
+                out[name] = [out[name][i] for i in index]
         for name in ("segments", "on"):
             if out.get(name) is not None:
                 out[name] = out[name][rows]
         return out
+
+
+class Ranked(NamedTuple):
+    """Where the true value came in a list of candidates."""
+
+    size: int
+    """Candidates in the list, the true one included."""
+    rank: int
+    """1 is first."""
+    nats: float
+    """Logarithm of the true value's posterior over its prior, 1 / size."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +235,10 @@ class Guess:
     """Cross-entropy of the true value under the attacker, in nats over the whole value."""
     token_accuracy: float | None = None
     """Share of the value's tokens right, each given the true ones before it."""
+    lists: Mapping[int, Ranked] = field(default_factory=dict)
+    """By the size asked for, from an attack that chooses from lists."""
+    length_nats: float | None = None
+    """What the value's number of tokens alone tells, for such an attack."""
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ labels by which text and questions call it, and how often a generated record has
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -235,3 +236,10 @@ BY_NAME = {r.name: r for r in RECORD_TYPES}
 FIELD_CATEGORY: dict[str, str] = {
     f.name: f.category for r in RECORD_TYPES for f in r.fields if f.category is not None
 }
+
+
+def sample_value(field: str, rng: random.Random, split: str = "test") -> str | None:
+    """A value of a field, as a record of the split would have it; None for a field that no record
+    type has. Types that share a field's name sample it alike, or take turns."""
+    known = [f for r in RECORD_TYPES for f in r.fields if f.name == field]
+    return rng.choice(known).sample(rng, split) if known else None

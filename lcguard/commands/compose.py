@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.scenarios.load import load_hops, split_hops
+from lcguard.agents.scenarios.schema import sample_value
 from lcguard.agents.scenarios.types import Hop
 from lcguard.attacks.base import Knowledge, attack_class
 from lcguard.attacks.decoder import DecoderAttack
@@ -99,7 +100,10 @@ def attack_factory(backend: HFBackend, broken_at: float | None) -> AttackFactory
                 attack.config = replace(config, fit=replace(config.fit, **changes))
         if isinstance(attack, DecoderAttack) and isinstance(warm, DecoderAttack):
             attack.warm = warm
-        attack.equip(Knowledge(backend.source, backend.decode, guard, backend.encoder.prompt))
+        attack.equip(
+            Knowledge(backend.source, backend.decode, guard, backend.encoder.prompt,
+                      backend.encoder.ids, sample_value)
+        )  # fmt: skip
         return attack
 
     return make

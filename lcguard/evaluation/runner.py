@@ -138,6 +138,8 @@ class Runner:
         )
         if moved:  # no token stands where it stood: no per-position target
             data = replace(data, context_ids=torch.full_like(data.context_ids, IGNORE))
+        if spec is not None and spec.fixed_length:
+            data = replace(data, meta={**data.meta, "fixed_length": True})
         self._pairs[*key, which] = data
         return data
 

@@ -79,6 +79,8 @@ def attack_data(records: Sequence[TokenRecord], kv: KVBatch, special: Special) -
             "end_id": special.end_id,
             "special_ids": special.special_ids,
             "prompts": [_prompts(r) for r in records],
+            "records": list(records),
+            "neutral_id": special.neutral_id,
         },
     )
 
