@@ -81,8 +81,9 @@ class LikelihoodAttack(BaseAttack):
         self._foresight = Foresight(known.guard, raw)
         stated = self._foresight.noise
         left = [
-            (self.observed(pairs, i) - self.means(pairs, i, [r.ids])[0]).square().mean()
+            self._distances(pairs, i, [r], seen)[0] / seen.numel()
             for i, r in enumerate(records if stated is None else [])
+            for seen in [self.observed(pairs, i)]
         ]
         measured = math.sqrt(float(torch.stack(left).mean())) if left else 0.0
         self.noise = max(stated or measured, ROUNDING)

@@ -235,7 +235,7 @@ class Guess:
     """Cross-entropy of the true value under the attacker, in nats over the whole value."""
     token_accuracy: float | None = None
     """Share of the value's tokens right, each given the true ones before it."""
-    lists: Mapping[int, Ranked] = field(default_factory=dict)
+    lists: Mapping[int, Ranked] | None = None
     """By the size asked for, from an attack that chooses from lists."""
     length_nats: float | None = None
     """What the value's number of tokens alone tells, for such an attack."""

@@ -45,6 +45,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "inversion": {"shortlist": 16},
     "collision": {"max_records": 2, "calibration": 4},
     "gauss_newton": {"max_records": 2},
+    "likelihood": {"lists": (4, 8), "max_records": 4, "calibration": 2},
     "linear": {"max_tokens": 1500},
     "gradient_prediction": {"records": 32, "steps": 50},
     "trigger": {

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcguard.evaluation.compare import headline, label
-from lcguard.evaluation.verdict import mapping, number, records
+from lcguard.evaluation.verdict import from_list, interval, mapping, number, records
 
 Row = Mapping[str, Any]
 
@@ -49,6 +49,11 @@ def _advantage(row: Row) -> float | None:
     return None if asr is None or floor is None else asr - floor
 
 
+def _list_upper(row: Row) -> float | None:
+    ci = interval(from_list(row).get("ci"))
+    return None if ci is None else ci[1]
+
+
 def _errors(row: Row) -> float | None:
     found = mapping(row.get("counts"))
     return number(found.get("error") if found else row.get("errors"))
@@ -61,6 +66,8 @@ METRICS: dict[str, Callable[[Row], float | None]] = {
     "utility": _field("utility"),
     "utility_relative": _field("utility_relative"),
     "injection": _field("asr_injection"),
+    "likelihood": lambda row: number(from_list(row).get("asr")),
+    "likelihood_upper": _list_upper,
     "floor": _field("floor"),
     "advantage": _advantage,
     "errors": _errors,

@@ -19,7 +19,7 @@ from lcguard.evaluation.multihop_plan import MultihopConfig
 from lcguard.evaluation.plan import EvalConfig, PolicySpec
 from lcguard.evaluation.report import write_report
 from lcguard.evaluation.tables import Table
-from lcguard.evaluation.verdict import interval, mapping, number, records
+from lcguard.evaluation.verdict import LIST, from_list, interval, mapping, number, records, verdict
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Kind:
 def planned_units(config: EvalConfig) -> int:
     """Units at most: fewer are made where the first attack breaks a guard."""
     seeds = len(config.seeds)
-    total = seeds + 1  # floors, and the unguarded receiver
+    # floors, and the unguarded receiver
+    total = seeds * (1 + sum(a.lists for a in config.attacks)) + 1
     for guard in config.guards:
         total += seeds * (1 + int(config.injection) + (len(guard.attacks) or len(config.attacks)))
     chosen = len(config.policy_attacks) or len(config.attacks)
@@ -61,14 +62,19 @@ COLUMNS = {
 
 def main_table(report: Mapping[str, Any]) -> Table:
     """One line a guard; errors have a column of their own."""
-    table = Table(str(report.get("title")), ("guard", *COLUMNS, "errors"))
+    listed = f"likelihood@{LIST}"
+    table = Table(str(report.get("title")), ("guard", *COLUMNS, listed, "verdict", "errors"))
     for row in records(report.get("results")):
         cells = [shown(row.get(key)) for key in COLUMNS.values()]
         ci = interval(row.get("asr_fresh_ci"))
         if ci is not None:
             cells[2] += f" [{shown(ci[0])}, {shown(ci[1])}]"
         errors = mapping(row.get("counts")).get("error")
-        table.rows.append((str(row.get("guard")), *cells, str(errors)))
+        picked = from_list(row)
+        cells.append(shown(picked.get("asr")))
+        if picked:
+            cells[-1] += f" (chance {shown(picked.get('floor'))})"
+        table.rows.append((str(row.get("guard")), *cells, verdict(row).word, str(errors)))
     return table
 
 

@@ -285,6 +285,11 @@ def load(config: MultihopConfig, device: str | None) -> tuple[HFBackend, dict[st
     """Model and guards, with channel statistics for those without weights."""
     for a in config.attacks:
         attack_class(a.attack)
+        if a.lists:
+            raise ValueError(
+                f"attack {a.name!r} chooses from lists of candidates, which has another floor than "
+                "the attacks over several hops: leave it out here, and run it hop by hop"
+            )
     model = load_backend(config.model, device)
     guards = {g.label: load_guard(g, model) for g in config.guards}
     topology = topology_of(config.topologies[0])

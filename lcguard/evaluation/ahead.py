@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec, PolicySpec
-from lcguard.evaluation.runner import Fit, Runner, chosen
+from lcguard.evaluation.runner import Fit, Runner, chosen, on_lists
 
 INJECTION = AttackSpec("injection", "injection")
 
@@ -30,6 +30,7 @@ def fit_ahead(runner: Runner) -> None:
     c = runner.s.config
     cases = [(case, seed) for case in cases_of(runner) for seed in c.seeds]
     first = [Fit(None, None, floor_attack(c), seed, "floor") for seed in c.seeds]
+    first += blind_lists(c)
     for case, seed in cases:
         if case.policy is None and c.injection:
             first.append(Fit(case.spec, None, INJECTION, seed))
@@ -40,7 +41,28 @@ def fit_ahead(runner: Runner) -> None:
         cheapest, *others = chosen(case.spec, case.attacks)
         if not runner.broken(runner.attack(case.spec, case.policy, cheapest, seed)):
             rest += [Fit(case.spec, case.policy, a, seed) for a in others]
+    for case in cases_of(runner):
+        if case.policy is None or case.policy is not c.derived:
+            rest += on_lists(*case, seeds=list_seeds(runner, case))
     runner.fit(rest)
+
+
+def list_seeds(runner: Runner, case: Case) -> Sequence[int]:
+    """One seed is enough for what the cheapest attack has broken."""
+    seeds = runner.s.config.seeds
+    cheapest = chosen(case.spec, case.attacks)[0]
+    found = runner.attack(case.spec, case.policy, cheapest, seeds[0])
+    return seeds[:1] if runner.broken(found) else seeds
+
+
+def blind_lists(c: EvalConfig) -> list[Fit]:
+    """The attacks on lists, on segments of other records."""
+    return [
+        Fit(None, None, replace(a, name=f"{a.name}-blind"), seed, "floor")
+        for seed in c.seeds
+        for a in c.attacks
+        if a.lists
+    ]
 
 
 def cases_of(runner: Runner) -> Iterator[Case]:
@@ -74,5 +96,6 @@ def is_edge_policy(runner: Runner, policy: PolicySpec) -> bool:
 def floor_attack(c: EvalConfig) -> AttackSpec:
     """Nothing is to be found in another record's segment, so the cheapest writer of values will
     do; one that starts warm starts cold here."""
-    writer = next((a for a in c.attacks if a.attack != "probe"), c.attacks[0])
+    writers = [a for a in c.attacks if not a.lists]
+    writer = next((a for a in writers if a.attack != "probe"), writers[0])
     return replace(writer, name=f"{writer.name}-blind", warm=False)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcguard.evaluation.verdict import ASR_MARGIN, interval, mapping, number, records
+from lcguard.evaluation.verdict import ASR_MARGIN, from_list, interval, mapping, number, records
 
 THRESHOLD = ASR_MARGIN
-FIGURES = ("utility", "asr", "injection")
+FIGURES = ("utility", "asr", "injection", "likelihood")
 _MORE_IS_BETTER = ("utility",)
 
 
@@ -83,8 +83,13 @@ def headline(row: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] 
 def _figures(row: Mapping[str, Any] | None) -> tuple[float | None, ...]:
     """In the order of ``FIGURES``."""
     if row is None:
-        return (None, None, None)
-    return number(row.get("utility")), headline(row)[0], number(row.get("asr_injection"))
+        return (None,) * len(FIGURES)
+    return (
+        number(row.get("utility")),
+        headline(row)[0],
+        number(row.get("asr_injection")),
+        number(from_list(row).get("asr")),
+    )
 
 
 def read_report(path: Path) -> dict[str, Any]:

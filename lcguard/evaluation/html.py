@@ -126,7 +126,8 @@ def _glance(table: Table) -> str:
             f'<span class="badge {word.replace(" ", "-")}">{word}</span>'
             f'<span class="why">{_text(why)}</span></td></tr>'
         )
-    body = "".join(rows) or f'<tr><td colspan="5" class="none">{NOT_MEASURED}</td></tr>'
+    empty = f'<tr><td colspan="{len(table.headers)}" class="none">{NOT_MEASURED}</td></tr>'
+    body = "".join(rows) or empty
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.title)}">'
         f'<table class="glance"><caption>{_text(table.title)}</caption>{_head(table.headers)}'

@@ -28,7 +28,10 @@ if sys.platform != "win32":
 
 __all__ = ["KINDS", "Attempt", "Journal", "Kind", "Outcome", "digest", "read_attempts"]
 
-Kind = Literal["attack", "floor", "ceiling", "train", "injection", "utility", "allowed", "derived"]
+Kind = Literal[
+    "attack", "likelihood", "floor", "ceiling", "train", "injection", "utility", "allowed",
+    "derived",
+]  # fmt: skip
 KINDS: tuple[str, ...] = get_args(Kind)
 
 

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from lcguard.categories import CATEGORIES
 
+LIKELIHOOD = "likelihood"
+"""The attack whose figures stand apart: its task, and so its floor, is another."""
+
 
 @dataclass(frozen=True)
 class GuardSpec:
@@ -36,6 +39,11 @@ class AttackSpec:
     """Start from the same attack fitted on clean KV."""
     clean_fit: dict[str, Any] = field(default_factory=lambda: {"steps": 500})
     """How that one is fitted."""
+
+    @property
+    def lists(self) -> bool:
+        """Does it choose from lists of candidates, instead of writing a value?"""
+        return self.attack == LIKELIHOOD
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,12 @@ class EvalConfig:
                     raise ValueError(
                         f"guard {guard.name!r}: {name!r} is not one of attacks: {known}"
                     )
+        for what, names in (
+            *((f"guard {g.name!r}: attacks", g.attacks) for g in self.guards),
+            ("policy_attacks", self.policy_attacks),
+        ):
+            if names and all(a.lists for a in self.attacks if a.name in names):
+                raise ValueError(f"{what}: beside {names[0]!r} name one that writes values")
         if self.policies and self.policy_guard not in [g.name for g in self.guards]:
             raise ValueError(f"policy_guard {self.policy_guard!r} is not one of guards")
         if not self.seeds:

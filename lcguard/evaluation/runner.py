@@ -8,13 +8,14 @@ segments of the attacker's own records, after the guard was frozen.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from lcguard.evaluation.lists import as_extra
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
 from lcguard.evaluation.parallel import side_by_side
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec, PolicySpec
@@ -305,6 +306,7 @@ class Runner:
                         outcome,
                         guess.token_accuracy,
                         guess.nll_nats,
+                        as_extra(guess),
                     )
                 )
         return out
@@ -322,6 +324,7 @@ class Runner:
         outcome: Outcome,
         score: float | None = None,
         nll: float | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> Attempt:
         return Attempt(
             scenario=r.scenario_id,
@@ -337,6 +340,7 @@ class Runner:
             outcome=outcome,
             score=score,
             nll_nats=nll,
+            extra=extra or {},
         )
 
     def _detail(self, spec: GuardSpec | None, attack: AttackSpec | None) -> dict[str, Any]:
@@ -372,7 +376,24 @@ class Runner:
 
 
 def chosen(spec: GuardSpec | None, attacks: Sequence[AttackSpec]) -> list[AttackSpec]:
-    """Those of the attacks that the guard's entry asks for."""
+    """Those of the attacks that the guard's entry asks for, but for those on lists."""
+    return [a for a in _asked(spec, attacks) if not a.lists]
+
+
+def on_lists(
+    spec: GuardSpec | None, policy: PolicySpec | None, attacks: Sequence[AttackSpec],
+    seeds: Sequence[int],
+) -> list[Fit]:  # fmt: skip
+    """The attacks that choose from lists: on every guard, also one that is broken already."""
+    return [
+        Fit(spec, policy, a, seed, "likelihood")
+        for seed in seeds
+        for a in _asked(spec, attacks)
+        if a.lists
+    ]
+
+
+def _asked(spec: GuardSpec | None, attacks: Sequence[AttackSpec]) -> list[AttackSpec]:
     return [a for a in attacks if not spec or not spec.attacks or a.name in spec.attacks]
 
 

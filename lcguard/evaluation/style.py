@@ -3,11 +3,11 @@
 CSS = """
 :root{color-scheme:light dark;
 --paper:#fdfdfb;--ink:#1b1d21;--muted:#5b616a;--grid:#dfe1e4;--card:#fff;--zone:#d9efe9;
---protects:#0a7561;--leaks:#c0341d;--useless:#8a6205;--not-measured:#5b616b;
+--protects:#0a7561;--leaks:#c0341d;--useless:#8a6205;--inconclusive:#3f5f9e;--not-measured:#5b616b;
 --tint:198,148,20;--mask:#26282d;--maskink:#fff;--accent:#0a5a8a}
 @media(prefers-color-scheme:dark){:root{
 --paper:#15171a;--ink:#eceef0;--muted:#a3aab3;--grid:#343940;--card:#1c1f23;--zone:#173a33;
---protects:#4fd0b2;--leaks:#ff8a70;--useless:#e3b341;--not-measured:#a3aab4;
+--protects:#4fd0b2;--leaks:#ff8a70;--useless:#e3b341;--inconclusive:#8fb1f0;--not-measured:#a3aab4;
 --tint:214,162,40;--mask:#e4e6e9;--maskink:#15171a;--accent:#7cc4f5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
@@ -41,7 +41,8 @@ td.none{color:var(--muted);font-style:italic}
 .badge{display:inline-block;border-radius:99px;padding:1px 10px;font-weight:700;
 border:1.5px solid currentColor;white-space:nowrap;margin-bottom:3px}
 .badge.protects{color:var(--protects)}.badge.leaks{color:var(--leaks)}
-.badge.useless{color:var(--useless)}.badge.not-measured{color:var(--not-measured)}
+.badge.useless{color:var(--useless)}.badge.inconclusive{color:var(--inconclusive)}
+.badge.not-measured{color:var(--not-measured)}
 .why{display:block;color:var(--muted);font-size:.875rem}
 figure{margin:0 0 8px}
 figure svg{display:block;width:100%;height:auto;max-width:820px;overflow:visible}

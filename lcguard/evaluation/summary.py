@@ -8,10 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcguard.evaluation.ahead import INJECTION, fit_ahead, floor_attack, policy_case
+from lcguard.evaluation.ahead import (
+    INJECTION,
+    Case,
+    blind_lists,
+    fit_ahead,
+    floor_attack,
+    list_seeds,
+    policy_case,
+)
+from lcguard.evaluation.lists import list_figures
 from lcguard.evaluation.outcomes import Attempt
 from lcguard.evaluation.plan import GuardSpec, PolicySpec
-from lcguard.evaluation.runner import EDGE, Runner
+from lcguard.evaluation.runner import EDGE, Runner, on_lists
 from lcguard.evaluation.statistics import (
     any_of_k,
     asr,
@@ -29,8 +38,11 @@ from lcguard.training.dataset import with_policy
 def run_all(runner: Runner) -> dict[str, Any]:
     """Runs what is missing and returns the report's figures."""
     c = runner.s.config
-    if not c.guards or not c.attacks:
-        raise ValueError("the evaluation names no guards or no attacks; give at least one of each")
+    if not c.guards or all(a.lists for a in c.attacks):
+        raise ValueError(
+            "the evaluation names no guards or no attacks that write values; give at least one of "
+            "each"
+        )
     fit_ahead(runner)
     floor = _per_seed(c.seeds, lambda s: runner.attack(None, None, floor_attack(c), s, "floor"))
     vanilla = _per_seed(c.seeds[:1], lambda s: runner.utility(None, None, s))
@@ -97,6 +109,7 @@ def guard_row(
             for name, e in best.by_attack.items()
         },
         "asr_injection": mean_over_categories(injected).value if injected else None,
+        "likelihood": likelihood(runner, Case(spec, None, c.attacks)),
         "floor": blind.value,
         "floor_ci": blind.ci,
         "advantage": best.value - blind.value
@@ -114,6 +127,15 @@ def guard_row(
         "guard_digest": guard.digest,
     }
     return row, attempts
+
+
+def likelihood(runner: Runner, case: Case) -> dict[str, Any]:
+    """What those who choose from lists recover; empty where no such attack is asked for."""
+    fits = on_lists(*case, seeds=list_seeds(runner, case))
+    attempts = [a for group in runner.fit(fits) for a in group]
+    blind = [a for group in runner.fit(blind_lists(runner.s.config)) for a in group]
+    categories = {a.category for a in attempts}
+    return list_figures(attempts, [a for a in blind if a.category in categories])
 
 
 def policy_row(runner: Runner, policy: PolicySpec, floor: Sequence[Attempt]) -> dict[str, Any]:
@@ -140,6 +162,7 @@ def policy_row(runner: Runner, policy: PolicySpec, floor: Sequence[Attempt]) -> 
         "asr_forbidden_ci": best.ci if best else None,
         "asr_forbidden_by_attack": {k: e.value for k, e in best.by_attack.items()} if best else {},
         "floor": blind.value if policy.forbid else None,
+        "likelihood": likelihood(runner, Case(spec, attacked, attacks)) if policy.forbid else {},
         "counts": counts(attempts),
     }
     runner.s.say(
@@ -305,5 +328,10 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"==> {row['guard']}: utility {_f(row['utility'])} of {_f(row['utility_vanilla'])}, "
         f"fresh ASR {_f(row['asr_fresh'])} ({row['asr_fresh_best']}), "
-        f"injection {_f(row['asr_injection'])}, floor {_f(row['floor'])}"
+        f"injection {_f(row['asr_injection'])}, floor {_f(row['floor'])}, likelihood "
+        + ", ".join(
+            f"@{n} {_f(e['asr'])} (floor {_f(e['floor'])})"
+            for n, e in row["likelihood"].items()
+            if n.isdigit()
+        )
     )

@@ -16,8 +16,9 @@ WIDE, NARROW = 720, 350
 # Stand-in colour -> CSS variable of the page. Each must occur nowhere else.
 INK, MUTED, GRID, ZONE = "#1b1d21", "#5b616a", "#dfe1e4", "#d9efe9"
 PAPER = "#fdfdfb"
-WORD = {"protects": "#0a7561", "leaks": "#c0341d", "useless": "#8a6205", "not measured": "#5b616b"}
-MARK = {"protects": "o", "leaks": "^", "useless": "s", "not measured": "D"}
+WORD = {"protects": "#0a7561", "leaks": "#c0341d", "useless": "#8a6205", "inconclusive": "#3f5f9e",
+        "not measured": "#5b616b"}  # fmt: skip
+MARK = {"protects": "o", "leaks": "^", "useless": "s", "inconclusive": "v", "not measured": "D"}
 _THEME = {
     INK: "--ink",
     MUTED: "--muted",

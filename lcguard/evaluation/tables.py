@@ -9,10 +9,12 @@ from typing import Any
 
 from lcguard.evaluation.intervals import zero_success_caveat
 from lcguard.evaluation.verdict import (
+    LIST,
     NOT_MEASURED,
     RULE,
     count,
     figure,
+    from_list,
     interval,
     mapping,
     number,
@@ -43,6 +45,7 @@ def overview(report: Mapping[str, Any]) -> Table:
             "Can the receiver still do its job?",
             "What a fresh attacker recovers",
             "If it knew nothing (floor)",
+            f"Who enumerates {LIST} candidates",
             "Verdict",
         ),
         note=f"Rule: {RULE}",
@@ -59,6 +62,7 @@ def overview(report: Mapping[str, Any]) -> Table:
                 job,
                 asr,
                 percent(row.get("floor")),
+                percent_ci(from_list(row).get("asr"), from_list(row).get("ci")),
                 f"{judged.word}: {judged.reason}",
             )
         )
@@ -69,6 +73,7 @@ def details(report: Mapping[str, Any]) -> list[Table]:
     """All other tables, those without rows included: the writers say so."""
     results = records(report.get("results"))
     tables = [_attackers(results), _attempts(results), _by_attack(results), _by_category(results)]
+    tables.append(_lists(results))
     tables += [_cost(results), _certificates(results), _policies(report), _derived(report)]
     return [*tables, _length_channel(report)]
 
@@ -141,6 +146,43 @@ def _by_category(results: list[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _lists(results: list[Mapping[str, Any]]) -> Table:
+    table = Table(
+        "The optimal attacker, who chooses from a list of candidates",
+        (
+            "Guard",
+            "Candidates",
+            "ASR",
+            "Chance",
+            "Blind",
+            "Median rank",
+            "Gained",
+            "By the length alone",
+            "Lists that are shorter",
+            "n",
+        ),
+        note="By the exact likelihood of the segment, knowing model, guard and the rest of the "
+        "record. Chance: 1 over the candidates really in the list, all of the true value's length. "
+        "Blind: the same attack on segments of other records. Gained: nats over the prior.",
+    )
+    for row in results:
+        found = mapping(row.get("likelihood"))
+        length = figure(found.get("length_nats"), "nats")
+        for size, given in found.items():
+            if not isinstance(given, Mapping):
+                continue
+            cells = [
+                str(row.get("guard", "?")),
+                size,
+                percent_ci(given.get("asr"), given.get("ci")),
+            ]
+            cells += [percent(given.get("floor")), percent(given.get("blind"))]
+            cells += [figure(given.get("rank_median")), figure(given.get("nats"), "nats"), length]
+            cells += [percent(given.get("shorter")), count(given.get("n"))]
+            table.rows.append(tuple(cells))
+    return table
+
+
 def _cost(results: list[Mapping[str, Any]]) -> Table:
     table = Table("Cost", ("Guard", "Prefill", "Guard itself", "Bytes that travel", "Note"))
     for row in results:
@@ -180,7 +222,8 @@ def _certificates(results: list[Mapping[str, Any]]) -> Table:
 
 
 def _policies(report: Mapping[str, Any]) -> Table:
-    headers = ("Policy", "Forbidden", "Utility", "Allowed answers", "Forbidden recovered", "Floor")
+    headers = ("Policy", "Forbidden", "Utility", "Allowed answers", "Forbidden recovered", "Floor",
+               f"Who enumerates {LIST} candidates (chance)")  # fmt: skip
     table = Table("Policies", (*headers, "Attempts (success / resisted / error / n.a.)"))
     for row in records(report.get("policies")):
         forbidden = row.get("forbidden")
@@ -194,7 +237,10 @@ def _policies(report: Mapping[str, Any]) -> Table:
         tried = " / ".join(count(found.get(k)) for k in kinds) if found else NOT_MEASURED
         asr = percent_ci(row.get("asr_forbidden"), row.get("asr_forbidden_ci"))
         cells = (str(row.get("policy", "?")), names or "nothing", *pairs, asr)
-        table.rows.append((*cells, percent(row.get("floor")), tried))
+        picked = from_list(row)
+        asr = percent_ci(picked.get("asr"), picked.get("ci"))
+        listed = f"{asr} ({percent(picked.get('floor'))})" if picked else NOT_MEASURED
+        table.rows.append((*cells, percent(row.get("floor")), listed, tried))
     return table
 
 
