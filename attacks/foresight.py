@@ -38,12 +38,6 @@ class Foresight:
         self.local = self.module is None or _position_wise(self.module, own)
         """True where a token's output depends on that token's entry alone."""
 
-    @property
-    def noise(self) -> float | None:
-        """Standard deviation of the noise in an observed segment; None where no guard states it."""
-        stated = 0.0 if self.module is None else float(self.module.config.noise)
-        return stated or None
-
     def undone(self, kv: KVBatch) -> KVBatch:
         """The segment without what can simply be inverted."""
         return self._inverse(kv) if self._inverse else kv

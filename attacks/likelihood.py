@@ -4,10 +4,11 @@ He knows the model, the guard and all of the record but one value. For every can
 sender's context with it (wherever the value stands), runs the model and the guard's mean over it,
 and compares with the segment that he observed, taken back to where the noise is white:
 
-    log p(segment | candidate) = -||z - m(candidate)||^2 / 2 sigma^2 + constant
+    log p(segment | candidate) = -||k - m(candidate)||^2 / 2 sigma^2 + constant
 
-By the lemma of Neyman and Pearson no other reader of the segment does better on that list. Our
-own, after the threat model of arXiv 2508.09442 (collision), with whole values in place of tokens.
+exactly, on the integers that the noise is drawn on (``lcguard.grid``). By the lemma of Neyman and
+Pearson no other reader of the segment does better on that list. Our own, after the threat model of
+arXiv 2508.09442 (collision), with whole values in place of tokens.
 
 That the rest of the record is known, other secrets included, is the strongest assumption: the only
 attack here that looks at the victims' contexts. Guards whose noise is not a single Gaussian (a
@@ -29,9 +30,10 @@ from torch import Tensor
 from lcguard.attacks.base import BaseAttack, register
 from lcguard.attacks.candidates import Candidates, Ids
 from lcguard.attacks.foresight import Foresight
+from lcguard.discrete_gaussian import STEPS
 from lcguard.protocols import AttackData, Guess, KVBatch, Ranked, Secret
 from lcguard.records import TokenRecord
-from lcguard.training.twins import fixed_length_twin, neutral_twin
+from lcguard.training.dataset import twin_contexts
 
 ROUNDING = 1e-3
 """Least standard deviation, in channels' units: what batched arithmetic may move an entry by."""
@@ -60,7 +62,7 @@ class LikelihoodAttack(BaseAttack):
         super().__init__(config)
         self._foresight: Foresight | None = None
         self.noise = math.nan
-        """Standard deviation of the white noise left in an observed segment."""
+        """Standard deviation of the white noise in what ``observed`` gives."""
 
     @torch.no_grad()
     def fit(self, pairs: AttackData, *, seed: int = 0) -> LikelihoodAttack:
@@ -79,16 +81,19 @@ class LikelihoodAttack(BaseAttack):
         self._candidates = Candidates(pairs.secrets, known.decode, known.encode, known.sample)
         raw = known.source.prefill([r.ids for r in records], on=_behind(pairs, range(len(records))))
         self._foresight = Foresight(known.guard, raw)
-        stated = self._foresight.noise
-        left = [
-            self._distances(pairs, i, [r], seen)[0] / seen.numel()
-            for i, r in enumerate(records if stated is None else [])
-            for seen in [self.observed(pairs, i)]
-        ]
-        measured = math.sqrt(float(torch.stack(left).mean())) if left else 0.0
-        self.noise = max(stated or measured, ROUNDING)
+        module = self._foresight.module
+        self._on_grid = module if module is not None and module.config.noise else None
+        self.noise = 1.0 if self._on_grid else max(self._left_over(pairs, records), ROUNDING)
         self._seed = seed
         return self
+
+    def _left_over(self, pairs: AttackData, records: Sequence[TokenRecord]) -> float:
+        """Root mean square of what the mean leaves unexplained of the attacker's own segments."""
+        left = []
+        for i, record in enumerate(records):
+            seen = self.observed(pairs, i)
+            left.append(float(self._distances(pairs, i, [record], seen)[0]) / seen.numel())
+        return math.sqrt(sum(left) / len(left))
 
     @torch.no_grad()
     def recover(self, data: AttackData) -> list[Guess]:
@@ -147,30 +152,33 @@ class LikelihoodAttack(BaseAttack):
         )  # fmt: skip
 
     def observed(self, data: AttackData, row: int) -> Tensor:
-        """A segment where its noise is white, float64 ``[T, L, 2, H * D]``."""
+        """A segment where its noise is white, float64 ``[T, L, 2, H * D]``: in units of the noise
+        where the guard states it, else of the channels."""
         assert self._foresight is not None
-        kv = self._foresight.undone(data.kv[row : row + 1].trim())
-        return self._foresight.observed(kv, data.mask[[row]]).double()
+        kv, mask = data.kv[row : row + 1].trim(), data.mask[[row]]
+        if self._on_grid is None:
+            return self._foresight.observed(self._foresight.undone(kv), mask).double()
+        points = self._on_grid.grid_points(kv, mask)[0]
+        exact = kv.keys.dtype in (torch.float32, torch.float64)
+        return (points.round() if exact else points) / STEPS
 
     def means(self, data: AttackData, row: int, contexts: Sequence[Ids]) -> Tensor:
-        """Of what the contexts would become on the record's edge, ``[N, T, L, 2, H * D]``."""
+        """Of what the contexts would become on the record's edge, ``[N, T, L, 2, H * D]``, in the
+        units of ``observed``."""
         assert self._foresight is not None
         on = _behind(data, [row] * len(contexts))
         raw = self.known.source.prefill(contexts, self.config.batch, on)
-        return self._foresight.segments(raw, data.mask[[row] * len(contexts)])
+        mask = data.mask[[row] * len(contexts)]
+        if self._on_grid is None:
+            return self._foresight.segments(raw, mask)
+        return self._on_grid.grid_mean(raw, mask) / STEPS
 
     def _distances(
         self, data: AttackData, row: int, contexts: Sequence[TokenRecord], target: Tensor
     ) -> Tensor:
         """Squared, float64 ``[N]``. What a guard prefills alike is computed once, so that it is
         equal to the last bit."""
-        guard = self.known.guard
-        if guard is not None and guard.needs_twin:
-            make = fixed_length_twin if data.meta.get("fixed_length") else neutral_twin
-            neutral = int(data.meta["neutral_id"])
-            texts = [make(r, r.forbid, neutral) for r in contexts]
-        else:
-            texts = [r.ids for r in contexts]
+        texts = self._prefilled(data, row, contexts)
         distinct = list(dict.fromkeys(texts))
         found: dict[Ids, Tensor] = {}
         for first in range(0, len(distinct), self.config.batch):
@@ -179,7 +187,22 @@ class LikelihoodAttack(BaseAttack):
             n = min(mean.shape[1], len(target))  # another record's segment, for the floor
             gap = (mean[:, :n].double() - target[:n]).square().flatten(1).sum(1)
             found |= dict(zip(part, gap, strict=True))
-        return torch.stack([found[t] for t in texts]).cpu()
+        distance = torch.stack([found[t] for t in texts]).cpu()
+        fits = torch.tensor([len(t) == len(target) for t in texts])
+        # a twin of another length is not what was seen; it is only where nothing else fits
+        return distance.masked_fill(~fits, torch.inf) if bool(fits.any()) else distance
+
+    def _prefilled(self, data: AttackData, row: int, contexts: Sequence[TokenRecord]) -> list[Ids]:
+        """What is prefilled for each context: itself, or the twin that the guard makes of it."""
+        guard, source = self.known.guard, self.known.source
+        if guard is None or not guard.needs_twin:
+            return [r.ids for r in contexts]
+        ids = [r.ids for r in contexts]
+        kv = source.prefill(ids[:1], on=_behind(data, [row]))
+        if guard.marks(kv, data.mask[[row]]) is not None:  # it reads the raw entries of each
+            kv = source.prefill(ids, self.config.batch, _behind(data, [row] * len(ids)))
+        fixed = bool(data.meta.get("fixed_length"))
+        return twin_contexts(guard, contexts, kv, data.meta["special"], fixed)
 
     def _longest_number(self, secrets: Sequence[Secret]) -> int | None:
         """Which secret has enough digits for a list above 1,000."""

@@ -141,7 +141,7 @@ def test_ranks_of_lists_that_hold_each_other(world: World) -> None:
 
 
 def test_several_draws_tell_more(world: World) -> None:
-    guard, record = guard_of(world, "gaussian", noise=12.0), world.others[:10]
+    guard, record = guard_of(world, "gaussian", noise=45.0), world.others[:10]
     attack = attack_of(world, guard).fit(data_of(world, world.records[:8], guard))
     draws = [data_of(world, record, guard, seed) for seed in range(16)]
     gained = {1: 0.0, 16: 0.0}

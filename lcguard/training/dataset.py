@@ -80,7 +80,7 @@ def attack_data(records: Sequence[TokenRecord], kv: KVBatch, special: Special) -
             "special_ids": special.special_ids,
             "prompts": [_prompts(r) for r in records],
             "records": list(records),
-            "neutral_id": special.neutral_id,
+            "special": special,
         },
     )
 
