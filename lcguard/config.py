@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+
+from lcguard.yaml12 import YamlError, dump_yaml, parse_yaml
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -27,66 +28,6 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line with the fix."""
 
 
-# YAML 1.2's scalars. PyYAML's own are YAML 1.1, where `no` is false, `1:30` is 90 and `1e-3` is a
-# string: each a silent change of what the author wrote.
-_SCALARS = {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+",
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-    ),
-}
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe loader with YAML 1.2 scalars that refuses duplicate keys."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's class attribute)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            # YAML lets the last of two equal keys win: half a policy would vanish unseen.
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key.value!r}", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever YAML 1.1 or 1.2 would not read back as a string."""
-
-
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # decimal: YAML 1.1 reads 010 as 8
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-for _kind, _pattern in _SCALARS.items():
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), None
-        )
-
-
-def parse_yaml(text: str) -> Any:
-    """Parses one YAML document; raises ``ConfigError`` with the line of a syntax error."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{where}not valid YAML: {problem}") from None
-    # an integer of more digits than Python converts; a list for a key; a very deep nesting
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"not valid YAML: {error}") from None
-
-
 def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a YAML file whose top level maps strings; an empty file is an empty mapping."""
     try:
@@ -94,7 +35,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
-    except ConfigError as error:
+    except YamlError as error:
         raise ConfigError(f"{path}: {error}") from None
     if data is None:
         return {}
@@ -223,7 +164,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: not of the form a.b=c")
     try:
         value = parse_yaml(text)
-    except ConfigError as error:
+    except YamlError as error:
         raise ConfigError(f"--set {override}: {error}") from None
     for part in parts[:-1]:
         inner = data.get(part)
@@ -238,5 +179,4 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def dump_config(config: Any) -> str:
     """YAML text from which ``load_config`` gives ``config`` back."""
     data = TypeAdapter(type(config)).dump_python(config, mode="json")
-    # ASCII with escapes: as Unicode, PyYAML writes U+0085 in a way that reads back as a space.
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+    return dump_yaml(data)

@@ -7,7 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """A model's folder: the one of that name, or where the hub's files were downloaded to.
+
+    Raises ``ValueError`` where it is not on this machine.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"model {name!r} is not on this machine: download it first") from error
 
 
 @contextmanager

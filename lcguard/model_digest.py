@@ -1,18 +1,19 @@
-"""The digest of a checkpoint's weights, read from its files: what guards are bound to.
+"""The digest of a model's weights, read from its files: what guards are bound to.
 
-Equal to ``lcguard.guards.frozen.weights_digest`` of the model that transformers loads, but without
-a model: an engine that holds the weights in a form of its own has the same digest.
+Of the very files that transformers and vLLM load (``lcguard.model_files``), as they are stored: it
+does not depend on the precision in which an engine holds them, nor on what else is in the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from lcguard.model_files import CONFIG, read_json, stored_tensors, weight_files
 
 
 def add_tensor(sha: hashlib._Hash, name: str, tensor: Tensor) -> None:
@@ -24,33 +25,18 @@ def add_tensor(sha: hashlib._Hash, name: str, tensor: Tensor) -> None:
 
 
 def checkpoint_digest(folder: str | Path) -> str:
-    """SHA-256 over names, types and bytes of all weights of a safetensors checkpoint.
+    """SHA-256 over names, types and bytes of all tensors in the files that a model is loaded from.
 
-    Raises ``ValueError`` for a folder without safetensors weights.
+    Raises ``ModelFolderError`` for a folder without safetensors weights, or with damaged ones.
     """
     folder = Path(folder)
-    shards = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
-        shards = [p for p in shards if p.name in wanted]
-    if not shards:
-        raise ValueError(f"{folder.name} has no safetensors weights: convert the checkpoint")
-    where = {}
-    try:
-        for shard in shards:
-            with safe_open(shard, framework="pt") as file:
-                where.update(dict.fromkeys(file.keys(), shard))
-        config = json.loads((folder / "config.json").read_text())
-        names = {name: name for name in where}
-        tied = "model.embed_tokens.weight"
-        if config.get("tie_word_embeddings", False) and "lm_head.weight" not in names:
-            names["lm_head.weight"] = tied  # transformers' state holds the tied weight twice
-        sha = hashlib.sha256()
-        for name, stored in sorted(names.items()):
-            with safe_open(where[stored], framework="pt") as file:
-                add_tensor(sha, name, file.get_tensor(stored))
-    except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint {folder.name} is unreadable: {first}") from error
+    where = stored_tensors(weight_files(folder))
+    names = {name: name for name in where}
+    tied = "model.embed_tokens.weight"
+    if tied in names and read_json(folder / CONFIG).get("tie_word_embeddings", False):
+        names.setdefault("lm_head.weight", tied)  # loaded twice, though stored once
+    sha = hashlib.sha256()
+    for name, stored in sorted(names.items()):
+        with safe_open(where[stored], framework="pt") as file:
+            add_tensor(sha, name, file.get_tensor(stored))
     return sha.hexdigest()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lcguard.keys import KEY_VARIABLE
 from lcguard.server.settings import EngineSettings
+from lcguard.vllm.weights import AS_TRANSFORMERS
 
 _STOP_S = 20.0
 _BACKOFF_S = (1.0, 5.0, 15.0)
@@ -54,6 +55,7 @@ class EnginePlan:
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model,
             "--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(port),
             "--kv-transfer-config", json.dumps(transfer),
+            *(f"--{name.replace('_', '-')}={value}" for name, value in AS_TRANSFORMERS.items()),
             # a line for each request is a tenth of the time of a small one
             "--disable-uvicorn-access-log",
             *self.settings.args,

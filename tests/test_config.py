@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcguard.config import ConfigError, dump_config, load_config, parse_yaml
+from lcguard.config import ConfigError, dump_config, load_config
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,6 @@ def test_refuses_overrides(tmp_path: Path, override: str, expected: str) -> None
         load(tmp_path, "name: x", override)
     assert expected in str(caught.value)
     assert f"--set {override}" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("no", "no"), ("1:30", "1:30"), ("1e-3", 1e-3), ("010", 10), ("2024-01-01", "2024-01-01"),
-     ("~", None), ("1_000", "1_000"), ("0x10", "0x10"), ("-.5", -0.5), ("true", True), ("", None)],
-)  # fmt: skip
-def test_scalars_are_yaml_1_2(text: str, value: object) -> None:
-    assert parse_yaml(text) == value
 
 
 @given(

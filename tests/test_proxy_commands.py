@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from lcguard.cli import main
-from lcguard.config import parse_yaml
 from lcguard.keys import KEY_VARIABLE, new_key
 from lcguard.server.keyring import load_keys
+from lcguard.yaml12 import parse_yaml
 
 UPSTREAM = "http://127.0.0.1:1"
 

@@ -282,7 +282,7 @@ def test_one_changed_weight_changes_the_digest(tmp_path: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     assert checkpoint_digest(tmp_path / "m") != before
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="unreadable"):
+    with pytest.raises(ValueError, match="is cut off or damaged"):
         checkpoint_digest(tmp_path / "m")
     with pytest.raises(ValueError, match="no safetensors"):
         checkpoint_digest(tmp_path)

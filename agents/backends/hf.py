@@ -14,8 +14,10 @@ from transformers.utils import logging as hf_logging
 from lcguard.agents.models import model_location
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.cache import check_supported
-from lcguard.guards.frozen import weights_digest
-from lcguard.hub import quiet_hub, why_not_loaded
+from lcguard.hub import local_folder, quiet_hub, why_not_loaded
+from lcguard.model_digest import checkpoint_digest
+from lcguard.model_files import ModelFolderError, check_texts, check_weights, refuse_packed
+from lcguard.rope import UnsupportedModelError
 from lcguard.source import ModelSource
 from lcguard.training.dataset import Special
 
@@ -45,20 +47,35 @@ def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
     Raises ``ValueError`` in one line where the model cannot be loaded or is not supported.
     """
     path = model_location(name, lambda text: print(text, file=sys.stderr))
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ValueError(f"model {name!r} is not a folder; give a model folder or a hub repository")
+    folder = Path(path).expanduser()
+    if path.startswith((".", "/", "~")):
+        path = str(folder)
+        if not folder.is_dir():
+            raise ValueError(
+                f"model {name!r} is not a folder; give a model folder or a hub repository"
+            )
     hf_logging.disable_progress_bar()
     try:
         with quiet_hub():
+            if folder.is_dir():
+                check_texts(folder)
             # before gigabytes of weights are fetched
-            check_supported(AutoConfig.from_pretrained(path).get_text_config())
+            config = AutoConfig.from_pretrained(path)
+            check_supported(config.get_text_config())
+            refuse_packed(config.to_dict(), path)
+            if folder.is_dir():
+                check_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model: Any = AutoModelForCausalLM.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+            model: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
+            digest = checkpoint_digest(local_folder(path))
+    except (ModelFolderError, UnsupportedModelError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # tokenizers and packages for rare formats raise what they like
         raise ValueError(why_not_loaded(name, error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"model {name!r} comes with an adapter: merge it into the weights")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    digest = weights_digest(model)  # of the weights as they are stored
     model.to(chosen)
     if chosen == "cpu" and model.dtype is torch.bfloat16 and not _fast_bfloat16():
         model.float()  # the same values; this processor would emulate every product

@@ -245,7 +245,7 @@ def train(
 
 def _keep_log(path: Path, steps: int) -> None:
     """Drops the lines that a killed run wrote after its last checkpoint."""
-    lines = path.read_text().splitlines() if path.exists() and steps else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and steps else []
     kept = [line for line in lines if json.loads(line)["step"] < steps]
     path.write_text("".join(f"{line}\n" for line in kept))
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from lcguard.commands.policy import warnings
 from lcguard.config import load_config
 from lcguard.keys import KEY_VARIABLE, deployment_key, new_key
+from lcguard.model_files import check_readable
 from lcguard.policy import load_policy
 from lcguard.server.app import make_app
 from lcguard.server.engine import EnginePlan
@@ -70,7 +71,11 @@ def state_key(state: Path, make: bool = True) -> bytes:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise ValueError(f"{path} may be read by others (mode {mode:o}): chmod 600 {path}")
-    os.environ[KEY_VARIABLE] = path.read_text().strip()
+    try:
+        os.environ[KEY_VARIABLE] = path.read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        # nothing of the key in the message, nor in its cause
+        raise ValueError(f"{path} is no key: put back a copy, or remove it for a new one") from None
     return deployment_key()
 
 
@@ -124,6 +129,8 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
     model, name, args = model_of(settings)
     plan = None
     if not settings.upstream.url:
+        if Path(model).is_dir():
+            check_readable(Path(model))
         plan = EnginePlan(
             replace(settings.engine, args=args), model, name,
             str(settings.policy) if settings.policy.exists() else "",

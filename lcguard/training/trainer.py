@@ -262,4 +262,7 @@ def _write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _kept_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
     if not steps or not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()][:steps]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:steps]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it") from error

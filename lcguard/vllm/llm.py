@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lcguard.keys import KEY_VARIABLE, new_key
+from lcguard.model_files import check_readable
 from lcguard.vllm.checks import CONNECTOR
 from lcguard.vllm.errors import HandoffError
 from lcguard.vllm.frontend import failure_of
 from lcguard.vllm.request import PARAM
+from lcguard.vllm.weights import AS_TRANSFORMERS
 
 Prompt = str | Sequence[int]
 
@@ -154,6 +156,12 @@ def _config(
     return transfer_config(store, policy, guards or {}, **settings)
 
 
+def _check_model(model: str) -> None:
+    """Raises ``ModelFolderError`` for a folder that is damaged, before an engine starts on it."""
+    if Path(model).is_dir():
+        check_readable(Path(model))
+
+
 class GuardedLLM(_Guarded):
     """Wraps a ``vllm.LLM`` that was built with ``transfer_config``, or builds one."""
 
@@ -171,11 +179,14 @@ class GuardedLLM(_Guarded):
             store: URL; None keeps segments in a temporary folder.
             settings: further settings of the connector, see ``lcguard.vllm.settings``.
             options: those of ``vllm.LLM``.
+
+        Raises ``ModelFolderError`` for a model folder that is damaged.
         """
         from vllm import LLM
 
+        _check_model(model)
         config = _config(store, policy, guards, settings or {})
-        return cls(LLM(model, kv_transfer_config=config, **options))
+        return cls(LLM(model, kv_transfer_config=config, **AS_TRANSFORMERS | options))
 
     def publish(
         self, *, agent: str, prompt: Prompt, audience: str, policy: Sequence[str] | None = None,
@@ -259,8 +270,9 @@ class AsyncGuardedLLM(_Guarded):
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        _check_model(model)
         config = _config(store, policy, guards, settings or {})
-        args = AsyncEngineArgs(model=model, kv_transfer_config=config, **options)
+        args = AsyncEngineArgs(model=model, kv_transfer_config=config, **AS_TRANSFORMERS | options)
         return cls(AsyncLLM.from_engine_args(args))
 
     async def publish(

@@ -7,12 +7,14 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lcguard.hub import quiet_hub, why_not_loaded
 from lcguard.keys import KEY_VARIABLE, deployment_key
+from lcguard.model_files import check_texts, check_weights, refuse_packed
 from lcguard.vllm import TESTED_VERSIONS
 
 
@@ -32,6 +34,8 @@ def probe(model: str | None = None, engine: bool = False) -> list[Finding]:
     Args:
         model: folder or hub repository.
         engine: also starts an engine on the model and runs the layout probe.
+
+    Raises ``ModelFolderError`` for a model that is damaged, or packed as no guard can be made for.
     """
     found = [_machine(), *_vllm()]
     if importlib.util.find_spec("vllm") is not None:
@@ -102,14 +106,21 @@ def _model(model: str) -> Finding:
     from lcguard.cache import check_supported, kv_shape, window_tokens
     from lcguard.rope import Rotary, UnsupportedModelError
 
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        check_texts(folder)
     try:
         with quiet_hub():
-            config: Any = AutoConfig.from_pretrained(model).get_text_config()
+            found: Any = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model)
+        config = found.get_text_config()
         check_supported(config)
     except UnsupportedModelError as error:
         return Finding("model", False, str(error).splitlines()[0])
     except (OSError, ValueError) as error:
         return Finding("model", False, why_not_loaded(model, error))
+    refuse_packed(found.to_dict(), model)
+    if folder.is_dir():
+        check_weights(folder)
     layers, heads, dim = kv_shape(config)
     window = window_tokens(config)
     detail = (

@@ -19,6 +19,7 @@ from lcguard.store import SegmentStore, StoreError, open_store
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts
 from lcguard.vllm.settings import PLAIN, Settings, policy_of, read_settings
+from lcguard.vllm.weights import loaded_folder
 
 
 def settings_of(config: Any) -> Settings:
@@ -27,20 +28,15 @@ def settings_of(config: Any) -> Settings:
 
 
 @lru_cache(maxsize=4)
-def _weights_digest(model: str, revision: str | None) -> str:
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+def _digest(folder: Path) -> str:
+    return checkpoint_digest(folder)
 
-        try:
-            folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError as error:
-            raise StartError(
-                f"model {model!r} is not on this machine: download it first"
-            ) from error
+
+def weights_digest(config: Any) -> str:
+    """Digest of the weights that a ``VllmConfig`` loads. Raises ``StartError``."""
     try:
-        return checkpoint_digest(folder)
+        model = config.model_config
+        return _digest(loaded_folder(config.load_config, str(model.model), model.revision))
     except ValueError as error:
         raise StartError(str(error)) from None
 
@@ -64,7 +60,7 @@ def facts_of(config: Any, settings: Settings) -> ModelFacts:
     return ModelFacts(
         # a folder's name, not where it lies
         model_id="_".join(Path(str(name or model.model)).name.split()) or "model",
-        revision=_weights_digest(str(model.model), model.revision),
+        revision=weights_digest(config),
         config_digest=config_digest(text),
         rope=Rotary.from_config(text).describe(),
         placeholder_id=placeholder,
