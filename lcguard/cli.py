@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -267,8 +268,22 @@ def policy_schema() -> None:
     Console().print_json(data=schema())
 
 
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    line: str | None = None,
+) -> str:  # fmt: skip
+    """A warning of ours without the place in the code that found it."""
+    if category.__module__.startswith("lcguard."):
+        return f"lcguard: warning: {message}\n"
+    return _FORMAT(message, category, filename, lineno, line)
+
+
+_FORMAT = warnings.formatwarning
+
+
 def main() -> int:
     """Entry point: errors of the user's making end in one line and a non-zero exit."""
+    warnings.formatwarning = _one_line
     try:
         app()
     except (ValueError, FileNotFoundError) as error:

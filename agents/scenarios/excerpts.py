@@ -20,10 +20,10 @@ from typing import Final
 
 from lcguard.agents.scenarios import phrasing
 from lcguard.agents.scenarios.atoms import Atom, parts_of_names
+from lcguard.agents.scenarios.repeats import REPEAT
 from lcguard.agents.scenarios.topics import category_of
 from lcguard.agents.scenarios.types import Question, Record, Scenario, Span, hops_of
 
-REPEAT: Final = "repeat"
 ORDINALS: Final = ("first", "second", "third")
 """Of more values with one label, the others are not asked about."""
 CONTEXT_WORDS: Final = 6

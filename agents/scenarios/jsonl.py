@@ -7,7 +7,9 @@
 
 (on one line). ``spans`` are the private values of the text, as character offsets with the end
 exclusive; they may not overlap. ``category`` is one of ``lcguard.categories``, ``field`` a name of
-your own (default: the category). A question without category is the receiver's task; one with a
+your own (default: the category), ``value`` the text that the span must cover, checked where it is
+given. What stands in the text again, in whatever spelling, is guarded like the span that it repeats
+and not scored again. A question without category is the receiver's task; one with a
 category counts as *allowed* where the policy does not forbid that category. ``id``, of a line or
 of a question, is your own reference: a line's names its scenario (default: file name and line
 number) and must be unique, a question's is not read.
@@ -15,25 +17,40 @@ number) and must be unique, a question's is not read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from lcguard.agents.scenarios.lines import ScenarioError, read_lines
+from lcguard.agents.scenarios.excerpts import secret_fields
+from lcguard.agents.scenarios.lines import ScenarioError, ScenarioWarning, read_lines
+from lcguard.agents.scenarios.offsets import Offsets, misread, untidy
+from lcguard.agents.scenarios.repeats import REPEAT, cover_repeats
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Question, Record, Scenario, Span
 from lcguard.categories import CATEGORIES
 
 SENDER: Final = "sender"
 RECEIVER: Final = "receiver"
+_CUT: Final = (
+    "begins or ends inside a word or with white space; check its offsets, give `value` to have "
+    "them checked"
+)
+_AGAIN: Final = "a span's value stands there again; guarded like it, and not scored again"
 
 
 def _known(category: str) -> str:
     if category not in CATEGORIES:
         raise ValueError(f"unknown category; use one of {', '.join(CATEGORIES)}")
     return category
+
+
+def _own(field: str) -> str:
+    if field == REPEAT:
+        raise ValueError("is the name of what repeats a value; use another")
+    return field
 
 
 _Category = Annotated[str, AfterValidator(_known)]
@@ -49,7 +66,8 @@ class _Span(_Model):
     start: Annotated[int, Field(ge=0)]
     end: int
     category: _Category
-    field: _Text | None = None
+    field: Annotated[_Text, AfterValidator(_own)] | None = None
+    value: _Text | None = None
 
 
 class _Question(_Model):
@@ -70,24 +88,58 @@ class _Line(_Model):
 def read_jsonl(path: Path, *, forbid: Sequence[str] = CATEGORIES) -> list[Scenario]:
     """One scenario a line: ``sender`` hands the text to ``receiver``.
 
-    ``forbid`` holds the categories that the receiver may not learn. Raises ``ScenarioError``, one
-    line with file, line and key, where the file is missing or empty or a line is malformed, and
-    ``ValueError`` where ``forbid`` names an unknown category.
+    ``forbid`` holds the categories that the receiver may not learn. Warns (``ScenarioWarning``) of
+    values that stand in a text again, and of spans that begin or end inside a word or with
+    white space. Raises
+    ``ScenarioError``, one line with file, line and key, where the file is missing or empty or a
+    line is malformed, and ``ValueError`` where ``forbid`` names an unknown category.
     """
     unknown = [c for c in forbid if c not in CATEGORIES]
     if unknown:
         raise ValueError(f"forbid = {unknown[0]!r}: {CATEGORIES} are known; use some of those")
     edge = EdgeSpec(SENDER, RECEIVER, tuple(c for c in CATEGORIES if c in forbid))
     scenarios: dict[str, Scenario] = {}
+    notes: dict[str, list[str]] = {_CUT: [], _AGAIN: []}
     for where, line in read_lines(path, _Line):
         name = line.id or f"{path.stem}-{where.rpartition(':')[2]}"
         if name in scenarios:
             raise ScenarioError(f"{where}: id = {name!r}: used before; make it unique")
         spans = _spans(where, line)
-        record = Record(name, "jsonl", "user", line.text, spans, _questions(line))
+        notes[_CUT] += _cut(where, line)
+        record, repeats = cover_repeats(
+            Record(name, "jsonl", "user", line.text, spans, _questions(line))
+        )
+        notes[_AGAIN] += [f"{where}: characters {s.start} to {s.end}" for s in repeats]
         agent = AgentSpec(SENDER, SENDER, (record,))
-        scenarios[name] = Scenario(name, "jsonl", "user", (agent,), (edge,))
+        scored = secret_fields([record]) if repeats else None
+        scenarios[name] = Scenario(name, "jsonl", "user", (agent,), (edge,), secret_fields=scored)
+    for kind, found in notes.items():
+        if found:
+            others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            warnings.warn(f"{found[0]}: {kind}{others}", ScenarioWarning, stacklevel=2)
     return list(scenarios.values())
+
+
+def _cut(where: str, line: _Line) -> Iterator[str]:
+    """The spans that probably lie beside their value. Raises ``ScenarioError`` where the offsets
+    are evidently counted in other units than characters."""
+    offsets = [(s.start, s.end) for s in line.spans]
+    for i, span in enumerate(offsets):
+        if not untidy(line.text, span):
+            continue
+        if other := misread(line.text, offsets):
+            units, moved = other
+            raise ScenarioError(
+                f"{where}: spans[{i}] reads {_shown(line.text, span)}, in {units} it would be "
+                f"{_shown(line.text, moved[i])}: count characters, here start {moved[i][0]} and "
+                f"end {moved[i][1]}"
+            )
+        yield f"{where}: spans[{i}] reads {_shown(line.text, span)}"
+
+
+def _shown(text: str, span: Offsets) -> str:
+    value = text[slice(*span)]
+    return repr(value if len(value) <= 40 else value[:37] + "...")
 
 
 def _spans(where: str, line: _Line) -> tuple[Span, ...]:
@@ -103,7 +155,10 @@ def _spans(where: str, line: _Line) -> tuple[Span, ...]:
             raise ScenarioError(
                 f"{place}.end = {span.end}: the text has {n} characters; use at most {n}"
             )
-        if not line.text[span.start : span.end].strip():
+        found = line.text[span.start : span.end]
+        if span.value is not None and span.value != found:
+            raise ScenarioError(f"{place}: {_mismatch(line, span)}")
+        if not found.strip():
             raise ScenarioError(f"{place}: covers white space alone; point it at a value")
     order = sorted(range(len(line.spans)), key=lambda i: line.spans[i].start)
     for i, j in pairwise(order):
@@ -116,6 +171,16 @@ def _spans(where: str, line: _Line) -> tuple[Span, ...]:
         Span(s.start, s.end, s.field or s.category, s.category, line.text[s.start : s.end])
         for s in line.spans
     )
+
+
+def _mismatch(line: _Line, span: _Span) -> str:
+    """Why ``value`` is not what the offsets cover, and where it is."""
+    assert span.value is not None
+    reads = f"value is {span.value!r}, the text reads {_shown(line.text, (span.start, span.end))}"
+    at = line.text.find(span.value)
+    if at < 0:
+        return f"{reads}, and the value stands nowhere in it: write it as it stands there"
+    return f"{reads}: the value stands at start {at}, end {at + len(span.value)}, in characters"
 
 
 def _questions(line: _Line) -> tuple[Question, ...]:

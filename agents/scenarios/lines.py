@@ -18,6 +18,10 @@ class ScenarioError(ValueError):
     """A scenario file that cannot be used; the message is one line with the fix."""
 
 
+class ScenarioWarning(UserWarning):
+    """Something in a scenario file that is read, and is probably not what was meant."""
+
+
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted keys of a model and of the models in it."""
     for name, info in model.model_fields.items():
