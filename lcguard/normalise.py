@@ -2,9 +2,9 @@
 
 A value is the same value in another width, case, composition or spacing, with zero-width
 characters in it, with other separators or none. ``folded`` keeps a text readable, for detectors
-that go by patterns; ``skeleton`` keeps letters, digits and marks alone, for values that are named.
-Both map every character back to the range of the text that it came from, so what is found can be
-covered there.
+that go by patterns; ``skeleton`` keeps letters and digits alone, for values that are named;
+``unspaced`` keeps signs as well, for values that are made of them. All map every character back to
+the range of the text that it came from, so what is found can be covered there.
 
 What only looks alike (a Cyrillic letter for a Latin one), is spelled in words, abbreviated or
 encoded is another text here.
@@ -36,15 +36,32 @@ class Form:
         """The text's range behind ``[start, end)`` of the form, which holds a character."""
         return self.starts[start], self.ends[end - 1]
 
+    def over(self, inner: Form) -> Form:
+        """This form of ``inner.text`` as a form of the text behind ``inner``."""
+        return Form(
+            self.text,
+            tuple(inner.starts[i] for i in self.starts),
+            tuple(inner.ends[i - 1] for i in self.ends),
+        )
+
 
 def folded(text: str) -> Form:
-    """NFKC without unseen characters; every dash is ``-``, every run of white space one space.
-    Case is kept."""
+    """NFKC without unseen characters; every dash is ``-``, every run of white space one space,
+    every digit of any script an ASCII one. Case is kept."""
     return _form(_spaced(_clusters(text)))
 
 
+def unspaced(text: str) -> Form:
+    """All that is seen, NFKC and case-folded, without white space and accents; dashes are ``-``."""
+    return _form(
+        (kept, start, end)
+        for piece, start, end in _clusters(text)
+        if (kept := "".join("-" if _dash(c) else c for c in _cased(piece) if not c.isspace()))
+    )
+
+
 def skeleton(text: str) -> Form:
-    """NFKC and case-folded letters, digits and combining marks; nothing between them."""
+    """NFKC and case-folded letters, digits and vowel signs without accents; nothing between."""
     return _form(
         (kept, start, end)
         for piece, start, end in _clusters(text)
@@ -57,9 +74,9 @@ def occurrences(text: str, value: str, form: Form | None = None) -> list[tuple[i
     they may overlap. ``form`` is ``skeleton(text)`` where it is known."""
     form = form or skeleton(text)
     bare = skeleton(value).text
-    found = {form.origin(i, i + len(bare)) for i in _find_all(form.text, bare)}
+    found = {form.origin(i, i + len(bare)) for i in find_all(form.text, bare)}
     # as written too: a value may be of signs alone, or end before a combining mark of the text
-    found |= {(i, i + len(value)) for i in _find_all(text, value)}
+    found |= {(i, i + len(value)) for i in find_all(text, value)}
     return sorted(found)
 
 
@@ -78,16 +95,30 @@ def _clusters(text: str) -> Iterator[tuple[str, int, int]]:
     """The text in NFKC, in the smallest pieces that NFKC treats apart, with their ranges."""
     cluster, first, last = "", 0, 0
     for i, c in enumerate(text):
-        if not c.isascii() and (c in _UNSEEN or unicodedata.category(c) == "Cf"):
+        if _unseen(c):
             continue
         if cluster and not _joins(cluster, c):
-            yield unicodedata.normalize("NFKC", cluster), first, last
+            yield _composed(cluster), first, last
             cluster = ""
         if not cluster:
             first = i
         cluster, last = cluster + c, i + 1
     if cluster:
-        yield unicodedata.normalize("NFKC", cluster), first, last
+        yield _composed(cluster), first, last
+
+
+def _unseen(c: str) -> bool:
+    if c.isascii():
+        return not c.isprintable() and not c.isspace()
+    return c in _UNSEEN or (unicodedata.category(c) in ("Cf", "Cc", "Cs") and not c.isspace())
+
+
+def _composed(cluster: str) -> str:
+    """In NFKC, with ASCII digits."""
+    if cluster.isascii():
+        return cluster
+    made = unicodedata.normalize("NFKC", cluster)
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in made)
 
 
 def _joins(cluster: str, c: str) -> bool:
@@ -121,14 +152,23 @@ def _dash(c: str) -> bool:
 
 
 def _cased(piece: str) -> str:
+    """Case-folded, without what is written over, under or around a letter or digit."""
     if piece.isascii():
         return piece.lower()
-    return unicodedata.normalize("NFKC", piece.casefold())
+    apart = unicodedata.normalize("NFKD", piece.casefold())
+    bare = "".join(c for c in apart if not _accent(c))
+    return unicodedata.normalize("NFKC", bare.casefold())
 
 
-def _find_all(text: str, value: str) -> Iterator[int]:
+def _accent(c: str) -> bool:
+    # Below 10 are the marks that make another letter (Indic, kana), but for strokes through one.
+    mark = unicodedata.combining(c)
+    return mark >= 10 or mark == 1 or unicodedata.category(c) == "Me"
+
+
+def find_all(text: str, value: str) -> Iterator[int]:
     """Every start of ``value``, those that overlap too, in time linear in both."""
-    if not value:
+    if not value or value not in text:
         return
     border = _borders(value)
     period = len(value) - border[-1]

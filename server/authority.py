@@ -165,7 +165,9 @@ class Authority:
         order.handle = str(wish.handle)
         sent = wish.model_dump(mode="json", exclude_none=True)
         if edge.guard == "redact":
-            sent["spans"] = await self.spans.find(endpoint, body, edge, publish.secrets)
+            found = await self.spans.find(endpoint, body, edge, publish.secrets)
+            sent["spans"], sent["tokens"] = found.spans, found.digest
+            order.n_redacted = found.n_occurrences
         elif publish.secrets is not None and not canary:
             raise ProxyError(
                 400, f"secrets are for guard 'redact'; this edge has {edge.guard!r}: leave them "

@@ -26,6 +26,7 @@ from lcguard.server.contract_fields import (
 )
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_NEVER_NULL = ("system", "developer", "user", "tool")
 _NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string",
           list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
 
@@ -183,6 +184,12 @@ def _check_messages(messages: list[Any] | None) -> None:
                     f"{where}.{name} is {_named(value)}, which is not allowed there",
                     f"{where}.{name}",
                 )
+        if message.get("content", "") is None and message["role"] in _NEVER_NULL:
+            # vLLM refuses it too, in twenty lines
+            raise ContractError(
+                f"{where}.content is null: send a text, empty where there is none",
+                f"{where}.content",
+            )
         if type(parts := message.get("content")) is list:
             _check_parts(parts, f"{where}.content")
 

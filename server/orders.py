@@ -27,6 +27,8 @@ class Order:
     """The rule that a publish goes by."""
     rule: str = ""
     handle: str = ""
+    n_redacted: int | None = None
+    """Values that guard ``redact`` covers in the prompt, every occurrence counted."""
     done: bool = field(default=False, compare=False)
 
 

@@ -129,7 +129,6 @@ class Settlement:
     def _describe(self, order: Order, manifest: Manifest) -> dict[str, Any]:
         edge = order.edge
         assert edge is not None
-        spans = order.params["publish"].get("spans")
         return {
             **_shown(manifest),
             "audience": split_tenant(edge.audience)[1],
@@ -137,7 +136,7 @@ class Settlement:
             "guard": edge.guard,
             "forbid": list(edge.forbid),
             "derive": list(edge.derive),
-            **({"redacted_spans": len(spans)} if spans is not None else {}),
+            **({} if order.n_redacted is None else {"redacted_spans": order.n_redacted}),
         }
 
 

@@ -1,26 +1,45 @@
 """From texts to hide to token ranges of the prompt, for guard ``redact``.
 
-The engine overwrites tokens, so the ranges must be of the very tokens it reads. They are counted
-with the model's tokenizer here and held against vLLM's own tokenization of the same request.
+The engine overwrites tokens, so vLLM itself is asked which tokens a request is: it renders messages
+and splits text with the code that the request will meet. The ranges are counted on the text that
+these tokens stand for, and travel with a digest of the tokens: an engine that reads the request as
+others refuses it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lcguard.normalise import skeleton
 from lcguard.policy import Edge, PolicyError
-from lcguard.server.contract_fields import FIELDS
-from lcguard.server.detector import COVERED, Detector
+from lcguard.server.detector import Detector, vouched
 from lcguard.server.errors import ProxyError
+from lcguard.server.redaction import RedactionError, redact
+from lcguard.server.token_text import TokenTextError, TokenTexts
 from lcguard.server.upstream import Upstream
+from lcguard.vllm.request import tokens_digest
 
 Endpoint = Literal["chat", "completions"]
-_CHAT_KEYS = ("messages", "add_generation_prompt", "continue_final_message", "add_special_tokens")
-_COMPLETION_KEYS = ("prompt", "add_special_tokens")
+_CHAT_KEYS = (
+    "messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What is overwritten in a request's own prompt."""
+
+    spans: list[list[int]]
+    """Token ranges ``[start, end)``."""
+    n_occurrences: int
+    """Values that they cover, every occurrence counted."""
+    digest: str
+    """Of the tokens on which they were counted."""
 
 
 class SpanFinder:
@@ -31,8 +50,8 @@ class SpanFinder:
         self.upstream, self.model = upstream, model
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """Raises ``ProxyError`` (400) for a model without a fast tokenizer, or none at all."""
+    def texts(self) -> TokenTexts:
+        """Raises ``ProxyError`` (400) for a model without a tokenizer that can be read back."""
         if not self.model:
             raise _refused("set engine.model to the served model's folder: spans need its tokens")
         from transformers import AutoTokenizer
@@ -41,8 +60,11 @@ class SpanFinder:
             self.model, local_files_only=Path(self.model).is_dir()
         )
         if not found.is_fast:
-            raise _refused(f"the tokenizer of {self.model} has no offsets")
-        return found
+            raise _refused(f"the tokenizer of {self.model} is none of the package tokenizers")
+        try:
+            return TokenTexts(found)
+        except TokenTextError as error:
+            raise _refused(f"the tokenizer of {self.model}: {error}") from None
 
     @cached_property
     def detector(self) -> Detector:
@@ -54,103 +76,91 @@ class SpanFinder:
 
     async def find(
         self, endpoint: Endpoint, body: dict[str, Any], edge: Edge, secrets: Sequence[str] | None
-    ) -> list[list[int]]:
-        """Token ranges ``[start, end)`` of the request's own prompt.
+    ) -> Spans:
+        """What to overwrite in the request's own prompt.
 
         Raises:
             ProxyError: 400 where a forbidden category is neither detected nor answered for by
-                ``secrets``, where a secret is not in the prompt, or where tokens disagree.
+                ``secrets``, where a secret is not in the prompt, where vLLM refuses the prompt,
+                or where its tokens cannot be read back.
         """
-        counted = _CHAT_KEYS if endpoint == "chat" else _COMPLETION_KEYS
-        for name, field in FIELDS[endpoint].items():
-            # vLLM would render it, the count below would not, and every span would be off
-            if field.kind == "guarded" and name in body and name not in counted:
-                raise _refused(f"{name} has no place on an edge with guard 'redact': leave it out")
-        detects = edge.detect == "presidio"
-        open_ = [c for c in edge.forbid if not (detects and c in COVERED)]
+        open_ = [c for c in edge.forbid if c not in vouched(edge.detect)]
         if secrets is None and open_:
             raise _refused(
-                f"guard 'redact' finds no {', '.join(open_)} by itself: name the texts to hide in "
-                "lcguard.publish.secrets, [] for none"
+                f"guard 'redact' finds not all {', '.join(open_)} by itself: name the texts to "
+                "hide in lcguard.publish.secrets, [] for none"
             )
-        return await asyncio.to_thread(
-            self._ranges, await self._rendered(endpoint, body), edge, detects, secrets or ()
-        )
+        texts = await asyncio.to_thread(lambda: self.texts)
+        ids = await self._tokens(texts, endpoint, body)
+        return await asyncio.to_thread(self._spans, texts, ids, edge, secrets or ())
 
-    async def _rendered(self, endpoint: Endpoint, body: dict[str, Any]) -> tuple[Any, list[int]]:
-        """The prompt as text or tokens, and vLLM's tokens of it."""
-        if endpoint == "completions":
-            prompt = body["prompt"]
-            if isinstance(prompt, list):
-                return None, prompt
-            question = {
-                "prompt": prompt,
-                "add_special_tokens": body.get("add_special_tokens", True),
-            }
-            text: Any = prompt
-        else:
-            question = {k: body[k] for k in _CHAT_KEYS if k in body}
-            tokenizer = await asyncio.to_thread(lambda: self.tokenizer)
-            text = tokenizer.apply_chat_template(
-                [{**m, "content": _flat(m.get("content"))} for m in body["messages"]],
-                tokenize=False, add_generation_prompt=body.get("add_generation_prompt", True),
-                continue_final_message=body.get("continue_final_message", False),
+    async def _tokens(
+        self, texts: TokenTexts, endpoint: Endpoint, body: dict[str, Any]
+    ) -> list[int]:
+        """vLLM's tokens of the prompt. Raises ``ProxyError`` where its vocabulary is another."""
+        model, prompt = body.get("model"), body.get("prompt")
+        if endpoint == "completions" and isinstance(prompt, list):
+            try:
+                own = texts.tokenizer.decode(prompt)
+            except (OverflowError, TypeError, ValueError):
+                raise _refused("the prompt holds a number that is no token") from None
+            said = await self.upstream.ask("/detokenize", {"model": model, "tokens": prompt})
+            if skeleton(own).text != skeleton(str(said["prompt"])).text:
+                raise _other_tokenizer(self.model)
+            return prompt
+        asked = _chat(body) if endpoint == "chat" else {
+            "prompt": prompt, "add_special_tokens": body.get("add_special_tokens", True)
+        }  # fmt: skip
+        said = await self.upstream.ask(
+            "/tokenize", {"model": model, **asked, "return_token_strs": True}
+        )
+        ids = list(said["tokens"])
+        if len(ids) >= said["max_model_len"]:
+            raise _refused(
+                f"the prompt has {len(ids)} tokens, the model takes {said['max_model_len']} with "
+                "its answer: shorten it"
+            )
+        if texts.tokenizer.convert_ids_to_tokens(ids) != said["token_strs"]:
+            raise _other_tokenizer(self.model)
+        return ids
+
+    def _spans(
+        self, texts: TokenTexts, ids: list[int], edge: Edge, secrets: Sequence[str]
+    ) -> Spans:
+        try:
+            prompt = texts.of(ids)
+            found = redact(
+                prompt, ids, texts.tokenizer, secrets,
+                lambda text: self.detector.find(text, edge.forbid)
+                if edge.detect != "none" else (),
             )  # fmt: skip
-        answer = await self.upstream.ask("/tokenize", {"model": body.get("model"), **question})
-        return text, list(answer["tokens"])
-
-    def _ranges(
-        self, rendered: tuple[Any, list[int]], edge: Edge, detects: bool, secrets: Sequence[str]
-    ) -> list[list[int]]:
-        text, ids = rendered
-        tokenizer = self.tokenizer
-        if text is None:  # a prompt of tokens: their text, each token's place in it
-            pieces = [tokenizer.decode(i) for i in ids]
-            text, offsets, at = "".join(pieces), [], 0
-            for piece in pieces:
-                offsets.append((at, at + len(piece)))
-                at += len(piece)
-        else:
-            for special in (False, True):
-                found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-                if list(found["input_ids"]) == ids:
-                    offsets = found["offset_mapping"]
-                    break
-            else:
-                raise _refused("vLLM reads this prompt as other tokens than its tokenizer here")
-        places = self.detector.find(text, edge.forbid) if detects else []
-        for secret in secrets:
-            start = text.find(secret)
-            if start < 0:
-                raise _refused(
-                    f"a text of {len(secret)} characters in secrets is not in the prompt"
-                )
-            while start >= 0:
-                places.append((start, start + len(secret)))
-                start = text.find(secret, start + 1)
-        return _merge(
-            [i, i + 1]
-            for i, (a, b) in enumerate(offsets)
-            if any(a < end and start < b for start, end in places)
-        )
+        except (TokenTextError, RedactionError) as error:
+            raise _refused(str(error)) from None
+        return Spans(found.spans, found.n_occurrences, tokens_digest(ids))
 
 
-def _merge(ranges: Any) -> list[list[int]]:
-    """Neighbouring ranges as one."""
-    out: list[list[int]] = []
-    for start, end in ranges:
-        if out and out[-1][1] >= start:
-            out[-1][1] = end
-        else:
-            out.append([start, end])
+def _chat(body: dict[str, Any]) -> dict[str, Any]:
+    """A chat request as vLLM's tokenizing route takes it: what only the template reads are options
+    of the template there, and ``reasoning_content`` goes by its newer name."""
+    asked = {k: body[k] for k in _CHAT_KEYS if k in body}
+    asked["messages"] = [_renamed(m) for m in body["messages"]]
+    options = dict(body.get("chat_template_kwargs") or {})
+    options |= {k: body[k] for k in ("documents", "reasoning_effort") if k in body}
+    if "reasoning_effort" in body:
+        options.setdefault("enable_thinking", body["reasoning_effort"] != "none")
+    return asked | ({"chat_template_kwargs": options} if options else {})
+
+
+def _renamed(message: dict[str, Any]) -> dict[str, Any]:
+    out = {k: v for k, v in message.items() if k != "reasoning_content"}
+    old = message.get("reasoning_content")
+    if old is not None and out.get("reasoning") is None:
+        out["reasoning"] = old
     return out
 
 
-def _flat(content: Any) -> Any:
-    """Text parts as one text."""
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content)
-    return content
+def _other_tokenizer(model: str) -> ProxyError:
+    return _refused(f"vLLM's tokenizer is another than that of engine.model={model}")
 
 
 def _refused(message: str) -> ProxyError:

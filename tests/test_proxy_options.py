@@ -515,7 +515,11 @@ def test_fixed_length_is_refused_inside_vllm(front: Front) -> None:
 def test_detect_presidio_finds_the_ssn(front: Front) -> None:
     pytest.importorskip("presidio_analyzer")
     intake, who = front.auth("intake"), front.auth("screened")
-    made = front.publish(intake, "screened").json()["lcguard"]["published"]
+    # no detector finds all of a category, so the publisher says what is left to hide
+    unsaid = front.publish(intake, "screened")
+    assert error(unsaid) == (400, "spans")
+    assert "government_id" in unsaid.json()["error"]["message"]
+    made = front.publish(intake, "screened", secrets=[]).json()["lcguard"]["published"]
     assert (made["guard"], made["redacted_spans"]) == ("redact", 1)
     assert SSN not in front.answer(who, ASK_SSN, made["handle"])
     assert COMPLAINT in front.answer(who, ASK_COMPLAINT, made["handle"])
@@ -531,6 +535,10 @@ def test_redact_without_a_detector_takes_secrets(front: Front) -> None:
     assert error(unsaid) == (400, "spans")
     assert "government_id, health" in unsaid.json()["error"]["message"]
     assert error(front.publish(intake, "named", secrets=["not there"])) == (400, "spans")
+    spelled = NOTE.replace(SSN, "9\u200b12\u201155\n1029")
+    made = front.publish(intake, "named", spelled, secrets=[SSN]).json()["lcguard"]["published"]
+    assert made["redacted_spans"] == 1
+    assert "1029" not in front.answer(who, ASK_SSN, made["handle"])
     handle = front.handle(intake, "named", secrets=[SSN])
     assert SSN not in front.answer(who, ASK_SSN, handle)
     assert COMPLAINT in front.answer(who, ASK_COMPLAINT, handle)
@@ -555,7 +563,7 @@ def test_on_leak_refuses_or_redacts_on_a_closed_edge(tight: Front) -> None:
     pytest.importorskip("presidio_analyzer")
     intake = tight.auth("intake")
     assert error(tight.publish(intake, "shut")) == (403, "edge_closed")
-    made = tight.publish(intake, "shut-redacted").json()["lcguard"]["published"]
+    made = tight.publish(intake, "shut-redacted", secrets=[]).json()["lcguard"]["published"]
     assert made["guard"] == "redact"
     who = tight.auth("shut-redacted")
     assert SSN not in tight.answer(who, ASK_SSN, made["handle"])

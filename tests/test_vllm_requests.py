@@ -21,9 +21,10 @@ from lcguard.policy import load_policy, parse_policy
 from lcguard.store import open_store
 from lcguard.vllm.checks import check_config, check_groups, check_siblings, check_version
 from lcguard.vllm.errors import HandoffError, StartError
+from lcguard.vllm.frontend import FrontEnd
 from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts, edge_of
 from lcguard.vllm.llm import Handle
-from lcguard.vllm.request import Publish, parse_handoff
+from lcguard.vllm.request import Publish, parse_handoff, tokens_digest
 from lcguard.vllm.settings import policy_of, read_settings
 from lcguard.vllm.setup import guards_of
 from tests.fixtures import tiny_model
@@ -162,6 +163,21 @@ def test_redact_refuses_a_span_that_still_holds_its_secret() -> None:
     ):
         with pytest.raises(HandoffError, match=message):
             plan(prompt, spans)
+
+
+def test_spans_of_another_prompt_are_refused() -> None:
+    def admit(counted_on: list[int], prompt: list[int]) -> Any:
+        publish = {"source": "a", "audience": "c", "spans": ((1, 3),),
+                   "tokens": tokens_digest(counted_on)}  # fmt: skip
+        front = FrontEnd(keeper())
+        return front.admit(
+            handoff(publish=publish), {"type": "token", "prompt_token_ids": prompt}, None
+        )["prompt_token_ids"]
+
+    assert admit([9, 8, 7, 6], [9, 8, 7, 6]) == [9, 3, 3, 6]
+    for other in ([9, 8, 7], [9, 8, 7, 6, 5], [1, 9, 8, 7, 6], [98, 7, 6], [9, 8, 76]):
+        with pytest.raises(HandoffError, match="other tokens"):
+            admit([9, 8, 7, 6], other)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 from lcguard.vllm.checks import CONNECTOR
 from lcguard.vllm.errors import HandoffError, StartError
 from lcguard.vllm.gatekeeper import Gatekeeper
-from lcguard.vllm.request import PARAM, Handoff
+from lcguard.vllm.request import PARAM, Handoff, tokens_digest
 
 
 class FrontEnd:
@@ -48,6 +48,12 @@ class FrontEnd:
                 placed = n
             elif not ids:
                 raise HandoffError(400, "the prompt is empty: add at least one token of your own")
+        if handoff.publish is not None and handoff.publish.tokens is not None:
+            if handoff.publish.tokens != tokens_digest(ids[placed:]):
+                raise HandoffError(
+                    400, "the engine reads this prompt as other tokens than its spans were counted "
+                    "on: leave out what changes the prompt (tool_choice, response_format)",
+                )  # fmt: skip
         if handoff.publish is not None and self.gatekeeper.edge(handoff.publish).guard == "redact":
             for start, end in handoff.publish.spans or ():
                 if 0 <= start < end <= len(ids) - placed:

@@ -8,7 +8,8 @@ Both together publish what an agent made of what it consumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -36,6 +37,8 @@ class Publish(_Model):
     """Seconds to live; at most the policy's."""
     spans: tuple[tuple[int, int], ...] | None = None
     """Token ranges ``[start, end)`` of the secrets in the prompt as sent, for guard ``redact``."""
+    tokens: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """``tokens_digest`` of the prompt that the spans were counted on: another one is refused."""
     handle: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{32,128}$")] | None = None
     """The name to store it under, never used before; drawn by the engine if absent. It is no
     permission, see ``lcguard.grants``."""
@@ -63,6 +66,11 @@ class Handoff(_Model):
 
     publish: Publish | None = None
     consume: Consume | None = None
+
+
+def tokens_digest(ids: Sequence[int]) -> str:
+    """SHA-256 of a prompt's tokens."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
 
 
 def parse_handoff(params: Mapping[str, Any] | None) -> Handoff | None:

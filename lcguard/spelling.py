@@ -1,0 +1,80 @@
+"""Finds values in a text in whatever spelling they stand there.
+
+    text = Spellings("SSN: **912\\u201155**\\n1029, call ADA  LONG")
+    text.find("912-55-1029"), text.find("Ada Long")
+
+Two spellings are one value if the same letters and digits come in the same order, in any case,
+width, composition and accent, with anything between them that is neither; of a value that is mostly
+signs (a password) the signs count too. A value is found inside a longer word, and where JSON, HTML
+or a URL escapes its characters. Short values are therefore found more often than they are meant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lcguard.escapes import unescaped
+from lcguard.normalise import Form, find_all, skeleton, unspaced
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is looked for instead of a value: its form without and with its signs."""
+
+    bare: str
+    """Empty where signs are most of the value."""
+    signs: str
+
+    @classmethod
+    def of(cls, value: str) -> Key:
+        """Raises ``ValueError`` for a value in which nothing is seen."""
+        bare, signs = skeleton(value).text, unspaced(value).text
+        if not signs:
+            raise ValueError("nothing but white space")
+        return cls(bare if 2 * len(bare) >= len(signs) else "", signs)
+
+
+class Spellings:
+    """A text, to be looked through for many values."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @cached_property
+    def _readings(self) -> list[tuple[Form, Form]]:
+        """Without and with signs, as the text stands and with its escapes read."""
+        found = [(skeleton(self.text), unspaced(self.text))]
+        if (read := unescaped(self.text)) is not None:
+            found.append((skeleton(read.text).over(read), unspaced(read.text).over(read)))
+        return found
+
+    def find(self, value: str | Key) -> list[Range]:
+        """Character ranges of every occurrence, in order; they may overlap.
+
+        Time is linear in the text. Raises ``ValueError`` for a value in which nothing is seen.
+        """
+        key = Key.of(value) if isinstance(value, str) else value
+        found: set[Range] = set()
+        for bare, signs in self._readings:
+            for form, wanted in ((bare, key.bare), (signs, key.signs)):
+                n = len(wanted)
+                found |= {form.origin(i, i + n) for i in find_all(form.text, wanted)}
+        return sorted(found)
+
+    def forms(self) -> list[str]:
+        """Every form of the text that a key's are looked for in."""
+        return [form.text for reading in self._readings for form in reading]
+
+
+def merged(ranges: list[Range]) -> list[Range]:
+    """Ranges in order; those that overlap or touch as one."""
+    out: list[Range] = []
+    for start, end in sorted(ranges):
+        if out and out[-1][1] >= start:
+            out[-1] = out[-1][0], max(out[-1][1], end)
+        else:
+            out.append((start, end))
+    return out

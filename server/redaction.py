@@ -1,0 +1,85 @@
+"""What guard ``redact`` covers in a prompt: the tokens of every value, and the proof that none is
+left in the others.
+
+What a publisher names is looked for in every spelling. What the detector finds is treated the same
+way: a number that it knew in one place is covered in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lcguard.normalise import skeleton
+from lcguard.server.token_text import TokenText
+from lcguard.spelling import Key, Range, Spellings, merged
+
+SHORTEST = 5
+"""Letters and digits that a detected value needs to be looked for elsewhere: a shorter one is
+part of too many other words."""
+
+
+class RedactionError(Exception):
+    """A prompt that cannot be redacted as wanted; one line that shows nothing of it."""
+
+
+@dataclass(frozen=True)
+class Redaction:
+    """What is covered."""
+
+    spans: list[list[int]]
+    """Token ranges ``[start, end)``, in order, none touching the next."""
+    n_occurrences: int
+    """Places of the text that they cover."""
+
+
+def redact(
+    prompt: TokenText, ids: Sequence[int], tokenizer: Any, secrets: Sequence[str],
+    detect: Callable[[str], Iterable[Range]] = lambda _: (),
+) -> Redaction:  # fmt: skip
+    """Covers every occurrence of ``secrets`` and of what ``detect`` finds in the prompt.
+
+    Raises:
+        RedactionError: for a secret that is nowhere in the prompt or of white space alone, and
+            where a covered value could still be read from the tokens that are left.
+    """
+    text = Spellings(prompt.text)
+    keys: list[Key] = []
+    places: list[Range] = []
+    for i, secret in enumerate(secrets):
+        try:
+            key = Key.of(secret)
+        except ValueError as error:
+            raise RedactionError(f"secrets[{i}] is {error}: name a text") from None
+        found = text.find(key)
+        if not found:
+            raise RedactionError(
+                f"secrets[{i}], a text of {len(secret)} characters, is not in the prompt in any "
+                "spelling: name it as it stands there, or leave it out"
+            )
+        keys.append(key)
+        places += found
+    detected = list(detect(prompt.text))
+    for value in {prompt.text[a:b] for a, b in detected}:
+        if len(skeleton(value).text) >= SHORTEST:
+            keys.append(key := Key.of(value))
+            places += text.find(key)
+    places = merged([*places, *detected])
+    spans = prompt.tokens(places)
+    _check_twin(ids, spans, tokenizer, keys)
+    return Redaction(spans, len(places))
+
+
+def _check_twin(
+    ids: Sequence[int], spans: Sequence[Sequence[int]], tokenizer: Any, keys: Iterable[Key]
+) -> None:
+    """The tokens that are left, as the tokenizer itself decodes them, hold no covered value."""
+    ends = [0, *(end for span in spans for end in span), len(ids)]
+    runs = [list(ids[a:b]) for a, b in zip(ends[::2], ends[1::2], strict=True)]
+    left = (Spellings(tokenizer.decode(run, skip_special_tokens=True)) for run in runs if run)
+    forms = "\0".join(form for run in left for form in run.forms())  # no form has a NUL
+    if any(wanted in forms for key in keys for wanted in (key.bare, key.signs) if wanted):
+        raise RedactionError(
+            "a value that was to be covered can still be read from the tokens around it"
+        )
