@@ -155,7 +155,8 @@ def _cased(piece: str) -> str:
     """Case-folded, without what is written over, under or around a letter or digit."""
     if piece.isascii():
         return piece.lower()
-    apart = unicodedata.normalize("NFKD", piece.casefold())
+    # "I" is the capital of dotless i as well
+    apart = unicodedata.normalize("NFKD", piece.casefold().replace("\u0131", "i"))
     bare = "".join(c for c in apart if not _accent(c))
     return unicodedata.normalize("NFKC", bare.casefold())
 

@@ -93,7 +93,7 @@ class Edge(_Model):
     fixed_length: bool = False
     """Pad to a fixed token count, so that the length of the segment says nothing."""
     detect: Literal["none", "presidio"] = "none"
-    """For ``redact``: find spans beside those that the publisher names."""
+    """For ``redact``: hide what it finds beside what the publisher names, who must name it."""
     max_segments: Annotated[int, Field(ge=1)] | None = None
     """Composition budget: distinct segments of one source that an audience may receive within
     ``window_s``. None: any number."""

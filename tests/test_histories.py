@@ -114,16 +114,11 @@ def test_agents_histories_are_covered_or_refused(rendered: Rendered) -> None:
     ],
 )  # fmt: skip
 def test_ordinary_messages_are_no_error(rendered: Rendered, message: dict[str, Any]) -> None:
-    if "role" in message and message["role"] == "developer" and "byte" in rendered.kind:
-        messages = [message, {"role": "user", "content": SECRET}]
-    else:
-        messages = [{"role": "user", "content": f"I am {SECRET}"}, message]
+    messages = [{"role": "user", "content": f"I am {SECRET}"}, message]
+    if message["role"] == "developer":  # vLLM makes it a system message, which comes first
+        messages.reverse()
     ((status, text),) = rendered.ask([{"model": "nano", "messages": messages}], [SECRET])
-    if message["role"] == "developer" and "Metaspace" in rendered.kind:
-        # to vLLM it is a system message, which this template wants first
-        assert (status, "System message" in text) == (200, False)
-    else:
-        assert status == 200, text
+    assert status == 200, text
     assert letters(SECRET) not in letters(text)
 
 
