@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.categories import CATEGORIES
+from lcguard.discrete_gaussian import STEPS
 from lcguard.guards.base import GuardModule, KVShape, Rewrite, guard_class
 from lcguard.guards.gate import GateGuard
 from lcguard.guards.gaussian import GaussianGuard
 from lcguard.protocols import Mask
-from lcguard.records import TokenRecord, TokenSpan
+from lcguard.records import TokenRecord, TokenSpan, masks
 from lcguard.training.certificate import (
     binary_kl,
     blind_guess,
     certify,
+    pair_leaks,
     success_ceiling,
     upper_bound,
 )
@@ -151,6 +153,21 @@ def test_a_guard_that_only_adds_noise_leaks_the_whole_difference(world: World) -
     half = certify(of(world, "gaussian", noise=0.6), world.others, world.source, seed=7)
     assert half is not None
     assert half.mean_nats == pytest.approx(found.mean_nats / 4, rel=1e-3)
+
+
+def test_the_certificate_is_of_the_grid_points_that_noise_is_drawn_on(world: World) -> None:
+    """Integers, to the last of them: two contexts whose means differ in a float's last bits alone
+    are the same to a receiver, and two that lie on either side of a tie a whole step apart."""
+    module, records = of(world, "gate", width=32, blocks=1), world.others[:12]
+    found = pair_leaks(module, records, ValuePool(records), world.source, seed=4)
+    rng, pool, wanted = random.Random(4), ValuePool(records), []
+    pairs = [pool.resample(rng, r, r.forbid, r.derive) for r in records]
+    kv, mask = world.source.prefill([*(r.ids for r in records), *pairs]), masks(records)
+    first, second = (module.grid_mean(half, mask).long() for half in (kv[:12], kv[12:]))
+    for a, b, valid in zip(first, second, kv.valid, strict=False):
+        wanted.append(int((a - b)[valid].square().sum()) / (2 * STEPS**2))
+    assert found == pytest.approx(wanted, rel=1e-12)
+    assert sum(found) > 1
 
 
 def test_a_closed_gate_leaks_nothing(world: World) -> None:

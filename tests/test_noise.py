@@ -72,6 +72,17 @@ def test_the_law_is_the_discrete_gaussian() -> None:
         assert distance < Decimal(2) ** -51
 
 
+@pytest.mark.parametrize("steps", [1, 7, 300, STEPS, 3 * STEPS])
+def test_a_mean_so_many_steps_away_costs_the_certificates_nats(steps: int) -> None:
+    """From the table's own weights, for the law as it is drawn: exp(-n^2 / 2 S^2) but for values
+    of which one draw in ten million is."""
+    law = np.array([w / TOTAL for w in weights()])
+    here, there = law[steps:], law[:-steps]
+    both = (here > 2.0**-55) & (there > 2.0**-55)  # below, a weight has few bits left
+    nats = float((here[both] * np.log(here[both] / there[both])).sum())
+    assert nats == pytest.approx(steps**2 / (2 * STEPS**2), rel=1e-5)
+
+
 def test_words_become_draws_by_the_table_alone() -> None:
     """One draw at a time in Python's integers, extreme words among them."""
     words = np.concatenate(

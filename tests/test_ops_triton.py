@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,24 +18,24 @@ from tests.triton_cases import CASES, MOVED, TOLERANCE, Off, run
 ROOT = Path(__file__).parent.parent
 Found = dict[str, list[float]]
 
-pytestmark = pytest.mark.skipif(
+needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
+pytestmark = needs_triton
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def child(module: str, cache: Path, **env: str) -> Found:
+def child(module: str, cache: Path, *args: str, **env: str) -> Any:
     """What a test module prints when it is run. Triton reads the environment when imported."""
     settings = {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LCGUARD_OPS")}
     done = subprocess.run(
-        [sys.executable, "-m", module], cwd=ROOT, env=clean | settings, capture_output=True,
+        [sys.executable, "-m", module, *args], cwd=ROOT, env=clean | settings, capture_output=True,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    found: Found = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check(name: str, found: Found) -> None:
@@ -54,7 +55,8 @@ def check_cipher(found: Found) -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Found:
     cache = tmp_path_factory.mktemp("triton")
-    return child("tests.triton_cases", cache, TRITON_INTERPRET="1")
+    found: Found = child("tests.triton_cases", cache, TRITON_INTERPRET="1")
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -131,13 +131,13 @@ def _derive(key: bytes, purpose: str) -> bytes:
 def _orthogonal(key: bytes, n: int) -> Tensor:
     """``[n, n]``, uniform: the signs of QR are fixed, or they would depend on the library."""
     words = key_stream(key, 0, -(-n * n // WORDS)).flatten()
-    draws = _normals(words)[: n * n].double().view(n, n)
+    draws = box_muller(words)[: n * n].double().view(n, n)
     q, r = torch.linalg.qr(draws)
     fixed: Tensor = q * r.diagonal().sign()
     return fixed
 
 
-def _normals(words: np.ndarray) -> Tensor:
+def box_muller(words: np.ndarray) -> Tensor:
     """Box and Muller on neighbours of an even number of uint32 words; no noise is made of it."""
     u = torch.from_numpy((words >> np.uint32(8)).astype(np.float32)) * 2.0**-24
     radius = torch.sqrt(-2.0 * torch.log(u[0::2] + 2.0**-24))
