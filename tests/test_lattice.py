@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -28,24 +29,21 @@ Found = dict[str, list[Ranks]]
 Route = Callable[[Note, KVBatch, torch.dtype], KVBatch]
 
 
-def check(found: Found) -> None:
-    """Of every path and dtype: no rank below that of Gaussian scores by more than chance, and no
-    note given away. The same attack finds every number under the noise of before."""
-    assert {r.lattice for r in found[BEFORE]} == {1.0}
+def check(found: Found, candidates: int) -> None:
+    """Under the noise of before the attack finds the number in most notes. Now its ranks are
+    anywhere, and by no path and dtype below those of Gaussian scores by more than chance."""
+    assert median(r.both for r in found[BEFORE]) == 1.0
     for name in set(found) - {BEFORE}:
+        assert median(r.lattice for r in found[name]) > 0.05 * candidates, name
         for kind, (mean, error) in advantages(found[name]).items():
             assert mean <= 2 * error, f"{name}, {kind}: {mean:.2f} +- {error:.2f} nats"
 
 
-@pytest.fixture(scope="module")
-def found() -> Found:
-    return attack(3, 500, kernel=False)
-
-
-def test_the_lattice_attack_fails_where_it_read_every_number_before(found: Found) -> None:
-    check(found)
+def test_the_lattice_attack_fails_where_it_read_numbers_before() -> None:
+    found = attack(6, 200, kernel=False)
     assert len(found) == 5
-    assert all(len(rows) == 3 for rows in found.values())
+    assert all(len(rows) == 6 for rows in found.values())
+    check(found, 200)
 
 
 @pytest.mark.parametrize("path", [by_module, by_pages])
@@ -70,4 +68,4 @@ def test_twenty_notes_by_every_path(tmp_path: Path) -> None:
     found = {name: [Ranks(*row) for row in rows] for name, rows in printed.items()}
     assert len(found) == 7
     assert all(len(rows) == 20 for rows in found.values())
-    check(found)
+    check(found, 200)

@@ -66,7 +66,7 @@ def on_device() -> Found:
     return found
 
 
-def test_words_are_those_of_the_cipher(interpreted: Found) -> None:
+def test_draws_are_those_of_the_cipher_to_the_bit(interpreted: Found) -> None:
     check_cipher(interpreted)
 
 
@@ -77,7 +77,7 @@ def test_kernel_is_the_reference(name: str, interpreted: Found) -> None:
 
 @on_gpu
 @pytest.mark.gpu
-def test_words_on_the_device(on_device: Found) -> None:
+def test_draws_on_the_device(on_device: Found) -> None:
     check_cipher(on_device)
 
 
