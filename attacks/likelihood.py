@@ -129,8 +129,8 @@ class LikelihoodAttack(BaseAttack):
         """One secret of one record; ``target`` as ``observed`` gives it, or a mean of ``draws`` of
         them: the likelihood of several draws is that of their mean."""
         record, secret = _records(data)[row], data.secrets[row][which]
-        rng = random.Random(f"list/{self._seed}/{record.record_id}/{which}")
-        values = self._candidates.draw(rng, secret, max(sizes, default=2))
+        rng = random.Random(f"luck/{self._seed}/{record.record_id}/{which}")
+        values = self._draw(record, which, secret, max(sizes, default=2))
         distance = self._distances(data, row, [_put(record, secret, v) for v in values], target)
         score = -distance * draws / (2 * self.noise**2)
         # equal candidates cannot be told apart: a random one of them comes first
@@ -151,6 +151,10 @@ class LikelihoodAttack(BaseAttack):
             length_nats=length,
         )  # fmt: skip
 
+    def _draw(self, record: TokenRecord, which: int, secret: Secret, size: int) -> list[Ids]:
+        rng = random.Random(f"list/{self._seed}/{record.record_id}/{which}")
+        return self._candidates.draw(rng, secret, size)
+
     def observed(self, data: AttackData, row: int) -> Tensor:
         """A segment where its noise is white, float64 ``[T, L, 2, H * D]``: in units of the noise
         where the guard states it, else of the channels."""
@@ -161,6 +165,14 @@ class LikelihoodAttack(BaseAttack):
         points = self._on_grid.grid_points(kv, mask)[0]
         exact = kv.keys.dtype in (torch.float32, torch.float64)
         return (points.round() if exact else points) / STEPS
+
+    def candidate_means(self, data: AttackData, row: int, which: int, size: int) -> Tensor:
+        """``means`` under each of up to ``size`` candidates for a secret, the true one first."""
+        record, secret = _records(data)[row], data.secrets[row][which]
+        values = self._draw(record, which, secret, size)
+        texts = self._prefilled(data, row, [_put(record, secret, v) for v in values])
+        parts = [texts[i : i + self.config.batch] for i in range(0, len(texts), self.config.batch)]
+        return torch.cat([self.means(data, row, part) for part in parts])
 
     def means(self, data: AttackData, row: int, contexts: Sequence[Ids]) -> Tensor:
         """Of what the contexts would become on the record's edge, ``[N, T, L, 2, H * D]``, in the

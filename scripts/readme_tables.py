@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lcguard.commands.script import run_script
+from lcguard.evaluation.verdict import LIST, verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,6 +46,9 @@ def guards(report: dict[str, Any]) -> str:
         "floor",
         "ceiling",
         "recovered / resisted",
+        "likelihood@10 (chance)",
+        "likelihood@100 [95%] (chance)",
+        "verdict",
     )
     return table(
         head,
@@ -59,10 +63,48 @@ def guards(report: dict[str, Any]) -> str:
                 figure(r["floor"]),
                 figure(r["ceiling"]),
                 f"{r['counts']['success']} / {r['counts']['resisted']}",
+                listed(r, "10"),
+                listed(r, "100"),
+                verdict(r).word,
             )
             for r in report["results"]
         ],
     )
+
+
+def listed(row: dict[str, Any], size: str) -> str:
+    """What the optimal attacker recovers who chooses from a list; the interval of the headline."""
+    found = row.get("likelihood", {}).get(size)
+    if found is None:
+        return "-"
+    ci = interval(found["ci"]) if size == LIST else ""
+    return f"{figure(found['asr'])}{ci} ({figure(found['floor'])})"
+
+
+def likelihood(report: dict[str, Any]) -> str:
+    """The optimal attacker, list by list."""
+    head = ("guard", "candidates", "right [95%]", "chance", "blind", "median rank",
+            "nats gained", "secrets")  # fmt: skip
+    rows = [
+        (r["guard"], f"{int(size):,}", figure(x["asr"]) + interval(x["ci"]), figure(x["floor"]),
+         figure(x["blind"]), f"{x['rank_median']:g}", figure(x["nats"], 2), str(x["n"]))
+        for r in report["results"]
+        for size, x in r.get("likelihood", {}).items()
+        if size.isdigit()
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def draws(report: dict[str, Any]) -> str:
+    """Several draws of one record, averaged."""
+    sizes = report["lists"]
+    head = ("draws of one record", *(f"right of {int(n):,} [95%]" for n in sizes))
+    rows = [
+        (str(n), *(figure(x["asr"]) + interval(x["ci"]) for x in by_size.values()))
+        for n, by_size in report["draws"].items()
+    ]
+    chance = ("chance", *(figure(x["floor"]) for x in report["draws"]["1"].values()))
+    return table(head, [*rows, chance])
 
 
 def policies(report: dict[str, Any]) -> str:
@@ -297,10 +339,13 @@ def sections() -> dict[str, str]:
             "policies": policies(report),
             "certificate": certificate(report),
         }
+        if any(r.get("likelihood") for r in report["results"]):
+            out["likelihood"] = likelihood(report)
     if (RESULTS / "agentleak.json").exists():
         out["agentleak"] = guards(json.loads((RESULTS / "agentleak.json").read_text()))
     for name, make in (
-        ("residual_search", search), ("handoff", handoff), ("proxy", proxy), ("soak", soak),
+        ("residual_search", search), ("draws", draws), ("handoff", handoff), ("proxy", proxy),
+        ("soak", soak),
     ):  # fmt: skip
         path = RESULTS / f"{name}.json"
         if path.exists():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lcguard.agents.scenarios.schema import sample_value
 from lcguard.attacks.base import Knowledge
@@ -29,6 +30,7 @@ from lcguard.records import TokenRecord
 from lcguard.training.dataset import attack_data, blind, guard_all
 from lcguard.training.fit_erasure import fit_erasure
 from lcguard.training.joint import join_data
+from scripts.measure_draws import first_rates
 from tests.fixtures import World
 
 
@@ -172,6 +174,18 @@ def test_what_cannot_be_is_refused(world: World) -> None:
             attack_of(world, None, lists=lists).fit(data_of(world, world.records[:2]))
     with pytest.raises(ValueError, match="batch 0 must be at least 1"):
         attack_of(world, None, batch=0).fit(data_of(world, world.records[:2]))
+
+
+def test_draws_of_one_record_add_up() -> None:
+    """Two candidates at distance d, n draws: the normal distribution at half of root n times d."""
+    means = torch.zeros(3, 4, 5)
+    means[1] += 0.2
+    means[2, 0, 0] = 50.0  # never taken for the true one
+    apart = float((means[1] - means[0]).norm())
+    found = first_rates(means, (2, 3), (1, 4, 16), 0)
+    for row, n in zip(found.tolist(), (1, 4, 16), strict=True):
+        right = 0.5 * (1 + math.erf(n**0.5 * apart / 2 / 2**0.5))
+        assert row == pytest.approx([right, right], abs=0.04)
 
 
 # -- the lists

@@ -56,13 +56,13 @@ def list_seeds(runner: Runner, case: Case) -> Sequence[int]:
 
 
 def blind_lists(c: EvalConfig) -> list[Fit]:
-    """The attacks on lists, on segments of other records."""
-    return [
-        Fit(None, None, replace(a, name=f"{a.name}-blind"), seed, "floor")
-        for seed in c.seeds
+    """The attacks on lists, on segments of other records; their long lists show nothing there."""
+    blind = [
+        replace(a, name=f"{a.name}-blind", options={**a.options, "long_records": 0})
         for a in c.attacks
         if a.lists
     ]
+    return [Fit(None, None, a, seed, "floor") for seed in c.seeds for a in blind]
 
 
 def cases_of(runner: Runner) -> Iterator[Case]:
