@@ -19,6 +19,7 @@ def row(guard: str, **changes: Any) -> dict[str, Any]:
         "guard": guard, "utility": 0.9, "utility_relative": 0.98, "asr_fresh": 0.04,
         "asr_fresh_ci": [0.01, 0.07], "asr_injection": 0.02, "floor": 0.03, "advantage": 0.01,
         "counts": {"success": 4, "resisted": 96, "error": 2, "not_applicable": 0},
+        "likelihood": {"100": {"asr": 0.06, "ci": [0.03, 0.12], "floor": 0.02}},
     } | changes  # fmt: skip
 
 
@@ -52,6 +53,16 @@ REPORT = {
 )  # fmt: skip
 def test_expressions(text: str, lines: list[str]) -> None:
     assert parse_gate(text).violations(REPORT) == lines
+
+
+def test_likelihood_gates() -> None:
+    assert parse_gate("gate.likelihood>0.05").violations(REPORT) == ["gate: likelihood 0.06 > 0.05"]
+    assert parse_gate("gate.likelihood_upper>0.1").violations(REPORT) == [
+        "gate: likelihood_upper 0.12 > 0.1"
+    ]
+    assert parse_gate("gate.likelihood_upper>0.15").violations(REPORT) == []
+    unseen = {"results": [row("gate", likelihood={})]}
+    assert "not measured" in parse_gate("likelihood_upper>0.15").violations(unseen)[0]
 
 
 def test_advantage_is_taken_from_what_it_is_made_of() -> None:

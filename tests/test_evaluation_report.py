@@ -57,6 +57,9 @@ def row(guard: str, share: float, train: float | None, fresh: float) -> dict[str
         "asr_fresh_by_attack": {"decoder": fresh, "probe": {"asr": 0.012, "ci": [0.0, 0.0371],
                                 "token_accuracy": 0.117, "ce_gap_nats": 1.23}},
         "asr_injection": 0.019, "floor": 0.03, "ceiling": 0.83, "advantage": fresh - 0.03,
+        "likelihood": {"100": {"asr": fresh, "ci": [fresh - 0.011, fresh + 0.013], "floor": 0.0123,
+                               "blind": 0.0234, "rank_median": 47.0, "nats": 0.345, "n": 140,
+                               "shorter": 0.0456}, "length_nats": 1.12},
         "any_of_k": 0.0823, "asr_by_category": {"salary": category, "iban": {"asr": None}},
         "counts": {"success": 31, "resisted": 689, "error": 0, "not_applicable": 12},
         "latency_ms": {"prefill": 31.2, "guard": 1.84}, "bytes_share": 0.713,
@@ -100,6 +103,12 @@ def no_html(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lcguard.evaluation.report.to_html", lambda _: "")
 
 
+def listed(asr: float, upper: float) -> dict[str, Any]:
+    """Who chooses from 100 candidates, at a chance of 0.01."""
+    return {"likelihood": {"100": {"asr": asr, "ci": [0.0, upper], "floor": 0.01},
+                           "10": {"asr": 0.9, "ci": [0.8, 1.0], "floor": 0.1}}}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -112,8 +121,16 @@ def no_html(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"utility_relative": None}, "protects"),
         ({"utility_relative": None, "utility": None}, "not measured"),
         ({"asr_fresh": None}, "not measured"),
+        ({"likelihood": {}}, "not measured"),
+        ({"likelihood": {}, "asr_fresh": 0.5}, "leaks"),
         ({"floor": float("nan")}, "not measured"),
         ({"asr_fresh": np.float32(0.5)}, "leaks"),
+        ({"asr_fresh_ci": [0.0, 0.09]}, "inconclusive"),
+        (listed(0.05, 0.06), "protects"),
+        (listed(0.0601, 0.07), "leaks"),
+        (listed(0.05, 0.08), "inconclusive"),
+        (listed(0.5, 0.6) | {"utility_relative": 0.5}, "leaks"),
+        (listed(0.02, 0.08) | {"utility_relative": 0.5}, "useless"),
     ],
 )
 def test_verdict_follows_the_rule(change: dict[str, Any], word: str) -> None:
@@ -124,6 +141,8 @@ def test_verdict_admits_its_limits() -> None:
     base = row("gate", 0.98, 0.03, 0.047)
     assert "interval still reaches 20.0%" in verdict(base | {"asr_fresh_ci": [0, 0.2]}).reason
     assert "without any guard too" in verdict(base | {"ceiling": 0.05}).reason
+    assert "no attacker enumerated candidates" in verdict(base | {"likelihood": {}}).reason
+    assert "100 candidates is 4.0 points above chance" in verdict(base | listed(0.05, 0.06)).reason
     errors = {"counts": {"error": 3}}
     assert "3 attempts ended in an error" in verdict(base | errors).reason
 
@@ -172,6 +191,7 @@ def test_every_figure_stands_in_both_texts(html: str) -> None:
             "98.1%", "4.7%", "3.7%", "5.7%", "83.0%", "8.2%", "1.9%", "31", "689", "12", "11.7%",
             "1.23 nats", "1.2%", "31.2 ms", "1.84 ms", "71.3%", "0.410", "0.520", "22.2%", "512",
             "91.1%", "92.2%", "95.5%", "96.6%", "4.1%", "93.1%", "97.2%", "2.1%", "5.2%", "9.4%",
+            "0.345 nats", "47.0", "1.12 nats", "2.3%", "4.6%",
             "abc123", "a note", "one note", "kept", "vacuous", "0, 1, 2", "not measured",
         ):  # fmt: skip
             assert shown in plain, shown
@@ -241,7 +261,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     rows = [line for line in markdown.splitlines() if line.startswith("| ") and "alert" in line]
     assert rows
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in rows]
-    assert set(cells) <= {6, 7, 9}
+    assert set(cells) <= {6, 7, 9, 11}
 
 
 def test_explained_context_reads_without_colour(html: str) -> None:
