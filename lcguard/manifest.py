@@ -97,19 +97,15 @@ class TensorDigests(_Frozen):
                 )
 
 
-class Withheld(_Frozen):
-    """What the guard kept back, in total: per-token figures would show where the secrets are."""
-
-    share: Annotated[float, Field(ge=0, le=1)]
-    """Share of all entries."""
-    tokens: Annotated[int, Field(ge=0)]
-    """Tokens with at least one entry withheld."""
-
-
 class Manifest(_Frozen):
-    """Everything a receiver must know, or verify, about a segment."""
+    """Everything a receiver must know, or verify, about a segment.
 
-    format_version: Literal[1] = 1
+    No field is computed from the raw segment but its size: a figure of it without the guard's
+    noise, such as the share of what was withheld, tells whoever guesses the text that the guess is
+    right. Digests are of the guarded tensors.
+    """
+
+    format_version: Literal[2] = 2
     model_id: Annotated[Name, Field(min_length=1)]
     revision: Name
     """Of the weights."""
@@ -139,7 +135,6 @@ class Manifest(_Frozen):
     """The agent that may consume it; empty outside a store."""
     expires_at_s: Annotated[int, Field(ge=0)] = 0
     """Unix time after which the handle is dead; 0: never."""
-    withheld: Withheld | None = None
     hmac: OptionalDigest = ""
     """Empty until signed."""
 

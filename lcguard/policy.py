@@ -98,6 +98,8 @@ class Edge(_Model):
     """Composition budget: distinct segments of one source that an audience may receive within
     ``window_s``. None: any number."""
     window_s: Annotated[float, Field(gt=0, le=90 * 86400)] = 86400.0
+    length_bucket: Annotated[int, Field(ge=1, le=65536)] = 64
+    """An audience is shown a segment's length rounded up to a multiple of this; 1: the length."""
     on_leak: Literal["refuse", "redact"] = "refuse"
     """What a publisher gets once canaries were read off this edge: a refusal, or guard ``redact``
     in place of this one."""
@@ -113,6 +115,10 @@ class Edge(_Model):
                     f"only {', '.join(DERIVABLE)} have"
                 )
         return self
+
+    def shown_tokens(self, n_tokens: int) -> int:
+        """What the audience may know of a segment's length."""
+        return -(-n_tokens // self.length_bucket) * self.length_bucket
 
     def mask(self, batch: int = 1) -> Mask:
         """The edge's mask for ``batch`` records: bool tensors ``[B, C]``."""

@@ -28,7 +28,6 @@ from lcguard.manifest import (
     Manifest,
     SegmentError,
     TensorDigests,
-    Withheld,
     config_digest,
     utc_now,
 )
@@ -70,7 +69,6 @@ class KVSegment:
         handle: str = "",
         audience: str = "",
         expires_at_s: int = 0,
-        withheld: Withheld | None = None,
     ) -> KVSegment:
         """A segment of un-rotated ``keys`` and ``values [L, H, T, D]`` of the model of ``config``.
 
@@ -100,7 +98,6 @@ class KVSegment:
             handle=handle,
             audience=audience,
             expires_at_s=expires_at_s,
-            withheld=withheld,
         )
         return cls(keys, values, manifest)
 
@@ -135,21 +132,18 @@ class KVSegment:
         valid = torch.ones(1, self.manifest.n_tokens, dtype=torch.bool, device=self.keys.device)
         return KVBatch(self.keys[None], self.values[None], valid)
 
-    def rewrite(
-        self, keys: Tensor, values: Tensor, *, withheld: Withheld | None = None, **changes: Any
-    ) -> KVSegment:
+    def rewrite(self, keys: Tensor, values: Tensor, **changes: Any) -> KVSegment:
         """The same segment after a guard: new tensors, digests and time; unsigned.
 
         ``changes`` are manifest fields, such as ``guard_digest`` and ``policy_digest``.
         """
-        computed = {"tensor_digests", "created_at", "hmac", "withheld"}
+        computed = {"tensor_digests", "created_at", "hmac"}
         if unknown := set(changes) - (set(Manifest.model_fields) - computed):
             raise ValueError(f"{sorted(unknown)} cannot be changed: give other manifest fields")
         fields = dict(self.manifest) | {
             **changes,
             "tensor_digests": TensorDigests.of(keys, values),
             "created_at": utc_now(),
-            "withheld": withheld,
             "hmac": "",
         }
         return KVSegment(keys, values, Manifest(**fields))

@@ -34,6 +34,7 @@ from lcguard.server.orders import (
     unavailable,
 )
 from lcguard.server.rules import rule_digest
+from lcguard.server.shown import tokens_for
 from lcguard.server.spans import Endpoint, SpanFinder
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.vllm.errors import HandoffError
@@ -88,6 +89,10 @@ class Authority:
         me = qualified(order.who.tenant, order.who.agent)
         order.consumed = await asyncio.to_thread(
             lambda: tuple(self.segment(h, me) for h in handles)
+        )
+        order.shown_tokens = tuple(
+            tokens_for(me, self.policy.for_edge(m.source_agent, me), m.n_tokens)
+            for m in order.consumed
         )
         until = int(self.clock() + GRANT_S)
         order.params["consume"] = {

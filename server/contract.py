@@ -20,6 +20,7 @@ from lcguard.server.contract_fields import (
     MESSAGE,
     PATHS,
     RENDERER_OPTIONS,
+    USAGE,
     AnswerClass,
     Endpoint,
     Field,
@@ -74,10 +75,19 @@ def check(
     return out
 
 
-def clean(answer: Mapping[str, Any], consuming: bool) -> dict[str, Any]:
+def clean(answer: Mapping[str, Any], consuming: bool, unsaid_tokens: int = 0) -> dict[str, Any]:
     """What of an answer, or of a piece of a stream, goes to the client. ``lcguard`` is added by
-    the caller: the engine's own, if any, is not passed."""
+    the caller: the engine's own, if any, is not passed.
+
+    Args:
+        unsaid_tokens: added to the prompt's count, which would tell how long what was consumed is.
+    """
     out = _passed(answer, ANSWER, consuming)
+    if isinstance(usage := out.get("usage"), Mapping):
+        out["usage"] = _passed(usage, USAGE, consuming)
+        for name in ("prompt_tokens", "total_tokens"):
+            if type(n := usage.get(name)) is int:
+                out["usage"][name] = n + unsaid_tokens
     if type(choices := out.get("choices")) is list:
         out["choices"] = [_passed(c, CHOICE, consuming) for c in choices if isinstance(c, Mapping)]
     return out
@@ -100,6 +110,7 @@ def describe() -> dict[str, Any]:
             "classes": dict(ANSWER_MEANING),
             "fields": dict(ANSWER),
             "choices": dict(CHOICE),
+            "usage": dict(USAGE),
             "unknown": "removed",
         },
     }
@@ -123,7 +134,7 @@ def markdown() -> str:
                 if f.kind == kind:
                     lines.append(f"| `{name}` | {of} | {_words(kind)} | {f.why} | {f.fix} |")
     lines += ["", "| answer | class |", "|---|---|"]
-    for prefix, table in (("", ANSWER), ("choices[].", CHOICE)):
+    for prefix, table in (("", ANSWER), ("choices[].", CHOICE), ("usage.", USAGE)):
         lines += [f"| `{prefix}{name}` | {_words(kind)} |" for name, kind in table.items()]
     return "\n".join(lines) + "\n"
 

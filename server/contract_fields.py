@@ -153,9 +153,11 @@ FIELDS["chat"]["logprobs"] = Field("refused_on_consume", B, _LOG, "leave it out"
 ANSWER: dict[str, AnswerClass] = {
     **dict.fromkeys(
         ("id", "object", "created", "model", "choices", "service_tier", "system_fingerprint",
-         "usage", "metrics", "error"), "passed",
+         "usage", "error"), "passed",
     ),
-    **dict.fromkeys(("prompt_logprobs", "prompt_token_ids", "prompt_text"), "removed_on_consume"),
+    **dict.fromkeys(
+        ("metrics", "prompt_logprobs", "prompt_token_ids", "prompt_text"), "removed_on_consume"
+    ),
     **dict.fromkeys(("kv_transfer_params", "ec_transfer_params"), "removed"),
     "lcguard": "added",
 }  # fmt: skip
@@ -170,6 +172,16 @@ CHOICE: dict[str, AnswerClass] = {
     "routed_experts": "removed",
 }
 """Of each of its ``choices``."""
+USAGE: dict[str, AnswerClass] = {
+    **dict.fromkeys(
+        ("prompt_tokens", "completion_tokens", "total_tokens", "completion_tokens_details"),
+        "passed",
+    ),
+    # what was found in the prefix cache is as long as what was consumed
+    "prompt_tokens_details": "removed_on_consume",
+}  # fmt: skip
+"""Of its ``usage``. Where segments are consumed, prompt and total count them as far as their
+audience may know (``length_bucket`` of the policy)."""
 
 MESSAGE: dict[str, frozenset[type]] = {
     "content": frozenset({str, list}),

@@ -23,6 +23,8 @@ class Order:
     params: dict[str, Any]
     """``kv_transfer_params["lcguard"]`` for vLLM."""
     consumed: tuple[Manifest, ...] = ()
+    shown_tokens: tuple[int, ...] = ()
+    """Of each consumed segment, as far as its reader may know."""
     edge: Edge | None = None
     """The rule that a publish goes by."""
     rule: str = ""
@@ -30,6 +32,11 @@ class Order:
     n_redacted: int | None = None
     """Values that guard ``redact`` covers in the prompt, every occurrence counted."""
     done: bool = field(default=False, compare=False)
+
+    @property
+    def unsaid_tokens(self) -> int:
+        """What is shown of the consumed lengths beyond what they are."""
+        return sum(self.shown_tokens) - sum(m.n_tokens for m in self.consumed)
 
 
 def consumption(order: Order, m: Manifest, event: Event, reason: str = "") -> Entry:

@@ -145,7 +145,7 @@ class Relay:
                 )
             else:
                 applied = await self.proxy.settlement.finish(x.order)
-                whole = clean(json.loads(data), bool(x.order.consumed))
+                whole = _clean(x.order, json.loads(data))
                 data = json.dumps({**whole, FIELD: applied}, separators=(",", ":")).encode()
                 more = _said(applied)
         counted = _counted(data)
@@ -176,7 +176,7 @@ class Relay:
                         await self.proxy.settlement.fail(x.order, "failed", "vLLM broke off")
                         x.code = "upstream_error"
                     elif (found := data_of(raw)) is not None:
-                        last = raw = event(clean(found, bool(x.order.consumed)))
+                        last = raw = event(_clean(x.order, found))
                     await x.piece(raw)
         except (TimeoutError, aiohttp.ClientError, ValueError) as error:
             raise broken(error) from None
@@ -191,6 +191,10 @@ class Relay:
         before = data_of(last) or {}
         same = {k: before[k] for k in ("id", "object", "created", "model") if k in before}
         return event({**same, "choices": [], FIELD: applied})
+
+
+def _clean(order: Order, answer: Mapping[str, Any]) -> dict[str, Any]:
+    return clean(answer, bool(order.consumed), order.unsaid_tokens)
 
 
 def _counted(data: bytes) -> int | None:

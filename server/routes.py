@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcguard.manifest import SegmentError
-from lcguard.names import ANY, KeyName, split_tenant
+from lcguard.names import ANY, KeyName
 from lcguard.policy import Edge
 from lcguard.server.access import Caller, Operator, Running
 from lcguard.server.audit import Entry
@@ -25,6 +25,7 @@ from lcguard.server.leakage import LeakageError
 from lcguard.server.ledger import Segment, find, live, revoke
 from lcguard.server.orders import gone, unavailable
 from lcguard.server.overview import edge_rows
+from lcguard.server.shown import described, knows_text, listed
 from lcguard.server.state import Proxy
 from lcguard.store import StoreError
 
@@ -92,12 +93,13 @@ async def segments(proxy: Running, who: Caller) -> dict[str, Any]:
     rows = await asyncio.to_thread(
         proxy.database.read, lambda c: live(c, who.tenant, proxy.authority.clock())
     )
-    return {"data": [_listed(s) for s in rows if _may_see(who, s)]}
+    found = proxy.authority.policy
+    return {"data": [listed(who, s, found) for s in rows if _may_see(who, s)]}
 
 
 @router.get("/lcguard/v1/segments/{handle}", tags=["lcguard"])
 async def segment(handle: Handle, proxy: Running, who: Caller) -> dict[str, Any]:
-    """A segment's manifest, verified."""
+    """What the caller may know of a segment; its manifest was verified."""
     row = await _own(proxy, who, handle)
     try:
         manifest = await asyncio.to_thread(proxy.store.manifest, handle)
@@ -106,11 +108,7 @@ async def segment(handle: Handle, proxy: Running, who: Caller) -> dict[str, Any]
         raise unavailable(error) from None
     except SegmentError:
         raise gone(f"segment {handle[:6]}...") from None
-    shown = manifest.model_dump(mode="json", exclude={"hmac"})
-    for name in ("source_agent", "audience"):
-        shown[name] = split_tenant(shown[name])[1]
-    shown["edge"] = f"{row.source}>{row.audience}"
-    return {**_listed(row), "manifest": shown}
+    return {**listed(who, row, proxy.authority.policy), "manifest": described(row, manifest)}
 
 
 @router.delete("/lcguard/v1/segments/{handle}", tags=["lcguard"])
@@ -145,6 +143,11 @@ async def leakage(proxy: Running, who: Caller) -> dict[str, Any]:
     seen = [r for r in rows if who.role == "admin" or r.tenant == who.tenant]
     if who.role == "agent":
         seen = [r for r in seen if who.agent in (r.source, r.audience)]
+    # how long publishing took tells how long the text was
+    seen = [
+        r if knows_text(who, r.source) else replace(r, publish_p50_ms=None, publish_p95_ms=None)
+        for r in seen
+    ]
     return {"threshold": proxy.settings.canaries.threshold, "edges": [asdict(r) for r in seen]}
 
 
@@ -212,15 +215,6 @@ async def _own(proxy: Proxy, who: Identity, handle: str) -> Segment:
     if row is None or row.revoked_at_s is not None or not _may_see(who, row):
         raise gone(f"segment {handle[:6]}...")
     return row
-
-
-def _listed(row: Segment) -> dict[str, Any]:
-    return {
-        "handle": row.handle, "source": row.source, "audience": row.audience,
-        "created_at_s": row.created_at_s, "expires_at_s": row.expires_at_s,
-        "n_tokens": row.n_tokens, "guard": row.guard, "guard_digest": row.guard_digest,
-        "parents": list(row.parents),
-    }  # fmt: skip
 
 
 def _delete(proxy: Proxy, handles: list[str]) -> list[str]:

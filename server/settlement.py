@@ -41,7 +41,9 @@ class Settlement:
         manifest = None
         try:
             if order.consumed:
-                answer["consumed"] = [_shown(m) for m in order.consumed]
+                answer["consumed"] = [
+                    _shown(m, n) for m, n in zip(order.consumed, order.shown_tokens, strict=True)
+                ]
                 entries += [consumption(order, m, "consumed") for m in order.consumed]
             if order.edge is not None:
                 manifest = await asyncio.to_thread(self._stored, order)
@@ -130,7 +132,7 @@ class Settlement:
         edge = order.edge
         assert edge is not None
         return {
-            **_shown(manifest),
+            **_shown(manifest, manifest.n_tokens),
             "audience": split_tenant(edge.audience)[1],
             "expires_at_s": manifest.expires_at_s,
             "guard": edge.guard,
@@ -140,11 +142,11 @@ class Settlement:
         }
 
 
-def _shown(m: Manifest) -> dict[str, Any]:
+def _shown(m: Manifest, n_tokens: int) -> dict[str, Any]:
     return {
         "handle": m.handle,
         "source": split_tenant(m.source_agent)[1],
-        "n_tokens": m.n_tokens,
+        "n_tokens": n_tokens,
         "guard_digest": m.guard_digest,
         "policy_digest": m.policy_digest,
     }

@@ -19,6 +19,7 @@ from lcguard.server.contract_fields import (
     FIELDS,
     MEANING,
     RENDERER_OPTIONS,
+    USAGE,
     Endpoint,
     Field,
 )
@@ -90,6 +91,7 @@ def test_every_field_of_vllm_s_answers_is_judged() -> None:
     )  # fmt: skip
     assert set(ANSWER) == {name for m in whole for name in m.model_fields} | {"lcguard", "error"}
     assert set(CHOICE) == {name for m in choices for name in m.model_fields}
+    assert set(USAGE) == set(text.UsageInfo.model_fields)
 
 
 @needs_vllm
@@ -402,6 +404,11 @@ def test_an_answer_loses_what_the_client_must_not_have() -> None:
         assert set(left) == {n for n, c in table.items() if c == "passed"}
     assert not {"kv_transfer_params", "routed_experts"} & {*plain, *plain["choices"][0]}
     assert json.dumps(answer) == before
+    usage = {"prompt_tokens": 70, "completion_tokens": 2, "total_tokens": 72,
+             "prompt_tokens_details": {"cached_tokens": 61}}  # fmt: skip
+    assert clean({"usage": usage}, consuming=False) == {"usage": usage}
+    counted = {"prompt_tokens": 73, "completion_tokens": 2, "total_tokens": 75}
+    assert clean({"usage": usage}, consuming=True, unsaid_tokens=3) == {"usage": counted}
     assert clean({"error": {"message": "x"}}, consuming=True) == {"error": {"message": "x"}}
     assert clean({"choices": [None, 5]}, consuming=True) == {"choices": []}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,16 @@ LONG = "Read the record with care and say only what it says, no more and no less
 def cached_tokens(answer: httpx.Response) -> int:
     assert answer.status_code == 200, answer.text
     return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def prefix_hits(engine: Running) -> float:
+    """Tokens that vLLM found in its prefix cache so far."""
+    (found,) = re.findall(
+        r"^vllm:prefix_cache_hits_total\{.*\} ([0-9.e+]+)$",
+        engine.get("/metrics")[1].decode(),
+        re.M,
+    )
+    return float(found)
 
 
 def chunks(data: bytes) -> list[Any]:
@@ -101,8 +112,9 @@ def test_one_request_consumes_and_publishes(front: Front) -> None:
     assert COMPLAINT in front.answer(clerk, ASK_COMPLAINT, second)
     # what was consumed is not published again
     assert SSN not in front.answer(clerk, ASK_SSN, second)
-    listed = front.http.get(f"/lcguard/v1/segments/{second}", headers=clerk).json()
-    assert listed["parents"] == [first]
+    path = f"/lcguard/v1/segments/{second}"
+    assert front.http.get(path, headers=front.auth("open")).json()["parents"] == [first]
+    assert "parents" not in front.http.get(path, headers=clerk).json()
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
@@ -246,13 +258,18 @@ def test_tenants_are_apart_from_end_to_end(front: Front) -> None:
     assert SSN in front.answer(acme["partner"], ASK_SSN, handle)
 
 
-def test_a_revoked_segment_is_gone_whatever_the_prefix_cache_holds(front: Front) -> None:
+def test_a_revoked_segment_is_gone_whatever_the_prefix_cache_holds(
+    front: Front, engine: Running
+) -> None:
     intake, reader = front.auth("intake"), front.auth("open")
     handle = front.handle(intake, "open")
-    first = front.ask(reader, LONG + ASK_SSN, handle)
+    assert front.ask(reader, LONG + ASK_SSN, handle).status_code == 200
+    before = prefix_hits(engine)
     again = front.ask(reader, LONG + ASK_SSN, handle)
     # the second finds blocks behind the segment, which the first had to compute
-    assert cached_tokens(again) >= cached_tokens(first) + BLOCK_TOKENS
+    assert prefix_hits(engine) >= before + BLOCK_TOKENS
+    # and its reader is not told: what was found is as long as what was consumed
+    assert "prompt_tokens_details" not in again.json()["usage"]
     gone = front.http.delete(f"/lcguard/v1/segments/{handle}", headers=intake)
     assert gone.json() == {"revoked": [handle], "still_in_store": []}
     assert error(front.ask(reader, LONG + ASK_SSN, handle)) == (404, "no_segment")
@@ -299,7 +316,7 @@ def test_who_lists_inspects_and_revokes(front: Front) -> None:
         assert (front.http.get(path, headers=who).status_code == 200) is sees
     shown = front.http.get(path, headers=reader).json()
     assert shown["manifest"]["source_agent"] == "intake"
-    assert "hmac" not in shown["manifest"]
+    assert not {"hmac", "tensor_digests", "n_tokens"} & set(shown["manifest"])
     assert error(front.http.get(path, headers=foreign)) == (404, "no_segment")
     for who in (reader, auditor):
         assert error(front.http.delete(path, headers=who)) == (403, "role")

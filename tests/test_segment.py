@@ -26,7 +26,6 @@ from lcguard.keys import deployment_key, new_key
 from lcguard.manifest import (
     Manifest,
     SegmentError,
-    Withheld,
     config_digest,
 )
 from lcguard.protocols import KVBatch
@@ -429,7 +428,7 @@ def test_a_rewritten_manifest_needs_the_key(saved: tuple[Path, PretrainedConfig]
     rejected(folder, "unsigned", config=config)
     path.write_bytes(json.dumps(json.loads(manifest.encode()), indent=1).encode())
     rejected(folder, "canonical", config=config)
-    path.write_bytes(manifest.encode().replace(b'"format_version":1', b'"format_version":2'))
+    path.write_bytes(manifest.encode().replace(b'"format_version":2', b'"format_version":3'))
     rejected(folder, "format_version", config=config)
     # The right HMAC must not be in a message: it would sign the forgery.
     forged = manifest.model_copy(update={"hop": 9})
@@ -487,15 +486,12 @@ def test_a_rival_writer_wins_whole(
 
 def test_rewrite_by_a_guard(tmp_path: Path, llama: Any) -> None:
     segment = segment_of(llama, guard_digest="").sign(KEY)
-    withheld = Withheld(share=0.25, tokens=3)
-    guarded = segment.rewrite(
-        segment.keys * 0, segment.values, withheld=withheld, guard_digest="e" * 64, hop=1
-    )
+    guarded = segment.rewrite(segment.keys * 0, segment.values, guard_digest="e" * 64, hop=1)
     assert guarded.manifest.hmac == ""
     assert guarded.manifest.tensor_digests.keys != segment.manifest.tensor_digests.keys
     guarded.save(tmp_path / "s", KEY)
     loaded = KVSegment.load(tmp_path / "s", KEY, config=llama.config, expect_guard="e" * 64)
-    assert (loaded.manifest.withheld, loaded.manifest.hop) == (withheld, 1)
+    assert loaded.manifest.hop == 1
     with pytest.raises(ValueError, match="hmac"):
         segment.rewrite(segment.keys, segment.values, hmac="0" * 64)
     with pytest.raises(SegmentError, match="keys: found"):

@@ -365,8 +365,6 @@ def test_a_stored_segment_names_everything_but_the_text(engine: Engine) -> None:
     assert manifest.audience == "gate"
     assert manifest.source_agent == "intake"
     assert manifest.model_id == "model"
-    assert manifest.withheld is not None
-    assert 0 < manifest.withheld.share < 1
     text = engine.agent.decode(record.ids)
     for secret in record.secrets():
         assert engine.agent.decode(secret.ids).strip() in text

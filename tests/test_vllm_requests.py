@@ -30,7 +30,9 @@ from lcguard.vllm.setup import guards_of
 from tests.fixtures import tiny_model
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
-FACTS = ModelFacts("m", "r" * 64, "c" * 64, {"kind": "default"}, placeholder_id=0, neutral_id=3)
+FACTS = ModelFacts(
+    "m", "r" * 64, "c" * 64, {"kind": "default"}, placeholder_id=0, neutral_id=3, max_model_len=256
+)
 
 
 # -- grants

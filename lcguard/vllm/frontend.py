@@ -34,6 +34,8 @@ class FrontEnd:
     def admit(self, handoff: Handoff, prompt: Any, params: Any) -> Any:
         """The engine's prompt, with placeholders in front and redacted spans overwritten.
 
+        ``params``: this request's own; its answer is kept within the room there is.
+
         Raises ``HandoffError`` for whatever the engine would refuse.
         """
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
@@ -59,17 +61,30 @@ class FrontEnd:
                 if 0 <= start < end <= len(ids) - placed:
                     ids[placed + start : placed + end] = [facts.neutral_id] * (end - start)
         ids = [facts.placeholder_id] * (n - placed) + ids
-        self.gatekeeper.plan(
+        plan = self.gatekeeper.plan(
             handoff,
             ids,
             prompt_logprobs=getattr(params, "prompt_logprobs", None) is not None,
             samples=getattr(params, "n", None) or 1,
             segments=segments,
         )
+        if segments:
+            _bound(params, plan.room_tokens)
         changed = dict(prompt) | {"prompt_token_ids": ids}
         # what was rendered is no longer what is computed
         changed.pop("prompt", None)
         return changed
+
+
+def _bound(params: Any, room_tokens: int) -> None:
+    """Ends the answer where the context would be full if the segments had their shown lengths: at
+    its real end the answer's length would tell theirs. Raises ``HandoffError``."""
+    if params.min_tokens > room_tokens:
+        raise HandoffError(
+            400, f"min_tokens={params.min_tokens}: there is room for {room_tokens} behind what is "
+            "consumed",
+        )  # fmt: skip
+    params.max_tokens = min(room_tokens, params.max_tokens or room_tokens)
 
 
 def failure_of(output: Any) -> HandoffError | None:

@@ -35,6 +35,8 @@ class ModelFacts:
     rope: dict[str, Any]
     placeholder_id: int
     neutral_id: int
+    max_model_len: int
+    """Tokens that a prompt and its answer may have together."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Plan:
     consume: tuple[Manifest, ...] = ()
     agent: str = ""
     publish: PublishPlan | None = None
+    shown_tokens: int = 0
+    """Of what is consumed, as far as its audience may know."""
+    room_tokens: int = 0
+    """Most that may be generated."""
 
     @property
     def n_consumed(self) -> int:
@@ -115,6 +121,9 @@ class Gatekeeper:
         if segments is None:
             segments = self.segments(handoff.consume) if handoff.consume is not None else ()
         n = sum(m.n_tokens for m in segments)
+        # whoever fills the model's context must not count the segments' tokens by it
+        shown = sum(map(self.shown_tokens, segments))
+        room = self.facts.max_model_len - shown - (len(prompt) - n)
         if segments:
             if prompt_logprobs:
                 raise HandoffError(
@@ -123,14 +132,18 @@ class Gatekeeper:
                 )  # fmt: skip
             if n >= len(prompt):
                 raise HandoffError(
-                    400, f"the prompt has {len(prompt)} tokens with {n} consumed ones: add at "
-                    "least one token of your own",
-                )  # fmt: skip
+                    400, "the prompt has none but consumed tokens: add at least one of your own"
+                )
             wrong = next((t for t in prompt[:n] if t != self.facts.placeholder_id), None)
             if wrong is not None:
                 raise HandoffError(
-                    400, f"token {wrong} stands among the first {n} prompt tokens: they must all "
+                    400, f"token {wrong} stands where a consumed one has its place: those must all "
                     f"be the placeholder {self.facts.placeholder_id}, or leave out placed",
+                )  # fmt: skip
+            if room < 1:
+                raise HandoffError(
+                    400, f"the prompt's {len(prompt) - n} tokens and the {shown} counted for what "
+                    f"it consumes leave no room in the model's {self.facts.max_model_len}",
                 )  # fmt: skip
         publish = None
         if handoff.publish is not None:
@@ -138,7 +151,12 @@ class Gatekeeper:
                 raise HandoffError(400, f"n={samples}: a publish request takes n=1")
             publish = self._publish(handoff.publish, segments, prompt)
         agent = handoff.consume.agent if handoff.consume else ""
-        return Plan(segments, agent, publish)
+        return Plan(segments, agent, publish, shown, room)
+
+    def shown_tokens(self, manifest: Manifest) -> int:
+        """What the audience of a segment may know of its length."""
+        edge = self.policy.for_edge(manifest.source_agent, manifest.audience)
+        return edge.shown_tokens(manifest.n_tokens)
 
     def segments(self, consume: Consume) -> tuple[Manifest, ...]:
         """Verified manifests of what a request consumes. Raises ``HandoffError``."""

@@ -68,6 +68,7 @@ def _process_inputs(original: Any) -> Any:
                 front = _front_ends.get(self)
                 if front is None:
                     front = _front_ends[self] = FrontEnd.of(self.vllm_config)
+                params = params.clone()  # the caller may use it for other requests too
                 prompt = front.admit(handoff, prompt, params)
         except HandoffError as error:
             raise _http(error) from None

@@ -136,7 +136,7 @@ class HandoffScheduler:
             return {PARAM: {"error": str(booked.failure), "status": booked.failure.status}}
         answer: dict[str, Any] = {}
         if booked.plan.consume:
-            answer["consumed_tokens"] = booked.plan.n_consumed
+            answer["consumed_tokens"] = booked.plan.shown_tokens
         if booked.plan.publish is not None:
             answer |= self._published(booked)
         return {PARAM: answer}

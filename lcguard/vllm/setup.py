@@ -65,6 +65,7 @@ def facts_of(config: Any, settings: Settings) -> ModelFacts:
         rope=Rotary.from_config(text).describe(),
         placeholder_id=placeholder,
         neutral_id=neutral,
+        max_model_len=int(model.max_model_len),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from lcguard.guards.frozen import FrozenGuard, GuardError
-from lcguard.manifest import SegmentError, Withheld
+from lcguard.manifest import SegmentError
 from lcguard.protocols import Guarded, KVBatch
 from lcguard.records import mask_of
 from lcguard.rope import Rotary
@@ -200,13 +200,10 @@ class HandoffWorker:
             handle=plan.handle,
             audience=plan.audience,
             expires_at_s=plan.expires_at_s,
-            withheld=Withheld(
-                share=min(1.0, float(out.withheld.mean())), tokens=int((out.withheld > 0).sum())
-            ),
         )
         self.store.put(segment.sign(self.key))
         self._sweep()
-        logger.info("lcguard: stored %s tokens for %s", segment.manifest.n_tokens, plan.audience)
+        logger.info("lcguard: stored a segment for %s", plan.audience)
 
     def _sweep(self) -> None:
         """Expired segments and what crashed writers left go now and then: nobody else asks."""
