@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from starlette.routing import Route
 
 from lcguard import __version__
 from lcguard.server.access import operator
+from lcguard.server.crashes import Crashes
 from lcguard.server.dashboard import headers as dashboard_headers
 from lcguard.server.dashboard import new_nonce, render
 from lcguard.server.errors import ProxyError
@@ -26,7 +26,6 @@ from lcguard.server.routes import router
 from lcguard.server.schema_openapi import openapi
 from lcguard.server.state import Proxy
 
-logger = logging.getLogger("lcguard.server")
 Lifespan = Callable[[], AbstractAsyncContextManager[Proxy]]
 
 
@@ -56,7 +55,7 @@ def make_app(lifespan: Lifespan) -> FastAPI:
     app.add_exception_handler(ProxyError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _broken)
+    app.add_middleware(Crashes)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -117,9 +116,3 @@ async def _http(request: Request, error: Exception) -> Response:
     answer = await _refused(request, found)
     answer.headers.update(error.headers or {})
     return answer
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    found = ProxyError(500, "an error of the proxy; its log has the reason", code="internal")
-    return await _refused(request, found)

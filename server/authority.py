@@ -18,6 +18,7 @@ from lcguard.manifest import Manifest, SegmentError
 from lcguard.names import split_tenant
 from lcguard.policy import Policy, PolicyError
 from lcguard.server.audit import AuditLog, Entry
+from lcguard.server.crashes import unforeseen
 from lcguard.server.database import DatabaseError
 from lcguard.server.errors import ProxyError
 from lcguard.server.handoff import HandoffField, Publish
@@ -83,6 +84,10 @@ class Authority:
         except ProxyError as error:
             await self._refused(order, handoff, error)
             raise
+        except Exception as error:
+            found = unforeseen("a handoff's check", error)
+            await self._refused(order, handoff, found)
+            raise found from None
         return order
 
     async def _consume(self, order: Order, handles: Sequence[str]) -> None:

@@ -79,6 +79,7 @@ class Engine:
         """Whether the process that runs now was seen to serve."""
         self._spawned_s = 0.0
         self._late = ""
+        self._log_start = 0
 
     @property
     def url(self) -> str:
@@ -122,6 +123,7 @@ class Engine:
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build alone
         self.plan.log.parent.mkdir(parents=True, exist_ok=True)
         with self.plan.log.open("ab") as log:
+            self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 *self.plan.command(self.port), stdin=asyncio.subprocess.DEVNULL, stdout=log,
                 stderr=log, env=environment, start_new_session=True,
@@ -136,13 +138,20 @@ class Engine:
             await self._end()  # its workers may have outlived it
             left = self.plan.settings.restarts - (self.starts - 1)
             if left <= 0:
-                self.failure = f"vLLM ended with {code}: {self._late or last_reason(self.plan.log)}"
+                self.failure = f"vLLM ended with {code}: {self._late or self._why()}"
                 self._say(self.failure)
                 return
             wait_s = _BACKOFF_S[min(self.starts - 1, len(_BACKOFF_S) - 1)]
             self._say(f"vLLM ended with {code}; starting it again in {wait_s:g} s ({left} left)")
             await asyncio.sleep(wait_s)
             await self._spawn()
+
+    def _why(self) -> str:
+        """What a start failed on, in vLLM's words: nobody had asked it anything. Later they may
+        quote a request, and stay in its log."""
+        if self.answered:
+            return f"its log has the reason: {self.plan.log}"
+        return last_reason(self.plan.log, self._log_start)
 
     async def _end(self) -> None:
         process = self._process
@@ -169,11 +178,12 @@ def lower_priority(pid: int, nice: int) -> None:
         os.setpriority(os.PRIO_PROCESS, pid, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
-def last_reason(log: Path) -> str:
-    """The line of vLLM's log that says why it gave up, as far as one can tell."""
+def last_reason(log: Path, start: int = 0) -> str:
+    """The line of vLLM's log, from byte ``start`` on, that says why it gave up, as far as one can
+    tell."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 64 * 1024))
+            file.seek(max(start, log.stat().st_size - 64 * 1024))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError as error:
         return f"{log.name} cannot be read: {error.strerror}"

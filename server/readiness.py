@@ -75,7 +75,7 @@ class Watch:
             try:
                 self.readiness.set(name, True, await check())
             except Exception as error:  # whatever it is, a watch that died would stay ready
-                text = error.message if isinstance(error, ProxyError) else str(error)
+                text = error.whole if isinstance(error, ProxyError) else str(error)
                 self.readiness.set(name, False, " ".join(text.split())[:400])
                 failed = name
         self.last_s = time.time()

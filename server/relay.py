@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from lcguard.server.body import ClientGone, parse_object, read_body
 from lcguard.server.contract import ContractError, check, clean
+from lcguard.server.crashes import unforeseen
 from lcguard.server.errors import ProxyError
 from lcguard.server.exchange import Exchange
 from lcguard.server.handoff import FIELD, parse_handoff
@@ -52,6 +53,8 @@ class Relay:
                 await exchange.refuse(error)
             except ClientGone:
                 exchange.code = "client_gone"
+            except Exception as error:
+                await exchange.refuse(unforeseen(self.endpoint, error))
 
     async def _answer(self, x: Exchange, receive: Receive) -> None:
         proxy, limits = self.proxy, self.proxy.settings.limits
@@ -107,7 +110,9 @@ class Relay:
         if order is None:
             return
         left = isinstance(error, asyncio.CancelledError)
-        reason = "the client hung up" if left else str(error) or type(error).__name__
+        reason = "the client hung up" if left else type(error).__name__
+        if isinstance(error, ProxyError):
+            reason = f"{error.code}: {error.message}"
         # not to be cancelled itself
         await asyncio.shield(
             self.proxy.settlement.fail(order, "aborted" if left else "failed", reason)
@@ -210,7 +215,7 @@ def _check_failed(order: Order | None, status: int, data: bytes) -> None:
     lost = order is not None and order.edge is not None and _NOT_STORED in data
     if status >= 500 or (status != 200 and lost):
         raise ProxyError(
-            502, f"vLLM answered {status}: {reason_of(data)}",
+            502, f"vLLM answered {status}", detail=reason_of(data),
             code="not_stored" if lost else "upstream", retry_after_s=2,
         )  # fmt: skip
 

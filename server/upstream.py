@@ -82,7 +82,8 @@ class Upstream:
             if answer.status != 200:
                 raise ProxyError(
                     502 if answer.status >= 500 else answer.status,
-                    f"vLLM answered {answer.status} to {path}: {reason_of(data)}", code="upstream",
+                    f"vLLM answered {answer.status} to {path}", detail=reason_of(data),
+                    code="upstream",
                 )  # fmt: skip
             try:
                 return json.loads(data)
