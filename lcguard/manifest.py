@@ -126,6 +126,9 @@ class Manifest(_Frozen):
     guard_digest: OptionalDigest
     """Empty where no guard was applied."""
     tensor_digests: TensorDigests
+    draw: OptionalDigest = ""
+    """Names the noise, by a secret of the deployment: segments of one draw tell together what the
+    longest of them tells, other draws add up. Empty where there is no noise."""
     created_at: str
     """ISO 8601, UTC."""
     handle: Annotated[str, Field(pattern=r"^([A-Za-z0-9_-]{16,128})?$")] = ""

@@ -89,7 +89,7 @@ def test_vllm_stores_the_segment_that_transformers_makes(
 ) -> None:
     """The same text, guard and noise through both backends: equal within float32 rounding."""
     secret = bytes(range(32))
-    monkeypatch.setattr("lcguard.vllm.gatekeeper.new_noise_key", lambda: secret)
+    monkeypatch.setattr(engine.worker.draws, "noise_key", lambda *_: secret)
     (record,) = records(engine.agent, 1, seed=78)
     segment = stored(engine, publish(engine, record.ids, name))
     guard = engine.worker.guards[name]

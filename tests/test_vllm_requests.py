@@ -142,12 +142,15 @@ def test_an_edge_that_nobody_wrote_forbids_everything() -> None:
     assert len(plan.forbid) == 7
 
 
-def test_handles_and_noise_keys_are_new_for_every_request() -> None:
-    plans = [keeper().plan(handoff(publish=PUBLISH), [1]).publish for _ in range(2)]
+def test_handles_are_new_for_every_request_and_contents_are_not() -> None:
+    plans = [keeper().plan(handoff(publish=PUBLISH), [77123]).publish for _ in range(2)]
     assert plans[0] is not None
     assert plans[1] is not None
     assert plans[0].handle != plans[1].handle
-    assert plans[0].noise_key != plans[1].noise_key
+    assert plans[0].content == plans[1].content
+    # neither the text nor what its noise comes from
+    assert "77123" not in repr(plans[0])
+    assert repr(plans[0].content.context) not in repr(plans[0])
 
 
 def test_redact_refuses_a_span_that_still_holds_its_secret() -> None:

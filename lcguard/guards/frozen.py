@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,18 @@ class FrozenGuard:
     def marks(self, kv: KVBatch, mask: Mask) -> Tensor | None:
         """See ``GuardModule.marks``."""
         return self.module.marks(kv, mask)
+
+    def _modules(self) -> Iterator[GuardModule]:
+        return (m for m in self.module.modules() if isinstance(m, GuardModule))
+
+    def is_noisy(self, forbids: bool) -> bool:
+        """Whether two draws of a segment differ; ``forbids``: whether its policy hides anything."""
+        return any(m.config.noise > 0 and (forbids or not m.reads_policy) for m in self._modules())
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether each row of what is sent is one token's: not where tokens change places."""
+        return not any(hasattr(m, "unlock") for m in self._modules())
 
     def opened(self, kv: KVBatch) -> KVBatch:
         """What an entitled audience reads: a guard for the wire alone is undone with its key."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lcguard.categories import CATEGORIES
 from lcguard.followed import Followed
 from lcguard.grants import GrantError, check_grant, make_grant, new_handle
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.noise import new_noise_key
 from lcguard.policy import Edge, Policy, PolicyError
 from lcguard.rope import canonical
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
+from lcguard.vllm.draws import Content, content_of
 from lcguard.vllm.errors import HandoffError
 from lcguard.vllm.request import Consume, Handoff, Publish
 
@@ -54,8 +54,8 @@ class PublishPlan:
     hop: int
     start_token: int
     """First prompt token of the segment: what was consumed is not published again."""
-    noise_key: bytes
-    """Secret; the same for all ranks of a worker."""
+    content: Content = field(repr=False)
+    """The text: its noise is drawn from it, and it stands in no log."""
 
     def answer(self, key: bytes, n_tokens: int, placeholder_id: int) -> dict[str, Any]:
         """What the publisher learns."""
@@ -231,7 +231,13 @@ class Gatekeeper:
             expires_at_s=int(self.clock() + edge.ttl_s),
             hop=max((m.hop for m in consumed), default=-1) + 1,
             start_token=start,
-            noise_key=new_noise_key(),
+            content=content_of(
+                self.key,
+                [edge.source, edge.audience, list(edge.forbid), list(edge.derive)],
+                [self.facts.revision, self.facts.config_digest],
+                consumed,
+                prompt[start:],
+            ),
         )
 
     def _check_redacted(self, publish: Publish, own: Sequence[int]) -> None:

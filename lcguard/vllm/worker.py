@@ -24,6 +24,7 @@ from lcguard.records import mask_of
 from lcguard.rope import Rotary
 from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
+from lcguard.vllm.draws import Draws, Rows, chain_of
 from lcguard.vllm.gatekeeper import ModelFacts
 from lcguard.vllm.jobs import LoadJob, SaveJob
 from lcguard.vllm.pages import LayerPages, gather_layers, slots_of, write_layers
@@ -49,6 +50,7 @@ class HandoffWorker:
         self.config, self.facts, self.guards = config, facts, dict(guards)
         self.store, self.key, self.block_size = store, key, block_size
         self.rank, self.world, self.gather_heads = rank, world, gather_heads
+        self.draws = Draws(key, store)
         self.rotary = Rotary.from_config(config)
         self.layers: list[LayerPages] = []
         self._bad_blocks: set[int] = set()
@@ -163,7 +165,7 @@ class HandoffWorker:
         return self.rotary.unrotate(keys, positions), values
 
     @torch.inference_mode()
-    def _guarded(self, job: SaveJob, keys: Tensor, values: Tensor) -> Guarded:
+    def _guarded(self, job: SaveJob, keys: Tensor, values: Tensor, noise_key: bytes) -> Guarded:
         """The segment through the plan's guard: from the pages where that can be, else from the
         gathered KV ``[L, H, T, D]``, which a guard over several ranks' heads needs."""
         plan = job.plan
@@ -177,18 +179,28 @@ class HandoffWorker:
             slots = slots_of(job.blocks, self.block_size, plan.start_token, job.n_tokens)
             return rewrite_pages(
                 guard, self.layers, slots.to(keys.device), self.rotary, plan.start_token, mask,
-                plan.noise_key, raw,
+                noise_key, raw,
             )  # fmt: skip
         # with redact, the prompt is the twin already: its spans hold neutral tokens
-        return guard(raw, mask, keys=[plan.noise_key], twin=raw if guard.needs_twin else None)
+        return guard(raw, mask, keys=[noise_key], twin=raw if guard.needs_twin else None)
 
     @torch.inference_mode()
     def _commit(self, job: SaveJob, keys: Tensor, values: Tensor) -> None:
         plan, guard = job.plan, self.guards[job.plan.guard]
-        out = self._guarded(job, keys, values)
-        segment = KVSegment.create(
+        digest = guard.digest
+        chain = chain_of(plan.content, digest)
+        noise_key = self.draws.noise_key(chain, keys, values)
+        out = self._guarded(job, keys, values, noise_key)
+        rows = Rows(
             out.kv.keys[0].to(keys.dtype).cpu().contiguous(),
             out.kv.values[0].to(values.dtype).cpu().contiguous(),
+        )
+        if noisy := guard.is_noisy(bool(plan.forbid)):
+            whole = not guard.keeps_tokens
+            rows = self.draws.settle(chain, noise_key, rows.keys, rows.values, whole)
+        segment = KVSegment.create(
+            rows.keys,
+            rows.values,
             self.config,
             model_id=self.facts.model_id,
             revision=self.facts.revision,
@@ -196,12 +208,15 @@ class HandoffWorker:
             edge=f"{plan.source}>{plan.audience}",
             hop=plan.hop,
             policy_digest=plan.policy_digest,
-            guard_digest=guard.digest,
+            guard_digest=digest,
+            draw=rows.draw,
             handle=plan.handle,
             audience=plan.audience,
             expires_at_s=plan.expires_at_s,
         )
         self.store.put(segment.sign(self.key))
+        if noisy:
+            self.draws.stored(chain, rows, plan.handle)
         self._sweep()
         logger.info("lcguard: stored a segment for %s", plan.audience)
 

@@ -1,0 +1,166 @@
+"""One draw of noise for one content: what is published again is what was published before.
+
+Noise is averaged away by whoever gets one record under fresh noise again and again. So a segment
+takes over, byte for byte, the rows of an earlier one on its edge for as long as both have the same
+tokens from the start (their raw KV is the same: a token reads what is before it). Only rows behind
+them are drawn. A conversation that grows is then one draw: its segments tell what the longest of
+them tells.
+
+The noise of new rows comes from a key that is an HMAC under the deployment's key of edge, rule,
+guard, model, tokens, what they were read on top of, *and the raw KV to the bit*: an engine's sums
+differ in their last bits from one batch to the next, and two means next to each other under one
+noise would differ just where the mean lies between two points of the grid, to many digits. With
+another bit of raw KV all noise is another.
+
+What is published is named by its *draw* in the manifest: distinct names are draws that add up, and
+the proxy's ledger counts them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcguard.keys import check_key
+from lcguard.manifest import Manifest, SegmentError, TensorDigests
+from lcguard.rope import canonical
+from lcguard.segment import KVSegment
+from lcguard.store import SegmentStore, StoreError
+
+_DOMAIN = b"lcguard draw\0"
+_BLOCK = 16
+"""Between two places of a text at which it is found again."""
+_KNOWN = 1 << 16
+"""Places that are remembered: a million tokens."""
+
+
+Chain = list[bytes]
+"""A digest of a content and its guard up to each token; secret, because its start is."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a segment is made of, but for its guard: whoever has it knows the text."""
+
+    context: bytes
+    """HMAC of edge, rule, model and of what the tokens are read on top of."""
+    tokens: tuple[int, ...]
+
+
+def content_of(
+    key: bytes, edge: Sequence[object], model: Sequence[str], consumed: Sequence[Manifest],
+    tokens: Sequence[int],
+) -> Content:  # fmt: skip
+    """``edge``: names and rule; ``model``: digests of weights and architecture."""
+    below = [[m.tensor_digests.keys, m.tensor_digests.values] for m in consumed]
+    return Content(_mac(key, "content", list(edge), list(model), below), tuple(tokens))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Guarded KV that is ready to be stored."""
+
+    keys: Tensor
+    """``[L, H, T, D]``."""
+    values: Tensor
+    draw: str = ""
+    """Name of the noise; see the module."""
+    reused_tokens: int = 0
+
+
+class Draws:
+    """What this engine has drawn. Safe to use from several threads."""
+
+    def __init__(self, key: bytes, store: SegmentStore) -> None:
+        self._key, self._store = check_key(key), store
+        self._lock = threading.Lock()
+        self._places: OrderedDict[bytes, str] = OrderedDict()
+        """A text up to some token -> the handle of a segment that begins with it."""
+        self._longest: OrderedDict[str, str] = OrderedDict()
+        """Draw -> the handle of its longest segment."""
+
+    def noise_key(self, chain: Chain, keys: Tensor, values: Tensor) -> bytes:
+        """32 bytes; ``keys``, ``values``: the raw KV ``[L, H, T, D]``."""
+        raw = TensorDigests.of(keys, values)
+        return _mac(self._key, "noise", chain[-1].hex(), raw.keys, raw.values)
+
+    def settle(
+        self, chain: Chain, noise_key: bytes, keys: Tensor, values: Tensor, whole: bool = False
+    ) -> Rows:  # fmt: skip
+        """Guarded ``keys`` and ``values [L, H, T, D]``, drawn under ``noise_key``, with what was
+        drawn before in place of the first rows.
+
+        Args:
+            whole: for a guard whose rows are not each one token's: only all of an earlier segment
+                is taken over.
+        """
+        draw = _mac(self._key, "draw", noise_key.hex()).hex()
+        found = self._earlier(chain, keys, whole)
+        if found is None:
+            return Rows(keys, values, draw, 0)
+        earlier, n = found
+        joined = [
+            torch.cat((old[:, :, :n], new[:, :, n:]), 2)
+            for old, new in ((earlier.keys, keys), (earlier.values, values))
+        ]
+        manifest = earlier.manifest
+        with self._lock:
+            grown = n == manifest.n_tokens and self._longest.get(manifest.draw) == manifest.handle
+        same = n == len(chain) or grown
+        return Rows(joined[0], joined[1], manifest.draw if same else draw, n)
+
+    def stored(self, chain: Chain, rows: Rows, handle: str) -> None:
+        """Remembers a segment that the store has taken."""
+        with self._lock:
+            for n in {*range(_BLOCK, len(chain) + 1, _BLOCK), len(chain)}:
+                _put(self._places, chain[n - 1], handle)
+            if rows.reused_tokens < len(chain):
+                _put(self._longest, rows.draw, handle)
+
+    def _earlier(self, chain: Chain, like: Tensor, whole: bool) -> tuple[KVSegment, int] | None:
+        """The segment with the longest common start, and its tokens."""
+        gone: set[str] = set()
+        for n in range(len(chain), 0, -1):
+            with self._lock:
+                handle = self._places.get(chain[n - 1])
+            if handle is None or handle in gone:
+                continue
+            try:
+                segment = self._store.load(handle, self._key)
+            except (SegmentError, StoreError):  # expired, revoked or out of reach
+                gone.add(handle)
+                continue
+            total = segment.manifest.n_tokens
+            if segment.keys.dtype != like.dtype or (whole and not n == total == len(chain)):
+                continue
+            return segment, n
+        return None
+
+
+def chain_of(content: Content, guard_digest: str) -> Chain:
+    """Of a content with tokens."""
+    state = hashlib.blake2b(guard_digest.encode(), key=content.context, digest_size=32).digest()
+    out = []
+    for token in content.tokens:
+        step = hashlib.blake2b(token.to_bytes(8, "little"), key=state, digest_size=32)
+        state = step.digest()
+        out.append(state)
+    return out
+
+
+def _put(table: OrderedDict[bytes, str] | OrderedDict[str, str], key: object, handle: str) -> None:
+    table[key] = handle  # type: ignore[index]
+    table.move_to_end(key)  # type: ignore[arg-type]
+    if len(table) > _KNOWN:
+        table.popitem(last=False)
+
+
+def _mac(key: bytes, *parts: object) -> bytes:
+    return hmac.new(key, _DOMAIN + canonical(list(parts)), hashlib.sha256).digest()
