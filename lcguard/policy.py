@@ -98,6 +98,9 @@ class Edge(_Model):
     """Composition budget: distinct segments of one source that an audience may receive within
     ``window_s``. None: any number."""
     window_s: Annotated[float, Field(gt=0, le=90 * 86400)] = 86400.0
+    max_draws: Annotated[int, Field(ge=1)] | None = 2
+    """Draws of noise of one record that an audience may receive within 90 days, on edges whose
+    guard adds noise: several let it average the noise away. None: any number."""
     length_bucket: Annotated[int, Field(ge=1, le=65536)] = 64
     """An audience is shown a segment's length rounded up to a multiple of this; 1: the length."""
     on_leak: Literal["refuse", "redact"] = "refuse"

@@ -20,6 +20,7 @@ from lcguard.policy import Policy, PolicyError
 from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.crashes import unforeseen
 from lcguard.server.database import DatabaseError
+from lcguard.server.draw_budget import DrawsSpent, reserve_draw, text_of
 from lcguard.server.errors import ProxyError
 from lcguard.server.handoff import HandoffField, Publish
 from lcguard.server.keyring import Identity
@@ -173,6 +174,8 @@ class Authority:
         except (HandoffError, PolicyError) as error:
             raise ProxyError(400, str(error), code="policy") from None
         order.handle = str(wish.handle)
+        if edge.max_draws is not None and not canary:
+            order.text = await asyncio.to_thread(text_of, self.key, publish.record, body)
         sent = wish.model_dump(mode="json", exclude_none=True)
         if edge.guard == "redact":
             found = await self.spans.find(endpoint, body, edge, publish.secrets)
@@ -200,13 +203,16 @@ class Authority:
                     [(manifest.handle, split_tenant(manifest.source_agent)[1])],
                     edge.max_segments, edge.window_s, now,
                 )  # fmt: skip
+                reserve_draw(
+                    connection, who.tenant, who.agent, manifest.handle, edge.max_draws, now
+                )
 
         entries = [consumption(order, m, "consume") for m in order.consumed]
         if order.edge is not None:
             entries.append(publication(order, "publish"))
         try:
             await self.audit.append_all(entries, book if wanted else None)
-        except BudgetSpent as error:
+        except (BudgetSpent, DrawsSpent) as error:
             wait_s = None if error.frees_at_s is None else max(1.0, error.frees_at_s - now)
             raise ProxyError(403, str(error), code="budget", retry_after_s=wait_s) from None
         except LedgerError as error:

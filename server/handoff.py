@@ -42,6 +42,9 @@ class Publish(_Model):
         Field(default=None, max_length=1024)
     )
     """For edges with guard ``redact``: texts in the prompt to overwrite, wherever they occur."""
+    record: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    """The record or conversation that this is of: an audience gets ``max_draws`` draws of one.
+    Where it is not named, texts that are nearly the same count as one."""
     source: KeyName | None = None
     """For canaries alone: whom they stand in for."""
     tenant: KeyName | None = None

@@ -74,6 +74,10 @@ class Segment:
     parents: tuple[str, ...] = ()
     """Handles that its publisher had consumed."""
     revoked_at_s: float | None = None
+    draw: str = ""
+    """Of its manifest; empty where there is no noise."""
+    record: str = ""
+    """What it is a draw of: see ``lcguard.server.draw_budget``."""
 
 
 _COLUMNS = tuple(f.name for f in fields(Segment))

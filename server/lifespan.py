@@ -21,6 +21,7 @@ from lcguard.server.canaries import CanaryRunner
 from lcguard.server.canary_jobs import canary_job
 from lcguard.server.changes import note_changes
 from lcguard.server.database import Database, DatabaseError
+from lcguard.server.draw_budget import sweep_draws
 from lcguard.server.engine import Engine, EnginePlan
 from lcguard.server.errors import ProxyError
 from lcguard.server.gate import Gate
@@ -227,3 +228,4 @@ async def _sweeps(proxy: Proxy) -> None:
         await asyncio.sleep(SWEEP_S)
         with suppress(DatabaseError):
             await proxy.database.write(lambda c: sweep(c, proxy.authority.clock()))
+            await proxy.database.write(lambda c: sweep_draws(c, proxy.authority.clock()))

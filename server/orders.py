@@ -9,6 +9,7 @@ from lcguard.manifest import Manifest
 from lcguard.names import split_tenant
 from lcguard.policy import Edge
 from lcguard.server.audit import Entry, Event
+from lcguard.server.draw_budget import Text
 from lcguard.server.errors import ProxyError
 from lcguard.server.keyring import Identity
 from lcguard.vllm.gatekeeper import edge_digest
@@ -28,6 +29,8 @@ class Order:
     edge: Edge | None = None
     """The rule that a publish goes by."""
     rule: str = ""
+    text: Text | None = None
+    """Of what is published, where its draws are counted."""
     handle: str = ""
     n_redacted: int | None = None
     """Values that guard ``redact`` covers in the prompt, every occurrence counted."""

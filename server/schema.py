@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import sqlite3
 
-VERSION = 1
-"""``user_version`` of the file. No other is read or written."""
+VERSION = 2
+"""``user_version`` of the file. An older one is brought up to it; no newer one is used."""
 APPLICATION_ID = 0x4C434744
 """``application_id``, "LCGD": tells the file from another program's."""
 
+_DRAWS = (
+    """CREATE TABLE draws (
+        tenant TEXT NOT NULL,
+        audience TEXT NOT NULL,
+        source TEXT NOT NULL,
+        record TEXT NOT NULL,
+        draw TEXT NOT NULL,
+        at_s REAL NOT NULL,
+        PRIMARY KEY (tenant, audience, source, record, draw)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE texts (
+        tenant TEXT NOT NULL,
+        source TEXT NOT NULL,
+        audience TEXT NOT NULL,
+        n_words INTEGER NOT NULL,
+        at_s REAL NOT NULL,
+        record TEXT NOT NULL,
+        words BLOB NOT NULL
+    )""",
+    "CREATE INDEX texts_by_size ON texts (tenant, source, audience, n_words, at_s)",
+)
+_FROM_1 = (
+    "ALTER TABLE segments ADD COLUMN draw TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE segments ADD COLUMN record TEXT NOT NULL DEFAULT ''",
+    *_DRAWS,
+)
 _TABLES = (
     """CREATE TABLE audit (
         seq INTEGER PRIMARY KEY,
@@ -46,7 +72,9 @@ _TABLES = (
         guard_digest TEXT NOT NULL,
         policy_digest TEXT NOT NULL,
         parents TEXT NOT NULL,
-        revoked_at_s REAL
+        revoked_at_s REAL,
+        draw TEXT NOT NULL DEFAULT '',
+        record TEXT NOT NULL DEFAULT ''
     ) WITHOUT ROWID""",
     "CREATE INDEX segments_by_tenant ON segments (tenant, expires_at_s)",
     "CREATE INDEX segments_by_expiry ON segments (expires_at_s)",
@@ -67,6 +95,7 @@ _TABLES = (
     ) WITHOUT ROWID""",
     "CREATE INDEX received_by_edge ON received (tenant, audience, source, at_s)",
     "CREATE INDEX received_by_time ON received (at_s)",
+    *_DRAWS,
 )
 
 
@@ -77,11 +106,11 @@ def is_empty(connection: sqlite3.Connection) -> bool:
 
 
 def check(connection: sqlite3.Connection) -> None:
-    """Raises ``ValueError`` unless the file is LCGuard's and of this version."""
+    """Raises ``ValueError`` unless the file is LCGuard's, of this version or an older one."""
     application, version = _marks(connection)
     if application != APPLICATION_ID:
         raise ValueError("belongs to another program; give the path of LCGuard's own")
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise ValueError(
             f"has schema version {version}, this LCGuard has {VERSION}: use the release that wrote "
             "it, or start a new file"
@@ -89,13 +118,17 @@ def check(connection: sqlite3.Connection) -> None:
 
 
 def prepare(connection: sqlite3.Connection) -> None:
-    """Makes the tables of an empty file; within a transaction. Raises as ``check``."""
+    """Makes the tables of an empty file, or what an older one lacks; within a transaction. Raises
+    as ``check``."""
     if is_empty(connection):
         for statement in _TABLES:
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     else:
         check(connection)
+        if _marks(connection)[1] == 1:
+            for statement in _FROM_1:
+                connection.execute(statement)
     # Written even where it says so already: a file that takes no writes is found now.
     connection.execute(f"PRAGMA user_version = {VERSION}")
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from sqlite3 import Connection
 from typing import Any
 
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.names import split_tenant
 from lcguard.server.audit import AuditLog, Entry, Event
 from lcguard.server.database import DatabaseError
+from lcguard.server.draw_budget import record_of
 from lcguard.server.errors import ProxyError
 from lcguard.server.ledger import LedgerError, Segment, record_segment
 from lcguard.server.orders import Order, consumption, publication, unavailable
@@ -125,8 +128,18 @@ class Settlement:
             expires_at_s=manifest.expires_at_s, n_tokens=manifest.n_tokens,
             guard=order.edge.guard if order.edge else "", guard_digest=manifest.guard_digest,
             policy_digest=order.rule, parents=tuple(m.handle for m in order.consumed),
+            draw=manifest.draw,
         )  # fmt: skip
-        return lambda connection: record_segment(connection, row)
+
+        def write(connection: Connection) -> None:
+            record = ""
+            if row.draw:
+                record = record_of(
+                    connection, row.tenant, row.source, row.audience, order.text, self.clock()
+                )
+            record_segment(connection, replace(row, record=record))
+
+        return write
 
     def _describe(self, order: Order, manifest: Manifest) -> dict[str, Any]:
         edge = order.edge

@@ -40,6 +40,7 @@ POLICY = {
         _to("frugal", [], guard="identity", max_segments=1, window_s=4),
         _to("screened", ["government_id"], guard="redact", detect="presidio"),
         _to("named", ["health", "government_id"], guard="redact"),
+        _to("measured", ALL, length_bucket=1),
         _to("shut", [], guard="identity"),
         _to("shut-redacted", ["government_id"], guard="identity", on_leak="redact",
             detect="presidio"),

@@ -97,6 +97,8 @@ EDGE_OPTIONS = {
     "detect": "test_detect_presidio_finds_the_ssn",
     "max_segments": "test_max_segments_within_window_s",
     "window_s": "test_max_segments_within_window_s",
+    "max_draws": "test_max_draws_of_one_record",
+    "length_bucket": "test_length_bucket_of_one_shows_the_length",
     "on_leak": "test_on_leak_refuses_or_redacts_on_a_closed_edge",
 }
 KEY_OPTIONS = {
@@ -557,6 +559,47 @@ def test_max_segments_within_window_s(front: Front) -> None:
     other = front.handle(front.auth("analyst"), "frugal")  # the budget is of one source
     assert SSN in front.answer(who, ASK_SSN, other)
     wait_for(lambda: front.ask(who, ASK_SSN, second).status_code == 200)  # the window passes
+
+
+def test_max_draws_of_one_record(front: Front) -> None:
+    """Two by default; equal text, a growing one and another record are no further draw."""
+    intake, who = front.auth("intake"), front.auth("averager")
+
+    def ask(note: str, **publish: Any) -> Any:
+        return front.ask(who, ASK_COMPLAINT, front.handle(intake, "averager", note, **publish))
+
+    for note in (NOTE, NOTE, f"Mind: {NOTE}", NOTE):
+        assert ask(note).status_code == 200, note
+    for note in (f"Again: {NOTE}", NOTE.replace("The", "This: the")):
+        refused = ask(note)
+        assert error(refused) == (403, "budget")
+        assert int(refused.headers["retry-after"]) > 86400
+        assert SSN not in refused.text
+    assert ask(f"Mind: {NOTE}").status_code == 200
+    assert ask(NOTE.replace(SSN, "912-55-1030")).status_code == 200
+    for i in range(3):
+        got = ask(f"Visit {i}. {NOTE}", record="patient-17")
+        assert got.status_code == (200 if i < 2 else 403)
+    talk = [{"role": "system", "content": f"Board: {NOTE.replace('Ada', 'Eva')}"}]
+    for turn in range(4):
+        publish = {"publish": {"audience": "averager"}}
+        made = front.chat(intake, "", publish, max_tokens=1, messages=talk,
+                          add_generation_prompt=False)  # fmt: skip
+        handle = made.json()["lcguard"]["published"]["handle"]
+        assert front.ask(who, ASK_COMPLAINT, handle).status_code == 200
+        talk += [{"role": "user", "content": f"Question {turn}?"},
+                 {"role": "assistant", "content": "not stated"}]  # fmt: skip
+    # without noise there is nothing to average
+    handles = [front.handle(intake, "open", f"Note {i}: {NOTE}") for i in range(4)]
+    for handle in handles:
+        assert front.ask(front.auth("open"), ASK_COMPLAINT, handle).status_code == 200
+
+
+def test_length_bucket_of_one_shows_the_length(front: Front) -> None:
+    made = front.publish(front.auth("intake"), "measured").json()["lcguard"]["published"]
+    path = f"/lcguard/v1/segments/{made['handle']}"
+    shown = front.http.get(path, headers=front.auth("measured")).json()
+    assert shown["n_tokens"] == made["n_tokens"]
 
 
 def test_on_leak_refuses_or_redacts_on_a_closed_edge(tight: Front) -> None:
