@@ -8,7 +8,7 @@ from typing import Any
 
 from lcguard.server.edge_counts import CANARY_TENANT
 from lcguard.server.keyring import Identity
-from lcguard.server.overview import named_edges
+from lcguard.server.overview import known_edges
 from lcguard.server.state import Proxy
 
 LEVEL = 0.95
@@ -26,9 +26,9 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
 
     def job() -> dict[str, Any]:
         c, policy = proxy.settings.canaries, proxy.authority.policy
-        used = set(proxy.database.read(proxy.counts.update))
+        counts = proxy.database.read(proxy.counts.update)
         edges = []
-        for tenant, source, audience in sorted(used | named_edges(policy.edges, proxy.tenants())):
+        for tenant, source, audience in sorted(known_edges(proxy, policy, counts)):
             rule = policy.for_edge(f"{tenant}/{source}", f"{tenant}/{audience}")
             edges.append({"tenant": tenant, "source": source, "audience": audience,
                           "forbid": list(rule.forbid), "guard": rule.guard})  # fmt: skip

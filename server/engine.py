@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcguard.keys import KEY_VARIABLE
+from lcguard.private import private_log
 from lcguard.server.settings import EngineSettings
 from lcguard.vllm.weights import AS_TRANSFORMERS
 
@@ -121,8 +122,7 @@ class Engine:
             "VLLM_NO_USAGE_STATS": "1",
         }
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build alone
-        self.plan.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.plan.log.open("ab") as log:
+        with private_log(self.plan.log) as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 *self.plan.command(self.port), stdin=asyncio.subprocess.DEVNULL, stdout=log,

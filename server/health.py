@@ -7,7 +7,8 @@ import json
 
 from fastapi import APIRouter, Request, Response
 
-from lcguard.server.access import Running, caller, operator
+from lcguard.server.access import Running, caller
+from lcguard.server.errors import ProxyError
 from lcguard.server.overview import refresh_metrics
 
 router = APIRouter()
@@ -33,8 +34,13 @@ async def readyz(proxy: Running) -> Response:
 
 @router.get("/metrics", tags=["health"], response_class=Response)
 async def metrics(request: Request, proxy: Running) -> Response:
-    """In Prometheus' format."""
-    if proxy.settings.metrics_auth:
-        operator(caller(request))
+    """In Prometheus' format. Edges and tokens for an admin's key alone, the rest for an auditor's,
+    or for everybody where ``metrics_auth`` is off."""
+    known = "authorization" in request.headers or proxy.settings.metrics_auth
+    role = caller(request).role if known else ""
+    if proxy.settings.metrics_auth and role not in ("admin", "auditor"):
+        raise ProxyError(403, f"metrics take an admin's or an auditor's key, not an {role}'s",
+                         code="role")  # fmt: skip
     await asyncio.to_thread(refresh_metrics, proxy)
-    return Response(proxy.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = proxy.metrics.text(details=role == "admin")
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -203,6 +203,11 @@ class Keyring:
         """Keys of the file in force, expired ones too."""
         return len(self._file.current())
 
+    def agents(self) -> set[tuple[str, str]]:
+        """Tenant and agent of every key of the file."""
+        found = (lock.identity for lock in self._file.current().values())
+        return {(who.tenant, who.agent) for who in found}
+
     def tenants(self) -> set[str]:
         """Whose keys the file has."""
         return {lock.identity.tenant for lock in self._file.current().values()}

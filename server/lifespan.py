@@ -14,7 +14,8 @@ from lcguard.followed import Followed
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
 from lcguard.guards.shipped import guard_folder
-from lcguard.policy import Policy, load_policy
+from lcguard.policy import Policy
+from lcguard.policy_reader import PolicyReader
 from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.authority import Authority
 from lcguard.server.canaries import CanaryRunner
@@ -72,7 +73,7 @@ class Deployment:
 def policy_of(settings: ServerSettings) -> Policy | Followed[Policy]:
     """The policy's file, followed; without one, everything is forbidden. Raises ``PolicyError``."""
     if settings.policy.exists():
-        return Followed(settings.policy, load_policy)
+        return Followed(settings.policy, PolicyReader())
     return Policy(version=1, edges=())
 
 

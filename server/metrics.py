@@ -25,7 +25,9 @@ class Metrics:
         self.handoffs = Counter(
             "lcguard_handoffs", "Segments published and consumed.", ["kind"], registry=r
         )
-        self.tokens = Counter("lcguard_tokens", "Tokens of served requests.", registry=r)
+        self.details = d = CollectorRegistry()
+        """What names edges, or tells by its change how long a request was."""
+        self.tokens = Counter("lcguard_tokens", "Tokens of served requests.", registry=d)
         self.in_flight = Gauge("lcguard_in_flight", "Requests at vLLM.", registry=r)
         self.queued = Gauge("lcguard_queued", "Requests that wait for a place.", registry=r)
         self.first_byte = Histogram(
@@ -40,11 +42,11 @@ class Metrics:
                            registry=r)  # fmt: skip
         self.edge_open = Gauge(
             "lcguard_edge_open", "0 where canaries closed the edge.",
-            ["tenant", "source", "audience"], registry=r,
+            ["tenant", "source", "audience"], registry=d,
         )  # fmt: skip
         self.leak = Gauge(
             "lcguard_canary_asr", "Attack success rate on planted records, and its interval.",
-            ["tenant", "source", "audience", "bound"], registry=r,
+            ["tenant", "source", "audience", "bound"], registry=d,
         )  # fmt: skip
         self.files = Counter(
             "lcguard_reload_errors", "Changes of a followed file that could not be used.",
@@ -54,9 +56,9 @@ class Metrics:
         self.recent_first_ms: deque[float] = deque(maxlen=2048)
         self.recent_overhead_ms: deque[float] = deque(maxlen=2048)
 
-    def text(self) -> bytes:
-        """In Prometheus' format."""
-        return generate_latest(self.registry)
+    def text(self, details: bool) -> bytes:
+        """In Prometheus' format; ``details``: also what is not for everybody."""
+        return generate_latest(self.registry) + (generate_latest(self.details) if details else b"")
 
 
 def percentiles(values_ms: deque[float]) -> tuple[float | None, float | None]:

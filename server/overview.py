@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from statistics import quantiles
 
 from lcguard import __version__
 from lcguard.names import ANY
-from lcguard.policy import Edge
+from lcguard.policy import Edge, Policy
 from lcguard.server.audit import recent
 from lcguard.server.dashboard_view import (
     AgentRow,
@@ -23,7 +23,7 @@ from lcguard.server.dashboard_view import (
     NextStep,
     Totals,
 )
-from lcguard.server.edge_counts import CANARY_TENANT
+from lcguard.server.edge_counts import CANARY_TENANT, DONE
 from lcguard.server.leakage import EdgeLeakage
 from lcguard.server.ledger import Segment, live, received_counts
 from lcguard.server.metrics import percentiles
@@ -40,19 +40,31 @@ NEXT_STEPS = (
 
 
 def edge_rows(proxy: Proxy) -> list[EdgeRow]:
-    """Every hop that the policy names by name, that was used, or that was screened.
-
-    Raises ``DatabaseError``.
-    """
+    """Every hop that ``known_edges`` gives. Raises ``DatabaseError``."""
     policy = proxy.authority.policy
     measured = {(m.tenant, m.source, m.audience): m for m in proxy.meter.snapshot()}
     counts = proxy.database.read(proxy.counts.update)
-    names = {*measured, *counts, *named_edges(policy.edges, proxy.tenants())}
+    closed = {name for name, m in measured.items() if m.state == "closed"}
+    names = closed | known_edges(proxy, policy, counts)
     return [
         _row(proxy, name, policy.for_edge(f"{name[0]}/{name[1]}", f"{name[0]}/{name[2]}"),
              measured.get(name), counts.get(name, Counter()))
         for name in sorted(names)
     ]  # fmt: skip
+
+
+def known_edges(proxy: Proxy, policy: Policy, counts: Mapping[Name, Counter[str]]) -> set[Name]:
+    """Hops that the policy names by name, and those that were used between agents with keys.
+
+    No client makes one of a name that it thinks of: each costs a screening and has its metrics.
+    """
+    agents = proxy.keyring.agents()
+    used = {
+        (tenant, source, audience)
+        for (tenant, source, audience), n in counts.items()
+        if any(n[event] for event in DONE) and {(tenant, source), (tenant, audience)} <= agents
+    }
+    return used | named_edges(policy.edges, proxy.tenants())
 
 
 def named_edges(edges: Iterable[Edge], tenants: Iterable[str]) -> set[Name]:
@@ -145,8 +157,11 @@ def refresh_metrics(proxy: Proxy) -> None:
     for c in proxy.readiness.conditions.values():
         m.ready.labels(c.name).set(c.ok)
     m.audit_rows.set(proxy.audit.head().count)
+    known = known_edges(proxy, proxy.authority.policy, proxy.database.read(proxy.counts.update))
     for leak in proxy.meter.snapshot():
         name = (leak.tenant, leak.source, leak.audience)
+        if name not in known and leak.state == "open":
+            continue
         m.edge_open.labels(*name).set(proxy.meter.verdict(*name) == "open")
         for bound, value in (("mean", leak.asr), ("low", leak.asr_low), ("high", leak.asr_high)):
             if value is not None:

@@ -95,8 +95,9 @@ class ServerSettings:
     store: str = ""
     """URL of the segment store that vLLM uses too; empty: the folder ``segments``."""
     store_max_bytes: Annotated[int, Field(gt=0)] | None = None
-    metrics_auth: bool = False
-    """Whether ``/metrics`` asks for an admin's key."""
+    metrics_auth: bool = True
+    """Whether ``/metrics`` asks for a key, an admin's or an auditor's. Without one it never names
+    edges or counts tokens."""
     drain_s: Seconds = 30.0
     """Time for running requests after SIGTERM."""
     upstream: UpstreamSettings = field(default_factory=UpstreamSettings)

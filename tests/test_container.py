@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,58 @@ def test_no_image_runs_as_root() -> None:
     }
     assert users.keys() == {"proxy", "engine"}
     assert all(found and int(found[-1]) > 0 for found in users.values()), users
+
+
+def ignored(path: str) -> bool:
+    """As docker reads ``.dockerignore``: rooted patterns, the last that matches path or a folder
+    above it decides."""
+    out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip().removeprefix("!")
+        if not pattern or line.startswith("#"):
+            continue
+        parts = Path(path).parts
+        starts = ["/".join(parts[: n + 1]) for n in range(len(parts))]
+        named = pattern.removeprefix("**/")
+        names = parts if pattern.startswith("**/") else ()
+        if any(fnmatch(n, named) for n in names) or (
+            not names and any("/" not in s and fnmatch(s, pattern) for s in starts)
+        ):
+            out = not line.startswith("!")
+    return out
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        ".lcguard/deployment.key", ".lcguard/keys.yaml", "container/.env", "container/state/x",
+        ".env", ".git/config", "state/lcguard.sqlite", "server/.env.local", "lcguard/x.key",
+        "lcguard/.lcguard/keys.yaml", "runs/demo/report.json", "my-state/keys.yaml", "vllm.log",
+    ],
+)  # fmt: skip
+def test_no_secret_gets_into_an_image(secret: str) -> None:
+    assert ignored(secret)
+
+
+def test_what_the_build_takes_is_there() -> None:
+    for path in ("pyproject.toml", "README.md", "LICENSE", "requirements-dev.txt",
+                 "requirements-vllm.txt", "lcguard/policy.py", "server/app.py", "attacks/base.py",
+                 "server/templates/dashboard.html", "agents/nano/model/config.json"):  # fmt: skip
+        assert (ROOT / path).exists()
+        assert not ignored(path), path
+
+
+def test_every_base_image_is_asked_for_by_digest() -> None:
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)
+    assert bases == ["${PYTHON_IMAGE}", "${VLLM_IMAGE}"]
+    for name in ("PYTHON_IMAGE", "VLLM_IMAGE"):
+        assert f"ARG {name}\n" in DOCKERFILE  # no default that is a tag
+        assert f'case "${name}" in *@sha256:*) ;; *)' in DOCKERFILE
+        assert SERVICES["proxy"]["build"]["args"][name].startswith(f"${{{name}:?")
+    assert SERVICES["engine"]["build"]["args"] == SERVICES["proxy"]["build"]["args"]
+    built = {"lcguard-proxy", "lcguard-engine"}
+    images = {s["image"] for s in SERVICES.values()} - built
+    assert all(image.startswith("${") and ":?" in image for image in images)
 
 
 def test_the_proxys_command_is_one_that_serve_takes(

@@ -108,12 +108,15 @@ def test_edges_that_can_match_are_not() -> None:
 
 def test_the_commands_refuse_explain_and_warn(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
-    text = "version: 1\nedges:\n  - {source: intake, audience: billing, forbid: [health]}\n"
+    text = "version: 1\nedges:\n  - {source: intake, audience: billing, forbid: [health]}\n...\n"
     run = CliRunner().invoke
     path.write_text(text)
     done = run(app, ["policy", "check", str(path), "--explain", "acme/intake", "acme/billing"])
     assert "edges[0] (intake -> billing) decides, no other matches" in done.stdout
     assert "warning" not in done.stderr
+    path.write_text(text.removesuffix("...\n"))
+    assert "end it with a line `...`" in run(app, ["policy", "check", str(path)]).stderr
+    path.write_text(text)
     # without a key nobody is `billing`, and both commands say so
     new_key(tmp_path / "keys.yaml", "intake", tenant="acme")
     new_key(tmp_path / "keys.yaml", "billling", tenant="acme")

@@ -300,7 +300,7 @@ def test_an_expired_segment_is_gone(front: Front) -> None:
     gone = wait_for(
         lambda: (r := front.ask(reader, ASK_SSN, handle)).status_code != 200 and r, timeout_s=20
     )
-    assert error(gone) == (404, "no_segment")
+    assert gone.status_code == 404  # of the proxy, or of vLLM where it expired on its way there
 
 
 def test_who_lists_inspects_and_revokes(front: Front) -> None:

@@ -156,7 +156,7 @@ def tight(site: Site, engine: Running, tmp_path_factory: pytest.TempPathFactory)
     (folder / "book").mkdir()
     with front_of(
         with_key(site, "OTHER_KEY", engine.api_key), None, folder, host="0.0.0.0",
-        keys="people/keys.yaml", database="book/audit.sqlite", metrics_auth=True,
+        keys="people/keys.yaml", database="book/audit.sqlite", metrics_auth=False,
         database_timeout_s=0.2, canaries={"enabled": False, "threshold": 0.35},
         upstream={"url": engine.url, "api_key_env": "OTHER_KEY"},
         limits={"max_body_bytes": 20000, "max_output_tokens": FOREVER, "body_timeout_s": 1,
@@ -213,13 +213,37 @@ def test_keys_and_database_say_where_the_files_are(tight: Front) -> None:
 
 
 def test_metrics_auth(front: Front, tight: Front) -> None:
-    open_ = front.http.get("/metrics")
-    assert "lcguard_" in open_.text
-    assert error(tight.http.get("/metrics")) == (401, "unauthorized")
-    agent = tight.http.get("/metrics", headers=tight.auth("intake"))
-    assert error(agent) == (403, "role")
-    admin = tight.http.get("/metrics", headers=tight.auth("root", role="admin"))
-    assert "lcguard_" in admin.text
+    """A key by default; and edges, and counts of tokens, for an admin's alone."""
+    details = ("lcguard_tokens", "lcguard_edge_open", "lcguard_canary_asr", "shut-redacted")
+    assert error(front.http.get("/metrics")) == (401, "unauthorized")
+    assert error(front.http.get("/metrics", headers=front.auth("intake"))) == (403, "role")
+    for answer in (
+        front.http.get("/metrics", headers=front.auth("eve", role="auditor")),
+        tight.http.get("/metrics"),
+        tight.http.get("/metrics", headers=tight.auth("intake")),
+    ):
+        assert answer.status_code == 200
+        assert "lcguard_requests" in answer.text
+        assert [name for name in details if name in answer.text] == []
+    admin = tight.http.get("/metrics", headers=tight.auth("root", role="admin")).text
+    assert [name for name in details if name not in admin] == []
+
+
+def test_no_client_makes_edges_of_names_it_thinks_of(front: Front) -> None:
+    """Neither by a publish that is refused, nor by one to an audience that nobody is."""
+    intake, admin = front.auth("intake"), front.auth("root", role="admin")
+
+    def edges() -> set[tuple[str, str]]:
+        found = front.http.get("/lcguard/v1/leakage", headers=admin).json()["edges"]
+        return {(e["source"], e["audience"]) for e in found}
+
+    assert error(front.publish(intake, "made-up-1", secrets=["x"])) == (400, "bad_handoff")
+    assert front.publish(intake, "made-up-2").status_code == 200
+    front.auth("made-up-1")
+    assert not {name for _, name in edges()} & {"made-up-1", "made-up-2"}
+    front.auth("made-up-2")  # an agent after all
+    assert ("intake", "made-up-2") in edges()
+    assert ("intake", "made-up-1") not in edges()
 
 
 def test_a_locked_database_refuses_handoffs_after_database_timeout_s(

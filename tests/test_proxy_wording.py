@@ -77,6 +77,21 @@ def test_vllms_refusal_of_a_prompt_is_audited_without_its_words(front: Front) ->
     assert row["reason"].split(":")[0] == got.json()["error"]["code"]
 
 
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("token", [-1, 10**6, 2**40])
+def test_a_token_that_is_none_is_refused_and_audited(front: Front, token: int) -> None:
+    header = front.auth("intake") | {"x-request-id": f"token.{token}"}
+    publish = {"publish": {"audience": "named", "secrets": []}}
+    body = {"model": "nano", "prompt": [5, token], "max_tokens": 1, "lcguard": publish}
+    got = front.http.post("/v1/completions", json=body, headers=header)
+    assert got.status_code == 400
+    database = front.running.log.parent / "lcguard.sqlite"
+    (row,) = audit_rows(database, "request_id = ?", f"token.{token}")
+    assert (row["event"], row["verdict"]) == ("refused", "blocked")
+
+
 def test_a_detail_is_in_the_body_alone() -> None:
     error = ProxyError(400, "vLLM answered 400", detail=f"input_value={MARK}", code="upstream")
     assert MARK in error.body()["error"]["message"]

@@ -107,7 +107,7 @@ def _locked(path: Path) -> Iterator[Path]:
     another one in the place of the file itself."""
     real = path.resolve()
     try:
-        real.parent.mkdir(parents=True, exist_ok=True)
+        real.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(real.with_name(f".{real.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise KeyringError(f"{path}: cannot be written: {error.strerror}") from None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcguard.policy import Policy, load_policy
+from lcguard.policy_reader import is_whole
 from lcguard.policy_review import never, why
 
 
@@ -19,6 +20,11 @@ def check_command(
     """
     policy = load_policy(path)
     say(f"{path.name}: {summary(policy)}")
+    if not is_whole(path):
+        warn(
+            f"warning: nothing shows that {path.name} is whole: end it with a line `...`, or a "
+            "running server takes no change of it that hides less"
+        )
     for line in warnings(policy, keys or path.with_name("keys.yaml"), must_exist=keys is not None):
         warn(line)
     for line in why(policy, *hop) if hop else ():

@@ -24,6 +24,7 @@ from lcguard.config import load_config
 from lcguard.keys import KEY_VARIABLE, deployment_key, new_key
 from lcguard.model_files import check_readable
 from lcguard.policy import load_policy
+from lcguard.private import private_folder
 from lcguard.server.app import make_app
 from lcguard.server.engine import EnginePlan
 from lcguard.server.lifespan import Deployment, lifespan
@@ -124,7 +125,7 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
             f"{settings.keys} does not exist: nobody could ask anything. Make a key with: "
             f"lcguard keys new AGENT --dir {state}"
         )
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    changed = private_folder(state)
     key = state_key(state)
     model, name, args = model_of(settings)
     plan = None
@@ -140,6 +141,8 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    if changed:
+        say(changed)
     worker = (sys.executable, "-m", "lcguard.commands.canary")
     if settings.policy.exists():
         for line in warnings(load_policy(settings.policy), settings.keys):

@@ -22,6 +22,7 @@ from lcguard.agents.nano.load import model_path
 from lcguard.commands.keys import new_key as new_api_key
 from lcguard.commands.serve import NANO_ARGS
 from lcguard.keys import KEY_VARIABLE, new_key
+from lcguard.private import private_log
 from lcguard.server.engine import EnginePlan, lower_priority
 from lcguard.server.settings import EngineSettings
 
@@ -80,7 +81,7 @@ def free_port() -> int:
 
 
 def _spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Any:
-    with log.open("ab") as out:
+    with private_log(log) as out:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(environment),
             start_new_session=True,

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,8 +66,14 @@ class FileStore:
         """Manifests read before: they are immutable, and decoding thousands at each put is slow."""
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mode = stat.S_IMODE(self._root.stat().st_mode)
         except (OSError, ValueError) as error:
             raise StoreError(f"{self._root} cannot be the store's folder: {error}") from error
+        if mode & 0o022:  # others could take segments away, and put old ones back
+            raise StoreError(
+                f"{self._root} may be written to by others (mode {mode:o}): chmod go-w it, or give "
+                "a folder of its own"
+            )
 
     def put(self, segment: KVSegment) -> None:
         manifest = check_new(segment, self._clock(), self._max_bytes)

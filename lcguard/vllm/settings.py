@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lcguard.followed import Followed
-from lcguard.policy import Policy, PolicyError, load_policy, parse_policy
+from lcguard.policy import Policy, PolicyError, parse_policy
+from lcguard.policy_reader import PolicyReader
 from lcguard.vllm.errors import StartError
 
 PLAIN = ("identity", "redact")
@@ -58,7 +59,7 @@ def policy_of(settings: Settings) -> Policy | Followed[Policy]:
         if settings.policy is None:
             return Policy(version=1, edges=())
         if isinstance(settings.policy, str):
-            return Followed(settings.policy, load_policy)
+            return Followed(settings.policy, PolicyReader())
         return parse_policy(settings.policy)
     except PolicyError as error:
         raise StartError(str(error)) from None
