@@ -103,6 +103,31 @@ def test_vllm_stores_the_segment_that_transformers_makes(
         assert not torch.allclose(segment.values, raw.values[0], atol=2e-2)
 
 
+def test_equal_content_is_published_once(engine: Engine) -> None:
+    """Whatever else the engine computes meanwhile; what grows keeps the rows that it had."""
+    record, *others = records(engine.agent, 4, seed=93)
+    first = stored(engine, publish(engine, record.ids, "gate"))
+    handles = engine.llm.publish_all(
+        [{"agent": "intake", "prompt": list(r.ids), "audience": "gate"} for r in (*others, record)]
+    )
+    again = stored(engine, handles[-1])
+    assert first.manifest.handle != again.manifest.handle
+    assert torch.equal(first.keys, again.keys)
+    assert torch.equal(first.values, again.values)
+    assert first.manifest.draw == again.manifest.draw != ""
+    n, more = len(record.ids), list(others[0].ids[:9])
+    grown = stored(engine, publish(engine, [*record.ids, *more], "gate"))
+    assert torch.equal(first.keys, grown.keys[:, :, :n])
+    assert grown.manifest.draw == first.manifest.draw
+    # another start, another source, and another guard: draws of their own
+    moved = stored(engine, publish(engine, [more[-1], *record.ids], "gate"))
+    lab = engine.llm.publish(agent="lab", prompt=list(record.ids), audience="gate")
+    blurred = stored(engine, publish(engine, record.ids, "gaussian"))
+    draws = {s.manifest.draw for s in (first, moved, stored(engine, lab), blurred)}
+    assert len(draws) == 4
+    assert stored(engine, publish(engine, record.ids, "identity")).manifest.draw == ""
+
+
 def record_forbid() -> tuple[str, ...]:
     from lcguard.categories import CATEGORIES
 
