@@ -24,6 +24,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from lcguard.rope import canonical
 from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
 
+K = TypeVar("K")
+V = TypeVar("V")
 _DOMAIN = b"lcguard draw\0"
 _BLOCK = 16
 """Between two places of a text at which it is found again."""
@@ -83,8 +86,8 @@ class Draws:
         self._lock = threading.Lock()
         self._places: OrderedDict[bytes, str] = OrderedDict()
         """A text up to some token -> the handle of a segment that begins with it."""
-        self._longest: OrderedDict[str, str] = OrderedDict()
-        """Draw -> the handle of its longest segment."""
+        self._longest: OrderedDict[str, bytes] = OrderedDict()
+        """Draw -> all of its longest text."""
 
     def noise_key(self, chain: Chain, keys: Tensor, values: Tensor) -> bytes:
         """32 bytes; ``keys``, ``values``: the raw KV ``[L, H, T, D]``."""
@@ -112,7 +115,7 @@ class Draws:
         ]
         manifest = earlier.manifest
         with self._lock:
-            grown = n == manifest.n_tokens and self._longest.get(manifest.draw) == manifest.handle
+            grown = n == manifest.n_tokens and self._longest.get(manifest.draw) == chain[n - 1]
         same = n == len(chain) or grown
         return Rows(joined[0], joined[1], manifest.draw if same else draw, n)
 
@@ -122,7 +125,7 @@ class Draws:
             for n in {*range(_BLOCK, len(chain) + 1, _BLOCK), len(chain)}:
                 _put(self._places, chain[n - 1], handle)
             if rows.reused_tokens < len(chain):
-                _put(self._longest, rows.draw, handle)
+                _put(self._longest, rows.draw, chain[-1])
 
     def _earlier(self, chain: Chain, like: Tensor, whole: bool) -> tuple[KVSegment, int] | None:
         """The segment with the longest common start, and its tokens."""
@@ -155,9 +158,10 @@ def chain_of(content: Content, guard_digest: str) -> Chain:
     return out
 
 
-def _put(table: OrderedDict[bytes, str] | OrderedDict[str, str], key: object, handle: str) -> None:
-    table[key] = handle  # type: ignore[index]
-    table.move_to_end(key)  # type: ignore[arg-type]
+def _put(table: OrderedDict[K, V], key: K, value: V) -> None:
+    """Forgets what was not put for the longest time."""
+    table[key] = value
+    table.move_to_end(key)
     if len(table) > _KNOWN:
         table.popitem(last=False)
 
