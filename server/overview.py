@@ -54,15 +54,23 @@ def edge_rows(proxy: Proxy) -> list[EdgeRow]:
 
 
 def known_edges(proxy: Proxy, policy: Policy, counts: Mapping[Name, Counter[str]]) -> set[Name]:
-    """Hops that the policy names by name, and those that were used between agents with keys.
+    """Hops that the policy names by name, and those that were used between agents that have a key
+    or a name in the policy.
 
     No client makes one of a name that it thinks of: each costs a screening and has its metrics.
     """
     agents = proxy.keyring.agents()
+    agents |= {
+        (edge.tenant, name) for edge in policy.edges for name in (edge.source, edge.audience)
+    }
+
+    def known(tenant: str, name: str) -> bool:
+        return bool({(tenant, name), (ANY, name)} & agents)
+
     used = {
         (tenant, source, audience)
         for (tenant, source, audience), n in counts.items()
-        if any(n[event] for event in DONE) and {(tenant, source), (tenant, audience)} <= agents
+        if any(n[event] for event in DONE) and known(tenant, source) and known(tenant, audience)
     }
     return used | named_edges(policy.edges, proxy.tenants())
 

@@ -254,7 +254,8 @@ def test_an_answer_of_another_status_is_an_error_with_vllms_words(status: int, s
 
     error, _ = ask(refuses, question)
     assert error.status == said
-    assert "a reason" in error.message
+    assert "a reason" in error.whole
+    assert "a reason" not in error.message  # which goes to the audit
 
 
 def test_an_answer_that_is_no_json_is_an_error_of_the_upstream() -> None:
