@@ -1,4 +1,4 @@
-"""What a policy says to a reader: which edge decides a hop and why, and which edges never can."""
+"""What a policy says to a reader: which edge decides a hop and why, and which never serves one."""
 
 from __future__ import annotations
 
@@ -40,6 +40,22 @@ def never(policy: Policy, agents: Collection[tuple[str, str]] | None = None) -> 
         reason = _no_key_can(edge) or (agents is not None and _no_key_does(edge, agents))
         if reason:
             yield f"{_named(policy, i)} never matches: {reason}"
+
+
+def unserved(policy: Policy, guards: Collection[str] | None = None) -> Iterator[str]:
+    """A line for each edge on which an engine refuses every publish.
+
+    Args:
+        guards: names that the engine has; None where that is not known.
+    """
+    for i, edge in enumerate(policy.edges):
+        if edge.fixed_length:
+            yield f"{_named(policy, i)} refuses every publish: fixed_length is not for vLLM"
+        elif guards is not None and edge.guard not in guards:
+            yield (
+                f"{_named(policy, i)} refuses every publish: guard {edge.guard!r} is none of the "
+                f"engine's ({', '.join(sorted(guards))}); add it to engine.guards"
+            )
 
 
 def _no_key_can(edge: Edge) -> str:

@@ -11,9 +11,12 @@ from typer.testing import CliRunner
 
 from lcguard.cli import app
 from lcguard.commands.keys import new_key
+from lcguard.commands.serve import load_settings
+from lcguard.followed import Followed
 from lcguard.names import ANY
 from lcguard.policy import PolicyError, parse_policy
 from lcguard.policy_review import never, why
+from lcguard.server.lifespan import policy_of
 
 RULES = parse_policy(
     {
@@ -130,3 +133,64 @@ def test_the_commands_refuse_explain_and_warn(tmp_path: Path) -> None:
         done = run(app, command)
         assert done.exit_code != 0
         assert "edges[0].source = 'acme/intake': no agent" in str(done.exception)
+
+
+def test_an_edge_that_the_engine_cannot_serve_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "version: 1\nedges:\n"
+        "  - {source: '*', audience: a, forbid: [], guard: gates}\n"
+        "  - {source: '*', audience: b, forbid: [], fixed_length: true}\n"
+        "  - {source: '*', audience: c, forbid: [], guard: redact}\n...\n"
+    )
+    for agent in "abc":
+        new_key(tmp_path / "keys.yaml", agent)
+    run = CliRunner().invoke
+    done = run(app, ["config", "check", "--dir", str(tmp_path)])
+    first, second = done.stderr.splitlines()
+    assert "edges[0] (* -> a) refuses every publish: guard 'gates' is none of the" in first
+    assert "edges[1] (* -> b) refuses every publish: fixed_length is not for vLLM" in second
+    # neither the policy alone nor a server that attaches knows the engine's guards
+    done = run(app, ["policy", "check", str(path)])
+    assert done.stderr.splitlines() == [second]
+    (tmp_path / "server.yaml").write_text("upstream: {url: 'http://127.0.0.1:9'}\n")
+    done = run(app, ["config", "check", "--dir", str(tmp_path)])
+    assert done.stderr.splitlines() == [second]
+
+
+AGREED = {
+    "good": "version: 1\nedges: []\n",
+    "slash": "version: 1\nedges:\n  - {source: acme/a, audience: b, forbid: []}\n",
+    "unknown category": "version: 1\nedges:\n  - {source: a, audience: b, forbid: [helth]}\n",
+    "ambiguous": "version: 1\nedges:\n  - {source: a, audience: '*', forbid: []}\n"
+                 "  - {source: '*', audience: b, forbid: []}\n",
+    "aliases": "a: &a [x]\n" + "version: 1\nedges: &e [*e]\n",
+    "no YAML": "version: [1",
+    "not UTF-8": "version: 1 # \udce9",
+    "empty": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AGREED)
+def test_commands_and_server_agree_on_a_policy(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(AGREED["good"])
+    new_key(tmp_path / "keys.yaml", "a")
+    running = policy_of(load_settings(tmp_path, None, [], None))  # as the server follows it
+    assert isinstance(running, Followed)
+    path.write_text(AGREED[case], errors="surrogateescape")
+    said: set[str] = set()
+    for command in (
+        ["policy", "check", str(path)],
+        ["config", "check", "--dir", str(tmp_path)],
+        ["serve", "--dir", str(tmp_path), "--upstream", "http://127.0.0.1:9"],
+    ):
+        if case == "good" and command[0] == "serve":
+            continue
+        done = CliRunner().invoke(app, command)
+        said.add("" if done.exit_code == 0 else str(done.exception))
+    running._next_s = 0.0  # look now
+    running.current()
+    said.add(running.error)
+    assert len(said) == 1, said
+    assert (said == {""}) == (case == "good")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lcguard.policy import Policy, load_policy
 from lcguard.policy_reader import is_whole
-from lcguard.policy_review import never, why
+from lcguard.policy_review import never, unserved, why
 
 
 def check_command(
@@ -35,8 +35,11 @@ def summary(policy: Policy) -> str:
     return f"{len(policy.edges)} edges, digest {policy.digest[:12]}"
 
 
-def warnings(policy: Policy, keys: Path, must_exist: bool = False) -> list[str]:
-    """A line for each edge that never matches, given who has a key.
+def warnings(
+    policy: Policy, keys: Path, guards: Collection[str] | None = None, must_exist: bool = False
+) -> list[str]:
+    """A line for each edge that never matches, given who has a key, and for each on which the
+    engine refuses every publish, given its guards where they are known.
 
     Raises ``KeyringError`` for a keys file that cannot be used.
     """
@@ -45,4 +48,5 @@ def warnings(policy: Policy, keys: Path, must_exist: bool = False) -> list[str]:
         from lcguard.server.keyring import load_keys  # here: it needs the extra `server`
 
         agents = {(k.tenant, k.agent) for k in load_keys(keys).keys if k.role == "agent"}
-    return [f"warning: {line}" for line in never(policy, agents)]
+    found = (*never(policy, agents), *unserved(policy, guards))
+    return [f"warning: {line}" for line in found]

@@ -31,6 +31,7 @@ from lcguard.server.lifespan import Deployment, lifespan
 from lcguard.server.protocol import TimedHttp
 from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
+from lcguard.vllm.settings import PLAIN
 
 NANO_ARGS = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
 KEY_FILE = "deployment.key"
@@ -112,6 +113,11 @@ def model_of(settings: ServerSettings) -> tuple[str, str, tuple[str, ...]]:
     return engine.model, engine.served_model_name or Path(engine.model).name, engine.args
 
 
+def engine_guards(settings: ServerSettings) -> set[str] | None:
+    """Guards of the engine that ``serve`` starts; None where it attaches to another."""
+    return None if settings.upstream.url else {*PLAIN, *settings.engine.guards}
+
+
 def serve(state: Path, settings: ServerSettings, console: Console) -> int:
     """Runs until SIGTERM or Ctrl-C. Raises ``ValueError`` for what cannot be served."""
     check_exposure(settings)
@@ -145,7 +151,7 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
         say(changed)
     worker = (sys.executable, "-m", "lcguard.commands.canary")
     if settings.policy.exists():
-        for line in warnings(load_policy(settings.policy), settings.keys):
+        for line in warnings(load_policy(settings.policy), settings.keys, engine_guards(settings)):
             say(line)
     deployment = Deployment(settings, key, model, name, plan, state.resolve(), say, worker)
     failed: list[Exception] = []

@@ -96,7 +96,7 @@ def keys_revoke(key_id: Annotated[str, typer.Argument(help="From keys list.")],
 def config_check(state: State = STATE, config: Config = None, sets: Sets = None) -> None:
     """Check server.yaml, keys and policy as the server would."""
     from lcguard.commands.policy import summary, warnings
-    from lcguard.commands.serve import check_exposure, load_settings
+    from lcguard.commands.serve import check_exposure, engine_guards, load_settings
     from lcguard.policy import load_policy
     from lcguard.server.keyring import load_keys
 
@@ -106,7 +106,7 @@ def config_check(state: State = STATE, config: Config = None, sets: Sets = None)
     if settings.policy.exists():
         policy = load_policy(settings.policy)
         rules = summary(policy)
-        for line in warnings(policy, settings.keys):
+        for line in warnings(policy, settings.keys, engine_guards(settings)):
             typer.echo(line, err=True)
     else:
         rules = "no file: every category is forbidden on every edge"
