@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lcguard.server.crashes import unforeseen
+from lcguard.server.crashes import Crashes, unforeseen
 from lcguard.server.engine import last_reason
 from lcguard.server.errors import ProxyError
 from tests.engine import needs_vllm
@@ -111,6 +112,30 @@ def test_an_unforeseen_error_is_logged_by_place(caplog: pytest.LogCaptureFixture
     assert "ValueError" in caplog.text
     assert "in quotes" in caplog.text
     assert MARK not in caplog.text.replace('f"input_value={MARK}"', "") + found.whole
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_route_that_fails_answers_and_logs_no_message(
+    caplog: pytest.LogCaptureFixture, begun: bool
+) -> None:
+    sent: list[Any] = []
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ValueError(f"input_value={MARK}")
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(Crashes(fails)({"type": "http"}, receive, send))
+    assert [m["status"] for m in sent if "status" in m] == [200 if begun else 500]
+    assert "ValueError" in caplog.text
+    assert MARK not in caplog.text + str(sent)
 
 
 def test_only_this_start_of_the_engine_gives_a_reason(tmp_path: Path) -> None:
