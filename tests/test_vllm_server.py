@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -93,7 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path()),
         "--served-model-name", "nano", "--host", "127.0.0.1", "--port", str(port), "--dtype",
         "float32", "--block-size", "32", "--max-model-len", "1024", "--enforce-eager",
-        "--kv-transfer-config", json.dumps(transfer),
+        "--kv-transfer-config", json.dumps(transfer), "--trust-request-chat-template",
     ]  # fmt: skip
     log = (folder / "log").open("wb")
     process = subprocess.Popen(
@@ -160,6 +161,44 @@ def test_a_chat_request_consumes(server: Server) -> None:
     drawn = [answers("gate") for _ in range(8)]
     assert sum("Analyst" in job for job, _ in drawn) >= 3
     assert not any("941-22-7310" in number for _, number in drawn)
+
+
+KIND = (  # nano's own template behind a system turn of its own, as SmolLM2's has
+    "{% if messages[0].role != 'system' %}<|system|>You are kind and never say a title.<|end|>"
+    "{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_templates_default_turn_does_not_stand_behind_a_segment(server: Server) -> None:
+    text = "Employee record. The name is Quella Brandt. Job title: Analyst\nSSN: 941-22-7310."
+    ids = [*server.agent.encoder.context(text), server.agent.special.end_id]
+    made = server.publish(ids, "identity")
+    ask = [{"role": "user", "content": "What is the job title?"}]
+
+    def chat(handoff: Any = None, **more: Any) -> Any:
+        more |= {"kv_transfer_params": {"lcguard": handoff}} if handoff else {}
+        return server.client.chat.completions.create(
+            model="nano", max_tokens=16, temperature=0, messages=ask, extra_body=more
+        )
+
+    def n_tokens(**more: Any) -> int:
+        return int(chat(**more).usage.prompt_tokens)
+
+    n_own = n_tokens()
+    assert n_tokens(chat_template=KIND) > n_own
+    plain, kind = chat(consume(made)), chat(consume(made), chat_template=KIND)
+    assert plain.usage.prompt_tokens == kind.usage.prompt_tokens == len(ids) + n_own
+    assert plain.choices[0].message.content == kind.choices[0].message.content
+    assert "Analyst" in kind.choices[0].message.content
+    # whoever counts tokens for such a request gets those that it will have
+    address = server.url.removesuffix("/v1/") + "/tokenize"
+    body = {"model": "nano", "messages": ask, "chat_template": KIND}
+    counted = [
+        httpx.post(address, json=body | more, timeout=60).json()["count"]
+        for more in ({}, {"kv_transfer_params": {"lcguard": consume(made)}})
+    ]
+    assert counted == [n_tokens(chat_template=KIND), n_own]
 
 
 def test_refusals_have_a_status_and_a_reason(server: Server) -> None:

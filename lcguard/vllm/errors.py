@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 
 class HandoffError(ValueError):
     """A request that must not be served. One line: what was found, and the fix."""
@@ -14,3 +16,11 @@ class HandoffError(ValueError):
 
 class StartError(ValueError):
     """An engine that must not start with the connector. One line with the fix."""
+
+
+def as_http(error: HandoffError) -> Exception:
+    """vLLM's exception that its server answers with the error's status and reason."""
+    from vllm.exceptions import GracefulHTTPError
+
+    made: Exception = GracefulHTTPError(f"lcguard: {error}", HTTPStatus(error.status))
+    return made

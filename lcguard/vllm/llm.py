@@ -133,9 +133,15 @@ class _Guarded:
             }  # fmt: skip
         return made
 
-    @staticmethod
-    def _prompt(prompt: Prompt) -> Any:
-        return prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
+    def _prompt(self, prompt: Prompt, params: Any) -> Any:
+        """vLLM's prompt. A text behind a consumed segment begins nothing: it gets no BOS token."""
+        if not isinstance(prompt, str):
+            return {"prompt_token_ids": list(prompt)}
+        parts = (params.extra_args or {}).get("kv_transfer_params", {}).get(PARAM, {})
+        if "consume" not in parts:
+            return prompt
+        ids = self.engine.get_tokenizer().encode(prompt, add_special_tokens=False)
+        return {"prompt_token_ids": list(ids)}
 
     @staticmethod
     def _handle(output: Any) -> Handle:
@@ -245,7 +251,7 @@ class GuardedLLM(_Guarded):
     def _run_all(self, requests: Sequence[tuple[Prompt, Any]]) -> list[Any]:
         from vllm.exceptions import GracefulHTTPError
 
-        prompts = [self._prompt(prompt) for prompt, _ in requests]
+        prompts = [self._prompt(prompt, params) for prompt, params in requests]
         try:
             outputs = self.engine.generate(prompts, [p for _, p in requests], use_tqdm=False)
         except GracefulHTTPError as error:
@@ -297,7 +303,7 @@ class AsyncGuardedLLM(_Guarded):
         output: Any = None
         try:
             async for latest in self.engine.generate(
-                self._prompt(prompt), params, f"lcguard-{uuid.uuid4().hex}"
+                self._prompt(prompt, params), params, f"lcguard-{uuid.uuid4().hex}"
             ):
                 output = latest
         except GracefulHTTPError as error:

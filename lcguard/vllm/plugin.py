@@ -1,11 +1,13 @@
 """The entry point ``vllm.general_plugins``: registers the connector and its front-end checks.
 
-vLLM loads it in every process. It wraps three methods, each once:
+vLLM loads it in every process. It wraps these methods, each once:
 
 - ``InputProcessor.process_inputs``: checks a handoff before it reaches the engine, so that a
   refusal is an HTTP 400, 403 or 404 with its reason; puts the placeholder tokens before the prompt
   and neutral tokens over spans that ``redact`` hides.
 - ``AsyncLLM.generate``: a handoff that failed inside the engine becomes an error as well.
+- ``OnlineRenderer`` and ``BaseRenderer``: what is rendered behind a consumed segment begins no
+  conversation of its own (``lcguard.vllm.continuation``).
 - ``MultiConnector.__init__``: refuses connectors beside ours, which would save raw KV.
 
 The engine repeats every check: without this plugin requests still fail closed, less politely.
@@ -16,11 +18,11 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import AsyncGenerator, Callable
-from http import HTTPStatus
 from typing import Any
 
+from lcguard.vllm import continuation
 from lcguard.vllm.checks import CONNECTOR, check_siblings
-from lcguard.vllm.errors import HandoffError
+from lcguard.vllm.errors import HandoffError, as_http
 from lcguard.vllm.frontend import FrontEnd, failure_of
 from lcguard.vllm.request import parse_handoff
 
@@ -32,6 +34,8 @@ def register() -> None:
     """Idempotent."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -40,6 +44,9 @@ def register() -> None:
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(AsyncLLM, "generate", _generate)
     _wrap(MultiConnector, "__init__", _multi_init)
+    _wrap(OnlineRenderer, "preprocess_chat", continuation.preprocess_chat)
+    _wrap(OnlineRenderer, "preprocess_cmpl", continuation.preprocess_cmpl)
+    _wrap(BaseRenderer, "render_chat_async", continuation.render_chat_async)
 
 
 def _wrap(cls: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -49,13 +56,6 @@ def _wrap(cls: Any, name: str, make: Callable[[Any], Any]) -> None:
     wrapped = functools.wraps(original)(make(original))
     setattr(wrapped, _MARK, True)
     setattr(cls, name, wrapped)
-
-
-def _http(error: HandoffError) -> Exception:
-    from vllm.exceptions import GracefulHTTPError
-
-    made: Exception = GracefulHTTPError(f"lcguard: {error}", HTTPStatus(error.status))
-    return made
 
 
 def _process_inputs(original: Any) -> Any:
@@ -71,7 +71,7 @@ def _process_inputs(original: Any) -> Any:
                 params = params.clone()  # the caller may use it for other requests too
                 prompt = front.admit(handoff, prompt, params)
         except HandoffError as error:
-            raise _http(error) from None
+            raise as_http(error) from None
         return original(self, request_id, prompt, params, *args, **kwargs)
 
     return process_inputs
@@ -86,7 +86,7 @@ def _generate(original: Any) -> Any:
             if watched and output.finished:
                 error = failure_of(output)
                 if error is not None:
-                    raise _http(error)
+                    raise as_http(error)
             yield output
 
     return generate
