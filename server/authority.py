@@ -79,6 +79,7 @@ class Authority:
         try:
             if handoff.consume is not None:
                 await self._consume(order, handoff.consume)
+                body = {**body, "kv_transfer_params": {"lcguard": {**order.params}}}
             if handoff.publish is not None:
                 await self._publish(order, handoff.publish, endpoint, body)
             await self._allow(order)

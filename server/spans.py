@@ -25,8 +25,11 @@ from lcguard.server.upstream import Upstream
 from lcguard.vllm.request import tokens_digest
 
 Endpoint = Literal["chat", "completions"]
+_HANDOFF = "kv_transfer_params"
+"""vLLM's field, present where the request consumes: its prompt then begins no conversation."""
 _CHAT_KEYS = (
     "messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens",
+    _HANDOFF,
 )  # fmt: skip
 
 
@@ -77,7 +80,8 @@ class SpanFinder:
     async def find(
         self, endpoint: Endpoint, body: dict[str, Any], edge: Edge, secrets: Sequence[str] | None
     ) -> Spans:
-        """What to overwrite in the request's own prompt.
+        """What to overwrite in the request's own prompt, given ``kv_transfer_params`` in ``body``
+        where it consumes: vLLM renders it otherwise then.
 
         Raises:
             ProxyError: 400 where a forbidden category is neither detected nor answered for by
@@ -109,7 +113,8 @@ class SpanFinder:
                 raise _other_tokenizer(self.model)
             return prompt
         asked = _chat(body) if endpoint == "chat" else {
-            "prompt": prompt, "add_special_tokens": body.get("add_special_tokens", True)
+            "prompt": prompt,
+            "add_special_tokens": body.get("add_special_tokens", _HANDOFF not in body),
         }  # fmt: skip
         said = await self.upstream.ask(
             "/tokenize", {"model": model, **asked, "return_token_strs": True}

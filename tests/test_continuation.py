@@ -172,6 +172,12 @@ def test_tools_stay_and_default_text_does_not(messages: list[Any], server: Serve
     text = server.text(server.chat(messages, chat_template="{{ bos_token }}" + TOOLS, **more))
     system = "Be brief." if messages is SYSTEM else ""
     assert text == f"<|system|>{system}[look]<|end|>{OWN}"
+    documents = "{% for d in documents or [] %}({{ d.text }}){% endfor %}"
+    told = server.chat(
+        messages, chat_template=TOOLS.replace("<|end|>", documents + "<|end|>", 1),
+        documents=[{"title": "t", "text": "cited"}],
+    )  # fmt: skip
+    assert server.text(told) == f"<|system|>{system}(cited)<|end|>{OWN}"
     # a template without tools is as without them
     assert server.text(server.chat(ASK, chat_template=DEFAULT + TURNS, **more)) == OWN
 

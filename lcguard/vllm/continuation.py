@@ -28,6 +28,8 @@ LEADS: tuple[tuple[Message, ...], ...] = (
     ({"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}),
 )
 """Stand-ins for the beginning. Templates that want turns to alternate take one of the two."""
+_SHOWN = ("tools", "documents")
+"""What a client sends beside its messages and a template may show anywhere."""
 _SYSTEM = ("system", "developer")
 _behind_segment: ContextVar[bool] = ContextVar("behind_segment", default=False)
 
@@ -94,13 +96,13 @@ async def continued(
     Raises what ``render`` does for the messages, and ``HandoffError`` (400) for a template that
     gives no turn without beginning a conversation.
     """
-    tools = params.chat_template_kwargs.get("tools")
+    shown = {k: None for k in _SHOWN if params.chat_template_kwargs.get(k)}
     for lead in LEADS:
         try:
             begun = _tokens((await render(list(lead), _closed(params)))[1])
-            if tools and begun != _tokens((await render(list(lead), _closed(params, None)))[1]):
-                # the tools stand in the beginning that would be cut off
-                return await _with_tools(render, messages, params, bos_id)
+            if shown and begun != _tokens((await render(list(lead), _closed(params, **shown)))[1]):
+                # they stand in the beginning that would be cut off
+                return await _after_system(render, messages, params, bos_id)
             talk, prompt = await render([*lead, *messages], params)
         except Exception:  # templates refuse an order of roles by raising what they like
             continue
@@ -121,10 +123,10 @@ async def continued(
     return talk, _without_bos(prompt, bos_id)
 
 
-async def _with_tools(
+async def _after_system(
     render: Render, messages: list[Message], params: Any, bos_id: int | None
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Templates describe tools in the system turn: an empty one keeps their default text out."""
+    """Templates show tools in the system turn: an empty one keeps their default text out."""
     if _role(messages) not in _SYSTEM:
         try:
             talk, prompt = await render([{"role": "system", "content": ""}, *messages], params)
@@ -135,11 +137,10 @@ async def _with_tools(
     return talk, _without_bos(prompt, bos_id)
 
 
-def _closed(params: Any, *tools: None) -> Any:
+def _closed(params: Any, **changed: None) -> Any:
     """The parameters for whole turns: no generation prompt, nothing to be continued."""
-    changed = {"add_generation_prompt": False, "continue_final_message": False}
-    named = {"tools": None} if tools else {}
-    return replace(params, chat_template_kwargs=params.chat_template_kwargs | changed | named)
+    whole = {"add_generation_prompt": False, "continue_final_message": False}
+    return replace(params, chat_template_kwargs=params.chat_template_kwargs | whole | changed)
 
 
 def _role(messages: list[Message]) -> str:
