@@ -158,6 +158,20 @@ def test_an_edge_that_the_engine_cannot_serve_is_named(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [second]
 
 
+def test_serve_warns_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(
+        "version: 1\nedges:\n  - {source: Intake, audience: '*', forbid: []}\n...\n"
+    )
+    new_key(tmp_path / "keys.yaml", "intake")
+    done = CliRunner().invoke(
+        app, ["serve", "--dir", str(tmp_path), "--upstream", "http://127.0.0.1:9",
+              "--set", "store=ftp://nowhere"],
+    )  # fmt: skip
+    assert "ftp" in str(done.exception)
+    assert "edges[0] (Intake -> *) never matches" in done.stderr
+    assert "did you mean 'intake'?" in done.stderr
+
+
 AGREED = {
     "good": "version: 1\nedges: []\n",
     "slash": "version: 1\nedges:\n  - {source: acme/a, audience: b, forbid: []}\n",
