@@ -13,7 +13,7 @@ encoded is another text here.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 # Default_Ignorable_Code_Point beside the category Cf: what no reader sees.
@@ -21,6 +21,8 @@ _UNSEEN = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2065\u3164\uffa0"
     + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 )
+_FEW = 16
+"""Values that are looked for one by one; more of one length by a look at every place."""
 _MINUS = "\u2212"  # to Unicode a symbol, no dash
 
 
@@ -78,6 +80,30 @@ def occurrences(text: str, value: str, form: Form | None = None) -> list[tuple[i
     # as written too: a value may be of signs alone, or end before a combining mark of the text
     found |= {(i, i + len(value)) for i in find_all(text, value)}
     return sorted(found)
+
+
+def runs(text: str, values: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Ranges that any of the values covers, each in order of its own; occurrences of one that
+    overlap are one range.
+
+    Time is linear in the text for each length that values have.
+    """
+    by_length: dict[int, set[str]] = {}
+    for value in values:
+        if value:
+            by_length.setdefault(len(value), set()).add(value)
+    for n, group in by_length.items():
+        if len(group) > _FEW:
+            yield from ((i, i + n) for i in range(len(text) - n + 1) if text[i : i + n] in group)
+            continue
+        for value in group:
+            at = text.find(value)
+            while at >= 0:
+                last = at
+                while n > 1 and (more := text.rfind(value, last + 1, last + 2 * n - 1)) >= 0:
+                    last = more
+                yield at, last + n
+                at = text.find(value, last + n)
 
 
 def _form(pieces: Iterator[tuple[str, int, int]]) -> Form:

@@ -11,11 +11,12 @@ or a URL escapes its characters. Short values are therefore found more often tha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from lcguard.escapes import unescaped
-from lcguard.normalise import Form, find_all, skeleton, unspaced
+from lcguard.normalise import Form, runs, skeleton, unspaced
 
 Range = tuple[int, int]
 
@@ -51,29 +52,29 @@ class Spellings:
             found.append((skeleton(read.text).over(read), unspaced(read.text).over(read)))
         return found
 
-    def find(self, value: str | Key) -> list[Range]:
-        """Character ranges of every occurrence, in order; they may overlap.
+    def find(self, *values: str | Key) -> list[Range]:
+        """Character ranges of every occurrence of any of the values, in order.
 
-        Time is linear in the text. Raises ``ValueError`` for a value in which nothing is seen.
+        Those that overlap are one range, those that touch are not. Time is linear in the text for
+        each length of value. Raises ``ValueError`` for a value in which nothing is seen.
         """
-        key = Key.of(value) if isinstance(value, str) else value
+        keys = [Key.of(v) if isinstance(v, str) else v for v in values]
         found: set[Range] = set()
         for bare, signs in self._readings:
-            for form, wanted in ((bare, key.bare), (signs, key.signs)):
-                n = len(wanted)
-                found |= {form.origin(i, i + n) for i in find_all(form.text, wanted)}
-        return sorted(found)
+            for form, wanted in ((bare, {k.bare for k in keys}), (signs, {k.signs for k in keys})):
+                found |= {form.origin(a, b) for a, b in runs(form.text, wanted)}
+        return merged(found)
 
     def forms(self) -> list[str]:
         """Every form of the text that a key's are looked for in."""
         return [form.text for reading in self._readings for form in reading]
 
 
-def merged(ranges: list[Range]) -> list[Range]:
-    """Ranges in order; those that overlap or touch as one."""
+def merged(ranges: Iterable[Range]) -> list[Range]:
+    """Ranges in order; those that overlap as one."""
     out: list[Range] = []
     for start, end in sorted(ranges):
-        if out and out[-1][1] >= start:
+        if out and out[-1][1] > start:
             out[-1] = out[-1][0], max(out[-1][1], end)
         else:
             out.append((start, end))

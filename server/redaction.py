@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcguard.normalise import skeleton
+from lcguard.normalise import runs
 from lcguard.server.token_text import TokenText
 from lcguard.spelling import Key, Range, Spellings, merged
 
@@ -61,11 +61,10 @@ def redact(
         keys.append(key)
         places += found
     detected = list(detect(prompt.text))
-    for value in {prompt.text[a:b] for a, b in detected}:
-        if len(skeleton(value).text) >= SHORTEST:
-            keys.append(key := Key.of(value))
-            places += text.find(key)
-    places = merged([*places, *detected])
+    values = {Key.of(prompt.text[a:b]) for a, b in detected}
+    known = [key for key in values if len(key.bare) >= SHORTEST]
+    places = merged([*places, *detected, *text.find(*known)])
+    keys += known
     spans = prompt.tokens(places)
     _check_twin(ids, spans, tokenizer, keys)
     return Redaction(spans, len(places))
@@ -76,10 +75,11 @@ def _check_twin(
 ) -> None:
     """The tokens that are left, as the tokenizer itself decodes them, hold no covered value."""
     ends = [0, *(end for span in spans for end in span), len(ids)]
-    runs = [list(ids[a:b]) for a, b in zip(ends[::2], ends[1::2], strict=True)]
-    left = (Spellings(tokenizer.decode(run, skip_special_tokens=True)) for run in runs if run)
+    kept = [list(ids[a:b]) for a, b in zip(ends[::2], ends[1::2], strict=True)]
+    left = (Spellings(tokenizer.decode(run, skip_special_tokens=True)) for run in kept if run)
     forms = "\0".join(form for run in left for form in run.forms())  # no form has a NUL
-    if any(wanted in forms for key in keys for wanted in (key.bare, key.signs) if wanted):
+    wanted = {form for key in keys for form in (key.bare, key.signs)}
+    if next(runs(forms, wanted), None) is not None:
         raise RedactionError(
             "a value that was to be covered can still be read from the tokens around it"
         )

@@ -149,6 +149,25 @@ def test_time_is_linear_in_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert per_token[1] < 1.05 * per_token[0]
 
 
+@pytest.mark.parametrize("value", ["aa", "a" * 99, "ab" * 40])
+def test_a_value_that_overlaps_itself_is_covered_as_one_place(value: str) -> None:
+    text = f"x {value[:2] * 300} y {value} z"
+    found, left = covered("byte-level BPE", text, *(value[:n] for n in range(2, len(value) + 1)))
+    assert found.n_occurrences == 2
+    assert left.split() == ["x", "y", "z"]
+
+
+def test_many_detected_values_are_covered_everywhere() -> None:
+    numbers = [str(100_003 * i) for i in range(5, 90)]
+    text = " ".join(f"{n[:3]}-{n[3:]} and {n};" for n in numbers)
+    found, left = covered(
+        "byte-level BPE", text,
+        detect=lambda t: [(t.index(f" {n};") + 1, t.index(f" {n};") + 1 + len(n)) for n in numbers],
+    )  # fmt: skip
+    assert found.n_occurrences == 2 * len(numbers)
+    assert not any(c.isdigit() for c in left)
+
+
 def test_random_spellings_of_random_values() -> None:
     rng = random.Random(7)
     for _ in range(100):

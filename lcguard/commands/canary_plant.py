@@ -97,9 +97,8 @@ class Planter:
 
     def _publish(self, edge: dict[str, str], record: TokenRecord) -> dict[str, Any]:
         """The field ``lcguard.published`` of the answer."""
-        # token by token, as the proxy reads a prompt of tokens: spans must be found in it
-        pieces = [str(self._encoder.tokenizer.decode([i])) for i in record.ids]
-        secrets = {"".join(pieces[s.positions[0] : s.positions[1]]) for s in record.secrets()}
+        spans = [s.positions for s in record.secrets()]
+        secrets = {str(self._encoder.tokenizer.decode(list(record.ids[a:b]))) for a, b in spans}
         answer = self._ask({
             "model": self._model, "prompt": list(record.ids), "max_tokens": 1, "temperature": 0,
             "lcguard": {"publish": {**edge, "secrets": sorted(secrets)}},
