@@ -236,6 +236,7 @@ def test_unproved_engines_do_not_start() -> None:
     transfer = SimpleNamespace
     mla = SimpleNamespace(hf_text_config=tiny_model("qwen3").config)
     mla.hf_text_config.kv_lora_rank = 8
+    packed = SimpleNamespace(hf_text_config=tiny_model("qwen3").config, quantization="fp8")
     for changes, message in (
         ({"kv_transfer_config": transfer(kv_load_failure_policy="recompute", kv_role="kv_both")},
          "recompute"),
@@ -245,6 +246,7 @@ def test_unproved_engines_do_not_start() -> None:
         ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline_parallel_size"),
         ({"speculative_config": object()}, "speculative"),
         ({"model_config": mla}, "multi-head latent attention"),
+        ({"model_config": packed}, "quantization='fp8' changes the weights"),
     ):  # fmt: skip
         with pytest.raises(StartError, match=message):
             check_config(config(**changes))

@@ -39,6 +39,14 @@ def check_config(config: Any) -> None:
         )
     if getattr(config, "speculative_config", None) is not None:
         raise StartError("speculative decoding was not proved with segments: switch it off")
+    model = config.model_config
+    packing = getattr(model, "quantization", None)
+    said = (getattr(model, name, None) for name in ("model_arch_config", "hf_config"))
+    if packing and all(getattr(found, "quantization_config", None) is None for found in said):
+        raise StartError(
+            f"quantization={packing!r} changes the weights that guards are bound to while they are "
+            "loaded: leave it out, or serve a checkpoint that is quantised"
+        )
     parallel = config.parallel_config
     for name in ("pipeline_parallel_size", "decode_context_parallel_size",
                  "prefill_context_parallel_size"):  # fmt: skip
