@@ -121,6 +121,16 @@ def test_a_branch_is_another_draw_with_the_stem_as_it_was(engine: Engine) -> Non
     assert changed.manifest.draw not in {stem.manifest.draw, two.manifest.draw}
 
 
+def test_of_two_that_grow_at_the_same_time_one_is_another_draw(engine: Engine) -> None:
+    stem = engine.publish(TEXT)
+    made = []
+    for tokens in ([*TEXT, 1, 2, 3], [*TEXT, 7, 8, 9]):  # settled before either is stored
+        raw, chain = engine.raw(tokens), chain_of(content(tokens), GUARD)
+        key = engine.draws.noise_key(chain, raw, raw)
+        made.append(engine.draws.settle(chain, key, engine.guarded(raw, key), raw).draw)
+    assert made[0] == stem.manifest.draw != made[1]
+
+
 def test_one_more_token_at_the_start_is_another_draw(engine: Engine) -> None:
     first, moved = engine.publish(TEXT), engine.publish([9, *TEXT])
     assert equal(first, moved) == 0

@@ -116,6 +116,8 @@ class Draws:
         manifest = earlier.manifest
         with self._lock:
             grown = n == manifest.n_tokens and self._longest.get(manifest.draw) == chain[n - 1]
+            if grown:  # by this one alone, of several that are stored at the same time
+                _put(self._longest, manifest.draw, chain[-1])
         same = n == len(chain) or grown
         return Rows(joined[0], joined[1], manifest.draw if same else draw, n)
 
