@@ -1,8 +1,9 @@
-"""Handles and grants: who may consume which segment, until when.
+"""Handles, grants and signed orders: who may consume which segment, until when.
 
 A handle is a random name, unguessable and never used twice. It is no permission: a receiver also
 shows a *grant*, the deployment's HMAC over handle, audience and expiry, which the publisher gets
 and passes on with the handle. Only the audience of the grant can use it, and nobody after expiry.
+An *order* is one handoff that the proxy allowed, signed, for engines that take no others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lcguard.keys import check_key
 from lcguard.rope import canonical
 
 _DOMAIN = b"lcguard grant\0"
+_ORDER_DOMAIN = b"lcguard order\0"
 _GRANT = re.compile(r"(0|[1-9][0-9]{0,11})\.([0-9a-f]{64})")
 
 
@@ -45,6 +47,30 @@ def check_grant(key: bytes, handle: str, audience: str, grant: str, now_s: float
         raise GrantError(f"the grant does not let agent {audience!r} consume this handle")
     if now_s >= expires_at_s:
         raise GrantError(f"the grant expired at Unix time {expires_at_s}: publish again")
+
+
+def sign_order(key: bytes, order: bytes, expires_at_s: int) -> str:
+    """``EXPIRY.HMAC`` by which an engine knows that the proxy has allowed ``order``, the canonical
+    JSON of one request's handoff."""
+    return f"{expires_at_s}.{_order_mac(key, order, expires_at_s)}"
+
+
+def check_order(key: bytes, order: bytes, signature: str, now_s: float) -> None:
+    """Raises ``GrantError`` unless the proxy signed exactly this order, a while ago at most."""
+    match = _GRANT.fullmatch(signature)
+    expires_at_s = int(match[1]) if match else 0
+    if match is None or not hmac.compare_digest(match[2], _order_mac(key, order, expires_at_s)):
+        raise GrantError(
+            "this engine takes handoffs from its proxy alone, and the proxy signed another one or "
+            "none: ask the proxy"
+        )
+    if now_s >= expires_at_s:
+        raise GrantError(f"the proxy's signature expired at Unix time {expires_at_s}: ask it again")
+
+
+def _order_mac(key: bytes, order: bytes, expires_at_s: int) -> str:
+    message = _ORDER_DOMAIN + str(expires_at_s).encode() + b"\0" + order
+    return hmac.new(check_key(key), message, hashlib.sha256).hexdigest()
 
 
 def _mac(key: bytes, handle: str, audience: str, expires_at_s: int) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, uint8
 from transformers import PretrainedConfig
 
 from lcguard.cache import kv_shape, layer_kinds, window_tokens
+from lcguard.categories import Category
 from lcguard.keys import check_key
 from lcguard.rope import Rotary, canonical
 
@@ -97,6 +98,20 @@ class TensorDigests(_Frozen):
                 )
 
 
+class Lineage(_Frozen):
+    """What restricts what is published on top of a segment (``lcguard.lineage``). Not shown to its
+    audience."""
+
+    forbid: tuple[Category, ...]
+    """What it was guarded against: its edge's rule and that of all it stands on."""
+    derive: tuple[Category, ...] = ()
+    """Of these, whose derived value may pass."""
+    origins: tuple[Name, ...]
+    """Agents whose text it stands on, its source among them; sorted."""
+    raw: bool = False
+    """Its guard hides nothing, whatever the rule says."""
+
+
 class Manifest(_Frozen):
     """Everything a receiver must know, or verify, about a segment.
 
@@ -138,6 +153,8 @@ class Manifest(_Frozen):
     """The agent that may consume it; empty outside a store."""
     expires_at_s: Annotated[int, Field(ge=0)] = 0
     """Unix time after which the handle is dead; 0: never."""
+    lineage: Lineage | None = None
+    """None where nobody knows: then nothing is published on top of it."""
     hmac: OptionalDigest = ""
     """Empty until signed."""
 

@@ -84,6 +84,9 @@ class Edge(_Model):
     """Categories to hide. Required: an edge that hides nothing says so with ``[]``."""
     derive: CategorySet = ()
     """Forbidden categories whose derived value (a band) may pass."""
+    declassify: CategorySet = ()
+    """Categories that ``source`` may pass on from what it consumed, although the consumed segment,
+    or the agent it came from, forbids them: else such restrictions travel. Audited each time."""
     guard: Annotated[str, StringConstraints(min_length=1)] = "gate"
     """Registered name of the guard."""
     on_failure: Literal["block"] = "block"
@@ -116,6 +119,11 @@ class Edge(_Model):
                 raise ValueError(
                     f"derive names {category!r}, which has no derived value; "
                     f"only {', '.join(DERIVABLE)} have"
+                )
+        for category in self.declassify:
+            if category in self.forbid:
+                raise ValueError(
+                    f"declassify names {category!r}, which the edge forbids; remove it from one"
                 )
         return self
 

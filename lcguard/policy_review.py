@@ -25,7 +25,10 @@ def why(policy: Policy, source: str, audience: str) -> list[str]:
         others = len(found) - 1
         rank = f"the most specific of {len(found)} that match" if others else "no other matches"
         lines = [f"{hop}: {_named(policy, found[0])} decides, {rank}"]
-    lines.append(f"forbid {_listed(edge.forbid)}; derive {_listed(edge.derive)}; {_rest(edge)}")
+    lifted = f"declassify {_listed(edge.declassify)}; " if edge.declassify else ""
+    lines.append(
+        f"forbid {_listed(edge.forbid)}; derive {_listed(edge.derive)}; {lifted}{_rest(edge)}"
+    )
     lines += [f"{_named(policy, i)} matches too and stands back" for i in found[1:]]
     return lines
 
@@ -100,5 +103,6 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _rest(edge: Edge) -> str:
-    rest = edge.model_dump(exclude={"source", "audience", "tenant", "forbid", "derive"})
+    said = {"source", "audience", "tenant", "forbid", "derive", "declassify"}
+    rest = edge.model_dump(exclude=said)
     return "; ".join(f"{key} {value}" for key, value in rest.items() if value is not None)

@@ -25,6 +25,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from lcguard.cache import cache_to_kv, check_supported, check_window, kv_to_cache
 from lcguard.disk import map_tensors, read_manifest, write_folder
 from lcguard.manifest import (
+    Lineage,
     Manifest,
     SegmentError,
     TensorDigests,
@@ -70,6 +71,7 @@ class KVSegment:
         handle: str = "",
         audience: str = "",
         expires_at_s: int = 0,
+        lineage: Lineage | None = None,
     ) -> KVSegment:
         """A segment of un-rotated ``keys`` and ``values [L, H, T, D]`` of the model of ``config``.
 
@@ -100,6 +102,7 @@ class KVSegment:
             handle=handle,
             audience=audience,
             expires_at_s=expires_at_s,
+            lineage=lineage,
         )
         return cls(keys, values, manifest)
 

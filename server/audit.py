@@ -21,7 +21,7 @@ from lcguard.server.database import Database, DatabaseError
 
 Event = Literal[
     "start", "stop", "publish", "published", "consume", "consumed", "refused", "aborted", "failed",
-    "revoked", "policy", "keys", "edge_closed", "edge_opened", "canary", "admin",
+    "revoked", "declassified", "policy", "keys", "edge_closed", "edge_opened", "canary", "admin",
 ]  # fmt: skip
 Verdict = Literal["allowed", "blocked", "error"]
 EVENTS: tuple[str, ...] = get_args(Event)

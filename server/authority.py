@@ -14,6 +14,7 @@ from typing import Any
 
 from lcguard.followed import Followed
 from lcguard.grants import make_grant, new_handle
+from lcguard.lineage import LineageError, check_current, declassified
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.names import split_tenant
 from lcguard.policy import Policy, PolicyError
@@ -27,12 +28,14 @@ from lcguard.server.keyring import Identity
 from lcguard.server.leakage import LeakageMeter
 from lcguard.server.ledger import BudgetSpent, LedgerError, find, reserve
 from lcguard.server.orders import (
+    GRANT_S,
     Order,
     consumption,
     edge_name,
     gone,
     publication,
     qualified,
+    signed_order,
     unavailable,
 )
 from lcguard.server.rules import rule_digest
@@ -40,11 +43,8 @@ from lcguard.server.shown import tokens_for
 from lcguard.server.spans import Endpoint, SpanFinder
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.vllm.errors import HandoffError
-from lcguard.vllm.gatekeeper import edge_of
+from lcguard.vllm.gatekeeper import check_on_top, edge_of, edge_on_top
 from lcguard.vllm.request import Publish as EnginePublish
-
-GRANT_S = 600
-"""Life of the grant that the proxy shows the engine for one request."""
 
 
 class Authority:
@@ -82,6 +82,7 @@ class Authority:
                 body = {**body, "kv_transfer_params": {"lcguard": {**order.params}}}
             if handoff.publish is not None:
                 await self._publish(order, handoff.publish, endpoint, body)
+            order.params = signed_order(self.key, order.params, self.clock())
             await self._allow(order)
         except ProxyError as error:
             await self._refused(order, handoff, error)
@@ -139,6 +140,18 @@ class Authority:
                 403, f"{shown} was published under a policy that has changed: publish it again",
                 code="policy_changed",
             )  # fmt: skip
+        tenant, source, audience = edge_name(edge)
+        if self.meter.verdict(tenant, source, audience) == "closed" and not (
+            edge.on_leak == "redact" and row.guard == "redact"
+        ):
+            raise ProxyError(
+                403, f"{shown}: the edge from {source!r} is closed, planted records were read off "
+                "its segments", code="edge_closed",
+            )  # fmt: skip
+        try:
+            check_current(manifest, self.policy)
+        except (LineageError, PolicyError) as error:
+            raise ProxyError(403, f"{shown}: {error}", code="policy_changed") from None
         return manifest
 
     async def _publish(
@@ -160,7 +173,8 @@ class Authority:
             handle=new_handle(),
         )  # fmt: skip
         try:
-            edge = edge_of(self.policy, wish)
+            own = edge_of(self.policy, wish)
+            edge = edge_on_top(self.policy, own, order.consumed)
             order.rule = rule_digest(self.policy.for_edge(source, audience))
             order.edge = edge  # from here on the audit can name it
             # a canary measures the guard itself: that is what opens a closed edge again
@@ -171,9 +185,13 @@ class Authority:
                         "read off its segments", code="edge_closed",
                     )  # fmt: skip
                 wish = wish.model_copy(update={"guard": "redact"})
-                order.edge = edge = edge_of(self.policy, wish)
-        except (HandoffError, PolicyError) as error:
-            raise ProxyError(400, str(error), code="policy") from None
+                own = edge_of(self.policy, wish)
+                order.edge = edge = edge_on_top(self.policy, own, order.consumed)
+            check_on_top(edge, own, order.consumed)
+            if own.declassify:
+                order.declassified = declassified(own, self.policy, order.consumed)
+        except (HandoffError, LineageError, PolicyError) as error:
+            raise ProxyError(getattr(error, "status", 400), str(error), code="policy") from None
         order.handle = str(wish.handle)
         if edge.max_draws is not None and not canary:
             order.text = await asyncio.to_thread(text_of, self.key, publish.record, body)
@@ -211,6 +229,11 @@ class Authority:
         entries = [consumption(order, m, "consume") for m in order.consumed]
         if order.edge is not None:
             entries.append(publication(order, "publish"))
+        if order.declassified:
+            passed = ", ".join(order.declassified)
+            entries.append(
+                publication(order, "declassified", reason=f"of what was consumed: {passed}")
+            )
         try:
             await self.audit.append_all(entries, book if wanted else None)
         except (BudgetSpent, DrawsSpent) as error:

@@ -106,7 +106,7 @@ _add("opaque", "how the answer's tokens are written as text",
 _add("opaque", "which parts of the answer are sent", only="chat",
      include_reasoning=B, parallel_tool_calls=B)  # fmt: skip
 
-_add("dropped", "the proxy salts the prefix cache for each tenant with a secret", cache_salt=S)
+_add("dropped", "the proxy salts the prefix cache for each agent with a secret", cache_salt=S)
 _add("dropped", "the proxy's own: an id of another's choice could meet another tenant's",
      request_id=S, session_id=S)  # fmt: skip
 _add("dropped", "the key says who asks", user=S)
@@ -135,9 +135,9 @@ _LOG = "log-probabilities tell far more of consumed tokens than one sampled answ
 _add("refused_on_consume", _LOG, "leave it out", only="chat", logprobs=B, top_logprobs=I)
 _add("refused_on_consume", _LOG, "leave it out", only="completions", logprobs=I)
 _add("refused_on_consume", _LOG, "leave it out",
-     logprob_token_ids=L, prompt_logprobs=I, return_tokens_as_token_ids=B)  # fmt: skip
-_add("refused_on_consume", "shows the prompt, and in its log-probabilities consumed tokens",
-     "leave it out", echo=B)  # fmt: skip
+     logprob_token_ids=L, return_tokens_as_token_ids=B)  # fmt: skip
+_add("refused_on_handoff", "scores the prompt, which a handoff does not compute as a whole",
+     "leave it out, or send the prompt without a handoff", prompt_logprobs=I, echo=B)  # fmt: skip
 _add("refused_on_consume", "shows the prompt as the engine holds it", "leave it out",
      return_token_ids=B)  # fmt: skip
 _add("refused_on_consume", "shows the prompt as the engine holds it", "leave it out", only="chat",

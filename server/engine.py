@@ -20,6 +20,7 @@ from lcguard.private import private_log
 from lcguard.server.settings import EngineSettings
 from lcguard.vllm.weights import AS_TRANSFORMERS
 
+DOOR = "lcguard.vllm.door.Door"
 _STOP_S = 20.0
 _BACKOFF_S = (1.0, 5.0, 15.0)
 
@@ -43,6 +44,7 @@ class EnginePlan:
         """Without secrets: a command line is public."""
         extra = {
             "store": self.store,
+            "proxy_only": True,
             "guards": self.settings.guards,
             **({"policy": self.policy} if self.policy else {}),
             **({"store_max_bytes": self.store_max_bytes} if self.store_max_bytes else {}),
@@ -59,6 +61,7 @@ class EnginePlan:
             *(f"--{name.replace('_', '-')}={value}" for name, value in AS_TRANSFORMERS.items()),
             # a line for each request is a tenth of the time of a small one
             "--disable-uvicorn-access-log",
+            "--middleware", DOOR,
             *self.settings.args,
         ]  # fmt: skip
 

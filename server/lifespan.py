@@ -103,10 +103,10 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
         test = SelfTest(upstream, deployment.name, store, deployment.key,
                         lambda: authority.policy)  # fmt: skip
         files = GuardFiles(s.engine.guards)
-        blocked = _Blocked()
+        blocked: dict[str, str] = {}
         authority = Authority(
             policy, store, deployment.key, audit, meter, SpanFinder(upstream, deployment.model),
-            lambda: blocked.reason,
+            lambda: next(iter(blocked.values()), ""),
         )  # fmt: skip
         proxy = Proxy(
             s, deployment.key, deployment.name, upstream, keyring, database, audit, store, meter,
@@ -140,9 +140,19 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
             try:
                 detail = await asyncio.to_thread(files.check, test.digests)
             except ProxyError as error:
-                blocked.reason = error.message
+                blocked["guards"] = error.message
                 raise
-            blocked.reason = ""
+            blocked.pop("guards", None)
+            return detail
+
+        async def door_shut() -> str:
+            try:
+                detail = await test.door()
+            except ProxyError as error:
+                if error.code == "door":
+                    blocked["door"] = error.message
+                raise
+            blocked.pop("door", None)
             return detail
 
         async def policy_good() -> str:
@@ -161,8 +171,9 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
         watch = Watch(
             deployment.readiness,
             {
-                "engine": engine_lives, "store": store_works, "guards": test.guards,
-                "guard_files": guards_intact, "policy": policy_good, "audit": audit_works,
+                "engine": engine_lives, "door": door_shut, "store": store_works,
+                "guards": test.guards, "guard_files": guards_intact, "policy": policy_good,
+                "audit": audit_works,
             },
             WATCH_S,
         )  # fmt: skip
@@ -196,12 +207,6 @@ def certificates(folders: Mapping[str, str]) -> dict[str, float]:
             if card.certificate is not None:
                 out[name] = float(card.certificate["mean_nats"])
     return out
-
-
-class _Blocked:
-    """Why nothing may be published now."""
-
-    reason = ""
 
 
 async def _announce(deployment: Deployment) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lcguard.grants import sign_order
 from lcguard.manifest import Manifest
 from lcguard.names import split_tenant
 from lcguard.policy import Edge
@@ -13,6 +15,10 @@ from lcguard.server.draw_budget import Text
 from lcguard.server.errors import ProxyError
 from lcguard.server.keyring import Identity
 from lcguard.vllm.gatekeeper import edge_digest
+from lcguard.vllm.request import PARAM, parse_handoff
+
+GRANT_S = 600
+"""Life of what the proxy shows the engine for one request: its signature and its grants."""
 
 
 @dataclass
@@ -31,6 +37,8 @@ class Order:
     rule: str = ""
     text: Text | None = None
     """Of what is published, where its draws are counted."""
+    declassified: tuple[str, ...] = ()
+    """Categories that the rule lets pass from what was consumed."""
     handle: str = ""
     n_redacted: int | None = None
     """Values that guard ``redact`` covers in the prompt, every occurrence counted."""
@@ -40,6 +48,13 @@ class Order:
     def unsaid_tokens(self) -> int:
         """What is shown of the consumed lengths beyond what they are."""
         return sum(self.shown_tokens) - sum(m.n_tokens for m in self.consumed)
+
+
+def signed_order(key: bytes, params: Mapping[str, Any], now_s: float) -> dict[str, Any]:
+    """``params`` of a handoff with the proxy's signature, for an engine that takes no others."""
+    handoff = parse_handoff({PARAM: params})
+    assert handoff is not None
+    return {**params, "order": sign_order(key, handoff.text(), int(now_s) + GRANT_S)}
 
 
 def consumption(order: Order, m: Manifest, event: Event, reason: str = "") -> Entry:

@@ -89,30 +89,34 @@ class Relay:
             raise ProxyError(400, str(error), code="contract", param=error.param) from None
         prompt_tokens = len(raw) // _BYTES_PER_TOKEN  # an estimate
         reserved = prompt_tokens + proxy.check_size(who, body)
-        async with proxy.admit(who, reserved) as bill:
-            body["cache_salt"] = proxy.salt(who.tenant)
-            try:
-                if handoff is not None:
-                    _one_prompt(self.endpoint, body)
-                    x.order = await proxy.authority.open(
-                        who, handoff, self.endpoint, body, x.request_id
-                    )
-                    body["kv_transfer_params"] = {"lcguard": x.order.params}
-                bill.used_tokens = await self._forward(x, body, prompt_tokens)
-            except BaseException as error:
-                if isinstance(error, asyncio.CancelledError):
-                    bill.used_tokens = reserved  # a stream left before its end is no free one
-                await self._undo(x.order, error)
-                raise
+        handles = (handoff.consume or ()) if handoff else ()
+        with proxy.readers.reading(handles) as reading:
+            async with proxy.admit(who, reserved) as bill:
+                body["cache_salt"] = proxy.salt(who)
+                try:
+                    if handoff is not None:
+                        _one_prompt(self.endpoint, body)
+                        x.order = await proxy.authority.open(
+                            who, handoff, self.endpoint, body, x.request_id
+                        )
+                        body["kv_transfer_params"] = {"lcguard": x.order.params}
+                    bill.used_tokens = await self._forward(x, body, prompt_tokens)
+                except BaseException as error:
+                    if isinstance(error, asyncio.CancelledError):
+                        bill.used_tokens = reserved  # a stream left before its end is no free one
+                    await self._undo(x.order, error, reading.ended)
+                    raise
 
-    async def _undo(self, order: Order | None, error: BaseException) -> None:
+    async def _undo(self, order: Order | None, error: BaseException, revoked: bool) -> None:
         """Whatever ended it, the audit says that the handoff did not come about."""
         if order is None:
             return
-        left = isinstance(error, asyncio.CancelledError)
+        left = isinstance(error, asyncio.CancelledError) and not revoked
         reason = "the client hung up" if left else type(error).__name__
         if isinstance(error, ProxyError):
             reason = f"{error.code}: {error.message}"
+        if revoked:
+            reason = "a segment that it read was revoked"
         # not to be cancelled itself
         await asyncio.shield(
             self.proxy.settlement.fail(order, "aborted" if left else "failed", reason)

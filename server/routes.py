@@ -116,7 +116,8 @@ async def revoke_segment(
     handle: Handle, proxy: Running, who: Caller,
     cascade: Annotated[bool, Query(description="Also what was published on top of it.")] = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Revokes: nobody consumes it from now on, whatever a prefix cache still holds."""
+    """Revokes: nobody consumes it from now on, whatever a prefix cache still holds, and what is
+    being answered from it ends."""
     row = await _own(proxy, who, handle)
     if who.role == "auditor" or (who.role == "agent" and who.agent != row.source):
         raise ProxyError(403, "only its publisher or an admin revokes a segment", code="role")
@@ -132,8 +133,9 @@ async def revoke_segment(
         )
     except DatabaseError as error:
         raise unavailable(error) from None
+    ended = proxy.readers.end(revoked)
     kept = await asyncio.to_thread(_delete, proxy, revoked)
-    return {"revoked": revoked, "still_in_store": kept}
+    return {"revoked": revoked, "ended_requests": ended, "still_in_store": kept}
 
 
 @router.get("/lcguard/v1/leakage", tags=["lcguard"])

@@ -18,7 +18,9 @@ from lcguard.guards.shipped import guard_folder
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.names import ANY
 from lcguard.policy import Edge, Policy
+from lcguard.server.engine import DOOR
 from lcguard.server.errors import ProxyError
+from lcguard.server.orders import signed_order
 from lcguard.server.upstream import Upstream
 from lcguard.store import SegmentStore, StoreError
 from lcguard.vllm.gatekeeper import edge_digest, edge_of
@@ -61,6 +63,18 @@ class SelfTest:
             )
         return f"serves {self.model}"
 
+    async def door(self) -> str:
+        """Nobody gets past the proxy: vLLM asks for its key on every route, also on those where it
+        does not by itself."""
+        for method, path in (("GET", "/version"), ("POST", "/invocations"), ("POST", "/tokenize")):
+            status = await self.upstream.keyless(method, path)
+            if status not in (401, 403, 404):
+                raise ProxyError(
+                    502, f"vLLM answers {status} to {path} without its key, past policy, limits "
+                    f"and audit: start it with VLLM_API_KEY and --middleware {DOOR}", code="door",
+                )  # fmt: skip
+        return "vLLM asks for its key everywhere"
+
     def forget(self) -> None:
         """After another engine has started: what was seen was seen of the one before."""
         self._passed = ""
@@ -83,6 +97,7 @@ class SelfTest:
         sent = {"publish": wish.model_dump(mode="json", exclude_none=True)}
         handle = str(wish.handle)
         try:
+            await self._unsigned(sent)
             await self._complete(sent)
             manifest = await asyncio.to_thread(self._manifest, handle)
             wanted = edge_digest(edge_of(policy, wish))
@@ -109,7 +124,22 @@ class SelfTest:
         grant = make_grant(self.key, handle, agent, int(time.time()) + 60)
         return {"consume": {"agent": agent, "segments": [{"handle": handle, "grant": grant}]}}
 
-    async def _complete(self, handoff: dict[str, Any]) -> None:
+    async def _unsigned(self, handoff: dict[str, Any]) -> None:
+        """Raises ``ProxyError`` where the engine takes a publish that no proxy has signed."""
+        try:
+            await self._complete(handoff, signed=False)
+        except ProxyError as error:
+            if error.status == 403:
+                return
+            raise
+        raise ProxyError(
+            502, "vLLM takes handoffs that this proxy has not signed, past policy and audit: set "
+            "proxy_only in its kv_connector_extra_config", code="door",
+        )  # fmt: skip
+
+    async def _complete(self, handoff: dict[str, Any], signed: bool = True) -> None:
+        if signed:
+            handoff = signed_order(self.key, handoff, time.time())
         body = {
             "model": self.model, "prompt": _PROMPT, "max_tokens": 1, "temperature": 0,
             "kv_transfer_params": {"lcguard": handoff},

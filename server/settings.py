@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ class UpstreamSettings:
     url: str = ""
     """Base URL of a running vLLM with the connector; empty: ``lcguard serve`` starts one."""
     api_key_env: str = "LCGUARD_UPSTREAM_KEY"
-    """Environment variable with vLLM's ``--api-key``; may be unset for an upstream on loopback."""
+    """Environment variable with vLLM's ``VLLM_API_KEY``; without it the proxy gets not ready."""
     connect_timeout_s: Seconds = 5.0
     read_timeout_s: Seconds = 120.0
     """Longest silence between two pieces of an answer."""
@@ -95,6 +95,10 @@ class ServerSettings:
     store: str = ""
     """URL of the segment store that vLLM uses too; empty: the folder ``segments``."""
     store_max_bytes: Annotated[int, Field(gt=0)] | None = None
+    prefix_cache: Literal["agent", "tenant"] = "agent"
+    """Whose plain prompts share vLLM's prefix cache. ``tenant`` saves work where agents of a tenant
+    send the same beginnings, and lets each of them find out by ``cached_tokens``, or by the time of
+    an answer, what the others have sent. Published prompts and segments are never shared."""
     metrics_auth: bool = True
     """Whether ``/metrics`` asks for a key, an admin's or an auditor's. Without one it never names
     edges or counts tokens."""

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lcguard.rope import canonical
 from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.authority import Authority
 from lcguard.server.canaries import CanaryRunner
@@ -24,6 +25,7 @@ from lcguard.server.keyring import AuthError, Identity, Keyring
 from lcguard.server.leakage import EdgeLeakage, LeakageMeter
 from lcguard.server.limits import KeyLimits, Limited
 from lcguard.server.metrics import Metrics
+from lcguard.server.readers import Readers
 from lcguard.server.readiness import Readiness
 from lcguard.server.settings import ServerSettings
 from lcguard.server.settlement import Settlement
@@ -76,6 +78,7 @@ class Proxy:
     limits: KeyLimits
     gate: Gate
     metrics: Metrics = field(default_factory=Metrics)
+    readers: Readers = field(default_factory=Readers)
     agents: dict[tuple[str, str], AgentCount] = field(default_factory=dict)
     started_s: float = field(default_factory=time.time)
     counts: EdgeCounts = field(default_factory=EdgeCounts)
@@ -115,10 +118,12 @@ class Proxy:
         seen = {tenant for tenant, _ in self.agents} | self.keyring.tenants()
         return seen - {CANARY_TENANT}
 
-    def salt(self, tenant: str) -> str:
-        """Names the tenant's blocks in vLLM's prefix cache: nobody else hits them, or sees by the
-        time of an answer that they are there."""
-        message = b"lcguard tenant salt\0" + tenant.encode()
+    def salt(self, who: Identity) -> str:
+        """Names the caller's blocks in vLLM's prefix cache: nobody else hits them, or sees by the
+        time of an answer that they are there. With ``prefix_cache: tenant`` agents of one tenant
+        hit, and see, each other's plain prompts."""
+        names = [who.tenant] if self.settings.prefix_cache == "tenant" else [who.tenant, who.agent]
+        message = b"lcguard cache salt\0" + canonical(names)
         return hmac.new(self.key, message, hashlib.sha256).hexdigest()
 
     def check_size(self, who: Identity, body: Mapping[str, Any]) -> int:

@@ -71,6 +71,16 @@ class Upstream:
         except aiohttp.ClientError as error:
             raise broken(error) from None
 
+    async def keyless(self, method: str, path: str) -> int:
+        """Status of what anybody gets who reaches vLLM without its key. Raises ``ProxyError``."""
+        own = {"Content-Type": "application/json"}
+        body = b"{}" if method == "POST" else None
+        try:
+            async with asyncio.timeout(10), await self._send(method, path, body, {}, own) as answer:
+                return answer.status
+        except TimeoutError:
+            raise _silent(path, 10) from None
+
     async def ask(self, path: str, body: Any) -> Any:
         """The JSON answer to a JSON question. Raises ``ProxyError``, also for another status."""
         answer = await self.post(path, json.dumps(body).encode(), {})
@@ -94,14 +104,16 @@ class Upstream:
                 ) from None  # fmt: skip
 
     async def _send(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
-    ) -> aiohttp.ClientResponse:
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str],
+        own: Mapping[str, str] | None = None,
+    ) -> aiohttp.ClientResponse:  # fmt: skip
         if self._session is None:
             raise ProxyError(503, "the proxy is starting", code="starting", retry_after_s=1)
         for left in range(self.settings.retries, -1, -1):
             try:
                 return await self._session.request(
-                    method, self.url + path, data=body, headers={**headers, **self._headers},
+                    method, self.url + path, data=body,
+                    headers={**headers, **(self._headers if own is None else own)},
                     allow_redirects=False,
                 )  # fmt: skip
             except aiohttp.ConnectionTimeoutError:

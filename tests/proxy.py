@@ -28,6 +28,10 @@ def _to(audience: str, forbid: list[str], **more: Any) -> dict[str, Any]:
     return {"source": "*", "audience": audience, "forbid": forbid} | more
 
 
+def _kin(source: str, audience: str, forbid: list[str], **more: Any) -> dict[str, Any]:
+    return _to(audience, forbid, **more) | {"tenant": "kin", "source": source}
+
+
 POLICY = {
     "version": 1,
     "edges": [
@@ -48,6 +52,16 @@ POLICY = {
         _to("changing", [], guard="identity"),
         _to("partner", ALL),
         {"tenant": "acme"} | _to("partner", [], guard="identity"),
+        # alice may tell bob, who may tell others, whom alice may not tell
+        _kin("alice", "bob", [], guard="identity"),
+        _kin("alice", "carol", ALL),
+        _kin("alice", "dave", ["government_id"]),
+        _kin("bob", "carol", [], guard="identity"),
+        _kin("bob", "dave", []),
+        _kin("bob", "erin", [], guard="identity", declassify=ALL),
+        _kin("bob", "frank", ["government_id"], guard="redact"),
+        _kin("alice", "frank", [], guard="identity"),
+        _kin("dave", "erin", [], guard="identity"),
     ],
 }  # fmt: skip
 """What the agent consumes under is its name; the default rule holds for all others."""

@@ -150,11 +150,27 @@ def engine_of(proxy: Running) -> tuple[int, str]:
 
 def n_running(engine_url: str) -> int:
     """Requests that vLLM computes or has in its line now, by its own metrics."""
-    with urllib.request.urlopen(engine_url + "/metrics", timeout=30) as answer:
+    asked = urllib.request.Request(
+        engine_url + "/metrics", headers={"Authorization": f"Bearer {_engine_key(engine_url)}"}
+    )
+    with urllib.request.urlopen(asked, timeout=30) as answer:
         text = answer.read().decode()
     found = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} ([0-9.]+)$", text, re.M)
     assert len(found) >= 2, "vLLM's metrics have other names"
     return int(sum(map(float, found)))
+
+
+def _engine_key(engine_url: str) -> str:
+    """The key that the proxy has given its vLLM: its owner can see the environment."""
+    port = engine_url.rpartition(":")[2].encode()
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and b"--port\0" + port in (folder / "cmdline").read_bytes():
+                environment = (folder / "environ").read_bytes().decode().split("\0")
+                return dict(e.split("=", 1) for e in environment if "=" in e)["VLLM_API_KEY"]
+        except OSError:  # ended meanwhile
+            continue
+    raise AssertionError(f"nothing runs at {engine_url}")
 
 
 def audit_rows(database: Path, where: str = "1", *values: Any) -> list[dict[str, Any]]:

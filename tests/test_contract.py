@@ -200,6 +200,16 @@ def test_almost_nothing_is_not_nothing(endpoint: Endpoint, name: str, value: Any
     assert refusal({**MINIMAL[endpoint], name: value}, endpoint, consuming=True).param == name
 
 
+@pytest.mark.parametrize("value", [0, 5, -1])
+def test_a_publish_does_not_score_its_prompt(value: int) -> None:
+    """What of the prompt stands in the prefix cache is not computed: there is nothing to say."""
+    for endpoint in ("chat", "completions"):
+        body = {**MINIMAL[endpoint], "prompt_logprobs": value}
+        assert refusal(body, endpoint, publishing=True).param == "prompt_logprobs"
+        assert check(endpoint, body, consuming=False, publishing=False)
+        assert refusal({**MINIMAL[endpoint], "echo": True}, endpoint, publishing=True)
+
+
 def test_one_sample_is_published() -> None:
     body = {**MINIMAL["chat"], "n": 1}
     assert "n" not in check("chat", body, consuming=False, publishing=True)

@@ -227,13 +227,28 @@ def test_the_contract_is_served_to_whoever_has_a_key(front: Front) -> None:
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_tenants_do_not_share_the_prefix_cache_and_choose_no_salt(front: Front) -> None:
-    ours, theirs = front.auth("intake"), front.auth("intake", "acme")
-    first = front.chat(ours, LONG, cache_salt="shared")
-    assert cached_tokens(first) == 0
-    assert cached_tokens(front.chat(theirs, LONG, cache_salt="shared")) == 0
+def test_agents_do_not_share_the_prefix_cache_and_choose_no_salt(front: Front) -> None:
+    """Neither another tenant's agents nor the neighbours, whom the threat model is about."""
+    ours = front.auth("intake")
+    assert cached_tokens(front.chat(ours, LONG, cache_salt="shared")) == 0
+    for other in (front.auth("intake", "acme"), front.auth("billing")):
+        assert cached_tokens(front.chat(other, LONG, cache_salt="shared")) == 0
     assert cached_tokens(front.chat(ours, LONG, cache_salt="another")) >= BLOCK_TOKENS
-    assert cached_tokens(front.chat(front.auth("billing"), LONG)) >= BLOCK_TOKENS
+
+
+def test_a_published_prompts_blocks_are_its_senders(front: Front) -> None:
+    """Its raw KV stands in the engine's prefix cache as well: nobody else's request meets it."""
+    note = "The case of the day is the matter of a lost and found set of keys and papers. " * 5
+    intake, other = front.auth("intake"), front.auth("auditing")
+    admin = front.auth("root", role="admin")
+
+    def send(who: dict[str, str], handoff: Any = None) -> int:
+        return cached_tokens(front.complete(who, note, lcguard=handoff))
+
+    assert send(intake, {"publish": {"audience": "open"}}) == 0
+    assert send(other) == send(admin) == 0
+    assert send(other, {"publish": {"audience": "open"}}) == 0
+    assert send(intake, {"publish": {"audience": "open"}}) >= BLOCK_TOKENS
 
 
 def test_tenants_are_apart_from_end_to_end(front: Front) -> None:
@@ -271,7 +286,7 @@ def test_a_revoked_segment_is_gone_whatever_the_prefix_cache_holds(
     # and its reader is not told: what was found is as long as what was consumed
     assert "prompt_tokens_details" not in again.json()["usage"]
     gone = front.http.delete(f"/lcguard/v1/segments/{handle}", headers=intake)
-    assert gone.json() == {"revoked": [handle], "still_in_store": []}
+    assert gone.json() == {"revoked": [handle], "ended_requests": 0, "still_in_store": []}
     assert error(front.ask(reader, LONG + ASK_SSN, handle)) == (404, "no_segment")
     listed = front.http.get("/lcguard/v1/segments", headers=reader).json()["data"]
     assert handle not in {s["handle"] for s in listed}
@@ -335,8 +350,9 @@ def test_the_policy_route_shows_what_concerns_the_caller(front: Front) -> None:
     every = edges(front.auth("root", role="admin"))
     assert ("acme", "partner") in every
     ours = edges(front.auth("intake"))
-    assert ours == every - {("acme", "partner")}
-    assert edges(front.auth("eve", "acme", role="auditor")) == every
+    assert ours == {(tenant, audience) for tenant, audience in every if tenant == "*"}
+    acme = edges(front.auth("eve", "acme", role="auditor"))
+    assert acme == ours | {("acme", "partner")}
 
 
 def test_an_operators_routes_take_an_admins_key(front: Front) -> None:

@@ -51,6 +51,7 @@ OPTIONS = {
     "database_timeout_s": "test_a_locked_database_refuses_handoffs_after_database_timeout_s",
     "store": "test_a_proxy_with_another_store_than_the_engine_is_not_ready",
     "store_max_bytes": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
+    "prefix_cache": "test_prefix_cache_is_shared_within_a_tenant_where_the_option_says_so",
     "metrics_auth": "test_metrics_auth",
     "drain_s": "test_a_running_stream_ends_whole_within_drain_s",
     "upstream.url": "test_host_and_port",
@@ -89,6 +90,7 @@ EDGE_OPTIONS = {
     "audience": "test_tenant_source_and_audience_choose_the_rule",
     "tenant": "test_tenant_source_and_audience_choose_the_rule",
     "forbid": "test_forbid_and_guard",
+    "declassify": "test_proxy_lineage.py::test_declassifying_is_in_the_audit",
     "guard": "test_forbid_and_guard",
     "derive": "test_derive_lets_the_band_pass",
     "on_failure": "test_on_failure_blocks_and_nothing_else",
@@ -291,6 +293,25 @@ def test_a_proxy_without_the_engines_key_is_not_ready(
     wrong = with_key(site, UPSTREAM_KEY, engine.api_key)
     with front_of(wrong, None, tmp_path, ready=False, upstream=settings) as other:
         assert "401" in first_reason(other)
+
+
+def test_prefix_cache_is_shared_within_a_tenant_where_the_option_says_so(
+    site: Site, engine: Running, tmp_path: Path
+) -> None:
+    """Plain prompts alone: what is published stays its sender's."""
+    text = "One prompt that all of them begin with, word for word, again and again. " * 5
+    with front_of(site, engine, tmp_path, prefix_cache="tenant") as shared:
+
+        def cached(agent: str, tenant: str, handoff: Any = None) -> int:
+            got = shared.complete(shared.auth(agent, tenant), text, lcguard=handoff)
+            assert got.status_code == 200, got.text
+            return int(got.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached("intake", "default") == 0
+        assert cached("billing", "default") > 0
+        assert cached("intake", "acme") == 0
+        assert cached("intake", "default", {"publish": {"audience": "open"}}) == 0
+        assert cached("billing", "default", {"publish": {"audience": "open"}}) == 0
 
 
 @pytest.mark.parametrize("drain_s", [30, 1])

@@ -232,7 +232,7 @@ def test_nobody_else_meets_guarded_blocks(engine: Engine) -> None:
     assert mine.num_cached_tokens >= length
     placeholders = [engine.agent.source.pad_id] * length + ask
     connector = engine.connector.scheduler
-    plan = connector._salt(type("P", (), {"consume": (), "agent": "", "publish": None})())
+    plan = connector._salt(type("P", (), {"consume": (), "agent": "", "publish": None})(), "")
     (plain, salted, sibling) = engine.llm.engine.generate(
         [
             {"prompt_token_ids": placeholders},
@@ -249,8 +249,8 @@ def test_nobody_else_meets_guarded_blocks(engine: Engine) -> None:
     torch.testing.assert_close(logprobs(again), logprobs(mine), atol=1e-5, rtol=1e-5)
 
 
-def test_a_clients_salt_is_ignored(engine: Engine) -> None:
-    """The same segment is a prefix-cache hit whatever salt the client sends, and stays right."""
+def test_a_salt_sets_apart_and_changes_no_answer(engine: Engine) -> None:
+    """A request's salt names no block of another's; what it computes is right all the same."""
     (record,) = records(engine.agent, 1, seed=84)
     handle = publish(engine, record.ids, "identity")
     ask = list(question(record).prompt)

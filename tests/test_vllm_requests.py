@@ -18,6 +18,7 @@ from lcguard.guards.frozen import weights_digest
 from lcguard.guards.shipped import guard_folder
 from lcguard.model_digest import checkpoint_digest
 from lcguard.policy import load_policy, parse_policy
+from lcguard.server.orders import GRANT_S, signed_order
 from lcguard.store import open_store
 from lcguard.vllm.checks import check_config, check_groups, check_siblings, check_version
 from lcguard.vllm.errors import HandoffError, StartError
@@ -136,6 +137,25 @@ def test_a_request_tightens_the_policy_and_never_loosens_it() -> None:
     assert (longer.forbid, longer.ttl_s) == (("person", "health"), 60.0)
 
 
+def test_behind_a_proxy_only_what_it_signed_is_planned() -> None:
+    """Neither a publish nor a consume that somebody else wrote, changed or kept for later."""
+    mine = keeper()
+    mine.proxy_only = True
+    wish = {"publish": PUBLISH | {"ttl_s": 5}}
+    signed = signed_order(KEY, wish, 1000.0)
+    assert mine.plan(handoff(**signed), [1, 2]).publish is not None
+    late = signed_order(KEY, wish, 1000.0 - GRANT_S)
+    for bad in (
+        wish, {"consume": {"agent": "b", "segments": [GRANT]}}, late,
+        signed_order(OTHER, wish, 1000.0), signed | {"publish": PUBLISH | {"audience": "c"}},
+        signed | {"consume": {"agent": "b", "segments": [GRANT]}}, signed | {"order": "1.2"},
+    ):  # fmt: skip
+        with pytest.raises(HandoffError, match="the proxy") as caught:
+            mine.plan(handoff(**bad), [1, 2])
+        assert caught.value.status == 403
+    assert keeper().plan(handoff(**wish), [1, 2]).publish is not None
+
+
 def test_an_edge_that_nobody_wrote_forbids_everything() -> None:
     plan = keeper().plan(handoff(publish={"source": "x", "audience": "y"}), [1]).publish
     assert plan is not None
@@ -170,13 +190,20 @@ def test_redact_refuses_a_span_that_still_holds_its_secret() -> None:
             plan(prompt, spans)
 
 
+class Plain:
+    """Sampling parameters that ask for nothing, where vLLM is not installed."""
+
+    __struct_fields__ = ("temperature", "stop", "n")
+    temperature, stop, n = 1.0, (), 1
+
+
 def test_spans_of_another_prompt_are_refused() -> None:
     def admit(counted_on: list[int], prompt: list[int]) -> Any:
         publish = {"source": "a", "audience": "c", "spans": ((1, 3),),
                    "tokens": tokens_digest(counted_on)}  # fmt: skip
         front = FrontEnd(keeper())
         return front.admit(
-            handoff(publish=publish), {"type": "token", "prompt_token_ids": prompt}, None
+            handoff(publish=publish), {"type": "token", "prompt_token_ids": prompt}, Plain()
         )["prompt_token_ids"]
 
     assert admit([9, 8, 7, 6], [9, 8, 7, 6]) == [9, 3, 3, 6]
@@ -245,6 +272,15 @@ def test_unproved_engines_do_not_start() -> None:
         ({"cache_config": SimpleNamespace(cache_dtype="fp8")}, "fp8"),
         ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline_parallel_size"),
         ({"speculative_config": object()}, "speculative"),
+        ({"lora_config": object()}, "lora_config: guards are made for the base model's weights"),
+        ({"weight_transfer_config": object()}, "weight_transfer_config"),
+        ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "kv_events_config"),
+        ({"cache_config": SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=True)},
+         "kv_sharing_fast_prefill"),
+        ({"cache_config": SimpleNamespace(cache_dtype="auto", prefix_caching_hash_algo="xxhash")},
+         "xxhash"),
+        ({"aux_output_config": SimpleNamespace(enable_return_routed_experts=True)},
+         "enable_return_routed_experts"),
         ({"model_config": mla}, "multi-head latent attention"),
         ({"model_config": packed}, "quantization='fp8' changes the weights"),
     ):  # fmt: skip

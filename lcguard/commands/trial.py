@@ -99,6 +99,8 @@ class Site:
         if policy is not None:
             self.policy.write_text(json.dumps(policy))
         self.store = f"file://{folder / 'segments'}"
+        self.door = True
+        """Whether its vLLM asks for a key on every route."""
 
     def key(self, agent: str, tenant: str = "default", **more: Any) -> str:
         """A new API key of an agent."""
@@ -120,7 +122,11 @@ class Site:
             "VLLM_API_KEY": key, "VLLM_PLUGINS": "lcguard", "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
         }  # fmt: skip
-        process = _spawn(plan.command(port), environment, log)
+        command = plan.command(port)
+        if not self.door:
+            at = command.index("--middleware")
+            del command[at : at + 2]
+        process = _spawn(command, environment, log)
         lower_priority(process.pid, settings.nice)
         running = Running(process, f"http://127.0.0.1:{port}", log, key)
         try:

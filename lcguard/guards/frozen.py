@@ -216,6 +216,17 @@ class FrozenGuard:
         return cls(module, card)
 
 
+def reads_policy(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a saved guard hides whatever a rule forbids, by its card alone. Raises
+    ``GuardError``."""
+    folder = Path(name_or_path)
+    card = _read_card(folder if folder.is_dir() else _download(str(name_or_path), None))
+    try:
+        return guard_class(card.guard).reads_policy
+    except ValueError as error:
+        raise GuardError(f"{CARD}: {error}") from error
+
+
 def _build(card: Card) -> GuardModule:
     try:
         cls = guard_class(card.guard)

@@ -10,6 +10,14 @@ from lcguard.vllm import TESTED_VERSIONS
 from lcguard.vllm.errors import StartError
 
 CONNECTOR = "LCGuardConnector"
+_NOT_WITH_SEGMENTS = (
+    (None, "speculative_config", "speculative decoding was not proved with segments"),
+    (None, "lora_config", "guards are made for the base model's weights, adapters change the KV"),
+    (None, "weight_transfer_config", "guards are made for the weights that the engine started on"),
+    ("cache_config", "kv_sharing_fast_prefill", "it leaves parts of a prompt's KV uncomputed"),
+    ("aux_output_config", "enable_return_routed_experts", "it shows the inner state of each token"),
+)
+"""Part of ``VllmConfig`` and its option, each refused where it is set."""
 _DTYPES = ("auto", "float16", "half", "bfloat16", "float", "float32")
 
 
@@ -37,8 +45,23 @@ def check_config(config: Any) -> None:
             f"kv_cache_dtype={config.cache_config.cache_dtype!r} packs or quantises the KV cache: "
             f"use one of {', '.join(_DTYPES)}"
         )
-    if getattr(config, "speculative_config", None) is not None:
-        raise StartError("speculative decoding was not proved with segments: switch it off")
+    for part, name, why in _NOT_WITH_SEGMENTS:
+        owner = config if part is None else getattr(config, part, None)
+        if getattr(owner, name, None):
+            shown = name if part is None else f"{part}.{name}"
+            raise StartError(f"{shown}: {why}: switch it off")
+    events = getattr(config, "kv_events_config", None)
+    if events is not None and events.enable_kv_cache_events:
+        raise StartError(
+            "kv_events_config: its events show every prompt's token ids to whoever listens: "
+            "switch it off"
+        )
+    hashing = getattr(config.cache_config, "prefix_caching_hash_algo", "sha256")
+    if not str(hashing).startswith("sha256"):
+        raise StartError(
+            f"prefix_caching_hash_algo={hashing!r} can be made to collide, and blocks of other "
+            "agents would be read: use sha256"
+        )
     model = config.model_config
     packing = getattr(model, "quantization", None)
     said = (getattr(model, name, None) for name in ("model_arch_config", "hf_config"))

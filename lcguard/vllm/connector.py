@@ -24,12 +24,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from lcguard.vllm import plugin
 from lcguard.vllm.checks import check_config, check_groups, check_version
 from lcguard.vllm.jobs import StepJobs
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.scheduler import HandoffScheduler
+from lcguard.vllm.seeds import survive_seeds
 from lcguard.vllm.setup import (
     facts_of,
     gatekeeper_of,
@@ -63,6 +65,10 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
                 gatekeeper_of(vllm_config, one_process), settings.load_async
             )
             return
+        if current_platform.is_cpu():
+            from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+            survive_seeds(CPUModelRunner)
         facts = facts_of(vllm_config, settings)
         world = vllm_config.parallel_config.tensor_parallel_size
         self.worker = HandoffWorker(

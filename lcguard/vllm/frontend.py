@@ -7,6 +7,7 @@ from typing import Any
 from lcguard.vllm.checks import CONNECTOR
 from lcguard.vllm.errors import HandoffError, StartError
 from lcguard.vllm.gatekeeper import Gatekeeper
+from lcguard.vllm.options import check_params
 from lcguard.vllm.request import PARAM, Handoff, tokens_digest
 
 
@@ -38,9 +39,17 @@ class FrontEnd:
 
         Raises ``HandoffError`` for whatever the engine would refuse.
         """
+        self.gatekeeper.check_origin(handoff)
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
             kind = prompt.get("type") if isinstance(prompt, dict) else type(prompt).__name__
             raise HandoffError(400, f"a handoff takes a prompt of tokens or text, not {kind!r}")
+        check_params(params)
+        if handoff.publish is not None and handoff.publish.handle is None and params.stop:
+            # found here, before the engine has said under which handle it stored
+            raise HandoffError(
+                400, "stop: its strings end the answer before the handle is there; leave it out, "
+                "or use stop_token_ids",
+            )  # fmt: skip
         ids = list(prompt["prompt_token_ids"])
         facts, n, placed, segments = self.gatekeeper.facts, 0, 0, None
         if handoff.consume is not None:
@@ -64,7 +73,6 @@ class FrontEnd:
         plan = self.gatekeeper.plan(
             handoff,
             ids,
-            prompt_logprobs=getattr(params, "prompt_logprobs", None) is not None,
             samples=getattr(params, "n", None) or 1,
             segments=segments,
         )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lcguard.categories import CATEGORIES
+from lcguard.categories import CATEGORIES, Category
 from lcguard.followed import Followed
-from lcguard.grants import GrantError, check_grant, make_grant, new_handle
+from lcguard.grants import GrantError, check_grant, check_order, make_grant, new_handle
+from lcguard.lineage import LineageError, check_current, check_guard, on_top, origins
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.policy import Edge, Policy, PolicyError
 from lcguard.rope import canonical
@@ -47,9 +48,12 @@ class PublishPlan:
     source: str
     audience: str
     guard: str
-    forbid: tuple[str, ...]
-    derive: tuple[str, ...]
+    forbid: tuple[Category, ...]
+    """Of the edge, and of what was consumed."""
+    derive: tuple[Category, ...]
     policy_digest: str
+    origins: tuple[str, ...]
+    """Agents whose text the segment stands on."""
     expires_at_s: int
     hop: int
     start_token: int
@@ -96,9 +100,16 @@ class Gatekeeper:
     def __init__(
         self, facts: ModelFacts, policy: Policy | Followed[Policy], guards: Sequence[str],
         store: SegmentStore, key: bytes, clock: Callable[[], float] = time.time,
+        proxy_only: bool = False, by_policy: Collection[str] = (),
     ) -> None:  # fmt: skip
+        """
+        Args:
+            proxy_only: refuses what its proxy has not signed.
+            by_policy: those of ``guards`` that hide whatever a rule forbids.
+        """
         self.facts, self._policy, self.guards = facts, policy, tuple(guards)
-        self.store, self.key, self.clock = store, key, clock
+        self.store, self.key, self.clock, self.proxy_only = store, key, clock, proxy_only
+        self.by_policy = frozenset(by_policy)
 
     @property
     def policy(self) -> Policy:
@@ -107,8 +118,7 @@ class Gatekeeper:
 
     def plan(
         self, handoff: Handoff, prompt: Sequence[int] | None, *,
-        prompt_logprobs: bool = False, samples: int = 1,
-        segments: tuple[Manifest, ...] | None = None,
+        samples: int = 1, segments: tuple[Manifest, ...] | None = None,
     ) -> Plan:  # fmt: skip
         """Checks a request whose ``prompt`` starts with the placeholders of what it consumes.
 
@@ -116,6 +126,7 @@ class Gatekeeper:
 
         Raises ``HandoffError`` with the status and the reason.
         """
+        self.check_origin(handoff)
         if prompt is None:
             raise HandoffError(400, "a handoff needs a prompt of text or tokens, not of embeddings")
         if segments is None:
@@ -125,11 +136,6 @@ class Gatekeeper:
         shown = sum(map(self.shown_tokens, segments))
         room = self.facts.max_model_len - shown - (len(prompt) - n)
         if segments:
-            if prompt_logprobs:
-                raise HandoffError(
-                    400, "prompt log-probabilities (echo, prompt_logprobs) do not exist for "
-                    "consumed tokens: leave them out",
-                )  # fmt: skip
             if n >= len(prompt):
                 raise HandoffError(
                     400, "the prompt has none but consumed tokens: add at least one of your own"
@@ -157,6 +163,16 @@ class Gatekeeper:
         """What the audience of a segment may know of its length."""
         edge = self.policy.for_edge(manifest.source_agent, manifest.audience)
         return edge.shown_tokens(manifest.n_tokens)
+
+    def check_origin(self, handoff: Handoff) -> None:
+        """Raises ``HandoffError`` (403) for one that did not come from the proxy, where only those
+        are taken."""
+        if not self.proxy_only:
+            return
+        try:
+            check_order(self.key, handoff.text(), handoff.order or "", self.clock())
+        except GrantError as error:
+            raise HandoffError(403, str(error)) from None
 
     def segments(self, consume: Consume) -> tuple[Manifest, ...]:
         """Verified manifests of what a request consumes. Raises ``HandoffError``."""
@@ -191,6 +207,10 @@ class Gatekeeper:
             raise HandoffError(404, f"segment {shown} cannot be read: {error}") from None
         if manifest.expires_at_s and self.clock() >= manifest.expires_at_s:
             raise HandoffError(404, f"segment {shown} expired: publish again")
+        try:
+            check_current(manifest, self.policy)
+        except (LineageError, PolicyError) as error:
+            raise HandoffError(403, f"segment {shown}: {error}") from None
         return manifest
 
     def edge(self, publish: Publish) -> Edge:
@@ -200,7 +220,8 @@ class Gatekeeper:
     def _publish(
         self, publish: Publish, consumed: Sequence[Manifest], prompt: Sequence[int]
     ) -> PublishPlan:
-        edge = self.edge(publish)
+        own = self.edge(publish)
+        edge = edge_on_top(self.policy, own, consumed)
         if edge.guard not in self.guards:
             known = ", ".join(self.guards)
             raise HandoffError(
@@ -211,6 +232,8 @@ class Gatekeeper:
             raise HandoffError(
                 400, "fixed_length is not supported inside vLLM: segments keep their token count"
             )
+        if consumed:
+            check_on_top(edge, own, consumed, edge.guard in self.by_policy)
         start = sum(m.n_tokens for m in consumed)
         if start >= len(prompt):
             raise HandoffError(400, "the prompt has no tokens of its own to publish")
@@ -228,6 +251,7 @@ class Gatekeeper:
             forbid=edge.forbid,
             derive=edge.derive,
             policy_digest=edge_digest(edge),
+            origins=origins(publish.source, consumed),
             expires_at_s=int(self.clock() + edge.ttl_s),
             hop=max((m.hop for m in consumed), default=-1) + 1,
             start_token=start,
@@ -283,6 +307,28 @@ def edge_of(policy: Policy, publish: Publish) -> Edge:
             "guard": publish.guard or edge.guard,
         }
     )
+
+
+def edge_on_top(policy: Policy, edge: Edge, consumed: Sequence[Manifest]) -> Edge:
+    """``edge``, of ``edge_of``, with the restrictions of what was consumed. Raises ``HandoffError``
+    (403)."""
+    if not consumed:
+        return edge
+    try:
+        return on_top(edge, policy, consumed)
+    except (LineageError, PolicyError) as error:
+        raise HandoffError(403, str(error)) from None
+
+
+def check_on_top(
+    edge: Edge, own: Edge, consumed: Sequence[Manifest], reads_policy: bool | None = None
+) -> None:
+    """Raises ``HandoffError`` (403) unless the guard keeps ``edge`` of ``edge_on_top``; see
+    ``lcguard.lineage.check_guard``."""
+    try:
+        check_guard(edge, own, consumed, reads_policy)
+    except LineageError as error:
+        raise HandoffError(403, str(error)) from None
 
 
 def edge_digest(edge: Edge) -> str:

@@ -133,15 +133,19 @@ class _Guarded:
             }  # fmt: skip
         return made
 
-    def _prompt(self, prompt: Prompt, params: Any) -> Any:
-        """vLLM's prompt. A text behind a consumed segment begins nothing: it gets no BOS token."""
-        if not isinstance(prompt, str):
-            return {"prompt_token_ids": list(prompt)}
+    def _asked(self, agent: str, prompt: Prompt, params: Any) -> tuple[Any, Any]:
+        """vLLM's prompt and parameters, in the agent's own part of the prefix cache. A text behind
+        a consumed segment begins nothing: it gets no BOS token."""
         parts = (params.extra_args or {}).get("kv_transfer_params", {}).get(PARAM, {})
-        if "consume" not in parts:
-            return prompt
-        ids = self.engine.get_tokenizer().encode(prompt, add_special_tokens=False)
-        return {"prompt_token_ids": list(ids)}
+        made: dict[str, Any]
+        if not isinstance(prompt, str):
+            made = {"prompt_token_ids": list(prompt)}
+        elif "consume" in parts:
+            ids = self.engine.get_tokenizer().encode(prompt, add_special_tokens=False)
+            made = {"prompt_token_ids": list(ids)}
+        else:
+            made = {"prompt": prompt}
+        return {**made, "cache_salt": f"lcguard agent {agent}"}, params
 
     @staticmethod
     def _handle(output: Any) -> Handle:
@@ -210,7 +214,8 @@ class GuardedLLM(_Guarded):
         Raises ``HandoffError`` where policy, guard or store refuse; nothing is stored then.
         """
         parts = self._parts(agent, consume, publish_params(agent, audience, policy, ttl_s, spans))
-        return self._handle(self._run(prompt, self._params(None, parts, max_tokens=1)))
+        params = self._params(None, parts, max_tokens=1)
+        return self._handle(self._run(*self._asked(agent, prompt, params)))
 
     def generate(
         self, *, agent: str, prompt: Prompt, consume: Sequence[Handle] = (), params: Any = None
@@ -221,7 +226,8 @@ class GuardedLLM(_Guarded):
         ``HandoffError`` for a segment that is missing, expired or not for this agent.
         """
         parts = self._parts(agent, consume)
-        return str(self._run(prompt, self._params(params, parts)).outputs[0].text)
+        out = self._run(*self._asked(agent, prompt, self._params(params, parts)))
+        return str(out.outputs[0].text)
 
     def publish_all(self, requests: Sequence[Mapping[str, Any]]) -> list[Handle]:
         """Several agents at the same time, in one batch: each a mapping of ``publish``'s arguments.
@@ -230,7 +236,7 @@ class GuardedLLM(_Guarded):
         they expire.
         """
         return [self._handle(o) for o in self._run_all(
-            [(r["prompt"], self._params(None, self._parts(
+            [self._asked(r["agent"], r["prompt"], self._params(None, self._parts(
                 r["agent"], r.get("consume", ()),
                 publish_params(r["agent"], r["audience"], r.get("policy"), r.get("ttl_s"),
                                r.get("spans")),
@@ -240,18 +246,18 @@ class GuardedLLM(_Guarded):
     def generate_all(self, requests: Sequence[Mapping[str, Any]]) -> list[str]:
         """Several answers at the same time: each a mapping of ``generate``'s arguments."""
         return [str(o.outputs[0].text) for o in self._run_all(
-            [(r["prompt"], self._params(r.get("params"),
-                                        self._parts(r["agent"], r.get("consume", ()))))
-             for r in requests]
+            [self._asked(r["agent"], r["prompt"], self._params(
+                r.get("params"), self._parts(r["agent"], r.get("consume", ())))
+            ) for r in requests]
         )]  # fmt: skip
 
-    def _run(self, prompt: Prompt, params: Any) -> Any:
+    def _run(self, prompt: Any, params: Any) -> Any:
         return self._run_all([(prompt, params)])[0]
 
-    def _run_all(self, requests: Sequence[tuple[Prompt, Any]]) -> list[Any]:
+    def _run_all(self, requests: Sequence[tuple[Any, Any]]) -> list[Any]:
         from vllm.exceptions import GracefulHTTPError
 
-        prompts = [self._prompt(prompt, params) for prompt, params in requests]
+        prompts = [prompt for prompt, _ in requests]
         try:
             outputs = self.engine.generate(prompts, [p for _, p in requests], use_tqdm=False)
         except GracefulHTTPError as error:
@@ -288,23 +294,23 @@ class AsyncGuardedLLM(_Guarded):
     ) -> Handle:  # fmt: skip
         """As ``GuardedLLM.publish``."""
         parts = self._parts(agent, consume, publish_params(agent, audience, policy, ttl_s, spans))
-        return self._handle(await self._run(prompt, self._params(None, parts, max_tokens=1)))
+        params = self._params(None, parts, max_tokens=1)
+        return self._handle(await self._run(*self._asked(agent, prompt, params)))
 
     async def generate(
         self, *, agent: str, prompt: Prompt, consume: Sequence[Handle] = (), params: Any = None
     ) -> str:
         """As ``GuardedLLM.generate``."""
         parts = self._parts(agent, consume)
-        return str((await self._run(prompt, self._params(params, parts))).outputs[0].text)
+        out = await self._run(*self._asked(agent, prompt, self._params(params, parts)))
+        return str(out.outputs[0].text)
 
-    async def _run(self, prompt: Prompt, params: Any) -> Any:
+    async def _run(self, prompt: Any, params: Any) -> Any:
         from vllm.exceptions import GracefulHTTPError
 
         output: Any = None
         try:
-            async for latest in self.engine.generate(
-                self._prompt(prompt, params), params, f"lcguard-{uuid.uuid4().hex}"
-            ):
+            async for latest in self.engine.generate(prompt, params, f"lcguard-{uuid.uuid4().hex}"):
                 output = latest
         except GracefulHTTPError as error:
             raise HandoffError(int(error.http_status), error.message) from None

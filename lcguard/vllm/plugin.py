@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from lcguard.vllm import continuation
 from lcguard.vllm.checks import CONNECTOR, check_siblings
 from lcguard.vllm.errors import HandoffError, as_http
 from lcguard.vllm.frontend import FrontEnd, failure_of
-from lcguard.vllm.request import parse_handoff
+from lcguard.vllm.request import PARAM, parse_handoff
 
 _MARK = "_lcguard_wrapped"
 _front_ends: weakref.WeakKeyDictionary[Any, FrontEnd | None] = weakref.WeakKeyDictionary()
@@ -63,7 +63,11 @@ def _process_inputs(original: Any) -> Any:
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         try:
-            handoff = parse_handoff(_transfer_params(params))
+            transfer = _transfer_params(params)
+            if not isinstance(transfer, Mapping | None):  # vllm_xargs take any value
+                kind = type(transfer).__name__
+                raise HandoffError(400, f"kv_transfer_params is a {kind}: give an object")
+            handoff = parse_handoff(transfer)
             if handoff is not None:
                 front = _front_ends.get(self)
                 if front is None:
@@ -81,7 +85,8 @@ def _generate(original: Any) -> Any:
     async def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        watched = bool((_transfer_params(sampling_params) or {}).get("lcguard"))
+        transfer = _transfer_params(sampling_params)
+        watched = isinstance(transfer, Mapping) and PARAM in transfer
         async for output in original(self, prompt, sampling_params, *args, **kwargs):
             if watched and output.finished:
                 error = failure_of(output)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from lcguard.categories import Category
 from lcguard.names import QualifiedName
+from lcguard.rope import canonical
 from lcguard.vllm.errors import HandoffError
 
 PARAM = "lcguard"
@@ -66,6 +67,12 @@ class Handoff(_Model):
 
     publish: Publish | None = None
     consume: Consume | None = None
+    order: Annotated[str, StringConstraints(max_length=100)] | None = None
+    """The proxy's signature, for engines with ``proxy_only``."""
+
+    def text(self) -> bytes:
+        """What the proxy signs: canonical JSON of all but the signature."""
+        return canonical(self.model_dump(mode="json", exclude={"order"}))
 
 
 def tokens_digest(ids: Sequence[int]) -> str:

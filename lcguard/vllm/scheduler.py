@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from lcguard.store import StoreError
 from lcguard.vllm.errors import HandoffError
 from lcguard.vllm.gatekeeper import Gatekeeper, Plan
 from lcguard.vllm.jobs import LoadJob, SaveJob, StepJobs, Wanted
+from lcguard.vllm.options import check_request, reads_prompt
 from lcguard.vllm.request import PARAM, parse_handoff
 
 logger = init_logger("vllm.lcguard.scheduler")
@@ -49,20 +51,19 @@ class HandoffScheduler:
 
     def arrive(self, request: Any) -> None:
         """A new request, before any look into the prefix cache. Never raises."""
+        if not isinstance(request.kv_transfer_params, Mapping | None):
+            request.kv_transfer_params = None  # vLLM would ask it for its keys
         if PARAM not in (request.kv_transfer_params or {}):
+            # whatever the request says: what is read from the cache is not computed
+            request.skip_reading_prefix_cache |= reads_prompt(request.sampling_params)
             return
         try:
             handoff = parse_handoff(request.kv_transfer_params)
             assert handoff is not None
-            params = request.sampling_params
-            plan = self.gatekeeper.plan(
-                handoff,
-                request.prompt_token_ids,
-                # of the request alone: the engine has seen nothing of it yet
-                prompt_logprobs=params is None or params.prompt_logprobs is not None,
-            )
+            check_request(request)
+            plan = self.gatekeeper.plan(handoff, request.prompt_token_ids)
             booked = Booked(request, plan, plan.n_consumed)
-            salt = self._salt(plan)
+            salt = self._salt(plan, request.cache_salt or "")
         except Exception as error:
             if not isinstance(error, HandoffError):
                 logger.exception("lcguard: planning request %s failed", request.request_id)
@@ -71,19 +72,25 @@ class HandoffScheduler:
             # all but the last token are claimed, never brought: the request ends in an error
             booked = Booked(request, Plan(), request.num_prompt_tokens - 1, error)
             salt = secrets.token_hex(16)
-        # whatever salt the client chose: it must not name our blocks, nor hide in them
+        # whatever salt came with it only sets it further apart: it names no block of another's
         request.cache_salt = salt
         request.block_hashes.clear()
         request.update_block_hashes()
-        # set by prompt log-probabilities; the scheduler would then not ask for the segments
+        # where it is set, the scheduler does not ask for the segments
         request.skip_reading_prefix_cache = False
         self._booked[request.request_id] = booked
 
-    def _salt(self, plan: Plan) -> str:
-        """Names the prefix-cache blocks of one combination of segments, policy and agent."""
+    def _salt(self, plan: Plan, given: str) -> str:
+        """Names the prefix-cache blocks of one combination of segments, policy and agent.
+
+        ``given`` is the proxy's secret salt of the agent. Where nobody has said who really sends,
+        a published prompt's blocks are for this request alone: a source is only a name.
+        """
+        if plan.publish and not plan.consume and not given:
+            return secrets.token_hex(16)
         consumed = [[m.handle, m.hmac, m.policy_digest, m.audience] for m in plan.consume]
         source = plan.publish.source if plan.publish else ""
-        text = canonical([consumed, plan.agent, source])
+        text = canonical([consumed, plan.agent, source, given])
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
 
     def external_tokens(self, request: Any, n_computed: int) -> tuple[int, bool]:

@@ -32,6 +32,9 @@ class Settings(BaseModel):
     every edge."""
     guards: dict[str, str] = {}
     """Guard name as policies use it -> folder, hub repository or ``nano:NAME``."""
+    proxy_only: bool = False
+    """Takes handoffs with the proxy's signature alone: whoever else reaches the engine can neither
+    publish nor consume. ``lcguard serve`` sets it."""
     load_async: bool = False
     """Load segments beside the forward pass instead of before it."""
     placeholder_id: Annotated[int, Field(ge=0)] | None = None

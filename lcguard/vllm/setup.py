@@ -9,7 +9,7 @@ from typing import Any
 from lcguard.cache import kv_shape
 from lcguard.categories import CATEGORIES
 from lcguard.guards import FrozenGuard, KVShape, guard_class
-from lcguard.guards.frozen import GuardError
+from lcguard.guards.frozen import GuardError, reads_policy
 from lcguard.guards.shipped import guard_folder
 from lcguard.keys import deployment_key
 from lcguard.manifest import config_digest
@@ -96,6 +96,14 @@ def guard_names(settings: Settings) -> list[str]:
     return sorted({*PLAIN, *settings.guards})
 
 
+def policy_guards(settings: Settings) -> frozenset[str]:
+    """Those of them that hide whatever a rule forbids. Raises ``StartError``."""
+    try:
+        return frozenset(n for n, at in settings.guards.items() if reads_policy(guard_folder(at)))
+    except GuardError as error:
+        raise StartError(f"guards: {error}") from None
+
+
 def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, FrozenGuard]:
     """All guards, each made for this model's weights. Raises ``StartError``."""
     shape = kv_shape(config.model_config.hf_text_config)
@@ -127,5 +135,6 @@ def gatekeeper_of(config: Any, one_process: bool) -> Gatekeeper:
     settings = settings_of(config)
     return Gatekeeper(
         facts_of(config, settings), policy_of(settings), guard_names(settings),
-        store_of(settings, one_process), key_of(),
+        store_of(settings, one_process), key_of(), proxy_only=settings.proxy_only,
+        by_policy=policy_guards(settings),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from lcguard.guards.frozen import FrozenGuard, GuardError
-from lcguard.manifest import SegmentError
+from lcguard.manifest import Lineage, SegmentError
 from lcguard.protocols import Guarded, KVBatch
 from lcguard.records import mask_of
 from lcguard.rope import Rotary
@@ -213,6 +213,12 @@ class HandoffWorker:
             handle=plan.handle,
             audience=plan.audience,
             expires_at_s=plan.expires_at_s,
+            lineage=Lineage(
+                forbid=plan.forbid,
+                derive=plan.derive,
+                origins=plan.origins,
+                raw=type(guard) is FrozenGuard and guard.name == "identity",
+            ),
         )
         self.store.put(segment.sign(self.key))
         if noisy:
