@@ -30,9 +30,9 @@ Route = Callable[[Note, KVBatch, torch.dtype], KVBatch]
 
 
 def check(found: Found, candidates: int) -> None:
-    """Under the noise of before the attack finds the number in most notes. Now its ranks are
+    """Under the noise of before the attack puts the number first, or nearly. Now its ranks are
     anywhere, and by no path and dtype below those of Gaussian scores by more than chance."""
-    assert median(r.both for r in found[BEFORE]) == 1.0
+    assert median(r.both for r in found[BEFORE]) <= 0.02 * candidates
     for name in set(found) - {BEFORE}:
         assert median(r.lattice for r in found[name]) > 0.05 * candidates, name
         for kind, (mean, error) in advantages(found[name]).items():
