@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -16,7 +17,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -582,17 +582,24 @@ def test_check_says_whether_segments_could_be_put(place: Place, store: Any) -> N
     store.check()
 
 
-def test_check_finds_a_root_that_is_gone_or_full(
-    tmp_path: Path, file_store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_check_finds_a_root_that_is_gone_or_full(tmp_path: Path, file_store: FileStore) -> None:
     (tmp_path / "root").rename(tmp_path / "away")
     with pytest.raises(StoreError, match=f"{tmp_path}/root is no folder.*mount it"):
         file_store.check()
     (tmp_path / "away").rename(tmp_path / "root")
     file_store.check()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(StoreError, match="full disk: free space"):
-        file_store.check()
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        try:
+            file_store.check()
+        except StoreError as error:
+            os._exit(7 if "free space" in str(error) else 8)
+
+    assert in_fork(limited) == 7
+    assert os.listdir(tmp_path / "root") == []
 
 
 @pytest.mark.parametrize("error", ["save_file", "write_bytes"])

@@ -24,6 +24,8 @@ from lcguard.manifest import Manifest, SegmentError
 from lcguard.segment import KVSegment
 
 HANDLE = re.compile(r"[A-Za-z0-9_-]{16,128}")
+GRACE_S = 600.0
+"""For how long unfinished writing counts as going on, and a retired handle stays taken."""
 _KINDS = "memory://NAME, file:///absolute/path, redis://host:port/db or rediss://host:port/db"
 
 
@@ -74,6 +76,10 @@ class SegmentStore(Protocol):
     def delete(self, handle: str) -> bool:
         """Whether there was such a segment. Of several callers at once, one is told yes."""
 
+    def retire(self, handle: str) -> None:
+        """Deletes what there is, and lets nothing be put under this handle for some minutes: for a
+        writer that cannot be told to stop. Readers find no segment."""
+
     def handles(self) -> list[str]:
         """Of the readable segments that have not expired, sorted."""
 
@@ -84,21 +90,27 @@ class SegmentStore(Protocol):
         """
 
     def check(self) -> None:
-        """At no cost of segments: raises ``StoreError`` where nothing could be put or found now."""
+        """Writes a little, reads it and deletes it: raises ``StoreError`` where that fails, as then
+        nothing could be put, found or deleted."""
+
+    def time_s(self) -> float | None:
+        """Unix time as the store's own machine has it; None where that is this machine."""
 
     def close(self) -> None:
         """Lets go of connections and memory; nothing may be called afterwards."""
 
 
 def open_store(
-    url: str, *, max_bytes: int | None = None, clock: Callable[[], float] = time.time
-) -> SegmentStore:
+    url: str, *, max_bytes: int | None = None, timeout_s: float = 10.0,
+    clock: Callable[[], float] = time.time,
+) -> SegmentStore:  # fmt: skip
     """The store of ``memory://NAME``, ``file:///abs/path`` or a bare path, ``redis[s]://...``.
 
     Args:
         url: a redis URL may hold a password: it is in no message.
         max_bytes: bound on the tensor bytes of all segments together; manifests and file headers,
             a few kB each, come on top. Putting above it removes the oldest. None: unbounded.
+        timeout_s: of a whole operation on a server.
         clock: Unix time in seconds.
 
     Raises:
@@ -124,7 +136,7 @@ def open_store(
             raise StoreError(f"file://{rest}: the path is not absolute: write three slashes")
         return FileStore(Path(unquote(rest)), max_bytes=max_bytes, clock=clock)
     if scheme in ("redis", "rediss"):
-        return RedisStore(url, max_bytes=max_bytes, clock=clock)
+        return RedisStore(url, max_bytes=max_bytes, clock=clock, timeout_s=timeout_s)
     raise StoreError(f"the store's URL has the scheme {scheme[:20]!r}: use a path, {_KINDS}")
 
 

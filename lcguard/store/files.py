@@ -22,6 +22,7 @@ from lcguard.disk import MANIFEST_FILE, map_tensors, read_manifest, write_folder
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.segment import KVSegment
 from lcguard.store.base import (
+    GRACE_S,
     HANDLE,
     SegmentNotFound,
     StoreError,
@@ -34,6 +35,11 @@ from lcguard.store.base import (
     tensor_bytes,
 )
 
+_RETIRED_FILE = "retired"
+"""Alone in the folder of a handle under which nothing may be put."""
+_CHECK_BYTES = 4096
+_TRIES = 8
+"""Of rival writers that come between, more than one is no accident."""
 # As named by write_folder and by _discard; nothing else that is hidden is ours to remove.
 _LEFTOVER = re.compile(rf"\.({HANDLE.pattern})\.[A-Za-z0-9_]{{8,32}}")
 
@@ -52,7 +58,7 @@ class FileStore:
         *,
         max_bytes: int | None = None,
         clock: Callable[[], float] = time.time,
-        grace_s: float = 600.0,
+        grace_s: float = GRACE_S,
     ) -> None:
         """
         Args:
@@ -120,22 +126,73 @@ class FileStore:
         # Whatever else lies in the root under such a name is not ours.
         return os.path.lexists(folder / MANIFEST_FILE) and self._discard(folder, handle)
 
+    def retire(self, handle: str) -> None:
+        folder = self._folder(handle)
+        hidden = self._root / f".{handle}.{secrets.token_hex(8)}"
+        try:
+            hidden.mkdir(mode=0o700)
+            (hidden / _RETIRED_FILE).touch()
+            for _ in range(_TRIES):
+                if (folder / _RETIRED_FILE).exists():
+                    return
+                self.delete(handle)
+                try:
+                    os.rename(hidden, folder)
+                except OSError:
+                    if not os.path.lexists(folder):
+                        raise
+                    continue  # put or retired in between
+                return
+        except OSError as error:
+            raise StoreError(f"{handle} cannot be retired in {self._root}: {error}") from error
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise StoreError(f"{folder} is no segment's folder: move it out of the store")
+
     def handles(self) -> list[str]:
         now_s = self._clock()
         return sorted(m.handle for m in self._segments() if not expired(m, now_s))
 
     def sweep(self) -> int:
-        return self._drop(self._max_bytes) + sum(
-            self._discard(self._root / name, match[1])
-            for name in self._names()
-            if (match := _LEFTOVER.fullmatch(name)) and self._abandoned(self._root / name)
-        )
+        gone = self._drop(self._max_bytes)
+        for name in self._names():
+            folder = self._root / name
+            if (match := _LEFTOVER.fullmatch(name)) and self._abandoned(folder):
+                gone += self._discard(folder, match[1])
+            elif (folder / _RETIRED_FILE).exists() and self._abandoned(folder):
+                self._discard(folder, name)
+        return gone
 
     def check(self) -> None:
-        if not self._root.is_dir() or not os.access(self._root, os.R_OK | os.W_OK | os.X_OK):
+        if not self._root.is_dir():
             raise StoreError(f"{self._root} is no folder that can be written to: mount it again")
-        if shutil.disk_usage(self._root).free == 0:
-            raise StoreError(f"{self._root} is on a full disk: free space or lower max_bytes")
+        data = secrets.token_bytes(_CHECK_BYTES)
+        path = self._root / f".check.{secrets.token_hex(8)}"
+        try:
+            try:
+                path.write_bytes(data)
+                same = path.read_bytes() == data
+            finally:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self._root}: a test file could not be written, read and deleted: "
+                f"{error.strerror}: free space, or mount it for writing"
+            ) from error
+        if not same:
+            raise StoreError(f"{self._root} does not give back what was written to it")
+
+    def time_s(self) -> float | None:
+        """Of the machine that keeps the disk: it dates files."""
+        path = self._root / f".clock.{secrets.token_hex(8)}"
+        try:
+            path.touch()
+            try:
+                return path.stat().st_mtime
+            finally:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self._root}: no file can be made there: {error}") from error
 
     def close(self) -> None:
         self._seen = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from lcguard.manifest import Manifest
 from lcguard.segment import KVSegment
 from lcguard.store.base import (
+    GRACE_S,
     SegmentNotFound,
     check_found,
     check_handle,
@@ -30,6 +31,8 @@ class _Shelf:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     segments: dict[str, KVSegment] = field(default_factory=dict)
+    retired: dict[str, float] = field(default_factory=dict)
+    """Handle to the time at which it may be forgotten."""
     users: int = 0
 
 
@@ -63,7 +66,7 @@ class MemoryStore:
         own = KVSegment(_copy(segment.keys), _copy(segment.values), _own(segment.manifest))
         manifest = check_new(own, self._clock(), self._max_bytes)
         with self._shelf.lock:
-            if manifest.handle in self._shelf.segments:
+            if manifest.handle in self._shelf.segments or manifest.handle in self._shelf.retired:
                 raise taken(manifest.handle)
             if self._max_bytes is not None:
                 self._drop(self._max_bytes - tensor_bytes(manifest))
@@ -84,6 +87,16 @@ class MemoryStore:
         with self._shelf.lock:
             return self._shelf.segments.pop(handle, None) is not None
 
+    def retire(self, handle: str) -> None:
+        check_handle(handle)
+        now_s = self._clock()
+        with self._shelf.lock:
+            old = [h for h, until_s in self._shelf.retired.items() if until_s <= now_s]
+            for h in old:
+                del self._shelf.retired[h]
+            self._shelf.segments.pop(handle, None)
+            self._shelf.retired[handle] = now_s + GRACE_S
+
     def handles(self) -> list[str]:
         now_s = self._clock()
         with self._shelf.lock:
@@ -96,6 +109,9 @@ class MemoryStore:
 
     def check(self) -> None:
         """Memory is there as long as the process is."""
+
+    def time_s(self) -> None:
+        """It has this machine's clock."""
 
     def close(self) -> None:
         with _shelves_lock:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from lcguard.manifest import Manifest, SegmentError
 from lcguard.segment import KVSegment
 from lcguard.store import redis_wire as wire
 from lcguard.store.base import (
+    GRACE_S,
     HANDLE,
     SegmentNotFound,
     StoreError,
@@ -39,6 +41,13 @@ from lcguard.store.base import (
 )
 
 
+class _Began(threading.local):
+    """When this thread's operation began, and how deep inside it is."""
+
+    at_s = 0.0
+    depth = 0
+
+
 class RedisStore:
     """The segments of one database of one server, or of what answers for a cluster."""
 
@@ -50,8 +59,8 @@ class RedisStore:
         *,
         max_bytes: int | None = None,
         clock: Callable[[], float] = time.time,
-        grace_s: float = 600.0,
-        timeout_s: float = 5.0,
+        grace_s: float = GRACE_S,
+        timeout_s: float = 10.0,
     ) -> None:
         """
         Args:
@@ -59,19 +68,22 @@ class RedisStore:
             max_bytes: besides the server's own bound; each put then reads all manifests.
             grace_s: how long values without a manifest last. Longer than any put takes; a slower
                 one fails and leaves nothing.
-            timeout_s: of one answer, each request tried twice.
+            timeout_s: of a whole operation; of one answer of the server a quarter of it, and then
+                another try.
         """
         try:
             self._redis: Any = importlib.import_module("redis")
         except ImportError:
             raise StoreError("the redis package is missing: pip install lcguard[store]") from None
         self._max_bytes, self._clock, self._grace_s = max_bytes, clock, grace_s
+        self._timeout_s, self._began = timeout_s, _Began()
+        answer_s = timeout_s / 4
         retry = importlib.import_module("redis.retry").Retry(
             importlib.import_module("redis.backoff").ConstantBackoff(0.02), 1
         )
         try:
             self._client: Any = self._redis.Redis.from_url(
-                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=retry
+                url, socket_timeout=answer_s, socket_connect_timeout=answer_s, retry=retry
             )
             options = self._client.connection_pool.connection_kwargs
             self._password = str(options.get("password") or "")
@@ -114,7 +126,7 @@ class RedisStore:
         keys, values = (torch.empty(manifest.shape, dtype=torch_dtype(manifest)) for _ in range(2))
         chunks = wire.chunk_keys(manifest, raw)
         for chunk, layer in zip(chunks, (*keys, *values), strict=True):
-            with self._talking():
+            with self._talking(first=False):
                 # One byte more than expected: enough to see that a value is longer.
                 data = self._client.getrange(chunk, 0, n_bytes)
             if len(data) != n_bytes:
@@ -131,7 +143,7 @@ class RedisStore:
 
     def delete(self, handle: str) -> bool:
         raw = self._read(check_handle(handle))
-        if not raw:
+        if not raw or raw == wire.RETIRED:
             return False
         with self._talking():
             try:
@@ -144,6 +156,19 @@ class RedisStore:
                 self._client.zrem(wire.INDEX, handle)
         return found
 
+    def retire(self, handle: str) -> None:
+        key, life_ms = wire.manifest_key(check_handle(handle)), round(self._grace_s * 1000)
+        with self._talking():
+            try:
+                raw = self._client.set(key, wire.RETIRED, px=life_ms, get=True) or b""
+            except self._redis.OutOfMemoryError:
+                self.delete(handle)  # as nothing can be put, this is enough
+                return
+            with suppress(SegmentError):
+                if raw and raw != wire.RETIRED:
+                    self._client.unlink(*wire.chunk_keys(wire.decode(raw, handle), raw))
+            self._client.zrem(wire.INDEX, handle)
+
     def handles(self) -> list[str]:
         now_s = self._clock()
         with self._talking():
@@ -155,8 +180,15 @@ class RedisStore:
             return self._drop(self._max_bytes)
 
     def check(self) -> None:
+        name, value = f"lcguard:check:{secrets.token_hex(8)}", secrets.token_bytes(4096)
         with self._talking():
-            self._client.ping()
+            if not self._client.eval(wire.CHECK, 1, name, value, 60_000):
+                raise StoreError(f"{self._where} does not give back what was written to it")
+
+    def time_s(self) -> float:
+        with self._talking():
+            seconds, micros = self._client.time()
+            return float(seconds) + float(micros) / 1e6
 
     def close(self) -> None:
         self._client.close()
@@ -171,6 +203,7 @@ class RedisStore:
         entry = {manifest.handle: datetime.fromisoformat(manifest.created_at).timestamp()}
         try:
             for chunk, layer in zip(chunks, (*segment.keys, *segment.values), strict=True):
+                self._check_time()
                 self._client.set(chunk, wire.layer_bytes(layer), px=max(1, round(life_s * 1000)))
             # Before the commit, lest a crash leaves a segment that no bound ever counts.
             self._client.zadd(wire.INDEX, entry)
@@ -209,7 +242,7 @@ class RedisStore:
 
     def _find(self, handle: str) -> tuple[bytes, Manifest]:
         raw = self._read(check_handle(handle))
-        if not raw:
+        if not raw or raw == wire.RETIRED:
             raise SegmentNotFound(handle)
         return raw, check_found(wire.decode(raw, handle), handle, self._clock())
 
@@ -243,11 +276,26 @@ class RedisStore:
         return gone
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """Turns whatever the server or the connection raises into a ``StoreError``."""
+    def _talking(self, first: bool = True) -> Iterator[None]:
+        """Turns whatever the server or the connection raises into a ``StoreError``.
+
+        ``first``: an operation begins here, unless one has begun around it.
+        """
+        if first and not self._began.depth:
+            self._began.at_s = time.monotonic()
+        self._check_time()
+        self._began.depth += 1
         try:
             yield
         except self._redis.RedisError as error:
             reason = wire.explain(error, self._redis.exceptions, self._password)
             # The original error is not chained: nobody knows what a server quotes.
             raise StoreError(f"{self._where} {reason}") from None
+        finally:
+            self._began.depth -= 1
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._began.at_s + self._timeout_s:
+            raise StoreError(
+                f"{self._where} took longer than {self._timeout_s:g} s: is it overloaded?"
+            )

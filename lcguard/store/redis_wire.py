@@ -16,6 +16,8 @@ VALUE_BYTES = 512 * 2**20
 """The largest value a server takes (proto-max-bulk-len)."""
 MANIFEST_BYTES = 2**20
 """No manifest is longer; what is was not written here, and is not read to its end."""
+RETIRED = b"retired"
+"""A manifest's value under which nothing may be put."""
 _MAX_LAYERS = 4096
 """Of an unverified manifest, which may claim any number."""
 
@@ -35,6 +37,13 @@ else
   for i = 2, #KEYS do redis.call('PEXPIREAT', KEYS[i], ARGV[2]) end
 end
 return 1
+"""
+
+# KEYS: one of its own. ARGV: a value, its life in ms. Whether it was written, read and deleted.
+CHECK = """
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local same = redis.call('GET', KEYS[1]) == ARGV[1]
+return (redis.call('UNLINK', KEYS[1]) == 1 and same) and 1 or 0
 """
 
 # KEYS: manifest, chunks. ARGV: manifest's value. 1 where the manifest was this one.
@@ -103,6 +112,8 @@ def explain(error: Exception, errors: Any, password: str) -> str:
         return "did not answer in time: is it overloaded?"
     if isinstance(error, errors.ConnectionError):
         return "is not reachable: is it running, and are host and port right?"
+    if isinstance(error, errors.ReadOnlyError):
+        return "is a read-only replica: name its primary in the store's URL"
     text = " ".join(str(error).split())
     if password and password in text:
         text = type(error).__name__
