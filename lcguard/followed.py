@@ -15,23 +15,25 @@ T = TypeVar("T")
 class Followed(Generic[T]):
     """What ``parse`` makes of ``path``, at most ``every_s`` old.
 
-    The first reading raises whatever ``parse`` does: nothing starts on a broken file. A later one
-    that raises ``ValueError`` or ``OSError`` leaves the last good content in force and its reason
-    in ``error``: a slip in an editor must neither open nor close a running deployment.
+    The first reading raises whatever ``parse`` does: nothing starts on a broken file. With
+    ``absent`` a file that is not there yet is none: that content holds until it appears. A later
+    reading that raises ``ValueError`` or ``OSError`` leaves the last good content in force and its
+    reason in ``error``: a slip in an editor must neither open nor close a running deployment.
     """
 
     def __init__(
         self, path: str | Path, parse: Callable[[Path], T], *, every_s: float = 1.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, absent: T | None = None,
     ) -> None:  # fmt: skip
         self.path, self._parse, self._every_s, self._clock = Path(path), parse, every_s, clock
         self._lock = threading.Lock()
         self._mark = self._stat()
-        self._value = parse(self.path)
+        missing = self._mark is None and absent is not None and not os.path.lexists(self.path)
+        self._value: T = absent if missing and absent is not None else parse(self.path)
         self._next_s = clock() + every_s
         self.error = ""
         """Why the file as it is now cannot be used; empty while it can."""
-        self.loads = 1
+        self.loads = 0 if missing else 1
         """Contents taken so far."""
 
     def current(self) -> T:

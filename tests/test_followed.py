@@ -152,3 +152,35 @@ def test_while_one_thread_reads_the_others_get_the_content_in_force(file: Path) 
     leave.set()
     reader.join(20)
     assert followed.current() == 2
+
+
+def test_a_file_that_is_not_there_yet_is_taken_when_it_appears(tmp_path: Path) -> None:
+    clock, path = Clock(), tmp_path / "later"
+    followed = Followed(path, number, clock=clock, absent=-1)
+    assert (followed.current(), followed.loads, followed.error) == (-1, 0, "")
+    clock.now += 2
+    assert followed.current() == -1
+    put(path, "seven")  # not a number: what held goes on holding
+    clock.now += 2
+    assert followed.current() == -1
+    assert followed.error
+    put(path, "7")
+    clock.now += 2
+    assert (followed.current(), followed.loads, followed.error) == (7, 1, "")
+    path.unlink()  # from now on it is missed
+    clock.now += 2
+    assert followed.current() == 7
+    assert followed.error
+
+
+@pytest.mark.parametrize("there", ["a folder", "a broken link", "no number"])
+def test_what_is_there_and_cannot_be_read_is_not_absent(tmp_path: Path, there: str) -> None:
+    path = tmp_path / "file"
+    if there == "a folder":
+        path.mkdir()
+    elif there == "a broken link":
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.write_text(there)
+    with pytest.raises((ValueError, OSError)):
+        Followed(path, number, clock=Clock(), absent=-1)

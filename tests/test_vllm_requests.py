@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.load import guard_path, model_path
+from lcguard.categories import CATEGORIES
 from lcguard.followed import Followed
 from lcguard.grants import GrantError, check_grant, make_grant, new_handle
 from lcguard.guards.frozen import weights_digest
@@ -410,3 +412,32 @@ def test_a_policy_file_is_followed_by_the_engine(tmp_path: Path) -> None:
     clock[0] = 4.0
     assert keeper.edge(wish).forbid == ("finance",)
     assert "edges" in policy.error
+
+
+def test_a_policy_that_may_come_later_forbids_everything_until_then(tmp_path: Path) -> None:
+    """As ``lcguard serve`` names it to its engine; named by hand, a missing one is a slip."""
+    path = tmp_path / "policy.yaml"
+    settings = {"store": "memory://", "policy": str(path)}
+    with pytest.raises(StartError, match=r"policy\.yaml"):
+        policy_of(read_settings(settings))
+    later = policy_of(read_settings(settings | {"policy_optional": True}))
+    assert isinstance(later, Followed)
+    assert later.current().for_edge("a", "b").forbid == CATEGORIES
+    path.write_text("version: 1\nedges: [{source: a, audience: b, forbid: [health]}]\n")
+    later._next_s = 0.0
+    assert later.current().for_edge("a", "b").forbid == ("health",)
+
+
+def test_the_engine_and_the_proxy_look_for_the_policy_that_is_not_there(tmp_path: Path) -> None:
+    from lcguard.server.engine import EnginePlan
+    from lcguard.server.lifespan import policy_of as of_proxy
+    from lcguard.server.settings import EngineSettings, ServerSettings
+
+    path = tmp_path / "policy.yaml"
+    plan = EnginePlan(EngineSettings(), "m", "m", str(path), "memory://x", None, tmp_path / "log")
+    words = plan.command(1)
+    extra = json.loads(words[words.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    for found in (of_proxy(ServerSettings(policy=path)), policy_of(read_settings(extra))):
+        assert isinstance(found, Followed)
+        assert found.current().edges == ()
+        assert found.path == path

@@ -29,8 +29,8 @@ def main(folder: str) -> None:
     store = f"file://{Path(folder) / 'store'}"
     llm = GuardedLLM.build(
         str(model_path()), policy=policy(), guards={"gate": "nano:gate"}, store=store,
-        settings={"load_async": True}, dtype="bfloat16", block_size=32, max_model_len=512,
-        max_num_batched_tokens=96, enforce_eager=True, tensor_parallel_size=2,
+        dtype="bfloat16", block_size=32, max_model_len=512, max_num_batched_tokens=96,
+        enforce_eager=True, tensor_parallel_size=2,
         num_gpu_blocks_override=26, disable_log_stats=False,
     )  # fmt: skip
     chosen = records(agent, 6, seed=501)

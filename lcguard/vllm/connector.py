@@ -21,14 +21,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from lcguard.store.line import StoreLine
 from lcguard.vllm import plugin
 from lcguard.vllm.checks import check_config, check_groups, check_version
-from lcguard.vllm.jobs import StepJobs
+from lcguard.vllm.jobs import Saved, StepJobs
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.scheduler import HandoffScheduler
 from lcguard.vllm.seeds import survive_seeds
@@ -62,7 +64,7 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker: HandoffWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler = HandoffScheduler(
-                gatekeeper_of(vllm_config, one_process), settings.load_async
+                gatekeeper_of(vllm_config, one_process), StoreLine(settings.store_timeout_s)
             )
             return
         if current_platform.is_cpu():
@@ -76,20 +78,29 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
             facts,
             guards_of(vllm_config, settings, facts),
             store_of(settings, one_process),
+            StoreLine(settings.store_timeout_s),
             key_of(),
             block_size=vllm_config.cache_config.block_size,
             rank=_tensor_rank() if world > 1 else 0,
             world=world,
             gather_heads=_gather_heads if world > 1 else lambda x: x,
-            load_async=settings.load_async,
         )
 
     # -- scheduler
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """False: a segment is complete when its step ends, preemption loses nothing."""
+        """False: a segment is read off its pages when its step ends, preemption loses nothing."""
         return False
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps the engine stepping while a publish waits for the store."""
+        return self.scheduler is not None and self.scheduler.ending.pending
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        assert self.scheduler is not None
+        if isinstance(saved := connector_output.kv_connector_worker_meta, Saved):
+            self.scheduler.ending.take(saved.reasons)
 
     def on_new_request(self, request: Any) -> None:
         assert self.scheduler is not None
@@ -136,7 +147,7 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.load(job)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are complete before the forward pass."""
+        """A request is scheduled once its load is complete."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -153,13 +164,15 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
         done, failed = self.worker.take_loaded()
         return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         assert self.worker is not None
-        return self.worker.take_bad_blocks()
+        reasons = self.worker.take_saved()
+        return Saved(reasons) if reasons else None
 
     def shutdown(self) -> None:
-        if self.worker is not None:
-            self.worker.close()
+        for half in (self.scheduler, self.worker):
+            if half is not None:
+                half.close()
 
     def _jobs(self) -> StepJobs:
         jobs = self._get_connector_metadata()

@@ -11,7 +11,7 @@ class HandoffError(ValueError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-        """400: malformed; 403: not allowed; 404: no such segment."""
+        """400: malformed; 403: not allowed; 404: no such segment; 503: nobody can tell now."""
 
 
 class StartError(ValueError):
@@ -24,3 +24,10 @@ def as_http(error: HandoffError) -> Exception:
 
     made: Exception = GracefulHTTPError(f"lcguard: {error}", HTTPStatus(error.status))
     return made
+
+
+NOT_STORED = (
+    "the segment was not stored: the guard or the store failed, see the engine's log; nothing was "
+    "handed over"
+)
+"""Why a publish without a segment failed, as a client may read it."""

@@ -2,42 +2,88 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+from lcguard.grants import new_handle
+from lcguard.manifest import Manifest, SegmentError
+from lcguard.store import SegmentNotFound, StoreError
+from lcguard.store.line import StoreLine
 from lcguard.vllm.checks import CONNECTOR
-from lcguard.vllm.errors import HandoffError, StartError
+from lcguard.vllm.errors import NOT_STORED, HandoffError, StartError
 from lcguard.vllm.gatekeeper import Gatekeeper
 from lcguard.vllm.options import check_params
-from lcguard.vllm.request import PARAM, Handoff, tokens_digest
+from lcguard.vllm.request import PARAM, Handoff, Publish, tokens_digest
+
+_LOOK_S = 0.02
+"""Between two looks for a segment whose request ended before vLLM said that it was stored."""
 
 
 class FrontEnd:
     """Checks handoffs against the same store, policy and key as the engine."""
 
-    def __init__(self, gatekeeper: Gatekeeper) -> None:
-        self.gatekeeper = gatekeeper
+    def __init__(self, gatekeeper: Gatekeeper, line: StoreLine | None = None) -> None:
+        self.gatekeeper, self.line = gatekeeper, line or StoreLine(10.0)
+        self._found: dict[int, tuple[Manifest, ...]] = {}
+        """What requests on their way consume, by the identity of their parameters."""
 
     @classmethod
     def of(cls, config: Any) -> FrontEnd:
         """For a ``VllmConfig``. Raises ``HandoffError`` (400) for an engine without connector."""
         from vllm import envs
 
-        from lcguard.vllm.setup import gatekeeper_of
+        from lcguard.vllm.setup import gatekeeper_of, settings_of
 
         transfer = config.kv_transfer_config
         if transfer is None or transfer.kv_connector != CONNECTOR:
             raise HandoffError(400, f"this engine runs without {CONNECTOR}: leave out {PARAM}")
         try:
-            return cls(gatekeeper_of(config, not envs.VLLM_ENABLE_V1_MULTIPROCESSING))
+            keeper = gatekeeper_of(config, not envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+            return cls(keeper, StoreLine(settings_of(config).store_timeout_s))
         except StartError as error:
             raise HandoffError(400, f"the handoff is not configured: {error}") from None
+
+    @asynccontextmanager
+    async def serving(self, handoff: Handoff, params: Any) -> AsyncIterator[Served]:
+        """Around a request's way through an asynchronous engine.
+
+        Raises ``HandoffError`` for segments that it may not consume; the store is asked beside
+        the event loop.
+        """
+        publish = _named(handoff, params)
+        if handoff.consume is not None:
+            keeper = self.gatekeeper
+            try:
+                found = await self.line.run(keeper.segments, handoff.consume)
+            except StoreError as error:
+                raise HandoffError(503, str(error)) from None
+            self._found[id(params)] = found
+        served = Served(self, publish)
+        try:
+            yield served
+        finally:
+            self._found.pop(id(params), None)
+            if publish is not None and not served.finished:
+                # its client left, or it failed; the engine may be about to store it
+                handle = str(publish.handle)
+                self.line.submit(lambda: self.gatekeeper.store.retire(handle))
+
+    def own(self, params: Any) -> Any:
+        """A request's own copy of its parameters: the caller may use them for others too."""
+        copy = params.clone()
+        if (found := self._found.pop(id(params), None)) is not None:
+            self._found[id(copy)] = found
+        return copy
 
     def admit(self, handoff: Handoff, prompt: Any, params: Any) -> Any:
         """The engine's prompt, with placeholders in front and redacted spans overwritten.
 
         ``params``: this request's own; its answer is kept within the room there is.
 
-        Raises ``HandoffError`` for whatever the engine would refuse.
+        Raises ``HandoffError`` for whatever the engine would refuse. Without ``serving`` around it
+        the store is asked here.
         """
         self.gatekeeper.check_origin(handoff)
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
@@ -53,7 +99,9 @@ class FrontEnd:
         ids = list(prompt["prompt_token_ids"])
         facts, n, placed, segments = self.gatekeeper.facts, 0, 0, None
         if handoff.consume is not None:
-            segments = self.gatekeeper.segments(handoff.consume)
+            segments = self._found.pop(id(params), None)
+            if segments is None:
+                segments = self.gatekeeper.segments(handoff.consume)
             n = sum(m.n_tokens for m in segments)
             if handoff.consume.placed:
                 placed = n
@@ -93,6 +141,57 @@ def _bound(params: Any, room_tokens: int) -> None:
             "consumed",
         )  # fmt: skip
     params.max_tokens = min(room_tokens, params.max_tokens or room_tokens)
+
+
+class Served:
+    """One request that the engine answers."""
+
+    def __init__(self, front: FrontEnd, publish: Publish | None) -> None:
+        self._front, self._publish = front, publish
+        self.finished = False
+
+    async def finish(self, output: Any) -> None:
+        """Its last output has come. Raises ``HandoffError`` where the handoff did not come about.
+
+        A stop string ends a request here, unknown to the engine: the store has the last word then.
+        """
+        error = failure_of(output)
+        if error is not None:
+            raise error
+        if self._publish is not None and not output.kv_transfer_params:
+            keeper = self._front.gatekeeper
+            manifest = await self._stored(str(self._publish.handle))
+            answer = keeper.answer(self._publish, manifest)
+            output.kv_transfer_params = {PARAM: answer}
+        self.finished = True
+
+    async def _stored(self, handle: str) -> Manifest:
+        line, store = self._front.line, self._front.gatekeeper.store
+        try:
+            async with asyncio.timeout(line.timeout_s):
+                while True:
+                    try:
+                        manifest = await line.run(store.manifest, handle)
+                        manifest.verify(self._front.gatekeeper.key)
+                        return manifest
+                    except SegmentNotFound:
+                        await asyncio.sleep(_LOOK_S)
+        except (TimeoutError, StoreError, SegmentError):
+            raise HandoffError(400, NOT_STORED) from None
+
+
+def _named(handoff: Handoff, params: Any) -> Publish | None:
+    """The publish with a handle that this side knows: it may have to be given up."""
+    publish = handoff.publish
+    if publish is None or publish.handle is not None:
+        return publish
+    handle = new_handle()
+    transfer = params.extra_args["kv_transfer_params"]
+    named = {**transfer[PARAM], "publish": {**transfer[PARAM]["publish"], "handle": handle}}
+    params.extra_args = {
+        **params.extra_args, "kv_transfer_params": {**transfer, PARAM: named}
+    }  # fmt: skip
+    return publish.model_copy(update={"handle": handle})
 
 
 def failure_of(output: Any) -> HandoffError | None:

@@ -63,17 +63,9 @@ class PublishPlan:
 
     def answer(self, key: bytes, n_tokens: int, placeholder_id: int) -> dict[str, Any]:
         """What the publisher learns."""
-        return {
-            "handle": self.handle,
-            "grant": make_grant(key, self.handle, self.audience, self.expires_at_s),
-            "audience": self.audience,
-            "expires_at_s": self.expires_at_s,
-            "n_tokens": n_tokens,
-            "guard": self.guard,
-            "forbid": list(self.forbid),
-            "derive": list(self.derive),
-            "placeholder_id": placeholder_id,
-        }
+        return _told(
+            key, self.handle, self.audience, self.expires_at_s, n_tokens, self, placeholder_id
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +196,7 @@ class Gatekeeper:
         except SegmentError as error:
             raise HandoffError(400, f"segment {shown} cannot be used: {error}") from None
         except StoreError as error:
-            raise HandoffError(404, f"segment {shown} cannot be read: {error}") from None
+            raise HandoffError(503, f"segment {shown} cannot be read: {error}") from None
         if manifest.expires_at_s and self.clock() >= manifest.expires_at_s:
             raise HandoffError(404, f"segment {shown} expired: publish again")
         try:
@@ -212,6 +204,12 @@ class Gatekeeper:
         except (LineageError, PolicyError) as error:
             raise HandoffError(403, f"segment {shown}: {error}") from None
         return manifest
+
+    def answer(self, publish: Publish, stored: Manifest) -> dict[str, Any]:
+        """What the publisher learns of a segment that is ``stored``. Raises ``HandoffError``."""
+        edge = self.edge(publish)
+        return _told(self.key, stored.handle, stored.audience, stored.expires_at_s,
+                     stored.n_tokens, edge, self.facts.placeholder_id)  # fmt: skip
 
     def edge(self, publish: Publish) -> Edge:
         """The rule that this request is published under. Raises ``HandoffError``."""
@@ -280,6 +278,23 @@ class Gatekeeper:
                     400, f"span [{start}, {end}) still holds its secret: load the general plugin "
                     "lcguard (VLLM_PLUGINS) or send the prompt with neutral tokens",
                 )  # fmt: skip
+
+
+def _told(
+    key: bytes, handle: str, audience: str, expires_at_s: int, n_tokens: int,
+    rule: PublishPlan | Edge, placeholder_id: int,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "handle": handle,
+        "grant": make_grant(key, handle, audience, expires_at_s),
+        "audience": audience,
+        "expires_at_s": expires_at_s,
+        "n_tokens": n_tokens,
+        "guard": rule.guard,
+        "forbid": list(rule.forbid),
+        "derive": list(rule.derive),
+        "placeholder_id": placeholder_id,
+    }
 
 
 def edge_of(policy: Policy, publish: Publish) -> Edge:

@@ -1,10 +1,13 @@
-"""What the scheduler tells the workers to do in a step."""
+"""What the scheduler tells the workers to do in a step, and what they say came of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 
 from lcguard.vllm.gatekeeper import PublishPlan
 
@@ -49,3 +52,14 @@ class SaveJob:
 class StepJobs(KVConnectorMetadata):
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+
+
+@dataclass
+class Saved(KVConnectorWorkerMetadata):
+    """Publications that came to an end: handle to why nothing was stored, empty where it was."""
+
+    reasons: dict[str, str]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, Saved)
+        return Saved(self.reasons | other.reasons)

@@ -5,7 +5,9 @@ vLLM loads it in every process. It wraps these methods, each once:
 - ``InputProcessor.process_inputs``: checks a handoff before it reaches the engine, so that a
   refusal is an HTTP 400, 403 or 404 with its reason; puts the placeholder tokens before the prompt
   and neutral tokens over spans that ``redact`` hides.
-- ``AsyncLLM.generate``: a handoff that failed inside the engine becomes an error as well.
+- ``AsyncLLM.generate``: asks the store beside the event loop; a handoff that failed inside the
+  engine becomes an error as well, and one whose client left leaves no segment.
+- ``Scheduler.update_from_output``: the last output of a publish waits for the store.
 - ``OnlineRenderer`` and ``BaseRenderer``: what is rendered behind a consumed segment begins no
   conversation of its own (``lcguard.vllm.continuation``).
 - ``MultiConnector.__init__``: refuses connectors beside ours, which would save raw KV.
@@ -15,7 +17,9 @@ The engine repeats every check: without this plugin requests still fail closed, 
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
@@ -23,11 +27,13 @@ from typing import Any
 from lcguard.vllm import continuation
 from lcguard.vllm.checks import CONNECTOR, check_siblings
 from lcguard.vllm.errors import HandoffError, as_http
-from lcguard.vllm.frontend import FrontEnd, failure_of
-from lcguard.vllm.request import PARAM, parse_handoff
+from lcguard.vllm.frontend import FrontEnd
+from lcguard.vllm.request import parse_handoff
 
 _MARK = "_lcguard_wrapped"
-_front_ends: weakref.WeakKeyDictionary[Any, FrontEnd | None] = weakref.WeakKeyDictionary()
+_front_ends: weakref.WeakKeyDictionary[Any, FrontEnd] = weakref.WeakKeyDictionary()
+_opening = threading.Lock()
+_OPEN_S = 10.0
 
 
 def register() -> None:
@@ -36,6 +42,7 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -43,6 +50,7 @@ def register() -> None:
         KVConnectorFactory.register_connector(CONNECTOR, "lcguard.vllm.connector", CONNECTOR)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(AsyncLLM, "generate", _generate)
+    _wrap(Scheduler, "update_from_output", _update_from_output)
     _wrap(MultiConnector, "__init__", _multi_init)
     _wrap(OnlineRenderer, "preprocess_chat", continuation.preprocess_chat)
     _wrap(OnlineRenderer, "preprocess_cmpl", continuation.preprocess_cmpl)
@@ -58,6 +66,22 @@ def _wrap(cls: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(cls, name, wrapped)
 
 
+def _front_end(processor: Any) -> FrontEnd:
+    """Of an ``InputProcessor``. Opens the store at its first use; raises ``HandoffError``."""
+    front = _front_ends.get(processor)
+    if front is not None:
+        return front
+    if not _opening.acquire(timeout=_OPEN_S):
+        raise HandoffError(503, "the store is still being opened: try again")
+    try:
+        front = _front_ends.get(processor)
+        if front is None:
+            front = _front_ends[processor] = FrontEnd.of(processor.vllm_config)
+        return front
+    finally:
+        _opening.release()
+
+
 def _process_inputs(original: Any) -> Any:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
@@ -69,10 +93,8 @@ def _process_inputs(original: Any) -> Any:
                 raise HandoffError(400, f"kv_transfer_params is a {kind}: give an object")
             handoff = parse_handoff(transfer)
             if handoff is not None:
-                front = _front_ends.get(self)
-                if front is None:
-                    front = _front_ends[self] = FrontEnd.of(self.vllm_config)
-                params = params.clone()  # the caller may use it for other requests too
+                front = _front_end(self)
+                params = front.own(params)
                 prompt = front.admit(handoff, prompt, params)
         except HandoffError as error:
             raise as_http(error) from None
@@ -85,16 +107,34 @@ def _generate(original: Any) -> Any:
     async def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        transfer = _transfer_params(sampling_params)
-        watched = isinstance(transfer, Mapping) and PARAM in transfer
-        async for output in original(self, prompt, sampling_params, *args, **kwargs):
-            if watched and output.finished:
-                error = failure_of(output)
-                if error is not None:
-                    raise as_http(error)
-            yield output
+        try:
+            transfer = _transfer_params(sampling_params)
+            handoff = parse_handoff(transfer) if isinstance(transfer, Mapping) else None
+            if handoff is None:
+                async for output in original(self, prompt, sampling_params, *args, **kwargs):
+                    yield output
+                return
+            front = await asyncio.to_thread(_front_end, self.input_processor)
+            async with front.serving(handoff, sampling_params) as served:
+                async for output in original(self, prompt, sampling_params, *args, **kwargs):
+                    if output.finished:
+                        await served.finish(output)
+                    yield output
+        except HandoffError as error:
+            raise as_http(error) from None
 
     return generate
+
+
+def _update_from_output(original: Any) -> Any:
+    from lcguard.vllm.ending import Ending
+
+    def update_from_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = original(self, *args, **kwargs)
+        ending = getattr(getattr(self.connector, "scheduler", None), "ending", None)
+        return ending.pass_on(outputs) if isinstance(ending, Ending) else outputs
+
+    return update_from_output
 
 
 def _multi_init(original: Any) -> Any:

@@ -1,7 +1,8 @@
 """The connector's half in the scheduler: plans handoffs, isolates their prefix-cache blocks.
 
 An exception in here would kill the engine for everybody, so every refusal becomes a plan that
-fails its own request.
+fails its own request. Nothing here waits for the store: while it is asked, the request is passed
+over, and a publish's last output is held back until its segment is stored (``Ending``).
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.logger import init_logger
 
-from lcguard.manifest import SegmentError
+from lcguard.manifest import Manifest
 from lcguard.rope import canonical
 from lcguard.store import StoreError
+from lcguard.store.line import Call, StoreLine
+from lcguard.vllm.ending import Ending
 from lcguard.vllm.errors import HandoffError
 from lcguard.vllm.gatekeeper import Gatekeeper, Plan
 from lcguard.vllm.jobs import LoadJob, SaveJob, StepJobs, Wanted
 from lcguard.vllm.options import check_request, reads_prompt
-from lcguard.vllm.request import PARAM, parse_handoff
+from lcguard.vllm.request import PARAM, Handoff, parse_handoff
 
 logger = init_logger("vllm.lcguard.scheduler")
+_IDLE_S = 0.0005
 
 
 @dataclass
@@ -32,8 +37,13 @@ class Booked:
     """A request with a handoff, from its arrival to its end."""
 
     request: Any
-    plan: Plan
-    n_external: int
+    given_salt: str = ""
+    """As it came, from the proxy."""
+    handoff: Handoff | None = None
+    asked: Call[tuple[Manifest, ...]] | None = None
+    """The store's answer about what it consumes, while that is awaited."""
+    plan: Plan = field(default_factory=Plan)
+    n_external: int = 0
     """Tokens that the worker brings."""
     failure: HandoffError | None = None
     saved: bool = False
@@ -42,8 +52,9 @@ class Booked:
 class HandoffScheduler:
     """Scheduler side of one engine."""
 
-    def __init__(self, gatekeeper: Gatekeeper, load_async: bool = False) -> None:
-        self.gatekeeper, self.load_async = gatekeeper, load_async
+    def __init__(self, gatekeeper: Gatekeeper, line: StoreLine) -> None:
+        self.gatekeeper, self._line = gatekeeper, line
+        self.ending = Ending(gatekeeper)
         # Per engine and start: nobody else can name a salted block, not even with the same key.
         self._secret = secrets.token_bytes(32)
         self._booked: dict[str, Booked] = {}
@@ -57,28 +68,64 @@ class HandoffScheduler:
             # whatever the request says: what is read from the cache is not computed
             request.skip_reading_prefix_cache |= reads_prompt(request.sampling_params)
             return
+        given = request.cache_salt or ""
+        booked = self._booked[request.request_id] = Booked(request, given)
         try:
-            handoff = parse_handoff(request.kv_transfer_params)
+            booked.handoff = handoff = parse_handoff(request.kv_transfer_params)
             assert handoff is not None
             check_request(request)
-            plan = self.gatekeeper.plan(handoff, request.prompt_token_ids)
-            booked = Booked(request, plan, plan.n_consumed)
-            salt = self._salt(plan, request.cache_salt or "")
+            if (consume := handoff.consume) is not None:
+                # whatever salt the client chose hits nothing until the plan names the blocks
+                self._isolate(request, secrets.token_hex(16))
+                booked.asked = self._line.submit(lambda: self.gatekeeper.segments(consume))
+                return
+            self._plan(booked, ())
         except Exception as error:
-            if not isinstance(error, HandoffError):
-                logger.exception("lcguard: planning request %s failed", request.request_id)
-                error = HandoffError(400, f"the handoff could not be planned: {type(error)}")
-            logger.warning("lcguard: request %s refused: %s", request.request_id, error)
-            # all but the last token are claimed, never brought: the request ends in an error
-            booked = Booked(request, Plan(), request.num_prompt_tokens - 1, error)
-            salt = secrets.token_hex(16)
-        # whatever salt came with it only sets it further apart: it names no block of another's
+            self._refuse(booked, error)
+
+    def _planned(self, booked: Booked) -> bool:
+        """Whether the plan is made. In the call that makes it this is still False: the scheduler
+        has looked for cached blocks under another name, and looks again."""
+        if booked.asked is None:
+            return True
+        if booked.asked.ended():
+            asked, booked.asked = booked.asked, None
+            try:
+                self._plan(booked, asked.result())
+            except Exception as error:
+                self._refuse(booked, error)
+        return False
+
+    def _plan(self, booked: Booked, segments: tuple[Manifest, ...]) -> None:
+        request = booked.request
+        assert booked.handoff is not None
+        booked.plan = self.gatekeeper.plan(
+            booked.handoff, request.prompt_token_ids, segments=segments
+        )
+        booked.n_external = booked.plan.n_consumed
+        self._isolate(request, self._salt(booked.plan, booked.given_salt))
+
+    def _refuse(self, booked: Booked, error: Exception) -> None:
+        request = booked.request
+        if isinstance(error, StoreError):
+            error = HandoffError(503, str(error))
+        elif not isinstance(error, HandoffError):
+            logger.exception("lcguard: planning request %s failed", request.request_id)
+            error = HandoffError(400, f"the handoff could not be planned: {type(error)}")
+        logger.warning("lcguard: request %s refused: %s", request.request_id, error)
+        # all but the last token are claimed, never brought: the request ends in an error
+        booked.plan, booked.n_external = Plan(), request.num_prompt_tokens - 1
+        booked.failure = error
+        self._isolate(request, secrets.token_hex(16))
+
+    @staticmethod
+    def _isolate(request: Any, salt: str) -> None:
+        """Whatever salt came with it only sets it further apart: it names no block of another's."""
         request.cache_salt = salt
         request.block_hashes.clear()
         request.update_block_hashes()
         # where it is set, the scheduler does not ask for the segments
         request.skip_reading_prefix_cache = False
-        self._booked[request.request_id] = booked
 
     def _salt(self, plan: Plan, given: str) -> str:
         """Names the prefix-cache blocks of one combination of segments, policy and agent.
@@ -93,12 +140,16 @@ class HandoffScheduler:
         text = canonical([consumed, plan.agent, source, given])
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
 
-    def external_tokens(self, request: Any, n_computed: int) -> tuple[int, bool]:
-        """Tokens that the worker brings beyond ``n_computed``, and whether beside the forward."""
+    def external_tokens(self, request: Any, n_computed: int) -> tuple[int | None, bool]:
+        """Tokens that the worker brings beyond ``n_computed``, and whether beside the forward;
+        None while nobody knows yet."""
         booked = self._booked.get(request.request_id)
-        if booked is None or booked.n_external <= n_computed:
+        if booked is None:
             return 0, False
-        return booked.n_external - n_computed, self.load_async
+        if not self._planned(booked):
+            return None, False
+        n = max(0, booked.n_external - n_computed)
+        return n, n > 0
 
     def allocated(self, request: Any, blocks: Any, n_external: int) -> None:
         """Blocks for the external tokens are there."""
@@ -116,6 +167,8 @@ class HandoffScheduler:
 
     def step(self, output: Any) -> StepJobs:
         """The jobs of this step. A prompt is published in the step that computes its end."""
+        if not output.num_scheduled_tokens:
+            time.sleep(_IDLE_S)  # all requests wait for the store, whose threads need the time
         jobs = StepJobs(loads=list(self._ready.values()))
         self._ready.clear()
         for request_id, n_scheduled in output.num_scheduled_tokens.items():
@@ -131,6 +184,7 @@ class HandoffScheduler:
                             booked.plan.publish)
                 )  # fmt: skip
                 booked.saved = True  # once, whatever preemption does
+                self.ending.begin(booked.plan.publish)
         return jobs
 
     def finished(self, request: Any) -> dict[str, Any] | None:
@@ -139,28 +193,16 @@ class HandoffScheduler:
         booked = self._booked.pop(request.request_id, None)
         if booked is None:
             return None
+        if booked.asked is not None:
+            booked.asked.drop()
         if booked.failure is not None:
             return {PARAM: {"error": str(booked.failure), "status": booked.failure.status}}
         answer: dict[str, Any] = {}
         if booked.plan.consume:
             answer["consumed_tokens"] = booked.plan.shown_tokens
-        if booked.plan.publish is not None:
-            answer |= self._published(booked)
+        if booked.saved and booked.plan.publish is not None:
+            self.ending.expect(request, booked.plan.publish, answer)
         return {PARAM: answer}
 
-    def _published(self, booked: Booked) -> dict[str, Any]:
-        """Handle and grant, if the worker really stored the segment: only the store knows."""
-        plan, gatekeeper = booked.plan.publish, self.gatekeeper
-        assert plan is not None
-        try:
-            manifest = gatekeeper.store.manifest(plan.handle)
-            manifest.verify(gatekeeper.key)
-        except (SegmentError, StoreError) as error:
-            logger.error("lcguard: %s published nothing: %s", plan.source, error)
-            return {
-                "error": "the segment was not stored: the guard or the store failed, see the "
-                "engine's log; nothing was handed over",
-                "status": 400,
-            }
-        placeholder = gatekeeper.facts.placeholder_id
-        return plan.answer(gatekeeper.key, manifest.n_tokens, placeholder)
+    def close(self) -> None:
+        self._line.close(wait=False)

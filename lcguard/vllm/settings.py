@@ -30,13 +30,15 @@ class Settings(BaseModel):
     policy: str | dict[str, Any] | None = None
     """Policy file, followed while the engine runs, or its content. None forbids everything on
     every edge."""
+    policy_optional: bool = False
+    """Whether the file may be missing at first: everything is forbidden until it is there."""
     guards: dict[str, str] = {}
     """Guard name as policies use it -> folder, hub repository or ``nano:NAME``."""
     proxy_only: bool = False
     """Takes handoffs with the proxy's signature alone: whoever else reaches the engine can neither
     publish nor consume. ``lcguard serve`` sets it."""
-    load_async: bool = False
-    """Load segments beside the forward pass instead of before it."""
+    store_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """How long one request waits for one answer of the store. Nobody else waits at all."""
     placeholder_id: Annotated[int, Field(ge=0)] | None = None
     """Token that stands for consumed tokens; default the model's padding or end token."""
     neutral_id: Annotated[int, Field(ge=0)] | None = None
@@ -59,10 +61,12 @@ def read_settings(extra: Mapping[str, Any]) -> Settings:
 def policy_of(settings: Settings) -> Policy | Followed[Policy]:
     """The policy, or one that forbids everything. Raises ``StartError`` for a broken one."""
     try:
+        nothing = Policy(version=1, edges=())
         if settings.policy is None:
-            return Policy(version=1, edges=())
+            return nothing
         if isinstance(settings.policy, str):
-            return Followed(settings.policy, PolicyReader())
+            absent = nothing if settings.policy_optional else None
+            return Followed(settings.policy, PolicyReader(), absent=absent)
         return parse_policy(settings.policy)
     except PolicyError as error:
         raise StartError(str(error)) from None

@@ -72,7 +72,9 @@ def facts_of(config: Any, settings: Settings) -> ModelFacts:
 def store_of(settings: Settings, one_process: bool) -> SegmentStore:
     """Opens the store. Raises ``StartError`` for one that scheduler and workers would not share."""
     try:
-        store = open_store(settings.store, max_bytes=settings.store_max_bytes)
+        store = open_store(
+            settings.store, max_bytes=settings.store_max_bytes, timeout_s=settings.store_timeout_s
+        )
     except (StoreError, ValueError) as error:
         raise StartError(f"store {settings.store.split('@')[-1]!r}: {error}") from None
     if not store.shared and not one_process:

@@ -1,16 +1,15 @@
 """The connector's half in a worker: pages to guarded segment, and segment to pages.
 
-Loading and saving run in bulk around the forward pass, on the tensors that vLLM registered, so
-they need no layer hooks and work under full CUDA graphs. A failed load ends its own request; a
-failed save stores nothing. Neither ever raises into the engine.
+Pages are read and written in bulk around the forward pass, on the tensors that vLLM registered, so
+this needs no layer hooks and works under full CUDA graphs. The store is asked beside it: its answer
+is looked for after each step. A failed load ends its own request; a failed save stores nothing.
+Neither ever raises into the engine, nor makes it wait.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lcguard.records import mask_of
 from lcguard.rope import Rotary
 from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
+from lcguard.store.line import Call, StoreLine
 from lcguard.vllm.draws import Draws, Rows, chain_of
 from lcguard.vllm.gatekeeper import ModelFacts
 from lcguard.vllm.jobs import LoadJob, SaveJob
@@ -44,21 +44,24 @@ class HandoffWorker:
 
     def __init__(
         self, config: Any, facts: ModelFacts, guards: Mapping[str, FrozenGuard],
-        store: SegmentStore, key: bytes, *, block_size: int, rank: int = 0, world: int = 1,
-        gather_heads: Callable[[Tensor], Tensor] = lambda x: x, load_async: bool = False,
+        store: SegmentStore, line: StoreLine, key: bytes, *, block_size: int, rank: int = 0,
+        world: int = 1, gather_heads: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:  # fmt: skip
         self.config, self.facts, self.guards = config, facts, dict(guards)
-        self.store, self.key, self.block_size = store, key, block_size
+        self.store, self._line, self.key, self.block_size = store, line, key, block_size
         self.rank, self.world, self.gather_heads = rank, world, gather_heads
         self.draws = Draws(key, store)
         self.rotary = Rotary.from_config(config)
         self.layers: list[LayerPages] = []
-        self._bad_blocks: set[int] = set()
-        self._done: set[str] = set()
-        self._failed: set[str] = set()
-        self._lock = threading.Lock()
+        self._loads: dict[str, tuple[LoadJob, Call[list[KVSegment]]]] = {}
+        # one after the other: each takes over what the one before has drawn
+        self._puts = StoreLine(line.timeout_s, threads=1)
+        self._saves: dict[str, Call[None]] = {}
+        """Of each handle."""
+        self._lost: dict[str, str] = {}
+        """Handle to why nothing of it went to the store."""
+        self._refused: set[str] = set()
         self._swept_s = 0.0
-        self._pool = ThreadPoolExecutor(1, "lcguard-load") if load_async else None
 
     def register(self, layers: list[LayerPages]) -> None:
         """Takes the engine's pages, in layer order, and proves that it reads and guards them
@@ -72,42 +75,50 @@ class HandoffWorker:
     # -- consume
 
     def load(self, job: LoadJob) -> None:
-        """Fills the request's first tokens, now or beside the forward pass."""
-        if self._pool is not None:
-            self._pool.submit(self._load_beside, job)
-        elif not self._try_load(job):
-            first, last = job.skip // self.block_size, -(-job.n_tokens // self.block_size)
-            self._bad_blocks |= set(job.blocks[first:last])
+        """Asks for a request's segments; its first tokens are filled when they are there."""
+        if job.failure:
+            logger.error("lcguard: request %s gets no KV: %s", job.request_id, job.failure)
+            self._refused.add(job.request_id)
+            return
+        self._loads[job.request_id] = job, self._line.submit(lambda: self._fetch(job))
 
-    def _load_beside(self, job: LoadJob) -> None:
-        done = self._try_load(job)
-        with self._lock:
-            self._done.add(job.request_id)
-            if not done:
-                self._failed.add(job.request_id)
+    def take_loaded(self) -> tuple[set[str], set[str]]:
+        """Requests whose load ended since the last call, and those of them that failed."""
+        done, failed = self._refused, set(self._refused)
+        self._refused = set()
+        for request_id, (job, call) in list(self._loads.items()):
+            if not call.ended():
+                continue
+            del self._loads[request_id]
+            done.add(request_id)
+            try:
+                # here, between two steps: vLLM frees the blocks of a load that it heard the end of
+                self._fill(job, call.result())
+            except Exception as error:
+                logger.error("lcguard: request %s gets no KV: %s", request_id, error)
+                failed.add(request_id)
+        return done, failed
 
-    def _try_load(self, job: LoadJob) -> bool:
-        try:
-            if job.failure:
-                raise SegmentError(job.failure)
-            self._fill(job)
-        except Exception as error:
-            logger.error("lcguard: request %s gets no KV: %s", job.request_id, error)
-            return False
-        return True
-
-    @torch.inference_mode()
-    def _fill(self, job: LoadJob) -> None:
-        offset = 0
+    def _fetch(self, job: LoadJob) -> list[KVSegment]:
+        """The segments that are not there already, in order."""
+        found, offset = [], 0
         for wanted in job.segments:
-            end = offset + wanted.n_tokens
-            first = max(offset, job.skip)
-            if first < end:
+            offset += wanted.n_tokens
+            if offset > job.skip:
                 segment = self.store.load(wanted.handle, self.key)
                 if segment.manifest.hmac != wanted.hmac:
                     raise SegmentError(f"segment {wanted.handle[:6]}... changed since it was asked")
-                self._place(segment, job.blocks, offset, first)
-            offset = end
+                found.append(segment)
+        return found
+
+    @torch.inference_mode()
+    def _fill(self, job: LoadJob, segments: list[KVSegment]) -> None:
+        offset = sum(w.n_tokens for w in job.segments) - sum(
+            s.manifest.n_tokens for s in segments
+        )  # fmt: skip
+        for segment in segments:
+            self._place(segment, job.blocks, offset, max(offset, job.skip))
+            offset += segment.manifest.n_tokens
 
     def _place(self, segment: KVSegment, blocks: list[int], offset: int, first: int) -> None:
         """Tokens ``first ..`` of a segment that stands at ``offset``."""
@@ -143,6 +154,7 @@ class HandoffWorker:
             shape = (len(self.layers), self.layers[0].heads, 1, self.layers[0].dim)
             keys = values = torch.full(shape, float("nan"), device=self.layers[0].pages.device)
         if keys is None or values is None:
+            self._lost[job.plan.handle] = "its KV could not be read"
             return
         keys, values = self.gather_heads(keys), self.gather_heads(values)
         if self.rank != 0:
@@ -153,6 +165,23 @@ class HandoffWorker:
             known = isinstance(error, SegmentError | GuardError)
             log = logger.error if known else logger.exception
             log("lcguard: request %s publishes nothing: %s", job.request_id, error)
+            self._lost[job.plan.handle] = "its guard failed"
+
+    def take_saved(self) -> dict[str, str]:
+        """Handles whose save ended since the last call, with why nothing was stored, if so."""
+        reasons, self._lost = self._lost, {}
+        for handle, call in list(self._saves.items()):
+            if not call.ended():
+                continue
+            del self._saves[handle]
+            try:
+                call.result()
+                reasons[handle] = ""
+            except Exception as error:
+                if not isinstance(error, SegmentError | StoreError):
+                    logger.exception("lcguard: storing segment %s... failed", handle[:6])
+                reasons[handle] = str(error) or type(error).__name__
+        return reasons
 
     @torch.inference_mode()
     def _read(self, job: SaveJob) -> tuple[Tensor, Tensor]:
@@ -191,66 +220,61 @@ class HandoffWorker:
         chain = chain_of(plan.content, digest)
         noise_key = self.draws.noise_key(chain, keys, values)
         out = self._guarded(job, keys, values, noise_key)
-        rows = Rows(
+        fresh = Rows(
             out.kv.keys[0].to(keys.dtype).cpu().contiguous(),
             out.kv.values[0].to(values.dtype).cpu().contiguous(),
         )
-        if noisy := guard.is_noisy(bool(plan.forbid)):
-            whole = not guard.keeps_tokens
-            rows = self.draws.settle(chain, noise_key, rows.keys, rows.values, whole)
-        segment = KVSegment.create(
-            rows.keys,
-            rows.values,
-            self.config,
-            model_id=self.facts.model_id,
-            revision=self.facts.revision,
-            source_agent=plan.source,
-            edge=f"{plan.source}>{plan.audience}",
-            hop=plan.hop,
-            policy_digest=plan.policy_digest,
-            guard_digest=digest,
-            draw=rows.draw,
-            handle=plan.handle,
-            audience=plan.audience,
-            expires_at_s=plan.expires_at_s,
-            lineage=Lineage(
-                forbid=plan.forbid,
-                derive=plan.derive,
-                origins=plan.origins,
-                raw=type(guard) is FrozenGuard and guard.name == "identity",
-            ),
-        )
-        self.store.put(segment.sign(self.key))
-        if noisy:
-            self.draws.stored(chain, rows, plan.handle)
+        noisy, whole = guard.is_noisy(bool(plan.forbid)), not guard.keeps_tokens
+
+        def store() -> None:
+            rows = fresh
+            if noisy:
+                rows = self.draws.settle(chain, noise_key, fresh.keys, fresh.values, whole)
+            segment = KVSegment.create(
+                rows.keys,
+                rows.values,
+                self.config,
+                model_id=self.facts.model_id,
+                revision=self.facts.revision,
+                source_agent=plan.source,
+                edge=f"{plan.source}>{plan.audience}",
+                hop=plan.hop,
+                policy_digest=plan.policy_digest,
+                guard_digest=digest,
+                draw=rows.draw,
+                handle=plan.handle,
+                audience=plan.audience,
+                expires_at_s=plan.expires_at_s,
+                lineage=Lineage(
+                    forbid=plan.forbid,
+                    derive=plan.derive,
+                    origins=plan.origins,
+                    raw=type(guard) is FrozenGuard and guard.name == "identity",
+                ),
+            )
+            self.store.put(segment.sign(self.key))
+            if noisy:
+                self.draws.stored(chain, rows, plan.handle)
+            logger.info("lcguard: stored a segment for %s", plan.audience)
+
+        self._saves[plan.handle] = self._puts.submit(store, lambda: self.store.delete(plan.handle))
         self._sweep()
-        logger.info("lcguard: stored a segment for %s", plan.audience)
 
     def _sweep(self) -> None:
         """Expired segments and what crashed writers left go now and then: nobody else asks."""
         if time.monotonic() < self._swept_s + SWEEP_EVERY_S:
             return
         self._swept_s = time.monotonic()
-        try:
-            self.store.sweep()
-        except StoreError as error:
-            logger.warning("lcguard: the store was not swept: %s", error)
 
-    # -- what the engine asks after a step
+        def sweep() -> None:
+            try:
+                self.store.sweep()
+            except StoreError as error:
+                logger.warning("lcguard: the store was not swept: %s", error)
 
-    def take_bad_blocks(self) -> set[int]:
-        """Blocks of failed loads since the last call."""
-        bad, self._bad_blocks = self._bad_blocks, set()
-        return bad
-
-    def take_loaded(self) -> tuple[set[str], set[str]]:
-        """Requests whose load beside the forward pass ended, and those of them that failed."""
-        with self._lock:
-            done, failed = self._done, self._failed
-            self._done, self._failed = set(), set()
-        return done, failed
+        self._line.submit(sweep)
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        self._line.close()
+        self._puts.close()
         self.store.close()

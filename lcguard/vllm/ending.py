@@ -1,0 +1,94 @@
+"""The end of a publish: its last output is held back until the worker has stored the segment.
+
+vLLM sends a request's last output in the step that finishes it; the store may answer seconds later.
+So the output waits here, and nothing else does: the engine goes on with everybody's requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.request import RequestStatus
+
+from lcguard.vllm.errors import NOT_STORED
+from lcguard.vllm.gatekeeper import Gatekeeper, PublishPlan
+from lcguard.vllm.request import PARAM
+
+logger = init_logger("vllm.lcguard.ending")
+_UNANSWERED = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR,
+               RequestStatus.FINISHED_IGNORED)  # fmt: skip
+
+
+@dataclass
+class _Expected:
+    """A publish whose tokens are all there."""
+
+    plan: PublishPlan
+    n_tokens: int
+    """Of the segment."""
+    answer: dict[str, Any]
+    """What it says of the rest of the handoff."""
+    held: tuple[int, Any] | None = None
+    """Its client, and its last output."""
+
+
+class Ending:
+    """Publishes of one engine between the order to save them and the store's word."""
+
+    def __init__(self, gatekeeper: Gatekeeper) -> None:
+        self._gatekeeper = gatekeeper
+        self._reasons: dict[str, str | None] = {}
+        """Handle to why nothing was stored; empty where it was, None while nobody knows."""
+        self._expected: dict[str, _Expected] = {}
+
+    @property
+    def pending(self) -> bool:
+        """Whether the engine has to go on stepping though it computes nothing."""
+        return bool(self._expected)
+
+    def begin(self, plan: PublishPlan) -> None:
+        """The worker is told to save it."""
+        self._reasons[plan.handle] = None
+
+    def expect(self, request: Any, plan: PublishPlan, answer: dict[str, Any]) -> None:
+        """A publish that was begun has finished; ``answer``: the rest of what it says."""
+        if request.status in _UNANSWERED:  # a stop string may have ended it: see the front end
+            self._reasons.pop(plan.handle, None)
+            return
+        n_tokens = request.num_prompt_tokens - plan.start_token
+        self._expected[request.request_id] = _Expected(plan, n_tokens, answer)
+
+    def take(self, reasons: dict[str, str]) -> None:
+        """The worker's word."""
+        self._reasons |= {h: reason for h, reason in reasons.items() if h in self._reasons}
+
+    def pass_on(self, outputs: dict[int, EngineCoreOutputs]) -> dict[int, EngineCoreOutputs]:
+        """A step's outputs without those held back, and with those whose segment is settled."""
+        for client, found in outputs.items():
+            kept = []
+            for output in found.outputs:
+                expected = self._expected.get(output.request_id)
+                if expected is None or output.finish_reason is None:
+                    kept.append(output)
+                else:
+                    expected.held = client, output
+            found.outputs = kept
+        for request_id, expected in list(self._expected.items()):
+            reason = self._reasons[expected.plan.handle]
+            if reason is None or expected.held is None:
+                continue
+            del self._expected[request_id], self._reasons[expected.plan.handle]
+            client, output = expected.held
+            output.kv_transfer_params = {PARAM: expected.answer | self._answer(expected, reason)}
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
+        return outputs
+
+    def _answer(self, expected: _Expected, reason: str) -> dict[str, Any]:
+        plan, gatekeeper = expected.plan, self._gatekeeper
+        if reason:
+            logger.error("lcguard: %s published nothing: %s", plan.source, reason)
+            return {"error": NOT_STORED, "status": 400}
+        return plan.answer(gatekeeper.key, expected.n_tokens, gatekeeper.facts.placeholder_id)
