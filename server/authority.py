@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from sqlite3 import Connection
 from typing import Any
 
@@ -42,6 +43,7 @@ from lcguard.server.rules import rule_digest
 from lcguard.server.shown import tokens_for
 from lcguard.server.spans import Endpoint, SpanFinder
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
+from lcguard.store.line import StoreLine
 from lcguard.vllm.errors import HandoffError
 from lcguard.vllm.gatekeeper import check_on_top, edge_of, edge_on_top
 from lcguard.vllm.request import Publish as EnginePublish
@@ -51,12 +53,12 @@ class Authority:
     """The policy's decisions for one deployment."""
 
     def __init__(
-        self, policy: Followed[Policy] | Policy, store: SegmentStore, key: bytes,
+        self, policy: Followed[Policy] | Policy, store: SegmentStore, line: StoreLine, key: bytes,
         audit: AuditLog, meter: LeakageMeter, spans: SpanFinder,
         block: Callable[[], str] = lambda: "", clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         """``block`` gives the reason why nothing may be published now, or nothing."""
-        self._policy, self.store, self.key = policy, store, key
+        self._policy, self.store, self.line, self.key = policy, store, line, key
         self.audit, self.meter, self.spans = audit, meter, spans
         self.block, self.clock = block, clock
 
@@ -83,7 +85,7 @@ class Authority:
             if handoff.publish is not None:
                 await self._publish(order, handoff.publish, endpoint, body)
             order.params = signed_order(self.key, order.params, self.clock())
-            await self._allow(order)
+            await self._allow_whole(order)
         except ProxyError as error:
             await self._refused(order, handoff, error)
             raise
@@ -95,9 +97,12 @@ class Authority:
 
     async def _consume(self, order: Order, handles: Sequence[str]) -> None:
         me = qualified(order.who.tenant, order.who.agent)
-        order.consumed = await asyncio.to_thread(
-            lambda: tuple(self.segment(h, me) for h in handles)
-        )
+        try:
+            order.consumed = await self.line.run(
+                lambda: tuple(self.segment(h, me) for h in handles)
+            )
+        except StoreError as error:
+            raise unavailable(error) from None
         order.shown_tokens = tuple(
             tokens_for(me, self.policy.for_edge(m.source_agent, me), m.n_tokens)
             for m in order.consumed
@@ -206,6 +211,23 @@ class Authority:
                 "out", code="bad_handoff", param="lcguard.publish.secrets",
             )  # fmt: skip
         order.params["publish"] = sent
+
+    async def _allow_whole(self, order: Order) -> None:
+        """``_allow``, not to be stopped half way: what the audit allowed has an end there, also
+        where its client hangs up in this very moment."""
+        allowing = asyncio.ensure_future(self._allow(order))
+        try:
+            await asyncio.shield(allowing)
+        except asyncio.CancelledError:
+            await asyncio.wait([allowing])
+            if allowing.exception() is None:
+                reason = "the client hung up"
+                rows = [consumption(order, m, "aborted", reason) for m in order.consumed]
+                if order.edge is not None:
+                    rows.append(publication(order, "aborted", reason=reason))
+                with suppress(DatabaseError):
+                    await self.audit.append_all(rows)
+            raise
 
     async def _allow(self, order: Order) -> None:
         """Charges the budget and writes the audit, both or neither."""

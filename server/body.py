@@ -58,15 +58,36 @@ def parse_object(raw: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise ProxyError(415, "content-encoding: send the body uncompressed", code="media")
     try:
-        data = json.loads(raw, parse_constant=_no_constant, parse_int=_integer, parse_float=_number)
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ProxyError(
+            400, f"the body is not UTF-8 (byte {error.start}): send JSON in UTF-8", code="bad_json"
+        ) from None
+    try:
+        data = json.loads(
+            text, parse_constant=_no_constant, parse_int=_integer, parse_float=_number
+        )
     except (ValueError, RecursionError) as error:
         where = f"column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
         raise ProxyError(400, f"the body is not JSON ({where})", code="bad_json") from None
+    if "\\ud" in text or "\\uD" in text:
+        _check_surrogates(data)
     if not isinstance(data, dict):
         raise ProxyError(
             400, f"the body is a {type(data).__name__}: send an object", code="bad_json"
         )
     return data
+
+
+def _check_surrogates(data: Any) -> None:
+    """Half a character, which JSON can escape and no text can hold."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise ProxyError(
+            400, "the body holds half a surrogate pair (\\ud800 to \\udfff alone): send whole "
+            "characters", code="bad_json",
+        ) from None  # fmt: skip
 
 
 def _no_constant(name: str) -> Any:

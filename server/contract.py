@@ -20,6 +20,7 @@ from lcguard.server.contract_fields import (
     MESSAGE,
     PATHS,
     RENDERER_OPTIONS,
+    UNSENT,
     USAGE,
     AnswerClass,
     Endpoint,
@@ -69,6 +70,9 @@ def check(
         out[name] = value
     if endpoint == "chat":
         _check_messages(out.get("messages"))
+        out["messages"] = [
+            {k: v for k, v in m.items() if v is None or k not in UNSENT} for m in out["messages"]
+        ]
         _check_template_options(out.get("chat_template_kwargs"))
     else:
         _check_prompt(out.get("prompt"), consuming or publishing)
@@ -270,7 +274,7 @@ def _named(value: object) -> str:
 
 def _shown(name: str) -> str:
     """A client's name for something, short and in ASCII: it goes to logs and headers."""
-    return ascii(name[:80])[1:-1]
+    return ascii(name[:80])[1:-1][:120]
 
 
 def _words(kind: str) -> str:

@@ -57,7 +57,7 @@ _NEUTRAL: dict[str, Any] = {
     "n": 1, "echo": False, "top_logprobs": 0, "prompt_logprobs": None, "return_token_ids": False,
     "return_tokens_as_token_ids": False, "return_prompt_text": False, "use_beam_search": False,
     "return_token_offsets": False, "routed_experts_prompt_start": 0, "priority": 0,
-    "mm_payload": "tensors", "suffix": "",
+    "mm_payload": "tensors", "suffix": "", "best_of": 1, "modalities": ["text"],
 }  # fmt: skip
 """Compared by type as well: for text completions ``logprobs: false`` is 0, which asks for some."""
 
@@ -131,6 +131,21 @@ _add("refused", "of vLLM's rendering endpoints, which are not served here", "lea
 _add("refused", "would push other tenants' requests back", "leave it out", priority=I)
 _add("refused", "vLLM has no infilling", "leave it out", only="completions", suffix=S)
 
+# Of OpenAI's service alone: its clients send some of them unasked.
+_add("dropped", "OpenAI keeps answers and finds them again by it; nothing is kept here",
+     only="chat", store=B, metadata=O)  # fmt: skip
+_add("dropped", "a wish of OpenAI's models alone", only="chat", verbosity=S)
+_add("dropped", "chooses among OpenAI's own services and caches", only="chat",
+     service_tier=S, prompt_cache_key=S, prompt_cache_retention=S, prompt_cache_options=O,
+     safety_identifier=S)  # fmt: skip
+_add("refused", "answers are text", "leave it out", only="chat", audio=O, modalities=L)
+_add("refused", "a service of OpenAI's that is not here", "leave it out", only="chat",
+     prediction=O, web_search_options=O, moderation=O)  # fmt: skip
+_add("refused", "OpenAI's older way to say it", "use tools and tool_choice", only="chat",
+     functions=L, function_call=S | O)  # fmt: skip
+_add("refused", "chooses among answers that nobody sees and that count", "send n",
+     only="completions", best_of=I)  # fmt: skip
+
 _LOG = "log-probabilities tell far more of consumed tokens than one sampled answer does"
 _add("refused_on_consume", _LOG, "leave it out", only="chat", logprobs=B, top_logprobs=I)
 _add("refused_on_consume", _LOG, "leave it out", only="completions", logprobs=I)
@@ -191,10 +206,15 @@ MESSAGE: dict[str, frozenset[type]] = {
         ("role", "name", "tool_call_id", "reasoning", "reasoning_content", "refusal", "task"),
         frozenset({str}),
     ),
-    # An answer's message sent back has them, as null.
-    **dict.fromkeys(("annotations", "audio", "function_call"), frozenset[type]()),
+    # An answer's message sent back has them: these as null,
+    **dict.fromkeys(("audio", "function_call"), frozenset[type]()),
+    # and these with a value, which the engine does not get.
+    "annotations": frozenset({list}),
+    "lcguard": frozenset({dict}),
 }
 """Of each of ``messages``, with the types of its value; null is allowed."""
+UNSENT = frozenset({"annotations", "lcguard"})
+"""Of each of ``messages``: no part of the prompt."""
 RENDERER_OPTIONS = frozenset({
     "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",

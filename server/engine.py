@@ -23,6 +23,7 @@ from lcguard.vllm.weights import AS_TRANSFORMERS
 DOOR = "lcguard.vllm.door.Door"
 _STOP_S = 20.0
 _BACKOFF_S = (1.0, 5.0, 15.0)
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class EnginePlan:
     name: str
     """As clients call it."""
     policy: str
-    """Path, or empty for the policy that forbids everything."""
+    """Path, or empty for the policy that forbids everything, as while there is no such file."""
     store: str
     store_max_bytes: int | None
     log: Path
+    store_timeout_s: float = 10.0
 
     def command(self, port: int) -> list[str]:
         """Without secrets: a command line is public."""
@@ -46,7 +48,8 @@ class EnginePlan:
             "store": self.store,
             "proxy_only": True,
             "guards": self.settings.guards,
-            **({"policy": self.policy} if self.policy else {}),
+            "store_timeout_s": self.store_timeout_s,
+            **({"policy": self.policy, "policy_optional": True} if self.policy else {}),
             **({"store_max_bytes": self.store_max_bytes} if self.store_max_bytes else {}),
         }
         transfer = {
@@ -69,15 +72,20 @@ class EnginePlan:
 class Engine:
     """One vLLM process, started again when it dies."""
 
-    def __init__(self, plan: EnginePlan, key: bytes, say: Callable[[str], None]) -> None:
-        self.plan, self._say = plan, say
+    def __init__(
+        self, plan: EnginePlan, key: bytes, say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.plan, self._say, self._clock = plan, say, clock
+        self._deaths_s: list[float] = []
+        """Within the window."""
         self.port = _free_port()
         self.api_key = secrets.token_urlsafe(32)
         self._key = key
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self.failure = ""
-        """Why it does not run and will not be started again."""
+        """Why it does not run, while it is not started again at once."""
         self.starts = 0
         self.answered = False
         """Whether the process that runs now was seen to serve."""
@@ -112,7 +120,7 @@ class Engine:
         """Kills a process that does not serve within ``start_timeout_s``: it counts as dead."""
         process, limit_s = self._process, self.plan.settings.start_timeout_s
         running = process is not None and process.returncode is None and not self.answered
-        if process is not None and running and time.monotonic() - self._spawned_s > limit_s:
+        if process is not None and running and self._clock() - self._spawned_s > limit_s:
             self._late = f"it did not serve within start_timeout_s={limit_s:g}"
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -133,20 +141,15 @@ class Engine:
             )  # fmt: skip
         lower_priority(self._process.pid, self.plan.settings.nice)
         self.starts += 1
-        self.answered, self._late, self._spawned_s = False, "", time.monotonic()
+        self.answered, self._late, self._spawned_s = False, "", self._clock()
 
     async def _supervise(self) -> None:
         while self._process is not None:
             code = await self._process.wait()
             await self._end()  # its workers may have outlived it
-            left = self.plan.settings.restarts - (self.starts - 1)
-            if left <= 0:
-                self.failure = f"vLLM ended with {code}: {self._late or self._why()}"
-                self._say(self.failure)
-                return
-            wait_s = _BACKOFF_S[min(self.starts - 1, len(_BACKOFF_S) - 1)]
-            self._say(f"vLLM ended with {code}; starting it again in {wait_s:g} s ({left} left)")
-            await asyncio.sleep(wait_s)
+            reason = f"vLLM ended with {code}: {self._late or self._why()}"
+            await self._wait(reason)
+            self.failure = ""
             await self._spawn()
 
     def _why(self) -> str:
@@ -155,6 +158,27 @@ class Engine:
         if self.answered:
             return f"its log has the reason: {self.plan.log}"
         return last_reason(self.plan.log, self._log_start)
+
+    async def _wait(self, reason: str) -> None:
+        """Longer after each death; after too many within the window, until it has room again.
+
+        Never for good: who found a way to kill it would else have killed it for everybody.
+        """
+        settings, now_s = self.plan.settings, self._clock()
+        since_s = now_s - settings.restart_window_s
+        self._deaths_s = [t for t in self._deaths_s if t > since_s] + [now_s]
+        n, most = len(self._deaths_s), settings.restarts
+        if n > most:
+            until_s = self._deaths_s[n - most - 1] + settings.restart_window_s
+            self.failure = f"{reason}; {n} times in {settings.restart_window_s:g} s, so it is " + (
+                f"started again in {until_s - now_s:.0f} s"
+            )
+            self._say(self.failure)
+        else:
+            until_s = now_s + _BACKOFF_S[min(n, len(_BACKOFF_S)) - 1]
+            self._say(f"{reason}; starting it again in {until_s - now_s:g} s ({most - n} left)")
+        while (left_s := until_s - self._clock()) > 0:
+            await asyncio.sleep(min(left_s, _LOOK_S))
 
     async def _end(self) -> None:
         process = self._process

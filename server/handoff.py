@@ -9,10 +9,18 @@ in the request: the API key says it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from lcguard.categories import Category
 from lcguard.names import KeyName
@@ -21,6 +29,8 @@ from lcguard.server.errors import ProxyError
 FIELD = "lcguard"
 PUBLISH_HEADER = "x-lcguard-publish"
 CONSUME_HEADER = "x-lcguard-consume"
+_ANSWER_ID = re.compile(r"^(chat)?cmpl-(?=.{32})")
+"""What vLLM puts before a publish's handle to name its answer."""
 
 Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
 
@@ -56,7 +66,13 @@ class HandoffField(_Model):
 
     publish: Publish | None = None
     consume: Annotated[tuple[Handle, ...], Field(min_length=1, max_length=64)] | None = None
-    """Handles, in the order in which the segments stand before the prompt."""
+    """Handles, or ids of the answers that published, in the order in which the segments stand
+    before the prompt."""
+
+    @field_validator("consume")
+    @classmethod
+    def _handles(cls, named: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if named is None else tuple(_ANSWER_ID.sub("", name) for name in named)
 
 
 def parse_handoff(value: Any, headers: Mapping[str, str]) -> HandoffField | None:

@@ -21,6 +21,7 @@ from lcguard.server.authority import Authority
 from lcguard.server.canaries import CanaryRunner
 from lcguard.server.canary_jobs import canary_job
 from lcguard.server.changes import note_changes
+from lcguard.server.clocks import Clocks
 from lcguard.server.database import Database, DatabaseError
 from lcguard.server.draw_budget import sweep_draws
 from lcguard.server.engine import Engine, EnginePlan
@@ -29,7 +30,7 @@ from lcguard.server.gate import Gate
 from lcguard.server.keyring import Keyring
 from lcguard.server.leakage import LeakageMeter
 from lcguard.server.ledger import sweep
-from lcguard.server.limits import KeyLimits
+from lcguard.server.limits import KeyLimits, Limits
 from lcguard.server.readiness import Readiness, Watch
 from lcguard.server.selftest import GuardFiles, SelfTest
 from lcguard.server.settings import ServerSettings
@@ -38,6 +39,7 @@ from lcguard.server.spans import SpanFinder
 from lcguard.server.state import Proxy
 from lcguard.server.upstream import Upstream
 from lcguard.store import open_store
+from lcguard.store.line import StoreLine
 
 WATCH_S = 4.0
 """Between two looks at the conditions of readiness."""
@@ -70,11 +72,12 @@ class Deployment:
         self.readiness.draining = True
 
 
-def policy_of(settings: ServerSettings) -> Policy | Followed[Policy]:
-    """The policy's file, followed; without one, everything is forbidden. Raises ``PolicyError``."""
-    if settings.policy.exists():
-        return Followed(settings.policy, PolicyReader())
-    return Policy(version=1, edges=())
+def policy_of(settings: ServerSettings) -> Followed[Policy]:
+    """The policy's file, followed; until there is one, everything is forbidden.
+
+    Raises ``PolicyError``.
+    """
+    return Followed(settings.policy, PolicyReader(), absent=Policy(version=1, edges=()))
 
 
 @asynccontextmanager
@@ -84,8 +87,10 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
     async with AsyncExitStack() as stack:
         policy = policy_of(s)
         keyring = Keyring(s.keys)
-        store = open_store(s.store, max_bytes=s.store_max_bytes)
+        store = open_store(s.store, max_bytes=s.store_max_bytes, timeout_s=s.store_timeout_s)
         stack.callback(store.close)
+        line = StoreLine(s.store_timeout_s)
+        stack.callback(line.close)
         database = Database(s.database, busy_timeout_s=s.database_timeout_s)
         stack.callback(database.close)
         audit = AuditLog(database, deployment.key)
@@ -100,20 +105,25 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
         upstream = Upstream(s.upstream, url, api_key)
         await upstream.start()
         stack.push_async_callback(upstream.close)
-        test = SelfTest(upstream, deployment.name, store, deployment.key,
+        test = SelfTest(upstream, deployment.name, store, line, deployment.key,
                         lambda: authority.policy)  # fmt: skip
+        clocks = Clocks(upstream, store, line)
         files = GuardFiles(s.engine.guards)
         blocked: dict[str, str] = {}
+        spans = SpanFinder(upstream, deployment.model, s.limits.redact_timeout_s)
+        stack.callback(spans.close)
         authority = Authority(
-            policy, store, deployment.key, audit, meter, SpanFinder(upstream, deployment.model),
+            policy, store, line, deployment.key, audit, meter, spans,
             lambda: next(iter(blocked.values()), ""),
         )  # fmt: skip
         proxy = Proxy(
-            s, deployment.key, deployment.name, upstream, keyring, database, audit, store, meter,
-            authority, Settlement(store, deployment.key, audit), deployment.readiness, KeyLimits(),
+            s, deployment.key, deployment.name, upstream, keyring, database, audit, store, line,
+            meter, authority, Settlement(store, line, deployment.key, audit), deployment.readiness,
+            KeyLimits(Limits(concurrency=s.limits.key_concurrency)),
             Gate(s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s),
         )  # fmt: skip
-        proxy.policy_error = lambda: policy.error if isinstance(policy, Followed) else ""
+        proxy.policy_error = lambda: policy.error
+        proxy.context = lambda: test.context
         proxy.certificates = certificates(s.engine.guards)
         starts = 0
 
@@ -165,13 +175,14 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
             return f"{(await asyncio.to_thread(audit.head)).count} rows"
 
         async def store_works() -> str:
-            await asyncio.to_thread(store.check)
-            return "segments can be put"
+            await line.run(store.check)
+            return "a write, a read and a delete were done"
 
         watch = Watch(
             deployment.readiness,
             {
                 "engine": engine_lives, "door": door_shut, "store": store_works,
+                "clocks": clocks.check,
                 "guards": test.guards, "guard_files": guards_intact, "policy": policy_good,
                 "audit": audit_works,
             },

@@ -167,12 +167,16 @@ class KeyLimits:
     def __len__(self) -> int:
         return len(self._accounts)
 
+    def of(self, limits: Limits | None) -> Limits:
+        """What holds for a key with these."""
+        return (limits or Limits()).over(self.default)
+
     def admit(self, key_id: str, limits: Limits | None = None, tokens: int = 0) -> Admission:
         """Lets one request of a key in and sets ``tokens`` aside; all of it or nothing.
 
         Raises ``Limited``: such a request counts against nothing.
         """
-        limits, now_s = (limits or Limits()).over(self.default), self._clock()
+        limits, now_s = self.of(limits), self._clock()
         if limits == Limits():
             return Admission(_unlimited(), self._clock)
         account = self._account(key_id, now_s)

@@ -10,13 +10,14 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
 import aiohttp
 from starlette.types import Receive, Scope, Send
 
+from lcguard.server.applied import said, with_applied
 from lcguard.server.body import ClientGone, parse_object, read_body
 from lcguard.server.contract import ContractError, check, clean
 from lcguard.server.crashes import unforeseen
@@ -24,15 +25,19 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.exchange import Exchange
 from lcguard.server.handoff import FIELD, parse_handoff
 from lcguard.server.orders import Order
+from lcguard.server.sizes import bounded
 from lcguard.server.spans import Endpoint
-from lcguard.server.sse import DONE, Events, data_of, event
-from lcguard.server.state import Proxy
+from lcguard.server.state import Bill, Proxy
+from lcguard.server.streaming import Stream
 from lcguard.server.upstream import broken, reason_of
 
 _TOTAL = re.compile(rb'"total_tokens":\s*(\d+)')
 _TOTAL_NAME = b'"total_tokens":'
-_PASSED_ON = ("traceparent", "tracestate", "x-request-id")
-_BYTES_PER_TOKEN = 4
+_PASSED_ON = {
+    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
+    "tracestate": re.compile(r"[\x20-\x7e]{1,512}"),
+}
+"""Headers for vLLM's traces, as their standard has them."""
 _NOT_STORED = b"the segment was not stored"
 """In vLLM's refusal where its guard or its store failed."""
 
@@ -87,11 +92,14 @@ class Relay:
             )  # fmt: skip
         except ContractError as error:
             raise ProxyError(400, str(error), code="contract", param=error.param) from None
-        prompt_tokens = len(raw) // _BYTES_PER_TOKEN  # an estimate
-        reserved = prompt_tokens + proxy.check_size(who, body)
+        limits, per_min = proxy.settings.limits, proxy.limits.of(who.limits).tokens_per_min
+        proxy.check_model(who, body)
+        size = bounded(
+            self.endpoint, body, len(raw), limits.max_output_tokens, proxy.context(), per_min
+        )
         handles = (handoff.consume or ()) if handoff else ()
         with proxy.readers.reading(handles) as reading:
-            async with proxy.admit(who, reserved) as bill:
+            async with proxy.admit(who, size.total) as bill:
                 body["cache_salt"] = proxy.salt(who)
                 try:
                     if handoff is not None:
@@ -100,12 +108,23 @@ class Relay:
                             who, handoff, self.endpoint, body, x.request_id
                         )
                         body["kv_transfer_params"] = {"lcguard": x.order.params}
-                    bill.used_tokens = await self._forward(x, body, prompt_tokens)
+                    await self._within(self._forward(x, body, bill))
                 except BaseException as error:
                     if isinstance(error, asyncio.CancelledError):
-                        bill.used_tokens = reserved  # a stream left before its end is no free one
+                        bill.used_tokens = size.total  # an answer left before its end is not free
                     await self._undo(x.order, error, reading.ended)
                     raise
+
+    async def _within(self, forwarded: Coroutine[Any, Any, None]) -> None:
+        """The deadline of an answer, a client included that is slow to take it."""
+        limit_s = self.proxy.settings.upstream.total_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await forwarded
+        except TimeoutError:
+            raise ProxyError(
+                504, f"the answer was not taken within {limit_s:g} s", code="upstream_timeout"
+            ) from None
 
     async def _undo(self, order: Order | None, error: BaseException, revoked: bool) -> None:
         """Whatever ended it, the audit says that the handoff did not come about."""
@@ -122,9 +141,16 @@ class Relay:
             self.proxy.settlement.fail(order, "aborted" if left else "failed", reason)
         )
 
-    async def _forward(self, x: Exchange, body: dict[str, Any], prompt_tokens: int) -> int:
-        """Relays vLLM's answer; returns the tokens that it counted, or that were counted here."""
-        passed = {k: x.headers[k] for k in _PASSED_ON if k in x.headers}
+    async def _forward(self, x: Exchange, body: dict[str, Any], bill: Bill) -> None:
+        """Relays vLLM's answer, and writes the tokens that vLLM counted on the bill."""
+        passed = {k: v for k, form in _PASSED_ON.items()
+                  if form.fullmatch(v := x.headers.get(k, ""))}  # fmt: skip
+        if x.order is not None and x.order.handle:
+            # becomes the answer's id, which every client shows
+            passed["x-request-id"] = x.order.handle
+        elif x.headers.get("x-request-id") == x.request_id:
+            passed["x-request-id"] = x.request_id
+        stream = Stream(x, self.proxy.settlement, body) if body.get("stream") else None
         asked_s = time.perf_counter()
         answer = await self.proxy.upstream.post(
             self.path, json.dumps(body, separators=(",", ":")).encode(), passed
@@ -132,13 +158,18 @@ class Relay:
         x.upstream_s += time.perf_counter() - asked_s
         try:
             kind = answer.headers.get("content-type", "application/json")
-            if kind.startswith("text/event-stream"):
-                return await self._stream(x, answer, kind, prompt_tokens)
-            return await self._whole(x, answer, kind)
+            if answer.status == 200:
+                bill.used_tokens = bill.reserved  # until it is counted, should it break off
+            if stream is not None and kind.startswith("text/event-stream"):
+                counted = await stream.relay(answer, kind)
+            else:
+                counted = await self._whole(x, answer, kind)
+            if counted is not None:
+                bill.used_tokens = counted
         finally:
             answer.close()  # where vLLM still computes, it stops
 
-    async def _whole(self, x: Exchange, answer: aiohttp.ClientResponse, kind: str) -> int:
+    async def _whole(self, x: Exchange, answer: aiohttp.ClientResponse, kind: str) -> int | None:
         asked_s = time.perf_counter()
         try:
             data = await answer.read()
@@ -146,7 +177,7 @@ class Relay:
             raise broken(error) from None
         x.upstream_s += time.perf_counter() - asked_s
         _check_failed(x.order, answer.status, data)
-        more: dict[str, str] = {}
+        counted, more = _counted(data), dict[str, str]()
         if x.order is not None:
             if answer.status != 200:
                 await self.proxy.settlement.fail(
@@ -154,56 +185,11 @@ class Relay:
                 )
             else:
                 applied = await self.proxy.settlement.finish(x.order)
-                whole = _clean(x.order, json.loads(data))
-                data = json.dumps({**whole, FIELD: applied}, separators=(",", ":")).encode()
-                more = _said(applied)
-        counted = _counted(data)
+                whole = clean(json.loads(data), bool(x.order.consumed), x.order.unsaid_tokens)
+                data = json.dumps(with_applied(whole, applied), separators=(",", ":")).encode()
+                more = said(applied)
         await x.whole(answer.status, kind, data, more)
-        return counted or 0
-
-    async def _stream(
-        self, x: Exchange, answer: aiohttp.ClientResponse, kind: str, prompt_tokens: int
-    ) -> int:
-        more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        await x.head(answer.status, kind, more)
-        events, n, last, ended, tail = Events(), 0, b"", False, b""
-        try:
-            async for piece in answer.content.iter_any():
-                if x.order is None:
-                    await x.piece(piece)
-                    n += piece.count(b"data: ")
-                    last, tail = piece, (tail + piece)[-len(DONE) :]
-                    ended = tail == DONE
-                    continue
-                for raw in events.feed(piece):
-                    n += 1
-                    if raw == DONE:
-                        ended = True
-                        if not x.code:  # vLLM ends a stream that failed as well
-                            await x.piece(await self._last_chunk(x.order, last))
-                    elif raw.startswith(b'data: {"error"'):
-                        await self.proxy.settlement.fail(x.order, "failed", "vLLM broke off")
-                        x.code = "upstream_error"
-                    elif (found := data_of(raw)) is not None:
-                        last = raw = event(_clean(x.order, found))
-                    await x.piece(raw)
-        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
-            raise broken(error) from None
-        if not ended and not x.code:
-            raise ProxyError(502, "vLLM broke off its answer", code="upstream_broke_off")
-        await x.piece(b"", more=False)
-        return _counted(last) or prompt_tokens + n
-
-    async def _last_chunk(self, order: Order, last: bytes) -> bytes:
-        """What was applied, as a chunk without choices: like OpenAI's chunk of usage."""
-        applied = await self.proxy.settlement.finish(order)
-        before = data_of(last) or {}
-        same = {k: before[k] for k in ("id", "object", "created", "model") if k in before}
-        return event({**same, "choices": [], FIELD: applied})
-
-
-def _clean(order: Order, answer: Mapping[str, Any]) -> dict[str, Any]:
-    return clean(answer, bool(order.consumed), order.unsaid_tokens)
+        return counted
 
 
 def _counted(data: bytes) -> int | None:
@@ -232,21 +218,6 @@ def _one_prompt(endpoint: Endpoint, body: dict[str, Any]) -> None:
             400, "prompt: a handoff takes exactly one prompt, of text or of tokens",
             code="contract", param="prompt",
         )  # fmt: skip
-
-
-def _said(applied: Mapping[str, Any]) -> dict[str, str]:
-    """What was applied, as headers."""
-    out = {"x-lcguard-verdict": "allowed"}
-    if made := applied.get("published"):
-        out |= {
-            "x-lcguard-handle": made["handle"],
-            "x-lcguard-expires": str(made["expires_at_s"]),
-            "x-lcguard-guard": made["guard"],
-            "x-lcguard-policy": made["policy_digest"],
-        }
-    if got := applied.get("consumed"):
-        out["x-lcguard-consumed"] = ",".join(s["handle"] for s in got)
-    return out
 
 
 async def _hung_up(receive: Receive) -> None:

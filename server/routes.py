@@ -102,7 +102,7 @@ async def segment(handle: Handle, proxy: Running, who: Caller) -> dict[str, Any]
     """What the caller may know of a segment; its manifest was verified."""
     row = await _own(proxy, who, handle)
     try:
-        manifest = await asyncio.to_thread(proxy.store.manifest, handle)
+        manifest = await proxy.line.run(proxy.store.manifest, handle)
         manifest.verify(proxy.key)
     except StoreError as error:
         raise unavailable(error) from None
@@ -134,7 +134,7 @@ async def revoke_segment(
     except DatabaseError as error:
         raise unavailable(error) from None
     ended = proxy.readers.end(revoked)
-    kept = await asyncio.to_thread(_delete, proxy, revoked)
+    kept = await _delete(proxy, revoked)
     return {"revoked": revoked, "ended_requests": ended, "still_in_store": kept}
 
 
@@ -219,12 +219,14 @@ async def _own(proxy: Proxy, who: Identity, handle: str) -> Segment:
     return row
 
 
-def _delete(proxy: Proxy, handles: list[str]) -> list[str]:
+async def _delete(proxy: Proxy, handles: list[str]) -> list[str]:
     """From the store; returns those that it would not let go, which are dead all the same."""
     kept = []
-    for handle in handles:
+    for i, handle in enumerate(handles):
         try:
-            proxy.store.delete(handle)
-        except (StoreError, SegmentError):
+            await proxy.line.run(proxy.store.delete, handle)
+        except SegmentError:
             kept.append(handle)
+        except StoreError:  # it would keep the others waiting as long, one after the other
+            return kept + handles[i:]
     return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import time
@@ -23,6 +22,7 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.orders import signed_order
 from lcguard.server.upstream import Upstream
 from lcguard.store import SegmentStore, StoreError
+from lcguard.store.line import StoreLine
 from lcguard.vllm.gatekeeper import edge_digest, edge_of
 from lcguard.vllm.request import Publish
 
@@ -34,12 +34,15 @@ class SelfTest:
     """What has to hold before anyone is served. Raises ``ProxyError`` with what does not."""
 
     def __init__(
-        self, upstream: Upstream, model: str, store: SegmentStore, key: bytes,
+        self, upstream: Upstream, model: str, store: SegmentStore, line: StoreLine, key: bytes,
         policy: Callable[[], Policy],
     ) -> None:  # fmt: skip
-        self.upstream, self.model, self.store, self.key = upstream, model, store, key
+        self.upstream, self.model, self.key = upstream, model, key
+        self.store, self.line = store, line
         self._policy = policy
         self._passed = ""
+        self.context: int | None = None
+        """Of the model, in tokens."""
         self.digests: dict[str, str] = {}
         """Guard name to the digest of the guard that the engine really ran."""
 
@@ -52,15 +55,17 @@ class SelfTest:
         if status != 200:
             raise ProxyError(502, f"vLLM answers {status} to /v1/models", code="engine")
         try:
-            served = [str(m["id"]) for m in json.loads(data)["data"]]
+            found = {str(m["id"]): m for m in json.loads(data)["data"]}
         except (ValueError, KeyError, TypeError):
             raise ProxyError(
                 502, "what answers /v1/models is not vLLM: see upstream.url", code="engine"
             ) from None
-        if self.model not in served:
+        if self.model not in found:
             raise ProxyError(
-                502, f"vLLM serves {', '.join(served)}, not {self.model!r}", code="engine"
+                502, f"vLLM serves {', '.join(found)}, not {self.model!r}", code="engine"
             )
+        length = found[self.model].get("max_model_len")
+        self.context = length if isinstance(length, int) and length > 0 else None
         return f"serves {self.model}"
 
     async def door(self) -> str:
@@ -99,7 +104,7 @@ class SelfTest:
         try:
             await self._unsigned(sent)
             await self._complete(sent)
-            manifest = await asyncio.to_thread(self._manifest, handle)
+            manifest = await self._manifest(handle)
             wanted = edge_digest(edge_of(policy, wish))
             if manifest.policy_digest != wanted:
                 raise ProxyError(
@@ -117,7 +122,7 @@ class SelfTest:
             raise ProxyError(502, "the engine let another agent consume", code="engine")
         finally:
             with suppress(StoreError, SegmentError):
-                await asyncio.to_thread(self.store.delete, handle)
+                await self.line.run(self.store.delete, handle)
 
     def _consume(self, handle: str, agent: str) -> dict[str, Any]:
         # with a grant that is right: the manifest alone has to keep another agent out
@@ -146,9 +151,9 @@ class SelfTest:
         }  # fmt: skip
         await self.upstream.ask("/v1/completions", body)
 
-    def _manifest(self, handle: str) -> Manifest:
+    async def _manifest(self, handle: str) -> Manifest:
         try:
-            manifest = self.store.manifest(handle)
+            manifest = await self.line.run(self.store.manifest, handle)
             manifest.verify(self.key)
         except (SegmentError, StoreError) as error:
             raise ProxyError(

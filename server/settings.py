@@ -24,6 +24,7 @@ class UpstreamSettings:
     read_timeout_s: Seconds = 120.0
     """Longest silence between two pieces of an answer."""
     total_timeout_s: Seconds = 600.0
+    """From a request's place at vLLM to the end of its answer, as the client took it."""
     retries: Annotated[int, Field(ge=0, le=10)] = 1
     """Further tries where no byte of an answer came: vLLM refused or dropped the connection."""
 
@@ -35,9 +36,16 @@ class LimitSettings:
     max_body_bytes: Count = 4 * 2**20
     """413 above."""
     max_output_tokens: Count = 8192
-    """Most that a request may ask for."""
+    """Most that a request may generate, all its prompts and answers together; said to vLLM where a
+    chat states no maximum."""
     body_timeout_s: Seconds = 10.0
     """For a request's head and for its body, each."""
+    write_timeout_s: Seconds = 30.0
+    """How long a client may leave its answer untaken before its connection is cut."""
+    redact_timeout_s: Seconds = 30.0
+    """How long a publish waits for what to redact in it to be found; one search runs at a time."""
+    key_concurrency: Count = 32
+    """Requests of one key at a time, where the key does not say."""
     max_concurrency: Count = 256
     """Requests at vLLM at a time."""
     max_queue: Annotated[int, Field(ge=0)] = 256
@@ -76,7 +84,9 @@ class EngineSettings:
     and a request waits for the engine alone."""
     start_timeout_s: Seconds = 300.0
     restarts: Annotated[int, Field(ge=0)] = 3
-    """How often a vLLM that died is started again."""
+    """How often within ``restart_window_s`` a vLLM that died is started again soon."""
+    restart_window_s: Seconds = 600.0
+    """A death is forgotten after so long."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,8 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     policy: Path = Path("policy.yaml")
-    """Absent: every category is forbidden on every edge, with guard ``gate``."""
+    """Followed. While it is absent every category is forbidden on every edge, with guard ``gate``.
+    """
     keys: Path = Path("keys.yaml")
     database: Path = Path("lcguard.sqlite")
     """Audit and ledger."""
@@ -95,6 +106,8 @@ class ServerSettings:
     store: str = ""
     """URL of the segment store that vLLM uses too; empty: the folder ``segments``."""
     store_max_bytes: Annotated[int, Field(gt=0)] | None = None
+    store_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """How long one request waits for one answer of the store; nobody else waits for it."""
     prefix_cache: Literal["agent", "tenant"] = "agent"
     """Whose plain prompts share vLLM's prefix cache. ``tenant`` saves work where agents of a tenant
     send the same beginnings, and lets each of them find out by ``cached_tokens``, or by the time of

@@ -5,9 +5,9 @@ The segment is looked at where it lies: what was stored counts, not what was ord
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from sqlite3 import Connection
 from typing import Any
@@ -21,6 +21,7 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.ledger import LedgerError, Segment, record_segment
 from lcguard.server.orders import Order, consumption, publication, unavailable
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
+from lcguard.store.line import StoreLine
 from lcguard.vllm.gatekeeper import edge_digest
 
 
@@ -28,10 +29,11 @@ class Settlement:
     """Ends the orders of one deployment."""
 
     def __init__(
-        self, store: SegmentStore, key: bytes, audit: AuditLog,
+        self, store: SegmentStore, line: StoreLine, key: bytes, audit: AuditLog,
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self.store, self.key, self.audit, self.clock = store, key, audit, clock
+        self.store, self.line, self.key = store, line, key
+        self.audit, self.clock = audit, clock
 
     async def finish(self, order: Order) -> dict[str, Any]:
         """What was applied, for the client, after vLLM has answered; written to the audit.
@@ -49,11 +51,11 @@ class Settlement:
                 ]
                 entries += [consumption(order, m, "consumed") for m in order.consumed]
             if order.edge is not None:
-                manifest = await asyncio.to_thread(self._stored, order)
+                manifest = await self.line.run(self._stored, order)
                 answer["published"] = self._describe(order, manifest)
                 entries.append(publication(order, "published", manifest))
             await self.audit.append_all(entries, self._recorder(order, manifest))
-        except (DatabaseError, LedgerError) as error:
+        except (DatabaseError, LedgerError, StoreError) as error:
             await self.fail(order, "failed", str(error))
             raise unavailable(error) from None
         except ProxyError as error:
@@ -68,7 +70,9 @@ class Settlement:
             return
         order.done = True
         if order.handle:
-            await asyncio.to_thread(self._drop, order.handle)
+            # vLLM may be about to store it: nothing can be put there any more
+            with suppress(StoreError, SegmentError):  # in no ledger: nobody can consume it
+                await self.line.run(self.store.retire, order.handle)
         entries = [consumption(order, m, event, reason) for m in order.consumed]
         if order.edge is not None:
             entries.append(publication(order, event, reason=reason))
@@ -110,12 +114,6 @@ class Settlement:
                 502, "vLLM stored a segment without a guard; it was deleted", code="wrong_segment"
             )
         return manifest
-
-    def _drop(self, handle: str) -> None:
-        try:
-            self.store.delete(handle)
-        except (StoreError, SegmentError):
-            pass  # it is in no ledger, so nobody can consume it; it expires by itself
 
     def _recorder(self, order: Order, manifest: Manifest | None) -> Any:
         # a canary's segment is in no ledger: nobody can consume it, not even its audience

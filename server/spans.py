@@ -8,7 +8,6 @@ others refuses it.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from lcguard.normalise import skeleton
 from lcguard.policy import Edge, PolicyError
+from lcguard.server.bench import Bench
 from lcguard.server.detector import Detector, vouched
 from lcguard.server.errors import ProxyError
 from lcguard.server.redaction import RedactionError, redact
@@ -48,9 +48,15 @@ class Spans:
 class SpanFinder:
     """Spans of one model's prompts."""
 
-    def __init__(self, upstream: Upstream, model: str) -> None:
+    def __init__(self, upstream: Upstream, model: str, timeout_s: float = 30.0) -> None:
         """``model``: folder or hub repository with the tokenizer; empty where it is not known."""
         self.upstream, self.model = upstream, model
+        # what is searched is bounded by the model's context, the search grows with it
+        self._bench = Bench(timeout_s, "looking for what to redact")
+
+    def close(self) -> None:
+        """What waits is not begun."""
+        self._bench.close()
 
     @cached_property
     def texts(self) -> TokenTexts:
@@ -86,7 +92,7 @@ class SpanFinder:
         Raises:
             ProxyError: 400 where a forbidden category is neither detected nor answered for by
                 ``secrets``, where a secret is not in the prompt, where vLLM refuses the prompt,
-                or where its tokens cannot be read back.
+                or where its tokens cannot be read back; 503 where it takes too long.
         """
         open_ = [c for c in edge.forbid if c not in vouched(edge.detect)]
         if secrets is None and open_:
@@ -94,9 +100,9 @@ class SpanFinder:
                 f"guard 'redact' finds not all {', '.join(open_)} by itself: name the texts to "
                 "hide in lcguard.publish.secrets, [] for none"
             )
-        texts = await asyncio.to_thread(lambda: self.texts)
+        texts = await self._bench.run(lambda: self.texts)
         ids = await self._tokens(texts, endpoint, body)
-        return await asyncio.to_thread(self._spans, texts, ids, edge, secrets or ())
+        return await self._bench.run(self._spans, texts, ids, edge, secrets or ())
 
     async def _tokens(
         self, texts: TokenTexts, endpoint: Endpoint, body: dict[str, Any]

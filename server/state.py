@@ -31,13 +31,12 @@ from lcguard.server.settings import ServerSettings
 from lcguard.server.settlement import Settlement
 from lcguard.server.upstream import Upstream
 from lcguard.store import SegmentStore
+from lcguard.store.line import StoreLine
 
 if TYPE_CHECKING:
     from lcguard.server.exchange import Exchange
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_UNSAID_TOKENS = 256
-"""Set aside for a request that names no limit of its own."""
 
 
 @dataclass
@@ -54,8 +53,10 @@ class AgentCount:
 class Bill:
     """What a request took."""
 
+    reserved: int
+    """Set aside before it ran."""
     used_tokens: int = 0
-    """As counted at the end; what was set aside where the client left before it."""
+    """As vLLM counted them; what was set aside where the answer broke off before that."""
 
 
 @dataclass
@@ -71,6 +72,8 @@ class Proxy:
     database: Database
     audit: AuditLog
     store: SegmentStore
+    line: StoreLine
+    """Where calls to the store are made."""
     meter: LeakageMeter
     authority: Authority
     settlement: Settlement
@@ -84,6 +87,8 @@ class Proxy:
     counts: EdgeCounts = field(default_factory=EdgeCounts)
     policy_error: Callable[[], str] = lambda: ""
     """Why the policy's file as it is now cannot be used."""
+    context: Callable[[], int | None] = lambda: None
+    """Of the model, in tokens; None where it is not known yet."""
     canaries: CanaryRunner | None = None
     certificates: dict[str, float] = field(default_factory=dict)
     """Guard to the mean pair leak of its segments, in nats."""
@@ -126,8 +131,8 @@ class Proxy:
         message = b"lcguard cache salt\0" + canonical(names)
         return hmac.new(self.key, message, hashlib.sha256).hexdigest()
 
-    def check_size(self, who: Identity, body: Mapping[str, Any]) -> int:
-        """Tokens that the request may generate. Raises ``ProxyError`` (400, 403)."""
+    def check_model(self, who: Identity, body: Mapping[str, Any]) -> None:
+        """Raises ``ProxyError`` (403) for a model that the key is not for."""
         model = body.get("model")
         # a request that names none gets vLLM's own, which may be another
         if who.models and model not in who.models:
@@ -135,20 +140,6 @@ class Proxy:
                 403, f"this key is not for model {str(model or '')[:80]!r}: name one of "
                 f"{', '.join(who.models)}", code="model", param="model",
             )  # fmt: skip
-        most = self.settings.limits.max_output_tokens
-        asked = _UNSAID_TOKENS
-        for name in ("max_tokens", "max_completion_tokens"):
-            value = body.get(name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                if value > most:
-                    raise ProxyError(
-                        400, f"{name}={value}: at most {most} here", code="max_tokens", param=name
-                    )
-                asked = max(0, value)
-        copies, prompt = body.get("n"), body.get("prompt")
-        many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-        asked *= len(prompt) if many and isinstance(prompt, list) else 1
-        return asked * (copies if isinstance(copies, int) and copies > 1 else 1)
 
     async def edge_changed(self, edge: EdgeLeakage, old: str, new: str) -> None:
         """Writes it to the audit that canaries closed or opened an edge."""
@@ -173,7 +164,7 @@ class Proxy:
             admission = self.limits.admit(who.key_id, who.limits, tokens)
         except Limited as error:
             raise _limited(error) from None
-        bill, count = Bill(), self._count(who)
+        bill, count = Bill(tokens), self._count(who)
         with admission:
             try:
                 async with self.gate:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
@@ -80,6 +81,18 @@ class Upstream:
                 return answer.status
         except TimeoutError:
             raise _silent(path, 10) from None
+
+    async def time_s(self) -> float | None:
+        """Unix time by vLLM's clock, to a second; None where its answers have no date.
+
+        Raises ``ProxyError`` as ``post``.
+        """
+        answer = await self._send("GET", "/health", None, {})
+        async with answer:
+            try:
+                return parsedate_to_datetime(answer.headers["date"]).timestamp()
+            except (KeyError, ValueError):
+                return None
 
     async def ask(self, path: str, body: Any) -> Any:
         """The JSON answer to a JSON question. Raises ``ProxyError``, also for another status."""

@@ -19,7 +19,12 @@ from lcguard.server.errors import ProxyError
         (b'{"a": ' + b"[" * 100_000, "not JSON"),
         (b"[1]", "the body is a list: send an object"),
         (b'{"a": 1', "not JSON"),
-        (b"\xff", "not JSON"),
+        (b"\xff", r"not UTF-8 \(byte 0\): send JSON in UTF-8"),
+        (b'{"prompt": "Bj\xf6rn"}', r"not UTF-8 \(byte 14\)"),
+        (b'{"prompt": "\xed\xa0\x80"}', "not UTF-8"),
+        ('{"prompt": "x"}'.encode("utf-16"), "not UTF-8"),
+        (b'{"prompt": "\\ud83d"}', "half a surrogate pair"),
+        (b'{"messages": [{"content": "\\uDE00 x"}]}', "half a surrogate pair"),
     ],
 )
 def test_what_the_engine_could_not_take_is_refused(raw: bytes, says: str) -> None:
@@ -42,3 +47,7 @@ def test_only_plain_json_is_read(headers: dict[str, str]) -> None:
     with pytest.raises(ProxyError) as refused:
         parse_object(b"{}", headers)
     assert refused.value.status == 415
+
+
+def test_whole_characters_pass_however_they_are_written() -> None:
+    assert parse_object('{"a": "\\ud83d\\ude00 \\\\ud800 é"}'.encode(), {}) == {"a": "😀 \\ud800 é"}

@@ -10,6 +10,9 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types import completion_create_params as text_params
+from openai.types.chat import ChatCompletionMessage
+from openai.types.chat import completion_create_params as chat_params
 
 from lcguard.server.contract import ContractError, check, clean, describe, markdown, page
 from lcguard.server.contract_fields import (
@@ -18,6 +21,7 @@ from lcguard.server.contract_fields import (
     CHOICE,
     FIELDS,
     MEANING,
+    MESSAGE,
     RENDERER_OPTIONS,
     USAGE,
     Endpoint,
@@ -53,7 +57,36 @@ def refusal(
     return refused.value
 
 
-# ---- complete for vLLM
+# ---- complete for vLLM, and for OpenAI's clients
+
+OF_OPENAI: dict[Endpoint, set[str]] = {
+    "chat": {*chat_params.CompletionCreateParamsBase.__annotations__},
+    "completions": {*text_params.CompletionCreateParamsBase.__annotations__},
+}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_every_parameter_of_openai_s_client_is_judged(endpoint: Endpoint) -> None:
+    assert OF_OPENAI[endpoint] <= {*FIELDS[endpoint]}
+    assert {*ChatCompletionMessage.model_fields} <= {*MESSAGE}
+
+
+@pytest.mark.parametrize("handoff", [True, False])
+def test_what_openai_s_clients_send_unasked_is_no_error(handoff: bool) -> None:
+    asked = {"messages": [{"role": "user", "content": "x"}]}
+    more = {
+        "store": True, "metadata": {"run": "7"}, "verbosity": "low", "service_tier": "auto",
+        "prompt_cache_key": "a", "safety_identifier": "b", "modalities": ["text"],
+    }  # fmt: skip
+    assert check("chat", asked | more, handoff, handoff) == asked
+    for name, value in {"modalities": ["audio"], "functions": [], "prediction": {}}.items():
+        assert refusal(asked | {name: value}).param == name
+
+
+def test_an_answer_s_message_may_be_sent_back() -> None:
+    told = {"role": "assistant", "content": "x"}
+    back = told | {"annotations": [], "lcguard": {"published": {"handle": "h"}}}
+    assert check("chat", {"messages": [back]}, False, True) == {"messages": [told]}
 
 
 @needs_vllm
@@ -64,7 +97,8 @@ def test_every_field_of_vllm_s_requests_is_judged() -> None:
 
     models: dict[Endpoint, Any] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
     for endpoint, model in models.items():
-        assert set(FIELDS[endpoint]) == {*model.model_fields, "lcguard"}
+        own = OF_OPENAI[endpoint] - {"messages", "prompt"} - {*model.model_fields}
+        assert set(FIELDS[endpoint]) == {*model.model_fields, "lcguard"} | own
         for name, found in model.model_fields.items():
             # an alias would be a second name for a field, and one that is not in the table
             assert (found.alias, found.validation_alias) == (None, None), name

@@ -118,7 +118,7 @@ def test_one_request_consumes_and_publishes(front: Front) -> None:
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_a_stream_carries_the_handle_in_its_last_chunk(front: Front, path: str) -> None:
+def test_a_stream_carries_the_handle_in_the_chunk_that_ends_it(front: Front, path: str) -> None:
     text = f"Chief complaint: {COMPLAINT}."
     own = (
         {"messages": [{"role": "system", "content": text}], "add_generation_prompt": False}
@@ -130,8 +130,9 @@ def test_a_stream_carries_the_handle_in_its_last_chunk(front: Front, path: str) 
     answer = front.http.post(f"/v1/{path}", json=publish, headers=front.auth("intake"))
     *others, last = chunks(answer.content)
     assert all("lcguard" not in c and "kv_transfer_params" not in c for c in others)
-    assert last["choices"] == []
-    assert last["id"] == others[0]["id"]
+    assert last["choices"][0]["finish_reason"]
+    assert all(c["choices"] and c["id"] == last["id"] for c in others)
+    assert answer.headers["x-lcguard-handle"] == last["lcguard"]["published"]["handle"]
     handle = last["lcguard"]["published"]["handle"]
     assert COMPLAINT in front.answer(front.auth("open"), ASK_COMPLAINT, handle)
     consume = body | {"lcguard": {"consume": [handle]}}

@@ -36,6 +36,7 @@ from lcguard.disk import MANIFEST_FILE, TENSOR_FILE, read_manifest
 from lcguard.guards import FrozenGuard
 from lcguard.policy import load_policy
 from lcguard.server.audit_verify import verify
+from lcguard.store import FileStore
 from tests.engine import needs_vllm
 from tests.proxy_client import (
     DONE,
@@ -126,7 +127,8 @@ class Drill:
 
     def stored(self) -> list[str]:
         """Handles in the store, and whatever is on its way there."""
-        return [p.name for p in self.store.iterdir()] if self.store.is_dir() else []
+        found = self.store.iterdir() if self.store.is_dir() else ()
+        return [p.name for p in found if not (p / "retired").exists()]
 
     def check(self) -> None:
         """What holds after every fault."""
@@ -211,8 +213,38 @@ def test_vllm_stops_for_a_client_that_hangs_up(drill: Drill, stream: bool) -> No
     assert new("publish") == [handle]
     assert new("published") == []
     # vLLM may have been about to store it
-    until(lambda: handle not in drill.stored(), 10.0, f"{handle} is gone")
+    assert handle not in FileStore(drill.store).handles()
     assert drill.audience.consume(handle).status == 404
+
+
+def test_hung_up_publishes_leave_nothing(drill: Drill) -> None:
+    """Clients that leave at once, or after so many pieces: before, while or after it is stored."""
+    before = {r["seq"] for r in audit_rows(drill.database)}
+    handoff, n = {"publish": {"audience": "billing"}}, 18
+    for i in range(n):
+        if i % 3 == 0:
+            hung = _send_whole(drill, asked(f"{NOTE} {i}", handoff, 1 + i))
+            time.sleep(0.01 * i)  # somewhere on its way; all moments are right
+            hung.close()
+            continue
+        with drill.publisher.stream(f"{NOTE} {i}", handoff, LONG) as events:
+            for _ in range(i % 4):
+                next(events)
+    _, engine = engine_of(drill.proxy)
+
+    def ended() -> dict[str, str]:
+        rows = [r for r in audit_rows(drill.database) if r["seq"] not in before and r["handle"]]
+        return {r["handle"]: r["event"] for r in rows}
+
+    until(lambda: n_running(engine) == 0, WAIT_S, "vLLM is idle")
+    until(lambda: not {"publish"} & set(ended().values()), WAIT_S, f"all ended: {ended()}")
+    left = [h for h, event in ended().items() if event in ("aborted", "failed")]
+    assert left
+    store = FileStore(drill.store)
+    kept = set(store.handles())
+    assert not kept & set(left)
+    for handle in left:
+        assert drill.audience.consume(handle).status == 404
 
 
 def _send_whole(drill: Drill, body: dict[str, Any]) -> socket.socket:

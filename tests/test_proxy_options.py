@@ -50,6 +50,7 @@ OPTIONS = {
     "database": "test_keys_and_database_say_where_the_files_are",
     "database_timeout_s": "test_a_locked_database_refuses_handoffs_after_database_timeout_s",
     "store": "test_a_proxy_with_another_store_than_the_engine_is_not_ready",
+    "store_timeout_s": "test_proxy_slots.py::test_a_stopped_store_keeps_nobody_else_waiting",
     "store_max_bytes": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "prefix_cache": "test_prefix_cache_is_shared_within_a_tenant_where_the_option_says_so",
     "metrics_auth": "test_metrics_auth",
@@ -65,8 +66,13 @@ OPTIONS = {
     "upstream.retries": _UPSTREAM
     + "test_a_dropped_connection_is_tried_again_as_often_as_the_option_says",
     "limits.max_body_bytes": "test_max_body_bytes",
-    "limits.max_output_tokens": "test_max_output_tokens",
+    "limits.max_output_tokens": "test_proxy_limits.py::test_all_that_one_request_generates_counts",
     "limits.body_timeout_s": "test_body_timeout_s_for_head_and_body",
+    "limits.write_timeout_s": "test_proxy_slots.py::"
+    "test_a_client_that_does_not_read_loses_its_place",
+    "limits.redact_timeout_s": "test_bench.py::"
+    "test_the_loop_goes_on_and_nobody_waits_past_the_deadline",
+    "limits.key_concurrency": "test_proxy_slots.py::test_a_key_has_a_limit_without_saying_one",
     "limits.max_concurrency": "test_max_concurrency_max_queue_and_queue_timeout_s",
     "limits.max_queue": "test_max_concurrency_max_queue_and_queue_timeout_s",
     "limits.queue_timeout_s": "test_max_concurrency_max_queue_and_queue_timeout_s",
@@ -84,6 +90,8 @@ OPTIONS = {
     "engine.nice": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.start_timeout_s": "test_start_timeout_s_and_restarts",
     "engine.restarts": "test_start_timeout_s_and_restarts",
+    "engine.restart_window_s": "test_engine_restarts.py::"
+    "test_deaths_are_counted_within_a_window_and_none_is_the_last",
 }
 EDGE_OPTIONS = {
     "source": "test_tenant_source_and_audience_choose_the_rule",
@@ -354,14 +362,6 @@ def test_max_body_bytes(tight: Front) -> None:
     assert error(unsaid) == (413, "too_large")
 
 
-def test_max_output_tokens(tight: Front) -> None:
-    who = tight.auth("intake")
-    for name in ("max_tokens", "max_completion_tokens"):
-        answer = tight.chat(who, "hello", **{name: FOREVER + 1})
-        assert error(answer) == (400, "max_tokens")
-        assert answer.json()["error"]["param"] == name
-
-
 def test_body_timeout_s_for_head_and_body(tight: Front) -> None:
     address = ("127.0.0.1", int(tight.url.rpartition(":")[2]))
     head = (
@@ -476,7 +476,8 @@ def test_start_timeout_s_and_restarts(tmp_path: Path) -> None:
     own.key("nobody")
     settings = {"engine": {"start_timeout_s": 0.5, "restarts": 1}}
     with own.proxy(ready=False, **settings) as running:
-        wait_for(lambda: "vLLM ended with -9: it did not" in running.log.read_text(), 60)
+        wait_for(lambda: "2 times in 600 s" in running.log.read_text(), 60)
+        assert "vLLM ended with -9: it did not" in running.log.read_text()
         assert running.log.read_text().count("starting it again") == 1
         front = Front(own, running)
         wait_for(lambda: "start_timeout_s=0.5" in front.ready()["reasons"][0])

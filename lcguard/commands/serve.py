@@ -140,8 +140,8 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
             check_readable(Path(model))
         plan = EnginePlan(
             replace(settings.engine, args=args), model, name,
-            str(settings.policy) if settings.policy.exists() else "",
-            settings.store, settings.store_max_bytes, state.resolve() / "vllm.log",
+            str(settings.policy), settings.store, settings.store_max_bytes,
+            state.resolve() / "vllm.log", settings.store_timeout_s,
         )  # fmt: skip
 
     def say(text: str) -> None:
@@ -169,7 +169,9 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
     app = make_app(opened)
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False,
-        http=TimedHttp.with_timeout(settings.limits.body_timeout_s), lifespan="on",
+        http=TimedHttp.with_timeouts(
+            settings.limits.body_timeout_s, settings.limits.write_timeout_s
+        ), lifespan="on",
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
         server_header=False, date_header=False,
     )  # fmt: skip
