@@ -65,8 +65,10 @@ class FrontEnd:
             yield served
         finally:
             self._found.pop(id(params), None)
-            if publish is not None and not served.finished:
-                # its client left, or it failed; the engine may be about to store it
+            drawn = handoff.publish is not None and handoff.publish.handle is None
+            if publish is not None and drawn and not served.finished:
+                # its client left, or it failed; the engine may be about to store it. A handle that
+                # the request named is not touched: it may be another's
                 handle = str(publish.handle)
                 self.line.submit(lambda: self.gatekeeper.store.retire(handle))
 
