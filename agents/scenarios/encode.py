@@ -62,15 +62,20 @@ def _render(tokenizer: Any) -> str:
 class Encoder:
     """Encodes hops; keeps the tokenizer and its chat format."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, request: str = "") -> None:
+        """``request``: what every question ends with, such as how to answer."""
         if not tokenizer.is_fast:
             raise ValueError(
                 f"tokenizer {tokenizer.name_or_path!r} is slow: spans need character offsets; "
                 "load it with use_fast=True"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.request = tokenizer, request
         self.format = ChatFormat.of(tokenizer)
         self._ids: dict[str, tuple[int, ...]] = {}
+
+    def asking(self, request: str) -> Encoder:
+        """The same with another ending of every question."""
+        return Encoder(self.tokenizer, request)
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a piece, without special tokens of the tokenizer's own."""
@@ -83,7 +88,7 @@ class Encoder:
 
     def prompt(self, question: str) -> tuple[int, ...]:
         """The receiver's tokens after a consumed segment, up to the answer."""
-        return self.ids(self.format.between + question + self.format.after)
+        return self.ids(self.format.between + question + self.request + self.format.after)
 
     def answer(self, text: str) -> tuple[int, ...]:
         """An answer's tokens with its end token."""

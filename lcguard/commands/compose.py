@@ -18,6 +18,7 @@ from lcguard.attacks.base import Knowledge, attack_class
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES
 from lcguard.config import load_config
+from lcguard.evaluation.answers import VALUE_ONLY
 from lcguard.evaluation.folder import RunFolder, RunJournal, data_digest
 from lcguard.evaluation.fresh import check_fresh, check_headline
 from lcguard.evaluation.manifest import run_manifest
@@ -149,7 +150,8 @@ def setup(config: EvalConfig, say: Callable[[str], None], device: str | None = N
     """Loads everything a run needs. Raises ``ValueError`` in one line for anything missing."""
     backend = load_backend(config.model, device)
     guards = {g.name: load_guard(g, backend) for g in config.guards}
-    train, test = (backend.encoder.encode(hops) for hops in hops_for(config.data))
+    encoder = backend.encoder.asking(VALUE_ONLY) if config.by_reply else backend.encoder
+    train, test = (encoder.encode(hops) for hops in hops_for(config.data))
     if not train or not test:
         raise ValueError(
             f"{config.data.source}: {len(train)} train and {len(test)} test records; "
@@ -165,6 +167,7 @@ def setup(config: EvalConfig, say: Callable[[str], None], device: str | None = N
         test,
         guards,
         attack_factory(backend, config.broken_at),
+        "said" if config.by_reply else "exact",
         say,
     )
 

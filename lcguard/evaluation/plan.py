@@ -87,10 +87,18 @@ class EvalConfig:
     broken_at: float | None = 0.9
     """Skip a guard's remaining attacks once one recovers this share; None runs all."""
     injection: bool = True
+    scoring: Literal["auto", "exact", "said"] = "auto"
+    """Whether a receiver's answer counts by what it says in a reply of its own, or by exact match
+    of the bare value, teacher-forced; ``auto``: the latter for nano, which was trained to it."""
     explain: int = 2
     """Contexts shown token by token in the report."""
     error_budget: int = 0
     """Attempts that may end in an error before the run counts as failed."""
+
+    @property
+    def by_reply(self) -> bool:
+        """True where answers count by what is said."""
+        return self.scoring == "said" or (self.scoring == "auto" and self.model != "nano")
 
     def __post_init__(self) -> None:
         for kind, specs in (

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lcguard.evaluation.answers import Scoring, said_right
 from lcguard.evaluation.lists import as_extra
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
 from lcguard.evaluation.parallel import side_by_side
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec, PolicySpec
+from lcguard.evaluation.said import says
 from lcguard.evaluation.statistics import mean_over_categories
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import Attack, AttackData, Guess, KVBatch
@@ -63,6 +65,8 @@ class Setup:
     test: list[TokenRecord]
     guards: dict[str, FrozenGuard]
     attack: AttackFactory
+    scoring: Scoring = "exact"
+    """How a receiver's answers count, those to an injection's questions too."""
     say: Callable[[str], None] = lambda text: None
     timing: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -195,11 +199,13 @@ class Runner:
                 kv = self.s.guards[spec.name].opened(kv)
             out = []
             for kind, wanted in QUESTIONS.items():
-                for r, right in zip(
-                    records, self.s.source.exact_match(records, kv, wanted), strict=True
-                ):
+                exact = self.s.source.exact_match(records, kv, wanted)
+                right = exact
+                if self.s.scoring == "said":
+                    right = said_right(self.s.source, self.s.decode, records, kv, wanted)
+                for r, *row in zip(records, right, exact, strict=True):
                     asked = [q for q in r.questions if wanted(r, q)]
-                    for i, (q, ok) in enumerate(zip(asked, right, strict=True)):
+                    for i, (q, ok, forced) in enumerate(zip(asked, *row, strict=True)):
                         out.append(
                             self._attempt(
                                 r,
@@ -211,6 +217,7 @@ class Runner:
                                 f"{q.field}/{q.kind}/{i}",
                                 kind,
                                 Outcome.SUCCESS if ok else Outcome.RESISTED,
+                                float(forced),
                             )
                         )
             return out
@@ -291,7 +298,9 @@ class Runner:
             for i, (guess, secret) in enumerate(zip(group, secrets, strict=True)):
                 outcome = Outcome.ERROR
                 if guess.ids is not None:
-                    same = self.s.decode(guess.ids).strip() == self.s.decode(secret.ids).strip()
+                    guessed, value = (self.s.decode(x).strip() for x in (guess.ids, secret.ids))
+                    replies = self.s.scoring == "said" and f.attack.attack == "injection"
+                    same = says(guessed, value) if replies else guessed == value
                     outcome = Outcome.SUCCESS if same else Outcome.RESISTED
                 out.append(
                     self._attempt(

@@ -94,6 +94,8 @@ def guard_row(
         "utility": useful,
         "utility_vanilla": before,
         "utility_relative": useful / before if useful is not None and before else None,
+        "utility_kept": kept(utility, vanilla),
+        "utility_teacher_forced": _mean(a.score for a in utility if a.kind == "utility"),
         "allowed_accuracy": rate(utility, "allowed"),
         "asr_train": (guard.card.training or {}).get("asr_train"),
         "asr_fresh": best.value,
@@ -291,6 +293,13 @@ def explain_tokens(
 def rate(attempts: Sequence[Attempt], kind: str) -> float | None:
     """Share of questions of a kind that were answered right; None where none was asked."""
     return asr([a for a in attempts if a.kind == kind])
+
+
+def kept(utility: Sequence[Attempt], vanilla: Sequence[Attempt]) -> float | None:
+    """Of the task questions answered right from raw KV, the share still answered right."""
+    right = {(a.record, a.field) for a in vanilla if a.kind == "utility" and a.outcome == "success"}
+    asked = [a for a in utility if a.kind == "utility" and (a.record, a.field) in right]
+    return asr(asked)
 
 
 def _gap(floor: Sequence[Attempt], attempts: Sequence[Attempt]) -> float | None:
