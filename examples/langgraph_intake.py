@@ -14,6 +14,7 @@ from openai import OpenAI
 
 URL = os.environ.get("LCGUARD_URL", "http://127.0.0.1:8080/v1")
 NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
+SECRETS = ["Ada Long", "912-55-1029"]
 QUESTIONS = {"billing": "What is the chief complaint?", "scheduling": "What is the SSN?"}
 
 
@@ -35,7 +36,7 @@ def chat(agent: str, role: str, text: str, handoff: dict[str, Any], **more: Any)
 def intake(state: State) -> dict[str, Any]:
     handles = {}
     for audience in QUESTIONS:
-        publish = {"publish": {"audience": audience}}
+        publish = {"publish": {"audience": audience, "secrets": SECRETS}}
         made = chat("intake", "system", state["note"], publish, add_generation_prompt=False)
         handles[audience] = made.lcguard["published"]["handle"]
     return {"handles": handles, "note": ""}  # the text stays with intake

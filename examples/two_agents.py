@@ -18,7 +18,10 @@ published = intake.chat.completions.create(
     model="nano",
     max_tokens=1,
     messages=[{"role": "system", "content": note}],
-    extra_body={"add_generation_prompt": False, "lcguard": {"publish": {"audience": "billing"}}},
+    extra_body={
+        "add_generation_prompt": False,
+        "lcguard": {"publish": {"audience": "billing", "secrets": ["Ada Long", "912-55-1029"]}},
+    },
 ).lcguard["published"]
 print("guard", published["guard"], "hides", ", ".join(published["forbid"]))
 

@@ -9,6 +9,7 @@
 
 Fails closed: an edge that no entry matches has every category forbidden, a category that the
 policy does not list as known is forbidden everywhere, and a file with any unknown key is refused.
+A guard that is not named is ``redact``: it takes no publish that does not say what is secret.
 
 A deployment of several tenants names its agents ``tenant/agent``. An entry gives the two apart: it
 holds for every tenant unless it names one, a tenant's own entries go before the others, and no hop
@@ -87,8 +88,9 @@ class Edge(_Model):
     declassify: CategorySet = ()
     """Categories that ``source`` may pass on from what it consumed, although the consumed segment,
     or the agent it came from, forbids them: else such restrictions travel. Audited each time."""
-    guard: Annotated[str, StringConstraints(min_length=1)] = "gate"
-    """Registered name of the guard."""
+    guard: Annotated[str, StringConstraints(min_length=1)] = "redact"
+    """Registered name of the guard. By default the one whose segment is made without the values, so
+    that nobody can tell by trying them; its publishers name them."""
     on_failure: Literal["block"] = "block"
     """No guarded segment, no hop: raw KV is never sent instead."""
     ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0

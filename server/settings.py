@@ -96,8 +96,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     policy: Path = Path("policy.yaml")
-    """Followed. While it is absent every category is forbidden on every edge, with guard ``gate``.
-    """
+    """Followed. While it is absent every category is forbidden on every edge, guard ``redact``."""
     keys: Path = Path("keys.yaml")
     database: Path = Path("lcguard.sqlite")
     """Audit and ledger."""

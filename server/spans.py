@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from lcguard.normalise import skeleton
 from lcguard.policy import Edge, PolicyError
+from lcguard.redaction import RedactionError, redact
 from lcguard.server.bench import Bench
 from lcguard.server.detector import Detector, vouched
 from lcguard.server.errors import ProxyError
-from lcguard.server.redaction import RedactionError, redact
-from lcguard.server.token_text import TokenTextError, TokenTexts
 from lcguard.server.upstream import Upstream
+from lcguard.token_text import TokenTextError, TokenTexts
 from lcguard.vllm.request import tokens_digest
 
 Endpoint = Literal["chat", "completions"]
@@ -68,8 +68,6 @@ class SpanFinder:
         found = AutoTokenizer.from_pretrained(
             self.model, local_files_only=Path(self.model).is_dir()
         )
-        if not found.is_fast:
-            raise _refused(f"the tokenizer of {self.model} is none of the package tokenizers")
         try:
             return TokenTexts(found)
         except TokenTextError as error:
@@ -98,7 +96,8 @@ class SpanFinder:
         if secrets is None and open_:
             raise _refused(
                 f"guard 'redact' finds not all {', '.join(open_)} by itself: name the texts to "
-                "hide in lcguard.publish.secrets, [] for none"
+                "hide in lcguard.publish.secrets, [] for none, or choose another guard for "
+                f"{edge.source} -> {edge.audience} in the policy"
             )
         texts = await self._bench.run(lambda: self.texts)
         ids = await self._tokens(texts, endpoint, body)

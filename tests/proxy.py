@@ -25,7 +25,7 @@ ALL = list(CATEGORIES)
 
 
 def _to(audience: str, forbid: list[str], **more: Any) -> dict[str, Any]:
-    return {"source": "*", "audience": audience, "forbid": forbid} | more
+    return {"source": "*", "audience": audience, "forbid": forbid, "guard": "gate"} | more
 
 
 def _kin(source: str, audience: str, forbid: list[str], **more: Any) -> dict[str, Any]:
@@ -62,9 +62,12 @@ POLICY = {
         _kin("bob", "frank", ["government_id"], guard="redact"),
         _kin("alice", "frank", [], guard="identity"),
         _kin("dave", "erin", [], guard="identity"),
+        # as if nobody had written a policy: `redact`
+        {"tenant": "unwritten", "source": "*", "audience": "*", "forbid": ALL},
+        _to("*", ALL),
     ],
 }  # fmt: skip
-"""What the agent consumes under is its name; the default rule holds for all others."""
+"""What the agent consumes under is its name; the last rule holds for all others."""
 
 
 class Front:

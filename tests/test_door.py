@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from lcguard.commands.trial import Running, Site
 from lcguard.vllm.door import Door
 from tests.engine import needs_vllm
-from tests.proxy import Front, front_of
+from tests.proxy import POLICY, Front, front_of
 from tests.proxy_client import until
 
 pytest_plugins = ("tests.proxy_fixtures",)
@@ -94,7 +94,7 @@ def test_the_engine_takes_no_handoff_that_the_proxy_did_not_sign(
 @pytest.mark.vllm
 def test_before_an_engine_with_an_open_door_nothing_is_published(tmp_path: Path) -> None:
     """As the vLLM of before was: a key under /v1, none at /invocations."""
-    site = Site(tmp_path / "site", {"version": 1, "edges": []})
+    site = Site(tmp_path / "site", {"version": 1, "edges": POLICY["edges"][-1:]})
     site.door = False
     with (
         site.engine(args=("--block-size", "32")) as engine,

@@ -224,7 +224,9 @@ def test_vllm_is_held_to_the_same_files(nano: Path) -> None:
 ENGINE = """
 import sys
 from lcguard.vllm.llm import GuardedLLM
+every = {"source": "*", "audience": "*", "forbid": ["person"], "guard": "gate"}
 llm = GuardedLLM.build(sys.argv[1], guards={"gate": sys.argv[2]}, dtype="float32",
+                       policy={"version": 1, "edges": [every]},
                        block_size=32, max_model_len=256, enforce_eager=True)
 made = llm.publish(agent="a", audience="b", prompt="The patient's name is Ann Lee.")
 print("GUARD", made.guard, made.n_tokens)

@@ -48,7 +48,7 @@ def test_loads(tmp_path: Path) -> None:
     edge = load(tmp_path, GOOD).for_edge("intake", "billing")
     assert edge.forbid == ("government_id", "health")  # mask order
     assert edge.derive == ("health",)
-    assert (edge.guard, edge.on_failure, edge.fixed_length) == ("gate", "block", False)
+    assert (edge.guard, edge.on_failure, edge.fixed_length) == ("redact", "block", False)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,11 @@ def test_fails_closed() -> None:
     for name in ("", "*", "a/b/c", "/a", "acme/", "a b"):
         with pytest.raises(PolicyError, match="no agent's name"):
             rules.for_edge(name, "b")
+
+
+def test_the_guard_that_nobody_named_is_redact() -> None:
+    for rules in (policy(), policy({"source": "a", "audience": "b", "forbid": ["health"]})):
+        assert rules.for_edge("a", "b").guard == "redact"
 
 
 def test_unknown_categories_stay_forbidden() -> None:

@@ -36,7 +36,7 @@ def test_says_which_edge_decides_and_which_stand_back() -> None:
         "acme/intake -> acme/billing: edges[2] (intake -> *, tenant acme) decides, "
         "the most specific of 3 that match"
     )
-    assert holds.startswith("forbid person; derive nothing; guard gate; ")
+    assert holds.startswith("forbid person; derive nothing; guard redact; ")
     assert rest == [
         "edges[1] (intake -> billing) matches too and stands back",
         "edges[0] (* -> *) matches too and stands back",

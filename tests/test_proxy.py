@@ -402,7 +402,7 @@ def audit(front: Front, *options: str) -> list[dict[str, Any]]:
 def test_the_examples_run(front: Front, name: str) -> None:
     pytest.importorskip("langgraph" if "langgraph" in name else "openai")
     keys = {
-        f"{a.upper()}_KEY": front.auth(a)["Authorization"].removeprefix("Bearer ")
+        f"{a.upper()}_KEY": front.auth(a, "unwritten")["Authorization"].removeprefix("Bearer ")
         for a in ("intake", "billing", "scheduling", "mallory")
     }
     done = subprocess.run(
@@ -413,6 +413,6 @@ def test_the_examples_run(front: Front, name: str) -> None:
     lines = done.stdout.splitlines()
     assert len([x for x in lines if COMPLAINT in x]) == 1, done.stdout
     assert SSN not in done.stdout
-    assert len([x for x in lines if "not stated" in x]) == 1, done.stdout
+    assert len([x for x in lines if "XXXX" in x]) == 1, done.stdout
     if name == "two_agents.py":
         assert lines[-1].startswith("mallory -> 403 segment ")

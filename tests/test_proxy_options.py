@@ -287,7 +287,7 @@ def test_a_proxy_with_another_policy_than_the_engine_is_not_ready(
     site: Site, engine: Running, tmp_path: Path
 ) -> None:
     path = tmp_path / "other.yaml"
-    edge = {"source": "*", "audience": "clerk", "forbid": ["health"]}
+    edge = {"source": "*", "audience": "clerk", "forbid": ["health"], "guard": "gate"}
     rewrite(path, {"version": 1, "edges": [edge]})
     with front_of(site, engine, tmp_path, ready=False, policy=str(path)) as other:
         assert "goes by another policy" in first_reason(other)
@@ -594,6 +594,20 @@ def test_redact_without_a_detector_takes_secrets(front: Front) -> None:
     assert error(elsewhere) == (400, "bad_handoff")
 
 
+def test_where_no_guard_is_named_it_is_redact(site: Site, front: Front) -> None:
+    intake, who = (front.auth(name, "unwritten") for name in ("intake", "billing"))
+    kept = sorted((site.folder / "segments").glob("*"))
+    unsaid = front.publish(intake, "billing")
+    assert error(unsaid) == (400, "spans")
+    message = unsaid.json()["error"]["message"]
+    assert "lcguard.publish.secrets, [] for none, or choose another guard" in message
+    assert "\n" not in message
+    assert sorted((site.folder / "segments").glob("*")) == kept
+    made = front.publish(intake, "billing", secrets=[SSN]).json()["lcguard"]["published"]
+    assert (made["guard"], made["redacted_spans"]) == ("redact", 1)
+    assert SSN not in front.answer(who, ASK_SSN, made["handle"])
+
+
 def test_max_segments_within_window_s(front: Front) -> None:
     intake, who = front.auth("intake"), front.auth("frugal")
     first, second = (front.handle(intake, "frugal") for _ in range(2))
@@ -678,7 +692,7 @@ def test_a_changed_policy_refuses_what_was_published_before(site: Site, front: F
     assert SSN in front.answer(who, ASK_SSN, handle)
     stays = front.handle(intake, "open")
     edges = [e for e in POLICY["edges"] if e["audience"] != "changing"]
-    changed = {"source": "*", "audience": "changing", "forbid": ["government_id"]}
+    changed = {"source": "*", "audience": "changing", "forbid": ["government_id"], "guard": "gate"}
     try:
         rewrite(site.policy, POLICY | {"edges": [*edges, changed]})
         wait_for(

@@ -149,15 +149,46 @@ def test_redact_stores_the_twin(engine: Engine) -> None:
     segment = stored(engine, publish(engine, record.ids, "redact", spans=spans))
     ids = list(record.ids)
     for start, end in spans:
-        ids[start:end] = [engine.agent.source.pad_id] * (end - start)
+        ids[start:end] = [engine.agent.special.neutral_id] * (end - start)
     twin = hf_segment(engine, ids)
     torch.testing.assert_close(segment.keys, twin.keys[0], atol=1e-4, rtol=1e-4)
     raw = hf_segment(engine, record.ids)
     assert not torch.allclose(segment.values, raw.values[0], atol=0.1)
-    with pytest.raises(HandoffError, match="needs spans"):
+    with pytest.raises(HandoffError, match="name secrets, or spans"):
         publish(engine, record.ids, "redact")
     with pytest.raises(HandoffError, match="not within the prompt"):
         publish(engine, record.ids, "redact", spans=[(5, 5000)])
+
+
+def test_where_nobody_wrote_an_edge_redact_asks_what_is_secret(engine: Engine) -> None:
+    """By default nothing is stored on a guess; what is named is hidden in any spelling."""
+    note = "The patient's name is {}. Chief complaint: back pain. Again, {}. SSN: {}."
+    kept = sorted(engine.worker.store.handles())
+
+    def made(name: str, number: str, **more: Any) -> Any:
+        return engine.llm.publish(
+            agent="intake", prompt=note.format(name, name.upper(), number), audience="billing",
+            **more,
+        )  # fmt: skip
+
+    for more, why in (
+        ({}, r"'redact' on intake -> billing .* name secrets.*\[\] for none.*another guard"),
+        ({"secrets": ["Ada Lang"]}, r"secrets\[0\].* not in the prompt"),
+        ({"secrets": [" "]}, "white space"),
+        ({"secrets": [], "spans": []}, "give one"),
+    ):
+        with pytest.raises(HandoffError, match=why) as caught:
+            made("Ada Long", "912-55-1029", **more)
+        assert caught.value.status == 400
+        assert "\n" not in str(caught.value)
+    assert sorted(engine.worker.store.handles()) == kept
+    one = made("Ada Long", "912-55-1029", secrets=["ada long", "912551029"])
+    two = made("Ada Long", "348-16-7756", secrets=["Ada  LONG", "348 16 7756"])
+    assert (one.guard, one.n_tokens) == ("redact", two.n_tokens)
+    assert torch.equal(stored(engine, one).keys, stored(engine, two).keys)
+    assert torch.equal(stored(engine, one).values, stored(engine, two).values)
+    bare = made("Ada Long", "912-55-1029", secrets=[])  # the publisher's word: there are none
+    assert not torch.equal(stored(engine, bare).values, stored(engine, one).values)
 
 
 def test_the_gate_keeps_the_task_and_hides_the_rest(engine: Engine) -> None:
@@ -302,7 +333,7 @@ def refusals(engine: Engine) -> dict[str, tuple[int, str, Any]]:
         "no placeholders": (400, "placeholder", consume(good, placed=True)),
         "unknown key": (400, "colour", {**consume(good), "colour": 1}),
         "empty": (400, "give publish or consume", {}),
-        "unknown guard": (400, "gate", {"publish": {"source": "a", "audience": "b", "spans": []}}),
+        "unknown guard": (400, "gate", {"publish": edge | {"spans": []}}),
         "unknown category": (400, "forbid", {"publish": edge | {"forbid": ["age"]}}),
     }  # fmt: skip
 

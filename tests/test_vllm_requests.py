@@ -113,9 +113,10 @@ def test_malformed_requests_name_the_key(value: Any, where: str) -> None:
 def keeper(**changes: Any) -> Gatekeeper:
     edges = [
         {"source": "a", "audience": "b", "forbid": ["health", "person"], "derive": ["health"],
-         "ttl_s": 60.0},
+         "guard": "gate", "ttl_s": 60.0},
         {"source": "a", "audience": "c", "forbid": [], "guard": "redact"},
-        {"source": "a", "audience": "d", "forbid": [], "fixed_length": True},
+        {"source": "a", "audience": "d", "forbid": [], "guard": "gate",
+         "fixed_length": True},
     ]  # fmt: skip
     policy = parse_policy({"version": 1, "edges": edges})
     return Gatekeeper(
@@ -159,9 +160,22 @@ def test_behind_a_proxy_only_what_it_signed_is_planned() -> None:
 
 
 def test_an_edge_that_nobody_wrote_forbids_everything() -> None:
-    plan = keeper().plan(handoff(publish={"source": "x", "audience": "y"}), [1]).publish
+    publish = {"source": "x", "audience": "y", "spans": ()}
+    plan = keeper().plan(handoff(publish=publish), [1]).publish
     assert plan is not None
     assert len(plan.forbid) == 7
+
+
+@pytest.mark.parametrize("edges", [[], [{"source": "x", "audience": "y", "forbid": []}]])
+def test_without_a_word_on_the_guard_it_is_redact_and_nothing_named_is_refused(edges: Any) -> None:
+    policy, store = parse_policy({"version": 1, "edges": edges}), open_store("memory://")
+    mine = Gatekeeper(FACTS, policy, ["gate", "redact"], store, KEY)
+    publish = {"source": "x", "audience": "y"}
+    with pytest.raises(HandoffError, match=r"x -> y .* name secrets.*\[\] for none.*another guard"):
+        mine.plan(handoff(publish=publish), [1])
+    plan = mine.plan(handoff(publish=publish | {"spans": ()}), [1]).publish
+    assert plan is not None
+    assert plan.guard == "redact"
 
 
 def test_handles_are_new_for_every_request_and_contents_are_not() -> None:
@@ -184,7 +198,7 @@ def test_redact_refuses_a_span_that_still_holds_its_secret() -> None:
     assert plan([9], spans=()).publish.guard == "redact"
     for prompt, spans, message in (
         ([9, 3, 8, 9], ((1, 3),), "still holds its secret"),
-        ([9, 3, 3, 9], None, "needs spans"),
+        ([9, 3, 3, 9], None, "name secrets, or spans"),
         ([9, 3], ((1, 3),), "not within"),
         ([9, 3, 3], ((-1, 2),), "not within"),
     ):
@@ -360,7 +374,7 @@ def test_a_handle_travels_as_json() -> None:
 
 
 def rules(**edge: Any) -> Any:
-    both = {"source": "a", "audience": "b", "forbid": ["health"]} | edge
+    both = {"source": "a", "audience": "b", "forbid": ["health"], "guard": "gate"} | edge
     return parse_policy({"version": 1, "edges": [both]})
 
 

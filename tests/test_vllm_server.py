@@ -73,6 +73,14 @@ def consume(made: dict[str, Any], agent: str = "") -> dict[str, Any]:
     return {"consume": {"agent": agent or made["audience"], "segments": [segment]}}
 
 
+def readme_edges() -> list[dict[str, Any]]:
+    """Of the policy that the README starts this server with."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (config,) = re.findall(r"--kv-transfer-config '(.*?)'\n", text, re.S)
+    edges = json.loads(config)["kv_connector_extra_config"]["policy"]["edges"]
+    return list(edges)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     import openai
@@ -86,7 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             "store": f"file://{folder / 'store'}",
-            "policy": policy(),
+            "policy": policy() | {"edges": [*policy()["edges"], *readme_edges()]},
             "guards": {"gate": "nano:gate"},
         },
     }

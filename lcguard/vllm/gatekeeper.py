@@ -266,8 +266,10 @@ class Gatekeeper:
         """Every span must already hold neutral tokens: the front end overwrites them."""
         if publish.spans is None:
             raise HandoffError(
-                400, "guard 'redact' needs spans: the token ranges of the secrets, or [] for none"
-            )
+                400, f"guard 'redact' on {publish.source} -> {publish.audience} hides what its "
+                "publisher names: name secrets, or spans, their token ranges ([] for none), or "
+                "choose another guard for this edge in the policy",
+            )  # fmt: skip
         for start, end in publish.spans:
             if not 0 <= start < end <= len(own):
                 raise HandoffError(

@@ -1,7 +1,7 @@
 """``GuardedLLM``: a ``vllm.LLM`` or ``vllm.AsyncLLM`` whose agents hand over guarded KV.
 
-llm = GuardedLLM.build("my/model", policy="policy.yaml", guards={"gate": "my/guard"})
-handle = llm.publish(agent="intake", prompt=record, audience="billing")
+llm = GuardedLLM.build("my/model", policy="policy.yaml")
+handle = llm.publish(agent="intake", prompt=record, audience="billing", secrets=["Ada Long"])
 print(llm.generate(agent="billing", prompt=question, consume=[handle]))
 """
 
@@ -12,11 +12,14 @@ import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lcguard.keys import KEY_VARIABLE, new_key
 from lcguard.model_files import check_readable
+from lcguard.redaction import RedactionError, redact
+from lcguard.token_text import TokenTextError, TokenTexts
 from lcguard.vllm.checks import CONNECTOR
 from lcguard.vllm.errors import HandoffError
 from lcguard.vllm.frontend import failure_of
@@ -116,6 +119,41 @@ class _Guarded:
         parts = {"publish": publish} if publish is not None else {}
         return parts | ({"consume": consume_params(agent, consume)} if consume else {})
 
+    def _publishing(
+        self, *, agent: str, prompt: Prompt, audience: str, policy: Sequence[str] | None = None,
+        ttl_s: float | None = None, spans: Sequence[tuple[int, int]] | None = None,
+        secrets: Sequence[str] | None = None, consume: Sequence[Handle] = (),
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """vLLM's prompt and parameters of a publish. Raises ``HandoffError`` for secrets that
+        cannot be covered."""
+        if secrets is not None:
+            if spans is not None:
+                raise HandoffError(400, "secrets and spans both say what to hide: give one")
+            prompt, spans = self._covered(prompt, secrets, bool(consume))
+        parts = self._parts(agent, consume, publish_params(agent, audience, policy, ttl_s, spans))
+        return self._asked(agent, prompt, self._params(None, parts, max_tokens=1))
+
+    def _covered(
+        self, prompt: Prompt, secrets: Sequence[str], behind: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The prompt's tokens, and the ranges in which the secrets stand."""
+        try:
+            texts = self._texts
+            ids = self._ids(prompt, behind) if isinstance(prompt, str) else list(prompt)
+            found = redact(texts.of(ids), ids, texts.tokenizer, secrets)
+        except (TokenTextError, RedactionError) as error:
+            raise HandoffError(400, str(error)) from None
+        return ids, [(start, end) for start, end in found.spans]
+
+    @cached_property
+    def _texts(self) -> TokenTexts:
+        return TokenTexts(self.engine.get_tokenizer())
+
+    def _ids(self, prompt: str, behind: bool) -> list[int]:
+        """A text behind a consumed segment begins nothing: it gets no BOS token."""
+        tokenizer = self.engine.get_tokenizer()
+        return list(tokenizer.encode(prompt, add_special_tokens=not behind))
+
     @staticmethod
     def _params(params: Any, parts: dict[str, Any], max_tokens: int | None = None) -> Any:
         """A copy of the sampling parameters with the handoff; greedy by default."""
@@ -134,15 +172,13 @@ class _Guarded:
         return made
 
     def _asked(self, agent: str, prompt: Prompt, params: Any) -> tuple[Any, Any]:
-        """vLLM's prompt and parameters, in the agent's own part of the prefix cache. A text behind
-        a consumed segment begins nothing: it gets no BOS token."""
+        """vLLM's prompt and parameters, in the agent's own part of the prefix cache."""
         parts = (params.extra_args or {}).get("kv_transfer_params", {}).get(PARAM, {})
         made: dict[str, Any]
         if not isinstance(prompt, str):
             made = {"prompt_token_ids": list(prompt)}
         elif "consume" in parts:
-            ids = self.engine.get_tokenizer().encode(prompt, add_special_tokens=False)
-            made = {"prompt_token_ids": list(ids)}
+            made = {"prompt_token_ids": self._ids(prompt, behind=True)}
         else:
             made = {"prompt": prompt}
         return {**made, "cache_salt": f"lcguard agent {agent}"}, params
@@ -184,7 +220,8 @@ class GuardedLLM(_Guarded):
         """Starts an engine.
 
         Args:
-            policy: file or content; None forbids every category on every edge.
+            policy: file or content; None forbids every category on every edge, with guard
+                ``redact``.
             guards: guard name as the policy uses it -> folder, hub repository or ``nano:NAME``.
             store: URL; None keeps segments in a temporary folder.
             settings: further settings of the connector, see ``lcguard.vllm.settings``.
@@ -201,21 +238,25 @@ class GuardedLLM(_Guarded):
     def publish(
         self, *, agent: str, prompt: Prompt, audience: str, policy: Sequence[str] | None = None,
         ttl_s: float | None = None, spans: Sequence[tuple[int, int]] | None = None,
-        consume: Sequence[Handle] = (),
+        secrets: Sequence[str] | None = None, consume: Sequence[Handle] = (),
     ) -> Handle:  # fmt: skip
         """Prefills ``prompt`` and stores its guarded KV for ``audience``.
 
         Args:
             policy: categories to hide beyond those of the engine's policy.
             ttl_s: seconds to live, at most the policy's.
-            spans: token ranges of the secrets, for guard ``redact``.
+            secrets: for guard ``redact``, texts of the prompt to hide, ``[]`` for none: they are
+                covered wherever they stand, in every spelling (``lcguard.redaction``).
+            spans: the same as token ranges of the prompt.
             consume: segments to read first; they are not part of what is published.
 
-        Raises ``HandoffError`` where policy, guard or store refuse; nothing is stored then.
+        Raises ``HandoffError`` where policy, guard or store refuse, and for a secret that is not
+        in the prompt; nothing is stored then.
         """
-        parts = self._parts(agent, consume, publish_params(agent, audience, policy, ttl_s, spans))
-        params = self._params(None, parts, max_tokens=1)
-        return self._handle(self._run(*self._asked(agent, prompt, params)))
+        return self._handle(self._run(*self._publishing(
+            agent=agent, prompt=prompt, audience=audience, policy=policy, ttl_s=ttl_s, spans=spans,
+            secrets=secrets, consume=consume,
+        )))  # fmt: skip
 
     def generate(
         self, *, agent: str, prompt: Prompt, consume: Sequence[Handle] = (), params: Any = None
@@ -235,13 +276,8 @@ class GuardedLLM(_Guarded):
         Raises ``HandoffError`` where any of them is refused; the others' segments then stay until
         they expire.
         """
-        return [self._handle(o) for o in self._run_all(
-            [self._asked(r["agent"], r["prompt"], self._params(None, self._parts(
-                r["agent"], r.get("consume", ()),
-                publish_params(r["agent"], r["audience"], r.get("policy"), r.get("ttl_s"),
-                               r.get("spans")),
-            ), max_tokens=1)) for r in requests]
-        )]  # fmt: skip
+        asked = [self._publishing(**r) for r in requests]
+        return [self._handle(o) for o in self._run_all(asked)]
 
     def generate_all(self, requests: Sequence[Mapping[str, Any]]) -> list[str]:
         """Several answers at the same time: each a mapping of ``generate``'s arguments."""
@@ -290,12 +326,13 @@ class AsyncGuardedLLM(_Guarded):
     async def publish(
         self, *, agent: str, prompt: Prompt, audience: str, policy: Sequence[str] | None = None,
         ttl_s: float | None = None, spans: Sequence[tuple[int, int]] | None = None,
-        consume: Sequence[Handle] = (),
+        secrets: Sequence[str] | None = None, consume: Sequence[Handle] = (),
     ) -> Handle:  # fmt: skip
         """As ``GuardedLLM.publish``."""
-        parts = self._parts(agent, consume, publish_params(agent, audience, policy, ttl_s, spans))
-        params = self._params(None, parts, max_tokens=1)
-        return self._handle(await self._run(*self._asked(agent, prompt, params)))
+        return self._handle(await self._run(*self._publishing(
+            agent=agent, prompt=prompt, audience=audience, policy=policy, ttl_s=ttl_s, spans=spans,
+            secrets=secrets, consume=consume,
+        )))  # fmt: skip
 
     async def generate(
         self, *, agent: str, prompt: Prompt, consume: Sequence[Handle] = (), params: Any = None

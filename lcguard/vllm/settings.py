@@ -42,7 +42,8 @@ class Settings(BaseModel):
     placeholder_id: Annotated[int, Field(ge=0)] | None = None
     """Token that stands for consumed tokens; default the model's padding or end token."""
     neutral_id: Annotated[int, Field(ge=0)] | None = None
-    """Token that ``redact`` puts in place of a secret's tokens; default the placeholder."""
+    """Token that ``redact`` puts in place of a secret's tokens; default the letter X, in an engine
+    without a tokenizer the placeholder."""
 
 
 def read_settings(extra: Mapping[str, Any]) -> Settings:

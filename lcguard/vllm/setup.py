@@ -41,6 +41,16 @@ def weights_digest(config: Any) -> str:
         raise StartError(str(error)) from None
 
 
+def _neutral(model: Any, placeholder: int) -> int:
+    """The letter X, as where guards are measured: a model has read it, and copies it where it is
+    asked for what it hides. After a padding token, which it never read, it says anything."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model)
+    found = [] if tokenizer is None else tokenizer.encode("X", add_special_tokens=False)
+    return int(found[-1]) if found else placeholder
+
+
 def facts_of(config: Any, settings: Settings) -> ModelFacts:
     """The model's facts. Raises ``StartError`` for token ids outside its vocabulary."""
     model, text = config.model_config, config.model_config.hf_text_config
@@ -51,7 +61,7 @@ def facts_of(config: Any, settings: Settings) -> ModelFacts:
         ends = getattr(text, "pad_token_id", None), getattr(text, "eos_token_id", None)
         found = next((i for i in ends if i is not None), 0)
         placeholder = int(found[0] if isinstance(found, list) else found)
-    neutral = placeholder if settings.neutral_id is None else settings.neutral_id
+    neutral = _neutral(model, placeholder) if settings.neutral_id is None else settings.neutral_id
     for key, value in (("placeholder_id", placeholder), ("neutral_id", neutral)):
         if not 0 <= value < model.get_vocab_size():
             raise StartError(

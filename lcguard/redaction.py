@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcguard.normalise import runs
-from lcguard.server.token_text import TokenText
 from lcguard.spelling import Key, Range, Spellings, merged
+from lcguard.token_text import TokenText
 
 SHORTEST = 5
 """Letters and digits that a detected value needs to be looked for elsewhere: a shorter one is

@@ -55,8 +55,10 @@ class TokenTexts:
     """Texts of one tokenizer's tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """``tokenizer``: a fast one of ``transformers``. Raises ``TokenTextError`` for a decoder
-        that is not known here."""
+        """``tokenizer``: a fast one of ``transformers``. Raises ``TokenTextError`` for another, and
+        for a decoder that is not known here."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise TokenTextError("it is none of the package tokenizers")
         self.tokenizer = tokenizer
         self._added = {int(i): t for i, t in tokenizer.added_tokens_decoder.items()}
         self._description = json.loads(tokenizer.backend_tokenizer.to_str())
