@@ -52,6 +52,7 @@ class FrontEnd:
         Raises ``HandoffError`` for segments that it may not consume; the store is asked beside
         the event loop.
         """
+        self.gatekeeper.check_origin(handoff)  # before a handle is named that would be given up
         publish = _named(handoff, params)
         if handoff.consume is not None:
             keeper = self.gatekeeper
@@ -65,8 +66,7 @@ class FrontEnd:
             yield served
         finally:
             self._found.pop(id(params), None)
-            drawn = handoff.publish is not None and handoff.publish.handle is None
-            if publish is not None and drawn and not served.finished:
+            if publish is not None and publish is not handoff.publish and not served.finished:
                 # its client left, or it failed; the engine may be about to store it. A handle that
                 # the request named is not touched: it may be another's
                 handle = str(publish.handle)
@@ -183,9 +183,10 @@ class Served:
 
 
 def _named(handoff: Handoff, params: Any) -> Publish | None:
-    """The publish with a handle that this side knows: it may have to be given up."""
+    """The publish with a handle that this side knows: it may have to be given up. What the proxy
+    signed stays as it is: its signature would not fit."""
     publish = handoff.publish
-    if publish is None or publish.handle is not None:
+    if publish is None or publish.handle is not None or handoff.order is not None:
         return publish
     handle = new_handle()
     transfer = params.extra_args["kv_transfer_params"]
