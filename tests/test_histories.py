@@ -65,7 +65,7 @@ class Rendered:
         except ContractError as error:
             return 400, error.message
         except ProxyError as error:
-            return error.status, error.message
+            return error.status, error.whole
         assert tokens_digest(ids) == found.digest, json.dumps(body)
         left = [i for i in range(len(ids)) if not any(a <= i < b for a, b in found.spans)]
         return 200, tokenizer(self.kind).decode([ids[i] for i in left])

@@ -202,7 +202,7 @@ def test_noise_of_a_layer_is_its_part_of_the_segments() -> None:
         stream = NoiseStream(KEY, layer, 3, 4, first_head=1, first_token=5)
         assert torch.equal(stream.draw(2, 24, 12), whole[:, layer, :, 1:3].flatten(2))
     assert "key" not in repr(stream)
-    end = replace(stream, first_token=(1 << 32) // (3 * 2 * 4 * 2) - 3)
+    end = replace(stream, first_token=(1 << 32) // (3 * 2 * 4 * 3) - 3)
     assert end.draw(3, 24, 3).shape == (3, 2, 72)
     with pytest.raises(ValueError, match="one key has 2\\^32: publish the segment in parts"):
         end.draw(3, 24, 4)

@@ -90,7 +90,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_every_trained_guard_is_trained_here() -> None:
-    assert {c.guard for c in CONFIGS.values()} == set(TRAINED)
+    # but for twin, whose detector has a training of its own (test_guard_twin.py, test_detect.py)
+    assert {c.guard for c in CONFIGS.values()} == set(TRAINED) - {"twin"}
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_the_file_is_named_in_one_line(
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     monkeypatch.setattr("sys.argv", ["lcguard", *command])
     new_key(Path("keys.yaml"), "intake")
-    Path("good.yaml").write_text("version: 1\nedges: []\n")
+    Path("good.yaml").write_text("version: 1\nedges: []\n...\n")
     Path("run").mkdir()
     for folder, source in (("guard", guard_path("gate")), ("model", model_path())):
         shutil.copytree(source, folder)
