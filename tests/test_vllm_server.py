@@ -24,6 +24,7 @@ import torch
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.nano.load import model_path
 from lcguard.keys import new_key
+from lcguard.policy import parse_policy
 from lcguard.store import open_store
 from tests.engine import KEY, needs_vllm, policy, question, records
 
@@ -141,7 +142,10 @@ def test_publish_and_consume_with_the_openai_client(server: Server) -> None:
     by_text = server.ask(text, consume(made))
     assert by_tokens.choices[0].text == by_text.choices[0].text == whole.choices[0].text
     assert by_tokens.choices[0].text.strip() == server.agent.decode(q.answer[:-1]).strip()
-    assert by_tokens.kv_transfer_params["lcguard"] == {"consumed_tokens": len(record.ids)}
+    # its audience is told the length no closer than the edge's bucket
+    shown = parse_policy(policy()).for_edge("intake", "identity").shown_tokens(len(record.ids))
+    assert shown > len(record.ids)
+    assert by_tokens.kv_transfer_params["lcguard"] == {"consumed_tokens": shown}
     streamed = server.ask(list(q.prompt), consume(made), stream=True)
     assert "".join(c.choices[0].text for c in streamed if c.choices) == whole.choices[0].text
 
@@ -223,7 +227,12 @@ def test_refusals_have_a_status_and_a_reason(server: Server) -> None:
         (403, "mallory", consume(made, agent="mallory"), {}),
         (403, "does not let", consume(made | {"grant": forged}), {}),
         (404, "does not exist", consume(gone), {}),
-        (400, "at least one token", {"consume": consume(made)["consume"] | {"placed": True}}, {}),
+        (
+            400,
+            "none but consumed tokens",
+            {"consume": consume(made)["consume"] | {"placed": True}},
+            {},
+        ),
         (400, "log-probabilities", consume(made), {"echo": True, "logprobs": 1}),
         (
             400,
