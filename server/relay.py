@@ -142,7 +142,7 @@ class Relay:
         )
 
     async def _forward(self, x: Exchange, body: dict[str, Any], bill: Bill) -> None:
-        """Relays vLLM's answer, and writes the tokens that vLLM counted on the bill."""
+        """Relays vLLM's answer, and writes the tokens that it took on the bill."""
         passed = {k: v for k, form in _PASSED_ON.items()
                   if form.fullmatch(v := x.headers.get(k, ""))}  # fmt: skip
         if x.order is not None and x.order.handle:
@@ -165,7 +165,8 @@ class Relay:
             else:
                 counted = await self._whole(x, answer, kind)
             if counted is not None:
-                bill.used_tokens = counted
+                # as the client is told: what is left of its tokens would tell the length otherwise
+                bill.used_tokens = counted + (x.order.unsaid_tokens if x.order else 0)
         finally:
             answer.close()  # where vLLM still computes, it stops
 

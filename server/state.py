@@ -56,7 +56,8 @@ class Bill:
     reserved: int
     """Set aside before it ran."""
     used_tokens: int = 0
-    """As vLLM counted them; what was set aside where the answer broke off before that."""
+    """As vLLM counted them, consumed segments by the length that is shown; what was set aside where
+    the answer broke off before that."""
 
 
 @dataclass

@@ -191,6 +191,14 @@ def test_figures_for_anybody_count_lengths_in_buckets(front: Front) -> None:
         text = front.http.get("/metrics", headers=front.auth("root", role="admin")).text
         return float(text.split("\nlcguard_tokens_total ")[1].split()[0])
 
-    before = tokens()
-    used = front.ask(reader, "Why?", handle).json()["usage"]["total_tokens"]
-    wait_for(lambda: tokens() == before + used)
+    def used(**more: Any) -> int:
+        got = front.ask(reader, "Why?", handle, **more)
+        if not more:
+            return int(got.json()["usage"]["total_tokens"])
+        events = [json.loads(e[6:]) for e in got.text.split("\n\n") if e.startswith("data: {")]
+        return int(next(e["usage"]["total_tokens"] for e in events if e.get("usage")))
+
+    for more in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
+        before = tokens()
+        wanted = before + used(**more)
+        wait_for(lambda wanted=wanted: tokens() == wanted)
