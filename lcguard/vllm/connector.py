@@ -11,6 +11,7 @@ only routes: ``scheduler`` plans, ``worker`` reads and writes, ``gatekeeper`` de
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from lcguard.vllm import plugin
 from lcguard.vllm.checks import check_config, check_groups, check_version
 from lcguard.vllm.jobs import Saved, StepJobs
 from lcguard.vllm.pages import LayerPages
-from lcguard.vllm.scheduler import HandoffScheduler
+from lcguard.vllm.scheduler import IDLE_S, HandoffScheduler
 from lcguard.vllm.seeds import survive_seeds
 from lcguard.vllm.setup import (
     facts_of,
@@ -143,8 +144,13 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         assert self.worker is not None
-        for job in self._jobs().loads:
+        jobs = self._jobs()
+        for job in jobs.loads:
             self.worker.load(job)
+        if jobs.idle:
+            # a worker of its own process that polls for steps, on the core that it is bound to,
+            # never leaves its store's threads the interpreter lock
+            time.sleep(IDLE_S)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """A request is scheduled once its load is complete."""

@@ -52,6 +52,8 @@ class SaveJob:
 class StepJobs(KVConnectorMetadata):
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+    idle: bool = False
+    """Nothing is computed: all wait for the store."""
 
 
 @dataclass

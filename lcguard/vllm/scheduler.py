@@ -29,7 +29,7 @@ from lcguard.vllm.options import check_request, reads_prompt
 from lcguard.vllm.request import PARAM, Handoff, parse_handoff
 
 logger = init_logger("vllm.lcguard.scheduler")
-_IDLE_S = 0.0005
+IDLE_S = 0.0005
 
 
 @dataclass
@@ -168,8 +168,9 @@ class HandoffScheduler:
     def step(self, output: Any) -> StepJobs:
         """The jobs of this step. A prompt is published in the step that computes its end."""
         if not output.num_scheduled_tokens:
-            time.sleep(_IDLE_S)  # all requests wait for the store, whose threads need the time
-        jobs = StepJobs(loads=list(self._ready.values()))
+            time.sleep(IDLE_S)  # all requests wait for the store, whose threads need the time
+        idle = not output.num_scheduled_tokens
+        jobs = StepJobs(loads=list(self._ready.values()), idle=idle)
         self._ready.clear()
         for request_id, n_scheduled in output.num_scheduled_tokens.items():
             booked = self._booked.get(request_id)
