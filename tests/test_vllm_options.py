@@ -14,6 +14,7 @@ import torch
 from lcguard.grants import new_handle
 from lcguard.vllm.options import SAMPLING, check_params
 from tests.engine import Engine, make_engine, needs_vllm, question, records, tokens
+from tests.proxy import wait_for
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -149,7 +150,8 @@ def test_a_publish_that_a_string_would_stop_tells_its_handle_or_is_refused(engin
         ask(publish())
     handle = new_handle()  # as the proxy does: it knows the name
     ask({"publish": publish()["publish"] | {"handle": handle}})
-    assert handle in engine.worker.store.handles()
+    # it answers at once: the store is written beside the engine, no longer than its deadline
+    wait_for(lambda: handle in engine.worker.store.handles(), timeout_s=10.0)
 
 
 @pytest.mark.parametrize("wrong", ["lcguard", 7, ["lcguard"], 0.5])
