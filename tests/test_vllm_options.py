@@ -258,4 +258,4 @@ def test_one_engine_survives_every_option_on_every_kind_of_request() -> None:
     assert "700 requests" in done.stdout
     assert "0 faults" in done.stdout.splitlines()[-2]
     hits = int(re.findall(r"(\d+) met their own", done.stdout)[0])
-    assert hits > 20  # the cache was at work
+    assert hits > 5  # the cache was at work: about 20 of 700, by what is still cached when
