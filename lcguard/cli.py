@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lcguard.commands import detect, models, service
+from lcguard.commands.script import command_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,10 +43,6 @@ Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU by default.")]
 
 
-def _command() -> str:
-    return shlex.join(["lcguard", *sys.argv[1:]])
-
-
 def _table_console() -> Console:
     """Standard output; wide where it is no terminal, so that no figure in a log is cut."""
     console = Console()
@@ -61,7 +57,7 @@ def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str]
     from lcguard.commands.evaluation import rendered, run
 
     console = Console(stderr=True)
-    code = run(config, out, _command(), console, device, fail_if)
+    code = run(config, out, command_line(), console, device, fail_if)
     _table_console().print(rendered(out, "table"))
     console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
     if code:
@@ -196,7 +192,7 @@ def train(
 
     console = Console(stderr=True)
     run = load_plan(TrainRun, config, sets or [], data, prefix="train-")
-    summary = run_training(run, out, _command(), _say(console), device)
+    summary = run_training(run, out, command_line(), _say(console), device)
     Console().print_json(data=summary)
 
 

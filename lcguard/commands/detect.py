@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from lcguard.commands.script import command_line
 from lcguard.replaced import replace_file
 
 detect_app = typer.Typer(no_args_is_help=True, help="Find what a policy forbids, and say how well.")
@@ -27,7 +26,7 @@ def train(
     from lcguard.commands.detector import DetectorRun, train_detector
 
     run = load_plan(DetectorRun, config, sets or [], None, "detect-")
-    train_detector(run, out, _command(), Console(stderr=True).print)
+    train_detector(run, out, command_line(), Console(stderr=True).print)
     typer.echo(out / "guard")
 
 
@@ -53,15 +52,11 @@ def evaluate(
         raise ValueError(f"source {source!r} is unknown; use one of {', '.join(SOURCES)}")
     n = records or (300 if source == "generator" else 0)
     config = DataConfig(source, str(data or ""), seed, 0, n)
-    figures = measure_detector(config, model, guard, against, _command())
+    figures = measure_detector(config, model, guard, against, command_line())
     replace_file(out, (json.dumps(figures, indent=1, default=str) + "\n").encode())
     Console().print(_line("found", figures), highlight=False)
     if against:
         Console().print(_line(against, figures[against]), highlight=False)
-
-
-def _command() -> str:
-    return shlex.join(["lcguard", *sys.argv[1:]])
 
 
 def _line(name: str, f: dict[str, Any]) -> str:

@@ -1,10 +1,17 @@
-"""How every script ends: errors of the user's making in one line, with a non-zero exit."""
+"""What every command and script has: the line it was called with, and how it ends on an error of
+the user's making: in one line, with a non-zero exit."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+
+def command_line() -> str:
+    """As typed, for what a run writes about itself."""
+    return shlex.join(["lcguard", *sys.argv[1:]])
 
 
 def run_script(main: Callable[[Sequence[str] | None], int]) -> None:
