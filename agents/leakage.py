@@ -81,14 +81,21 @@ def measure(
     ]
     one = _most(best_of(c).value for c in by_one if c)
     all_of = best_of(composed).value if composed else None
-    guesses = compose([replace(a, kind="attack", edge=GRAPH, key="") for a in floor],
-                      compositions, kept)  # fmt: skip
+    guesses = compose(
+        [replace(a, kind="attack", edge=GRAPH, key="") for a in floor], compositions, kept
+    )
     return Leakage(
-        by_edge, by_path, graph, edge_max, _minus(graph.value, edge_max),
-        one, all_of, _minus(all_of, one),
+        by_edge,
+        by_path,
+        graph,
+        edge_max,
+        _minus(graph.value, edge_max),
+        one,
+        all_of,
+        _minus(all_of, one),
         mean_over_categories(guesses).value if guesses else None,
         len({(a.scenario, a.field) for a in composed}),
-    )  # fmt: skip
+    )
 
 
 def best_of(attempts: Sequence[Attempt]) -> BestAttack:
@@ -167,19 +174,27 @@ def compose(
                     continue
                 both = [
                     x or guessed.get((p, seed))
-                    for x, p in zip(own, parts, strict=True) if p is not None
-                ]  # fmt: skip
+                    for x, p in zip(own, parts, strict=True)
+                    if p is not None
+                ]
                 if None in both:
                     continue
                 won = all(x is not None and x.outcome is Outcome.SUCCESS for x in both)
                 first = next(x for x in own if x is not None)
                 out.append(
                     replace(
-                        first, edge=GRAPH, record="", category="composition", field=str(i),
-                        outcome=Outcome.SUCCESS if won else Outcome.RESISTED, key="",
-                        attack=attack, score=None, nll_nats=None,
+                        first,
+                        edge=GRAPH,
+                        record="",
+                        category="composition",
+                        field=str(i),
+                        outcome=Outcome.SUCCESS if won else Outcome.RESISTED,
+                        key="",
+                        attack=attack,
+                        score=None,
+                        nll_nats=None,
                     )
-                )  # fmt: skip
+                )
     return out
 
 

@@ -103,14 +103,20 @@ def run(
             arrived = [trace.received.get(link.name) for link in topology.incoming(agent)]
             if arrived and all(arrived):
                 inbox[agent] = [
-                    _unique([
-                        x
-                        for hop in arrived if hop is not None
-                        for x in ((*hop.consumed[i], hop.references[i]) if topology.relay
-                                  else (hop.references[i],))
-                    ])
+                    _unique(
+                        [
+                            x
+                            for hop in arrived
+                            if hop is not None
+                            for x in (
+                                (*hop.consumed[i], hop.references[i])
+                                if topology.relay
+                                else (hop.references[i],)
+                            )
+                        ]
+                    )
                     for i in range(len(scenarios))
-                ]  # fmt: skip
+                ]
     if ask:
         trace.answered = _ask(backend, topology, trace, inbox)
     return trace
@@ -121,15 +127,14 @@ def _unique(references: Sequence[Reference]) -> tuple[Reference, ...]:
     return tuple({r.key: r for r in references}.values())
 
 
-def _records(
-    link: Link, scenarios: Sequence[Scenario], encoder: Encoder
-) -> list[TokenRecord]:  # fmt: skip
+def _records(link: Link, scenarios: Sequence[Scenario], encoder: Encoder) -> list[TokenRecord]:
     """What ``link.source`` read in each scenario, under the link's policy."""
     hops = []
     for s in scenarios:
         agent = next((a for a in s.agents if a.name == link.source), None)
-        edge = next((e for e in s.edges if (e.source, e.audience) == (link.source, link.audience)),
-                    None)  # fmt: skip
+        edge = next(
+            (e for e in s.edges if (e.source, e.audience) == (link.source, link.audience)), None
+        )
         if agent is None or edge is None:
             raise ValueError(f"scenario {s.scenario_id!r} has no link {link.name}: other topology")
         if len(agent.records) != 1:
@@ -142,9 +147,11 @@ def _records(
 
 
 def _ask(
-    backend: AgentBackend, topology: Topology, trace: Trace,
+    backend: AgentBackend,
+    topology: Topology,
+    trace: Trace,
     inbox: dict[str, list[tuple[Reference, ...]]],
-) -> list[Answered]:  # fmt: skip
+) -> list[Answered]:
     """Every audience's task questions about the records handed to it.
 
     A field that two of the records it reads have is not asked about: nothing would tell which.
@@ -168,6 +175,8 @@ def _ask(
                     about.append((scenario, link.name, replace(record, questions=questions)))
     out = []
     for (scenario, name, record), right in zip(about, backend.answers(asks), strict=True):
-        out += [Answered(scenario, name, record, q, ok)
-                for q, ok in zip(record.questions, right, strict=True)]  # fmt: skip
+        out += [
+            Answered(scenario, name, record, q, ok)
+            for q, ok in zip(record.questions, right, strict=True)
+        ]
     return out

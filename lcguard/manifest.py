@@ -25,13 +25,31 @@ from lcguard.rope import Rotary, canonical
 
 _DOMAIN = b"lcguard manifest\0"
 _CONFIG_FIELDS = (
-    "model_type", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act",
-    "hidden_activation", "rms_norm_eps", "norm_epsilon", "attention_bias", "mlp_bias", "use_bias",
-    "attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier",
-    "embedding_multiplier", "residual_multiplier", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
-    "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
-)  # fmt: skip
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "hidden_act",
+    "hidden_activation",
+    "rms_norm_eps",
+    "norm_epsilon",
+    "attention_bias",
+    "mlp_bias",
+    "use_bias",
+    "attn_logit_softcapping",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
 
 
 class SegmentError(ValueError):

@@ -15,9 +15,15 @@ from safetensors import SafetensorError, safe_open
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _JSON = (
-    CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", INDEX,
-)  # fmt: skip
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    INDEX,
+)
 _TEXT = ("merges.txt", "vocab.txt", "chat_template.jinja")
 _BINARY = ("tokenizer.model", SINGLE)
 _OTHER = "transformers_weights"

@@ -81,8 +81,10 @@ class KVBatch:
         def wide(x: Tensor) -> Tensor:
             return F.pad(x, (0, 0, 0, width - x.shape[3]))
 
-        keys, values = (torch.cat([wide(x) for x in xs]) for xs in
-                        ([r.keys for r in rows], [r.values for r in rows]))  # fmt: skip
+        keys, values = (
+            torch.cat([wide(x) for x in xs])
+            for xs in ([r.keys for r in rows], [r.values for r in rows])
+        )
         valid = torch.cat([F.pad(r.valid, (0, width - r.valid.shape[1])) for r in rows])
         return KVBatch(keys, values, valid)
 
@@ -138,9 +140,13 @@ class Guard(Protocol):
         ...
 
     def __call__(
-        self, kv: KVBatch, mask: Mask, *, keys: Sequence[bytes] | None = None,
+        self,
+        kv: KVBatch,
+        mask: Mask,
+        *,
+        keys: Sequence[bytes] | None = None,
         twin: KVBatch | None = None,
-    ) -> Guarded:  # fmt: skip
+    ) -> Guarded:
         """Rewrites ``kv``. Noise is a function of each segment's key, drawn once per segment:
         32 secret bytes, fresh ones where ``keys`` is None.
 

@@ -50,8 +50,19 @@ rotated."""
 
 _REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(
-        ("codegen", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4",
-         "gptj", "helium", "llama4_text"),
+        (
+            "codegen",
+            "cohere",
+            "cohere2",
+            "cohere2_moe",
+            "ernie4_5",
+            "ernie4_5_moe",
+            "glm",
+            "glm4",
+            "gptj",
+            "helium",
+            "llama4_text",
+        ),
         "rotates interleaved pairs (2i, 2i + 1), not half-split ones",
     ),
     **dict.fromkeys(
@@ -59,7 +70,7 @@ _REFUSED_TYPES: Mapping[str, str] = {
         "normalises keys after rotation, so the cached key is not a rotated one",
     ),
     "smollm3": "leaves some layers without rotation (no_rope_layers)",
-}  # fmt: skip
+}
 
 
 class UnsupportedModelError(ValueError):

@@ -58,8 +58,9 @@ class ModelSource:
         """
         width = max(len(c) for c in contexts)
         layers, heads, dim = self.shape
-        keys = torch.zeros(len(contexts), layers, heads, width, dim, dtype=self.dtype,
-                           device=self.device)  # fmt: skip
+        keys = torch.zeros(
+            len(contexts), layers, heads, width, dim, dtype=self.dtype, device=self.device
+        )
         values = torch.zeros_like(keys)
         valid = pad([[1] * len(c) for c in contexts], 0).bool().to(self.device)
         # similar lengths together: less padding

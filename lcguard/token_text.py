@@ -112,9 +112,11 @@ class TokenTexts:
         made = {
             i: self._bytes(token)
             if (added := self._added.get(i)) is None
-            else b"\n" if added.special else str(added.content).encode()
+            else b"\n"
+            if added.special
+            else str(added.content).encode()
             for i, token in zip(ids, tokens, strict=True)
-        }  # fmt: skip
+        }
         return [made[i] for i in ids]
 
 

@@ -67,10 +67,12 @@ def measure(llm: Any, n_tokens: int, repeats: int, vocab: int, seed: int) -> dic
         for kind in rng.sample(KINDS, 3):
             text = kind == "text"
             spent, _ = timed(
-                llm.generate, agent=kind, params=once,
+                llm.generate,
+                agent=kind,
+                params=once,
                 prompt=context + question if text else question,
                 consume=[] if text else [handles[kind]],
-            )  # fmt: skip
+            )
             if repetition > 1:
                 ttft[kind].append(spent)
         for handle in handles.values():  # the store's disk is not what is measured
@@ -111,30 +113,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     nano = args.model == "nano"
     with tempfile.TemporaryDirectory(prefix="lcguard-bench-") as folder:
         llm = GuardedLLM.build(
-            str(model_path()) if nano else args.model, policy=policy(args.guard),
-            guards={args.guard: args.guard_path}, store=f"file://{folder}/store",
-            dtype=args.dtype, max_model_len=longest, max_num_batched_tokens=max(longest, 2048),
-            enable_prefix_caching=False, enforce_eager=True, seed=0,
-        )  # fmt: skip
+            str(model_path()) if nano else args.model,
+            policy=policy(args.guard),
+            guards={args.guard: args.guard_path},
+            store=f"file://{folder}/store",
+            dtype=args.dtype,
+            max_model_len=longest,
+            max_num_batched_tokens=max(longest, 2048),
+            enable_prefix_caching=False,
+            enforce_eager=True,
+            seed=0,
+        )
         vocab = llm.engine.llm_engine.vllm_config.model_config.get_vocab_size()
         rows = []
         for n_tokens in sorted(args.tokens):
             raw = measure(llm, n_tokens, args.repeats, vocab, args.seed)
             ttft = medians(raw["ttft"])
-            rows.append({
-                "tokens": n_tokens, "ttft_ms": ttft, "publish_ms": medians(raw["publish"]),
-                "guarded_over_vanilla": round(ttft["guarded"] / ttft["vanilla"], 4),
-                "guarded_over_text": round(ttft["guarded"] / ttft["text"], 4), "raw_ms": raw,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "tokens": n_tokens,
+                    "ttft_ms": ttft,
+                    "publish_ms": medians(raw["publish"]),
+                    "guarded_over_vanilla": round(ttft["guarded"] / ttft["vanilla"], 4),
+                    "guarded_over_text": round(ttft["guarded"] / ttft["text"], 4),
+                    "raw_ms": raw,
+                }
+            )
             print(f"{n_tokens:6} tokens  " + "  ".join(f"{k} {v:8.2f} ms" for k, v in ttft.items()))
     command = "python scripts/bench_handoff.py --tokens " + " ".join(map(str, args.tokens))
     report = {
-        "title": "Time to first token of a receiver", "unit": "ms",
+        "title": "Time to first token of a receiver",
+        "unit": "ms",
         **run_manifest(command, [args.seed], vars(args) | {"out": None}),
-        "model": args.model, "guard": args.guard, "repeats": args.repeats,
+        "model": args.model,
+        "guard": args.guard,
+        "repeats": args.repeats,
         # of the longest context where several were measured
-        "ttft_ms": rows[-1]["ttft_ms"], "rows": rows,
-    }  # fmt: skip
+        "ttft_ms": rows[-1]["ttft_ms"],
+        "rows": rows,
+    }
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")

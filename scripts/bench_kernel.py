@@ -68,8 +68,9 @@ def rewriter(guard: str, args: argparse.Namespace, device: str) -> tuple[Callabl
     table = torch.randperm(blocks, device=device)
     position = torch.arange(args.tokens, device=device)
     slots = table[position // BLOCK] * BLOCK + position % BLOCK
-    segment = torch.empty(2, args.layers, args.kv_heads, args.tokens, args.head_dim,
-                          dtype=dtype, device=device)  # fmt: skip
+    segment = torch.empty(
+        2, args.layers, args.kv_heads, args.tokens, args.head_dim, dtype=dtype, device=device
+    )
     half = torch.arange(0, args.head_dim, 2, dtype=torch.float32) / args.head_dim
     rotary = Rotary("default", args.head_dim, tuple((1e6**-half).tolist()))
     module = guard_class(guard).build(shape, len(CATEGORIES), {}).to(device)
@@ -95,8 +96,12 @@ def rewriter(guard: str, args: argparse.Namespace, device: str) -> tuple[Callabl
 
 def spread(raw: Sequence[float]) -> dict[str, Any]:
     rounded = [round(x, 4) for x in raw]
-    return {"median": round(statistics.median(raw), 4), "min": min(rounded), "max": max(rounded),
-            "raw": rounded}  # fmt: skip
+    return {
+        "median": round(statistics.median(raw), 4),
+        "min": min(rounded),
+        "max": max(rounded),
+        "raw": rounded,
+    }
 
 
 def measure(guard: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -115,11 +120,15 @@ def measure(guard: str, args: argparse.Namespace, device: str) -> dict[str, Any]
     moved = 2 * 2 * args.layers * args.kv_heads * args.tokens * args.head_dim * itemsize
     speeds = 2 * len(source) / statistics.median(copy_ms), moved / statistics.median(rewrite_ms)
     return {
-        "guard": guard, "implementation": implementation, "moved_bytes": moved,
-        "rewrite_ms": spread(rewrite_ms), "copy_ms": spread(copy_ms),
-        "copy_gb_per_s": round(speeds[0] / 1e6, 3), "rewrite_gb_per_s": round(speeds[1] / 1e6, 3),
+        "guard": guard,
+        "implementation": implementation,
+        "moved_bytes": moved,
+        "rewrite_ms": spread(rewrite_ms),
+        "copy_ms": spread(copy_ms),
+        "copy_gb_per_s": round(speeds[0] / 1e6, 3),
+        "rewrite_gb_per_s": round(speeds[1] / 1e6, 3),
         "share_of_copy": round(speeds[1] / speeds[0], 4),
-    }  # fmt: skip
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,9 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for guard in args.guard:
         row = measure(guard, args, device)
         rows.append(row)
-        print(f"{guard:10} {row['implementation']:10} {row['rewrite_ms']['median']:11.3f} "
-              f"{row['rewrite_gb_per_s']:8.2f} {row['copy_gb_per_s']:10.2f} "
-              f"{row['share_of_copy']:7.3f}")  # fmt: skip
+        print(
+            f"{guard:10} {row['implementation']:10} {row['rewrite_ms']['median']:11.3f} "
+            f"{row['rewrite_gb_per_s']:8.2f} {row['copy_gb_per_s']:10.2f} "
+            f"{row['share_of_copy']:7.3f}"
+        )
     if args.out is not None:
         options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in sizes.items())
         command = f"python scripts/bench_kernel.py {options} --repeats {args.repeats}"
@@ -154,9 +165,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {
             "title": "Bandwidth of the paged KV rewrite",
             **run_manifest(command, [], {**sizes, "guard": args.guard, "repeats": args.repeats}),
-            "gpu": gpu, "threads": torch.get_num_threads(), **sizes, "block_tokens": BLOCK,
-            "repeats": args.repeats, "rows": rows,
-        }  # fmt: skip
+            "gpu": gpu,
+            "threads": torch.get_num_threads(),
+            **sizes,
+            "block_tokens": BLOCK,
+            "repeats": args.repeats,
+            "rows": rows,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0

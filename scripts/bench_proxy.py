@@ -64,11 +64,16 @@ def body(rng: random.Random, n_tokens: int, stream: bool) -> dict[str, Any]:
     """A chat request that no prefix cache has seen."""
     text = " ".join(rng.choice(WORDS) + str(rng.randrange(1000)) for _ in range(24))
     return {
-        "model": "nano", "temperature": 0, "max_tokens": n_tokens, "ignore_eos": True,
-        "messages": [{"role": "system", "content": text},
-                     {"role": "user", "content": "What is the status?"}],
+        "model": "nano",
+        "temperature": 0,
+        "max_tokens": n_tokens,
+        "ignore_eos": True,
+        "messages": [
+            {"role": "system", "content": text},
+            {"role": "user", "content": "What is the status?"},
+        ],
         **({"stream": True} if stream else {}),
-    }  # fmt: skip
+    }
 
 
 async def ask(session: aiohttp.ClientSession, way: Way, data: dict[str, Any]) -> float:
@@ -97,9 +102,14 @@ async def chunks(session: aiohttp.ClientSession, way: Way, data: dict[str, Any])
 
 
 async def pairs(
-    session: aiohttp.ClientSession, first: Way, second: Way, n: int, concurrency: int,
-    n_tokens: int, rng: random.Random,
-) -> list[tuple[float, float]]:  # fmt: skip
+    session: aiohttp.ClientSession,
+    first: Way,
+    second: Way,
+    n: int,
+    concurrency: int,
+    n_tokens: int,
+    rng: random.Random,
+) -> list[tuple[float, float]]:
     """Latencies of the same request both ways, ``concurrency`` workers at a time."""
     todo = [(body(rng, n_tokens, False), rng.random() < 0.5) for _ in range(n)]
     out: list[tuple[float, float]] = []
@@ -186,12 +196,14 @@ async def measure(args: argparse.Namespace, ways: Sequence[Way]) -> dict[str, An
         "overhead_p50_ms": loaded["extra_p50_ms"],
         "throughput_share": round(statistics.median(shares), 4),
         "floor_p50_ms": bare["extra_p50_ms"],
-        "paired_at_concurrency": loaded, "floor_at_concurrency": bare,
-        "paired_alone": alone, "floor_alone": bare_alone,
+        "paired_at_concurrency": loaded,
+        "floor_at_concurrency": bare,
+        "paired_alone": alone,
+        "floor_alone": bare_alone,
         "throughput_rps": {k: round(statistics.median(x[k] for x in rates), 2) for k in rates[0]},
         "shares": [round(x, 4) for x in shares],
         "streams": streams,
-    }  # fmt: skip
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -225,10 +237,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 relay.stop()
     command = f"python scripts/bench_proxy.py --concurrency {args.concurrency}"
     report = {
-        "title": "Overhead of the proxy", "concurrency": args.concurrency,
-        "tokens": args.tokens, **found,
+        "title": "Overhead of the proxy",
+        "concurrency": args.concurrency,
+        "tokens": args.tokens,
+        **found,
         **run_manifest(command, [args.seed], vars(args) | {"out": None}),
-    }  # fmt: skip
+    }
     print(json.dumps(found, indent=1))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -61,12 +61,18 @@ def measure(guard_path: str, secrets: int, data_seed: int) -> dict[str, Any]:
     train, test = (
         attack_data(
             records,
-            guard_all(guard, records, backend.source.prefill([r.ids for r in records]),
-                      backend.source, backend.special, seed=i),
+            guard_all(
+                guard,
+                records,
+                backend.source.prefill([r.ids for r in records]),
+                backend.source,
+                backend.special,
+                seed=i,
+            ),
             backend.special,
         )
         for i, records in enumerate(backend.encoder.encode(h) for h in hops)
-    )  # fmt: skip
+    )
     spec = AttackSpec("likelihood", "likelihood", {"lists": LISTS})
     attack = attack_factory(backend, None)(spec, None, False, guard).fit(train)
     assert isinstance(attack, LikelihoodAttack)
@@ -90,13 +96,14 @@ def measure(guard_path: str, secrets: int, data_seed: int) -> dict[str, Any]:
         "secrets": len(names),
         "draws": {
             str(n): {
-                str(size): _figures([float(r[a, b]) for r in rates], [s[b] for s in sizes], names,
-                                    records)
+                str(size): _figures(
+                    [float(r[a, b]) for r in rates], [s[b] for s in sizes], names, records
+                )
                 for b, size in enumerate(LISTS)
             }
             for a, n in enumerate(DRAWS)
         },
-    }  # fmt: skip
+    }
 
 
 def _figures(

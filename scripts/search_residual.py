@@ -63,9 +63,12 @@ def judge(done: Run, backend: HFBackend, data: DataConfig) -> dict[str, float]:
 
 
 def one(
-    setting: dict[str, Any], run: TrainRun, backend: HFBackend, train: list[TokenRecord],
+    setting: dict[str, Any],
+    run: TrainRun,
+    backend: HFBackend,
+    train: list[TokenRecord],
     held_out: list[TokenRecord],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains one setting and judges it."""
     adversary = replace(
         run.train.adversary,
@@ -82,9 +85,13 @@ def one(
     )
     with tempfile.TemporaryDirectory() as folder:
         done = train_guard(
-            config, train, backend.source, backend.special, Path(folder),
+            config,
+            train,
+            backend.source,
+            backend.special,
+            Path(folder),
             adversary_factory("decoder"),
-        )  # fmt: skip
+        )
     figures = held_out_figures(done, held_out, backend)
     return {
         **setting,

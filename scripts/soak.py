@@ -33,15 +33,33 @@ from lcguard.commands.trial import Running, Site
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.server.audit_verify import verify
 
-WEIGHTS = {"chat": 25, "stream": 20, "publish": 15, "consume": 15, "refused": 10, "malformed": 8,
-           "hangs_up": 7}  # fmt: skip
+WEIGHTS = {
+    "chat": 25,
+    "stream": 20,
+    "publish": 15,
+    "consume": 15,
+    "refused": 10,
+    "malformed": 8,
+    "hangs_up": 7,
+}
 AGENTS = [f"agent-{i}" for i in range(8)]
 WORDS = "record patient note amount status file branch visit order client report field".split()
-JUNK = (b"", b"[]", b"{", b"\xff", b'{"prompt": 5}', b'{"prompt": "a", "unknown": 1}',
-        b'{"prompt": "a", "lcguard": {"publish": 5}}', b'{"prompt": "a", "n": "2"}')  # fmt: skip
-POLICY = {"version": 1, "edges": [
-    {"source": "*", "audience": "*", "forbid": list(CATEGORIES), "guard": "gate", "ttl_s": 300},
-]}  # fmt: skip
+JUNK = (
+    b"",
+    b"[]",
+    b"{",
+    b"\xff",
+    b'{"prompt": 5}',
+    b'{"prompt": "a", "unknown": 1}',
+    b'{"prompt": "a", "lcguard": {"publish": 5}}',
+    b'{"prompt": "a", "n": "2"}',
+)
+POLICY = {
+    "version": 1,
+    "edges": [
+        {"source": "*", "audience": "*", "forbid": list(CATEGORIES), "guard": "gate", "ttl_s": 300},
+    ],
+}
 STORE_BYTES = 64 * 2**20
 GROWTH = 0.10
 WINDOWS = 10
@@ -102,13 +120,21 @@ class Load:
         chat = isinstance(data, dict) and "messages" in data
         path = "/v1/chat/completions" if chat else "/v1/completions"
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
-        headers = {"Authorization": f"Bearer {self.keys[agent]}", "X-Request-Id": name,
-                   "Content-Type": "application/json"}  # fmt: skip
+        headers = {
+            "Authorization": f"Bearer {self.keys[agent]}",
+            "X-Request-Id": name,
+            "Content-Type": "application/json",
+        }
         return name, self.session.post(self.url + path, data=body, headers=headers, **more)
 
     def _body(self, n_tokens: int = 16, **more: Any) -> dict[str, Any]:
-        return {"model": "nano", "temperature": 0, "max_tokens": n_tokens, "ignore_eos": True,
-                **more}  # fmt: skip
+        return {
+            "model": "nano",
+            "temperature": 0,
+            "max_tokens": n_tokens,
+            "ignore_eos": True,
+            **more,
+        }
 
     async def _whole(self, agent: str, data: Any) -> tuple[str, int, Any]:
         name, asked = self._ask(agent, data)
@@ -119,8 +145,10 @@ class Load:
             return name, answer.status, found
 
     async def _chat(self) -> int:
-        messages = [{"role": "system", "content": self._prompt()},
-                    {"role": "user", "content": "What is the status?"}]  # fmt: skip
+        messages = [
+            {"role": "system", "content": self._prompt()},
+            {"role": "user", "content": "What is the status?"},
+        ]
         return (await self._whole(self.rng.choice(AGENTS), self._body(messages=messages)))[1]
 
     async def _stream(self) -> int:
@@ -196,11 +224,13 @@ async def watch(running: Running, every_s: float, out: list[dict[str, float]]) -
     folder, started = Path(f"/proc/{running.process.pid}"), time.monotonic()
     while True:
         (line,) = [x for x in (folder / "status").read_text().splitlines() if "VmRSS" in x]
-        out.append({
-            "at_s": round(time.monotonic() - started, 2),
-            "rss_mib": round(int(line.split()[1]) / 1024, 2),
-            "files": len(os.listdir(folder / "fd")),
-        })  # fmt: skip
+        out.append(
+            {
+                "at_s": round(time.monotonic() - started, 2),
+                "rss_mib": round(int(line.split()[1]) / 1024, 2),
+                "files": len(os.listdir(folder / "fd")),
+            }
+        )
         await asyncio.sleep(every_s)
 
 
@@ -216,8 +246,9 @@ def memory(samples: Sequence[dict[str, float]]) -> dict[str, float]:
         "growth_second_half": round(last / first - 1, 4),
         "first_quarter_mib": round(statistics.mean(rss[:quarter]), 2),
         "last_quarter_mib": round(statistics.mean(rss[-quarter:]), 2),
-        "files_first": samples[0]["files"], "files_last": samples[-1]["files"],
-    }  # fmt: skip
+        "files_first": samples[0]["files"],
+        "files_last": samples[-1]["files"],
+    }
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -247,18 +278,24 @@ def audited(database: Path, key: bytes, seen: Seen) -> dict[str, Any]:
     with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
         for name, event in connection.execute("SELECT request_id, event FROM audit ORDER BY seq"):
             rows[name].append(event)
-    wanted = {"published": ["publish", "published"], "consumed": ["consume", "consumed"],
-              "refused": ["refused"]}  # fmt: skip
+    wanted = {
+        "published": ["publish", "published"],
+        "consumed": ["consume", "consumed"],
+        "refused": ["refused"],
+    }
     lost = [name for name, ended in seen.told.items() if rows[name] != wanted[ended]]
     known = seen.told.keys() | seen.left
     ended = {"published", "consumed"}
     untold = [n for n, events in rows.items() if n not in known and ended & set(events)]
     return {
-        "rows": found.rows, "problems": found.problems, "told": dict(Counter(seen.told.values())),
-        "lost": len(lost), "untold": len(untold),
+        "rows": found.rows,
+        "problems": found.problems,
+        "told": dict(Counter(seen.told.values())),
+        "lost": len(lost),
+        "untold": len(untold),
         "examples": [[n, rows[n]] for n in (lost + untold)[:10]],
         "events": dict(Counter(e for events in rows.values() for e in events)),
-    }  # fmt: skip
+    }
 
 
 async def soak(
@@ -296,23 +333,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     statuses = {kind: dict(found) for kind, found in sorted(seen.statuses.items())}
     n_5xx = sum(n for found in statuses.values() for s, n in found.items() if s.startswith("5"))
     found: dict[str, Any] = {
-        "requests": sum(sum(s.values()) for s in statuses.values()), "statuses": statuses,
-        "n_5xx": n_5xx, "n_5xx_without_reason": seen.silent_5xx, "n_broken": seen.broken,
-        "memory": memory(samples), "audit": audit, "latency": latencies(seen, args.minutes * 60),
+        "requests": sum(sum(s.values()) for s in statuses.values()),
+        "statuses": statuses,
+        "n_5xx": n_5xx,
+        "n_5xx_without_reason": seen.silent_5xx,
+        "n_broken": seen.broken,
+        "memory": memory(samples),
+        "audit": audit,
+        "latency": latencies(seen, args.minutes * 60),
         "samples": samples,
-    }  # fmt: skip
-    failed = [what for what, wrong in {
-        "memory grows": found["memory"]["growth_second_half"] > GROWTH,
-        "a 5xx without a reason": seen.silent_5xx, "an answer did not come": seen.broken,
-        "the audit is altered": audit["problems"], "a row is lost": audit["lost"],
-        "a handoff that nobody was told of": audit["untold"],
-    }.items() if wrong]  # fmt: skip
+    }
+    failed = [
+        what
+        for what, wrong in {
+            "memory grows": found["memory"]["growth_second_half"] > GROWTH,
+            "a 5xx without a reason": seen.silent_5xx,
+            "an answer did not come": seen.broken,
+            "the audit is altered": audit["problems"],
+            "a row is lost": audit["lost"],
+            "a handoff that nobody was told of": audit["untold"],
+        }.items()
+        if wrong
+    ]
     found["failed"] = failed
     command = f"python scripts/soak.py --concurrency {args.concurrency} --minutes {args.minutes:g}"
     report = {
-        "title": "Soak of the proxy", **found,
+        "title": "Soak of the proxy",
+        **found,
         **run_manifest(command, [args.seed], vars(args) | {"out": None}),
-    }  # fmt: skip
+    }
     print(json.dumps({k: v for k, v in found.items() if k not in ("samples", "latency")}, indent=1))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -41,11 +41,19 @@ KINDS: dict[str, dict[str, Any]] = {
 def tiny_model(kind: str, **changes: Any) -> Any:
     """Two layers, H = 2 KV heads, D = 16, random weights, float32."""
     options: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
-        "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
         "attn_implementation": "eager",
-    }  # fmt: skip
+    }
     config = CONFIG_MAPPING[kind](**(options | KINDS[kind] | changes))
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -74,9 +82,13 @@ def forbid_all(n: int, *, derive: bool = False) -> Mask:
 def make_records(encoder: Encoder, n: int, seed: int, **changes: Any) -> list[TokenRecord]:
     """Short generated records, everything forbidden."""
     options: dict[str, Any] = {
-        "min_fields": 2, "max_fields": 3, "filler": 0, "generic_rate": 0.0, "max_agents": 1,
+        "min_fields": 2,
+        "max_fields": 3,
+        "filler": 0,
+        "generic_rate": 0.0,
+        "max_agents": 1,
         "absent_questions": 0,
-    }  # fmt: skip
+    }
     config = GeneratorConfig(seed=seed, **(options | changes))
     return encoder.encode(hops_of(make_scenario(config, i) for i in range(n)))
 
@@ -106,6 +118,10 @@ def world() -> World:
     model = AutoModelForCausalLM.from_config(model_config(nano, tokenizer))
     encoder = Encoder(tokenizer)
     return World(
-        tokenizer, encoder, ModelSource(model, pad_id=int(tokenizer.pad_token_id)),
-        Special.of(tokenizer, VOCAB), make_records(encoder, 150, 0), make_records(encoder, 60, 1),
-    )  # fmt: skip
+        tokenizer,
+        encoder,
+        ModelSource(model, pad_id=int(tokenizer.pad_token_id)),
+        Special.of(tokenizer, VOCAB),
+        make_records(encoder, 150, 0),
+        make_records(encoder, 60, 1),
+    )

@@ -118,8 +118,15 @@ def by_pages(note: Note, raw: KVBatch, dtype: torch.dtype, *, kernel: bool = Fal
     out = torch.empty(2, layers, heads, n, dim, dtype=dtype)
     for i in range(layers):
         pages = torch.zeros(2, -(-n // PAGE), heads, PAGE, dim, dtype=dtype)
-        reference.place_layer(raw.keys[0, i].to(dtype), raw.values[0, i].to(dtype), slots, rotary,
-                              START, pages[0], pages[1])  # fmt: skip
+        reference.place_layer(
+            raw.keys[0, i].to(dtype),
+            raw.values[0, i].to(dtype),
+            slots,
+            rotary,
+            START,
+            pages[0],
+            pages[1],
+        )
         work = work_of(module, i, noise_key=note.key, decision=decision)
         ops.rewrite_layer(pages[0], pages[1], slots, rotary, START, work, out[0, i], out[1, i])
     return KVBatch(out[0][None], out[1][None], raw.valid)
@@ -193,8 +200,11 @@ def means_of(note: Note, raw: KVBatch, n: int, batch: int = 100) -> Iterator[Ten
     for start in range(0, len(rows), batch):
         texts = [note.with_digits(row) for row in rows[start : start + batch]]
         same = raw[torch.zeros(len(texts), dtype=torch.long)]
-        past = KVBatch(same.keys[..., : note.first, :], same.values[..., : note.first, :],
-                       same.valid[:, : note.first])  # fmt: skip
+        past = KVBatch(
+            same.keys[..., : note.first, :],
+            same.values[..., : note.first, :],
+            same.valid[:, : note.first],
+        )
         fresh = agent().source.prefill([t[note.first :] for t in texts], len(texts), past)
         kv = KVBatch.join([past, fresh])
         mask = Mask(*(m.expand(len(texts), -1) for m in (note.mask.forbid, note.mask.derive)))
@@ -251,6 +261,7 @@ def advantages(rows: list[Ranks]) -> dict[str, tuple[float, float]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    everything = attack(int(sys.argv[1]), int(sys.argv[2]),
-                        kernel=os.environ.get("TRITON_INTERPRET") == "1")  # fmt: skip
+    everything = attack(
+        int(sys.argv[1]), int(sys.argv[2]), kernel=os.environ.get("TRITON_INTERPRET") == "1"
+    )
     print(json.dumps({k: [list(vars(r).values()) for r in v] for k, v in everything.items()}))

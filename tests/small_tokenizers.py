@@ -38,10 +38,15 @@ def _byte_level(vocab: int) -> Tokenizer:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(LINES, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))  # fmt: skip
+    made.train_from_iterator(
+        LINES,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return made
 
 
@@ -52,14 +57,21 @@ def _metaspace(vocab: int) -> Tokenizer:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)]
-    )  # fmt: skip
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     # words must not become one token with the spaces between them, as in the real one
     made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    made.train_from_iterator(LINES, trainers.BpeTrainer(
-        vocab_size=vocab + 256, special_tokens=[*SPECIAL, *BYTES], show_progress=False
-    ))  # fmt: skip
+    made.train_from_iterator(
+        LINES,
+        trainers.BpeTrainer(
+            vocab_size=vocab + 256, special_tokens=[*SPECIAL, *BYTES], show_progress=False
+        ),
+    )
     return _bytes_not_special(made)
 
 
@@ -82,10 +94,15 @@ def _unigram(vocab: int, with_bytes: bool = False) -> Tokenizer:
         if with_bytes
         else decoders.Metaspace()
     )
-    made.train_from_iterator(LINES, trainers.UnigramTrainer(
-        vocab_size=vocab, special_tokens=[*SPECIAL, *(BYTES if with_bytes else [])],
-        unk_token="<unk>", show_progress=False,
-    ))  # fmt: skip
+    made.train_from_iterator(
+        LINES,
+        trainers.UnigramTrainer(
+            vocab_size=vocab,
+            special_tokens=[*SPECIAL, *(BYTES if with_bytes else [])],
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
     if not with_bytes:
         return made
     described = json.loads(made.to_str())

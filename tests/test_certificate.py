@@ -93,9 +93,14 @@ def test_upper_bound_covers_the_mean(n: int) -> None:
 
 @pytest.mark.parametrize(
     ("level", "n", "quantile"),
-    [(0.95, 2, 6.3138), (0.95, 11, 1.8125), (0.99, 6, 3.3649), (0.975, 31, 2.0423),
-     (0.95, 401, 1.6487)],
-)  # fmt: skip
+    [
+        (0.95, 2, 6.3138),
+        (0.95, 11, 1.8125),
+        (0.99, 6, 3.3649),
+        (0.975, 31, 2.0423),
+        (0.95, 401, 1.6487),
+    ],
+)
 def test_upper_bound_uses_students_t(level: float, n: int, quantile: float) -> None:
     """Against the printed table."""
     x = np.random.default_rng(n).normal(size=n)

@@ -52,19 +52,38 @@ def ignored(path: str) -> bool:
 @pytest.mark.parametrize(
     "secret",
     [
-        ".lcguard/deployment.key", ".lcguard/keys.yaml", "container/.env", "container/state/x",
-        ".env", ".git/config", "state/lcguard.sqlite", "server/.env.local", "lcguard/x.key",
-        "lcguard/.lcguard/keys.yaml", "runs/demo/report.json", "my-state/keys.yaml", "vllm.log",
+        ".lcguard/deployment.key",
+        ".lcguard/keys.yaml",
+        "container/.env",
+        "container/state/x",
+        ".env",
+        ".git/config",
+        "state/lcguard.sqlite",
+        "server/.env.local",
+        "lcguard/x.key",
+        "lcguard/.lcguard/keys.yaml",
+        "runs/demo/report.json",
+        "my-state/keys.yaml",
+        "vllm.log",
     ],
-)  # fmt: skip
+)
 def test_no_secret_gets_into_an_image(secret: str) -> None:
     assert ignored(secret)
 
 
 def test_what_the_build_takes_is_there() -> None:
-    for path in ("pyproject.toml", "README.md", "LICENSE", "requirements-dev.txt",
-                 "requirements-vllm.txt", "lcguard/policy.py", "server/app.py", "attacks/base.py",
-                 "server/templates/dashboard.html", "agents/nano/model/config.json"):  # fmt: skip
+    for path in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "requirements-dev.txt",
+        "requirements-vllm.txt",
+        "lcguard/policy.py",
+        "server/app.py",
+        "attacks/base.py",
+        "server/templates/dashboard.html",
+        "agents/nano/model/config.json",
+    ):
         assert (ROOT / path).exists()
         assert not ignored(path), path
 

@@ -44,10 +44,17 @@ def test_a_number_is_found_in_every_spelling(spelling: str) -> None:
 @pytest.mark.parametrize(
     "written",
     [
-        f"SSN_{SSN}_END", "9 1 2 - 5 5 - 1 0 2 9", "912-55-\n1029", "912\n55\n1029",
-        "**912**-55-__1029__", "912.55.1029", "912/55/1029", "(912) 55-1029", "9l2-55-lO29",
+        f"SSN_{SSN}_END",
+        "9 1 2 - 5 5 - 1 0 2 9",
+        "912-55-\n1029",
+        "912\n55\n1029",
+        "**912**-55-__1029__",
+        "912.55.1029",
+        "912/55/1029",
+        "(912) 55-1029",
+        "9l2-55-lO29",
     ],
-)  # fmt: skip
+)
 def test_a_number_is_found_however_it_is_marked_up_or_broken(written: str) -> None:
     assert not missed(f"number: {written}, on file", written)
 

@@ -56,8 +56,10 @@ def test_token_spans_decode_to_the_values(trained: Any) -> None:
             text = trained.decode(record.ids[tokens.start : tokens.end])
             assert text.strip() == span.value
             assert (tokens.field, tokens.category, tokens.band) == (
-                span.field, span.category, span.band,
-            )  # fmt: skip
+                span.field,
+                span.category,
+                span.band,
+            )
             assert tokens.secret == hop.is_secret(span)
         assert [q.task for q in record.questions] == [hop.is_task(q) for q in hop.record.questions]
         assert [s.ids for s in record.secrets()] == [
@@ -75,9 +77,10 @@ def test_every_digit_is_a_token(trained: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "system"), [(None, True), (NEWLINE, True), (NO_SYSTEM, False)],
+    ("template", "system"),
+    [(None, True), (NEWLINE, True), (NO_SYSTEM, False)],
     ids=["nano", "trailing newline", "no system role"],
-)  # fmt: skip
+)
 def test_parts_join_to_the_whole_conversation(
     trained: Any, template: str | None, system: bool
 ) -> None:

@@ -17,8 +17,14 @@ from tests.test_guards import module_of
 
 SHAPE = (2, 2, 8)
 KEYS = [noise_key(9, "a"), noise_key(9, "b")]
-NOISY = {"gaussian": 0.7, "identity": 0.3, "gate": 0.21, "regress": 0.3, "residual": 0.2,
-         "redact": 0.5}  # fmt: skip
+NOISY = {
+    "gaussian": 0.7,
+    "identity": 0.3,
+    "gate": 0.21,
+    "regress": 0.3,
+    "residual": 0.2,
+    "redact": 0.5,
+}
 
 
 def noisy_module(name: str) -> GuardModule:
@@ -122,9 +128,10 @@ def test_a_policy_that_forbids_nothing_is_off_the_grid() -> None:
 def test_no_noise_no_grid() -> None:
     for module in (
         module_of("residual", noise=0.0),
-        guard_class("compose").build(KVShape(*SHAPE), len(CATEGORIES),
-                                     {"parts": [{"guard": "gaussian"}]}),
-    ):  # fmt: skip
+        guard_class("compose").build(
+            KVShape(*SHAPE), len(CATEGORIES), {"parts": [{"guard": "gaussian"}]}
+        ),
+    ):
         with pytest.raises(ValueError, match="adds no noise of its own"):
             module.grid_mean(random_kv((3,)), forbid_all(1))
         with pytest.raises(ValueError, match="adds no noise of its own"):

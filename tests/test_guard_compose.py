@@ -62,9 +62,7 @@ def test_every_part_has_noise_of_its_own() -> None:
     """Two equal parts must not add the same noise twice, nor that of the segment's own key."""
     guard = FrozenGuard(compose(part("gaussian", noise=0.5), part("gaussian", noise=0.5)))
     found = guard.module.channels(guard(kv(), forbid_all(2), keys=KEYS).kv)
-    streams = [
-        [segment_noise(part_key(k, i), tuple(SHAPE), 6) for k in KEYS] for i in range(2)
-    ]  # fmt: skip
+    streams = [[segment_noise(part_key(k, i), tuple(SHAPE), 6) for k in KEYS] for i in range(2)]
     first = noisy(guard.module.channels(kv()), 0.5, torch.stack(streams[0]))
     want = noisy(first, 0.5, torch.stack(streams[1]))
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
@@ -94,8 +92,10 @@ def test_the_twin_is_sent_by_the_first_part_alone() -> None:
     assert guard.needs_twin
     assert not FrozenGuard(compose(part("gaussian"))).needs_twin
     twin = random_kv((6, 6), tuple(SHAPE), seed=9)
-    outs = [guard(random_kv((6, 6), tuple(SHAPE), seed=s), forbid_all(2), keys=KEYS, twin=twin).kv
-            for s in (0, 1)]  # fmt: skip
+    outs = [
+        guard(random_kv((6, 6), tuple(SHAPE), seed=s), forbid_all(2), keys=KEYS, twin=twin).kv
+        for s in (0, 1)
+    ]
     assert torch.equal(outs[0].keys, outs[1].keys)
     assert float((outs[0].keys - twin.keys).std()) == pytest.approx(0.1, rel=0.2)
     with pytest.raises(GuardError, match="'compose' sends the twin's KV"):

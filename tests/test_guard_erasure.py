@@ -129,8 +129,9 @@ def test_every_policy_has_its_own_eraser() -> None:
 def test_erasing_twice_changes_nothing_more() -> None:
     module, kv, _ = fitted()
     once = erased(module, kv, mask("person", "contact"))
-    torch.testing.assert_close(erased(module, once, mask("person", "contact")).values, once.values,
-                               atol=1e-4, rtol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        erased(module, once, mask("person", "contact")).values, once.values, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_what_was_never_fitted_is_refused() -> None:
@@ -142,8 +143,10 @@ def test_what_was_never_fitted_is_refused() -> None:
     with pytest.raises(ValueError, match="on no token of category 'person', which the policy for"):
         FrozenGuard(module)(kv, mask("person"))
     assert FrozenGuard(module)(kv, mask("health"))
-    for wrong, message in ((labels + C, "are not all within -1 and 6"),
-                           (labels[:, :3], "labels for")):  # fmt: skip
+    for wrong, message in (
+        (labels + C, "are not all within -1 and 6"),
+        (labels[:, :3], "labels for"),
+    ):
         with pytest.raises((ValueError, IndexError)):
             module.fit_concepts(kv, wrong)
         with pytest.raises(ValueError, match=message):

@@ -120,8 +120,9 @@ class TestEveryGuard:
     def test_loads_as_saved(self, name: str, tmp_path: Path) -> None:
         guard, kv = guard_of(name), random_kv(LENGTHS)
         guard.save_pretrained(tmp_path / "new" / "guard")
-        loaded = FrozenGuard.from_pretrained(tmp_path / "new" / "guard", model_digest="d" * 64,
-                                             shape=SHAPE)  # fmt: skip
+        loaded = FrozenGuard.from_pretrained(
+            tmp_path / "new" / "guard", model_digest="d" * 64, shape=SHAPE
+        )
         if isinstance(loaded.module, CloakGuard):  # its key is on no card
             loaded.module.hold(bytes.fromhex(GUARDS[name]["key"]))
         assert same(apply(guard, kv).kv, apply(loaded, kv).kv)

@@ -100,8 +100,9 @@ class TestStep:
         records = sorted(world.records, key=lambda r: len(r.ids))
         rng, noise = random.Random(0), torch.Generator().manual_seed(0)
         pool = ValuePool(records)
-        data = step_data(rng, records, pool, world.source, config, world.special.neutral_id,
-                         module, noise)  # fmt: skip
+        data = step_data(
+            rng, records, pool, world.source, config, world.special.neutral_id, module, noise
+        )
         return data, guard_losses(module, data, world.source, config, noise, 0, pool), module
 
     def test_later_hops_are_made_behind_guarded_ones(self, world: World) -> None:

@@ -61,8 +61,11 @@ def test_narrower_policy_leaves_other_categories_alone(tmp_path: Path) -> None:
 
 
 def test_offsets_are_characters_not_bytes(tmp_path: Path) -> None:
-    line = {"text": "Zoë 😀 Å", "spans": [{"start": 6, "end": 7, "category": "person"}],
-            "questions": []}  # fmt: skip
+    line = {
+        "text": "Zoë 😀 Å",
+        "spans": [{"start": 6, "end": 7, "category": "person"}],
+        "questions": [],
+    }
     (hop,) = hops_of(read_jsonl(write(tmp_path, "\ufeff" + json.dumps(line, ensure_ascii=False))))
     assert hop.record.spans[0].value == "Å"
 
@@ -86,31 +89,47 @@ def span(**change: Any) -> dict[str, Any]:
 
 
 BAD = {
-    "category": (span(category="nam"), r"spans\[0\].category = 'nam': unknown category; use one "
-                 r"of person, government_id, .*confidential"),
+    "category": (
+        span(category="nam"),
+        r"spans\[0\].category = 'nam': unknown category; use one "
+        r"of person, government_id, .*confidential",
+    ),
     "order": (span(start=7), r"spans\[0\]: start 7 is not before end 7; end is exclusive"),
     "negative": (span(start=-1), r"spans\[0\].start = -1"),
     "beyond": (span(end=99), r"spans\[0\].end = 99: the text has 26 characters; use at most 26"),
     "blank": (span(start=7, end=8), r"spans\[0\]: covers white space alone"),
-    "other value": (span(value="Ann Le"), r"spans\[0\]: value is 'Ann Le', the text reads 'Ann "
-                    r"Lee': the value stands at start 0, end 6, in characters"),
+    "other value": (
+        span(value="Ann Le"),
+        r"spans\[0\]: value is 'Ann Le', the text reads 'Ann "
+        r"Lee': the value stands at start 0, end 6, in characters",
+    ),
     "value not there": (span(value="Bo"), r"value is 'Bo'.* stands nowhere in it: write it as it"),
     "reserved field": (span(field="repeat"), r"spans\[0\].field = 'repeat': is the name of what"),
     "text for number": (span(start="0"), r"spans\[0\].start = '0': "),
-    "overlap": ({**GOOD, "spans": [{"start": 4, "end": 9, "category": "person"},
-                                   {"start": 0, "end": 7, "category": "person"}]},
-                r"spans\[0\].start = 4: overlaps spans\[1\], which ends at 7; split or merge"),
+    "overlap": (
+        {
+            **GOOD,
+            "spans": [
+                {"start": 4, "end": 9, "category": "person"},
+                {"start": 0, "end": 7, "category": "person"},
+            ],
+        },
+        r"spans\[0\].start = 4: overlaps spans\[1\], which ends at 7; split or merge",
+    ),
     "missing": ({"text": "a", "spans": []}, r"questions: missing; add `questions: ...`"),
     "unknown key": ({**GOOD, "span": []}, r"span = \[\]: unknown key; .*spans"),
-    "question category": ({**GOOD, "questions": [{"question": "a", "answer": "b",
-                                                  "category": "x"}]},
-                          r"questions\[0\].category = 'x': unknown category"),
-    "empty answer": ({**GOOD, "questions": [{"question": "a", "answer": ""}]},
-                     r"questions\[0\].answer = ''"),
+    "question category": (
+        {**GOOD, "questions": [{"question": "a", "answer": "b", "category": "x"}]},
+        r"questions\[0\].category = 'x': unknown category",
+    ),
+    "empty answer": (
+        {**GOOD, "questions": [{"question": "a", "answer": ""}]},
+        r"questions\[0\].answer = ''",
+    ),
     "no object": ("3", "3: .*dictionary"),
     "no JSON": ('{"text": ', r"column \d+: .*write one JSON object on one line"),
     "deep": ("[" * 100_000, "write a plain JSON object"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("line", "message"), BAD.values(), ids=BAD)
@@ -142,9 +161,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def line_of(text: str, *spans: tuple[int, int], **more: Any) -> dict[str, Any]:
     return {
-        "text": text, "questions": [],
+        "text": text,
+        "questions": [],
         "spans": [{"start": a, "end": b, "category": "government_id", **more} for a, b in spans],
-    }  # fmt: skip
+    }
 
 
 EMOJI = "\U0001f4c9\U0001f4f0 Zoë Long, SSN 912-55-1029, back pain."
@@ -207,12 +227,13 @@ AGAIN = [
     ("SSN 912-55-1029. (9125\u200b51029)", ["9125\u200b51029"]),
     ("SSN 912-55-1029. File_912 55 1029_a", ["912 55 1029"]),
     ("SSN 912-55-1029. Other: 912-55-1030.", []),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "again"), AGAIN)
-def test_repeats_are_guarded_and_not_scored(text: str, again: list[str], tmp_path: Path,
-                                            recwarn: Any) -> None:  # fmt: skip
+def test_repeats_are_guarded_and_not_scored(
+    text: str, again: list[str], tmp_path: Path, recwarn: Any
+) -> None:
     (hop,) = hops_of(read_jsonl(write(tmp_path, line_of(text, (4, 15)))))
     first, *others = hop.record.spans
     assert [s.value for s in others] == again
@@ -230,8 +251,11 @@ def test_repeats_are_guarded_and_not_scored(text: str, again: list[str], tmp_pat
 def test_a_short_value_is_repeated_by_a_word_alone(tmp_path: Path) -> None:
     text = "Age 45, room 145, 4.5 km, in 45 days; EUR45. Ann's annual plan: ANN."
     spans = [(4, 6, "person"), (text.index("Ann"), text.index("Ann") + 3, "contact")]
-    line = {"text": text, "questions": [],
-            "spans": [{"start": a, "end": b, "category": c} for a, b, c in spans]}  # fmt: skip
+    line = {
+        "text": text,
+        "questions": [],
+        "spans": [{"start": a, "end": b, "category": c} for a, b, c in spans],
+    }
     with pytest.warns(ScenarioWarning, match="and 2 more"):
         (hop,) = hops_of(read_jsonl(write(tmp_path, line)))
     places = [(s.start, s.value) for s in hop.record.spans[2:]]
@@ -240,9 +264,14 @@ def test_a_short_value_is_repeated_by_a_word_alone(tmp_path: Path) -> None:
 
 def test_a_value_within_another_category_is_guarded_as_itself(tmp_path: Path) -> None:
     text = "Ann Lee <ann.lee@example.org>"
-    line = {"text": text, "questions": [],
-            "spans": [{"start": 0, "end": 7, "category": "person"},
-                      {"start": 9, "end": 28, "category": "contact"}]}  # fmt: skip
+    line = {
+        "text": text,
+        "questions": [],
+        "spans": [
+            {"start": 0, "end": 7, "category": "person"},
+            {"start": 9, "end": 28, "category": "contact"},
+        ],
+    }
     with pytest.warns(ScenarioWarning, match="characters 9 to 16"):
         (hop,) = hops_of(read_jsonl(write(tmp_path, line), forbid=["person"]))
     (record,) = load_backend("nano").encoder.encode([hop])

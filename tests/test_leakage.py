@@ -13,13 +13,30 @@ FAN = Topology("fan", ("a", "b", "c"), (Link("a", "b"), Link("a", "c", ("person"
 
 
 def attempt(
-    edge: str, agent: str, field: str, won: bool, *, scenario: str = "s1", attack: str = "probe",
-    category: str = "person", seed: int = 0, kind: Kind = "attack",
-) -> Attempt:  # fmt: skip
+    edge: str,
+    agent: str,
+    field: str,
+    won: bool,
+    *,
+    scenario: str = "s1",
+    attack: str = "probe",
+    category: str = "person",
+    seed: int = 0,
+    kind: Kind = "attack",
+) -> Attempt:
     return Attempt(
-        scenario, edge, f"{scenario}-{agent}", "g", "edge", attack, seed, category, f"{field}/3",
-        kind, Outcome.SUCCESS if won else Outcome.RESISTED,
-    )  # fmt: skip
+        scenario,
+        edge,
+        f"{scenario}-{agent}",
+        "g",
+        "edge",
+        attack,
+        seed,
+        category,
+        f"{field}/3",
+        kind,
+        Outcome.SUCCESS if won else Outcome.RESISTED,
+    )
 
 
 def test_a_secret_is_gone_once_one_edge_gives_it_away() -> None:
@@ -34,10 +51,11 @@ def test_a_secret_is_gone_once_one_edge_gives_it_away() -> None:
 
 def test_the_gap_is_what_the_edges_leak_together() -> None:
     tried = [
-        attempt("a->b", "a", "name", True), attempt("a->c", "a", "name", False),
+        attempt("a->b", "a", "name", True),
+        attempt("a->c", "a", "name", False),
         attempt("a->b", "a", "name", False, scenario="s2"),
         attempt("a->c", "a", "name", True, scenario="s2"),
-    ]  # fmt: skip
+    ]
     found = measure(FAN, tried, [], {})
     assert found.edge_max == 0.5
     assert found.graph.value == 1
@@ -47,9 +65,10 @@ def test_the_gap_is_what_the_edges_leak_together() -> None:
 def test_what_one_audience_may_have_is_no_secret_of_the_graph() -> None:
     # health is forbidden to b and allowed to c, so that only a->b tried it
     tried = [
-        attempt("a->b", "a", "name", False), attempt("a->c", "a", "name", False),
+        attempt("a->b", "a", "name", False),
+        attempt("a->c", "a", "name", False),
         attempt("a->b", "a", "diagnosis", True, category="health"),
-    ]  # fmt: skip
+    ]
     assert graph_secrets(FAN, tried) == {("s1", "s1-a", "name/3")}
     found = measure(FAN, tried, [], {})
     assert found.by_edge["a->b"].by_attack["probe"].value == 0.5

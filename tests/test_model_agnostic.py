@@ -84,8 +84,9 @@ def save_guards(folder: Path, model: str, world: World) -> tuple[GuardSpec, ...]
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
-        world: World) -> Run:  # fmt: skip
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World
+) -> Run:
     folder = tmp_path_factory.mktemp(request.param)
     model = save_model(folder / "model", request.param, world)
     config = EvalConfig(

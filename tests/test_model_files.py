@@ -83,12 +83,12 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "other safetensors alone": (only("other.safetensors"), "has no safetensors weights (model.saf"),
     "shard missing": (shards, "model-00002-of-00002.safetensors is missing"),
     "other file named": (configure(transformers_weights="x.gguf"), "'x.gguf' is read by"),
-}  # fmt: skip
+}
 UNFIT: dict[str, tuple[Damage, str]] = {
     "GPTQ": (configure(quantization_config={"quant_method": "gptq"}), "(quant_method gptq)"),
     "unknown packing": (configure(quantization_config={}), "(quant_method unknown)"),
     "adapter": (write("adapter_config.json", "{}"), "has an adapter beside the weights"),
-}  # fmt: skip
+}
 
 
 def refusal(capfd: pytest.CaptureFixture[str], *command: str) -> str:
@@ -242,8 +242,9 @@ def test_vllm_takes_a_guard_made_in_a_folder_of_many_files(nano: Path, tmp_path:
     guard.with_card(model_digest=load_backend(str(nano)).digest).save_pretrained(tmp_path / "g")
     done = subprocess.run(
         [sys.executable, "-c", ENGINE, str(nano), str(tmp_path / "g")],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "GUARD gate " in done.stdout

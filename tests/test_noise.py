@@ -86,9 +86,11 @@ def test_a_mean_so_many_steps_away_costs_the_certificates_nats(steps: int) -> No
 def test_words_become_draws_by_the_table_alone() -> None:
     """One draw at a time in Python's integers, extreme words among them."""
     words = np.concatenate(
-        (np.repeat(np.array([[0], [2**32 - 1], [1 << 31]], dtype=np.uint32), 16, 1),
-         key_stream(noise_key(0, "words"), 7, 200))
-    )  # fmt: skip
+        (
+            np.repeat(np.array([[0], [2**32 - 1], [1 << 31]], dtype=np.uint32), 16, 1),
+            key_stream(noise_key(0, "words"), 7, 200),
+        )
+    )
     wanted = []
     for low, high in words.reshape(-1, 2).tolist():
         word = high << 32 | low

@@ -24,9 +24,10 @@ from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import KVBatch
 
 DIAMOND = Topology(
-    "diamond", ("a", "b", "c", "d"),
+    "diamond",
+    ("a", "b", "c", "d"),
     (Link("a", "b"), Link("a", "c", ("person", "health")), Link("b", "d"), Link("c", "d")),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,11 @@ def scenarios(topology: Topology, n: int = 6) -> list[Scenario]:
 
 def close(a: KVBatch, b: KVBatch) -> bool:
     a, b = a.trim(), b.trim()
-    return bool(torch.equal(a.valid, b.valid)) and torch.allclose(
-        a.values, b.values, atol=1e-4
-    ) and torch.allclose(a.keys, b.keys, atol=1e-4)  # fmt: skip
+    return (
+        bool(torch.equal(a.valid, b.valid))
+        and torch.allclose(a.values, b.values, atol=1e-4)
+        and torch.allclose(a.keys, b.keys, atol=1e-4)
+    )
 
 
 class TestScenarios:
@@ -115,8 +118,9 @@ class TestRun:
         assert asked == {link.name for link in topology.links}
 
     def test_every_link_has_a_policy_of_its_own(self, model: HFBackend, gate: FrozenGuard) -> None:
-        trace = run(HFAgents(model, "guarded", {"*": gate}), DIAMOND, scenarios(DIAMOND),
-                    model.encoder)  # fmt: skip
+        trace = run(
+            HFAgents(model, "guarded", {"*": gate}), DIAMOND, scenarios(DIAMOND), model.encoder
+        )
         wide, narrow = trace.received["a->b"], trace.received["a->c"]
         assert wide.records[0].forbid == CATEGORIES
         assert narrow.records[0].forbid == ("person", "health")

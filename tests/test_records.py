@@ -39,11 +39,16 @@ def record(name: str, ids: tuple[int, ...], *questions: TokenQuestion) -> TokenR
 
 
 RECORDS = [
-    record("a", (5, 6, 7, 8, 9, 10, 11), question((20, 21), (30, 31, 1)),
-           question((22, 23, 24), (32, 1)), question((25,), (1,))),
+    record(
+        "a",
+        (5, 6, 7, 8, 9, 10, 11),
+        question((20, 21), (30, 31, 1)),
+        question((22, 23, 24), (32, 1)),
+        question((25,), (1,)),
+    ),
     record("b", (12, 13, 14, 15, 16), question((26, 27, 28, 29), (33, 34, 35, 1))),
     record("c", (17, 18, 19, 40, 41, 42)),
-]  # fmt: skip
+]
 
 
 def test_pad() -> None:
@@ -55,8 +60,11 @@ def test_pad() -> None:
 def test_secrets_are_what_the_edge_forbids() -> None:
     (secret,) = RECORDS[0].secrets()
     assert (secret.category, secret.field, secret.ids, secret.positions) == (
-        "government_id", "ssn", (6, 7), (1, 3)
-    )  # fmt: skip
+        "government_id",
+        "ssn",
+        (6, 7),
+        (1, 3),
+    )
 
 
 def test_masks_name_categories() -> None:

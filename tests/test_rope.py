@@ -33,11 +33,18 @@ KINDS: dict[str, dict[str, Any]] = {
 def tiny(kind: str, **changes: Any) -> PretrainedConfig:
     """A two-layer config of model type ``kind`` with H = 2 KV heads, D = 8."""
     fields: dict[str, Any] = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
-        "max_position_embeddings": 256, "initializer_range": 0.3,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     if kind.startswith(("gemma", "qwen3", "llama", "mistral")):
         fields["head_dim"] = 8
     if kind in ("qwen2_moe", "qwen3_moe", "mixtral"):

@@ -186,11 +186,16 @@ def test_policy_decides_what_is_secret_and_what_is_task() -> None:
 def test_named_fields_overrule_categories() -> None:
     """A task field stays task where a sibling makes its category forbidden."""
     record = Record(
-        "r", "customer", "finance", "10 20",
+        "r",
+        "customer",
+        "finance",
+        "10 20",
         (Span(0, 2, "balance", "finance", "10"), Span(3, 5, "credit_score", "finance", "20")),
-        (Question("Balance?", "10", "balance", "finance"),
-         Question("Score?", "20", "credit_score", "finance")),
-    )  # fmt: skip
+        (
+            Question("Balance?", "10", "balance", "finance"),
+            Question("Score?", "20", "credit_score", "finance"),
+        ),
+    )
     hop = Hop("s", EdgeSpec("a", "b", ("finance",)), record, ("balance",), ("credit_score",))
     assert [hop.is_task(q) for q in record.questions] == [True, False]
     assert [hop.is_secret(s) for s in record.spans] == [False, True]

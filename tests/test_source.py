@@ -28,9 +28,13 @@ def greedy(source: ModelSource, text: Sequence[int]) -> tuple[int, ...]:
     """transformers' own greedy decoding of one text, without the end token."""
     ids = torch.tensor([text])
     out = source.model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
-        eos_token_id=END, pad_token_id=0,
-    )[0, len(text) :].tolist()  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW,
+        eos_token_id=END,
+        pad_token_id=0,
+    )[0, len(text) :].tolist()
     return tuple(out[: out.index(END)] if END in out else out)
 
 

@@ -40,9 +40,14 @@ FORKS = multiprocessing.get_context("fork")
 
 def config() -> PretrainedConfig:
     return CONFIG_MAPPING["llama"](
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vocab_size=64,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+    )
 
 
 def unsigned(
@@ -294,9 +299,21 @@ def test_what_put_refuses(place: Place, store: Any) -> None:
 
 @pytest.mark.parametrize(
     "handle",
-    ["", "a" * 15, "a" * 129, "../" + "a" * 16, "a" * 16 + "/..", "/etc/passwd-passwd-passwd",
-     "a" * 16 + "\n", "a" * 16 + "\0", "*" * 16, "." * 16, "a" * 15 + "\u00e9", "{a}:" + "a" * 16],
-)  # fmt: skip
+    [
+        "",
+        "a" * 15,
+        "a" * 129,
+        "../" + "a" * 16,
+        "a" * 16 + "/..",
+        "/etc/passwd-passwd-passwd",
+        "a" * 16 + "\n",
+        "a" * 16 + "\0",
+        "*" * 16,
+        "." * 16,
+        "a" * 15 + "\u00e9",
+        "{a}:" + "a" * 16,
+    ],
+)
 def test_handles_that_are_no_names(store: Any, handle: str) -> None:
     manifest = signed().manifest.model_copy(update={"handle": handle})
     calls: Sequence[Callable[[], Any]] = (

@@ -58,8 +58,11 @@ def test_layout(store: RedisStore, client: Any) -> None:
     store.put(signed())
     chunks = [name for name in names(client) if name[-2] == ":"]
     assert [name.rpartition(f"lcguard:{{{A}}}:")[2][32:] for name in chunks] == [
-        ":k:0", ":k:1", ":v:0", ":v:1",
-    ]  # fmt: skip
+        ":k:0",
+        ":k:1",
+        ":v:0",
+        ":v:1",
+    ]
     assert {client.strlen(name) for name in chunks} == {SEGMENT_BYTES // 4}
     assert names(client) == sorted([*chunks, f"lcguard:{{{A}}}:manifest", "lcguard:index"])
     assert {client.pttl(name) for name in names(client)} == {-1}

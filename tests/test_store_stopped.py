@@ -46,10 +46,16 @@ def test_every_operation_on_a_stopped_server_ends(server: Stopped) -> None:
     store.put(signed())
     with server:
         for call in (
-            lambda: store.put(signed(B)), lambda: store.manifest(A), lambda: store.load(A, KEY),
-            lambda: store.delete(A), lambda: store.retire(A), store.handles, store.sweep,
-            store.check, store.time_s,
-        ):  # fmt: skip
+            lambda: store.put(signed(B)),
+            lambda: store.manifest(A),
+            lambda: store.load(A, KEY),
+            lambda: store.delete(A),
+            lambda: store.retire(A),
+            store.handles,
+            store.sweep,
+            store.check,
+            store.time_s,
+        ):
             with pytest.raises(StoreError, match=r"in time|took longer"):
                 call()
     assert store.manifest(A).handle == A
@@ -116,8 +122,9 @@ def test_a_call_is_polled_while_the_store_hangs_and_undone_when_it_comes_too_lat
 def test_what_nobody_wants_is_undone_or_never_begun() -> None:
     line, go, events = StoreLine(timeout_s=600, threads=1), threading.Event(), []
     done = threading.Event()
-    running = line.submit(lambda: go.wait() and events.append("ran"),
-                          lambda: events.append("undone"))  # fmt: skip
+    running = line.submit(
+        lambda: go.wait() and events.append("ran"), lambda: events.append("undone")
+    )
     waiting = line.submit(lambda: events.append("never"), lambda: events.append("nor this"))
     waiting.drop()
     running.drop()

@@ -47,8 +47,13 @@ from tests.matrix import ATTACKS, GUARDS
 
 TRAINED = [n for n in GUARDS if guard_class(n).trained]
 SMALL: dict[str, Any] = {
-    "steps": 5, "batch": 6, "questions": 2, "checkpoint_every": 2, "leak_ramp": 2, "warmup": 2,
-}  # fmt: skip
+    "steps": 5,
+    "batch": 6,
+    "questions": 2,
+    "checkpoint_every": 2,
+    "leak_ramp": 2,
+    "warmup": 2,
+}
 
 
 def adversary(**changes: Any) -> AdversaryConfig:
@@ -64,19 +69,29 @@ CONFIGS = {
         "residual", GUARDS["residual"], pair_weight=0, adversary=adversary(lag=2), **SMALL
     ),
     "residual-kl": TrainConfig(
-        "residual", GUARDS["residual"], pair_weight=0,
-        adversary=adversary(objective="kl_prior", lag=2, reset_every=3), **SMALL,
+        "residual",
+        GUARDS["residual"],
+        pair_weight=0,
+        adversary=adversary(objective="kl_prior", lag=2, reset_every=3),
+        **SMALL,
     ),
     "gate-all": TrainConfig(
-        "gate", GUARDS["gate"], twin_weight=0.1, adversary=adversary(count=1, reset_every=2),
-        label_steps=2, optimizer="muon", ema=0.5, **SMALL,
+        "gate",
+        GUARDS["gate"],
+        twin_weight=0.1,
+        adversary=adversary(count=1, reset_every=2),
+        label_steps=2,
+        optimizer="muon",
+        ema=0.5,
+        **SMALL,
     ),
-}  # fmt: skip
+}
 
 
 def train(world: World, config: TrainConfig, out: Path) -> Run:
-    return train_guard(config, world.records, world.source, world.special, out, make_adversary,
-                       progress=False)  # fmt: skip
+    return train_guard(
+        config, world.records, world.source, world.special, out, make_adversary, progress=False
+    )
 
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:
@@ -237,10 +252,20 @@ def leak(world: World, module: GuardModule) -> float:
 def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> None:
     """Held out, against an untrained gate and against noise of the same size alone."""
     config = TrainConfig(
-        "gate", {**GUARDS["gate"], "noise": 0.3}, steps=90, batch=8, questions=2, lr=1e-2,
-        warmup=2, leak_ramp=1, pair_weight=1.0, gate_weight=0.0, kl_weight=0.1, ce_weight=0.0,
+        "gate",
+        {**GUARDS["gate"], "noise": 0.3},
+        steps=90,
+        batch=8,
+        questions=2,
+        lr=1e-2,
+        warmup=2,
+        leak_ramp=1,
+        pair_weight=1.0,
+        gate_weight=0.0,
+        kl_weight=0.1,
+        ce_weight=0.0,
         policies=PolicyMix(all_rate=1.0, none_rate=0.0),
-    )  # fmt: skip
+    )
     run = train(world, config, tmp_path)
     shape = KVShape(*world.source.shape)
     skipped = guard_class("gaussian").build(shape, len(CATEGORIES), {"noise": 0.3})
@@ -256,16 +281,32 @@ def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> No
 
 
 def test_regress_training_nears_the_twin(world: World, tmp_path: Path) -> None:
-    config = replace(CONFIGS["regress"], steps=25, batch=8, lr=5e-3, kl_weight=0.0, ce_weight=0.0,
-                     gate_weight=0.0, policies=PolicyMix(all_rate=1.0, none_rate=0.0))  # fmt: skip
+    config = replace(
+        CONFIGS["regress"],
+        steps=25,
+        batch=8,
+        lr=5e-3,
+        kl_weight=0.0,
+        ce_weight=0.0,
+        gate_weight=0.0,
+        policies=PolicyMix(all_rate=1.0, none_rate=0.0),
+    )
     errors = [row["twin_mse"] for row in train(world, config, tmp_path).metrics]
     assert sum(errors[-5:]) < 0.7 * sum(errors[:5])
 
 
 def test_labels_teach_each_gate_its_category(world: World, tmp_path: Path) -> None:
     """Held out: values of a category are withheld where it is forbidden, and little else."""
-    config = TrainConfig("gate", GUARDS["gate"], steps=80, label_steps=80, batch=12, lr=1e-2,
-                         warmup=2, checkpoint_every=80)  # fmt: skip
+    config = TrainConfig(
+        "gate",
+        GUARDS["gate"],
+        steps=80,
+        label_steps=80,
+        batch=12,
+        lr=1e-2,
+        warmup=2,
+        checkpoint_every=80,
+    )
     run = train(world, config, tmp_path)
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
     shares = {}
@@ -274,8 +315,12 @@ def test_labels_teach_each_gate_its_category(world: World, tmp_path: Path) -> No
         raw = world.source.prefill([r.ids for r in records])
         withheld = run.guard(raw, masks(records)).withheld
         for own in (True, False):
-            at = [withheld[i, s.start : s.end] for i, r in enumerate(records) for s in r.spans
-                  if (s.category == "person") == own and s.category is not None]  # fmt: skip
+            at = [
+                withheld[i, s.start : s.end]
+                for i, r in enumerate(records)
+                for s in r.spans
+                if (s.category == "person") == own and s.category is not None
+            ]
             shares[len(forbid) == 1, own] = float(torch.cat(at).mean())
     # before, the two are alike
     assert shares[True, True] > 2 * shares[True, False]
@@ -296,9 +341,11 @@ def test_codebook_starts_at_placeholders(world: World) -> None:
 def banded(records: Sequence[TokenRecord], pool: ValuePool, words: int) -> list[Any]:
     """(record, span, word) of every secret whose band has a word."""
     return [
-        (i, s, w) for i, r in enumerate(records) for s in r.spans
+        (i, s, w)
+        for i, r in enumerate(records)
+        for s in r.spans
         if s.category is not None and (w := pool.word(s, words)) is not None
-    ]  # fmt: skip
+    ]
 
 
 def test_words_are_dealt_to_bands(world: World) -> None:
@@ -327,8 +374,9 @@ def test_words_of_bands_start_at_the_mean_of_their_values(world: World) -> None:
 
 def test_labels_teach_the_words_of_bands(world: World, tmp_path: Path) -> None:
     options = {**GUARDS["gate"], "words": 9}
-    config = TrainConfig("gate", options, steps=60, label_steps=60, batch=12, lr=1e-2,
-                         warmup=2, checkpoint_every=60)  # fmt: skip
+    config = TrainConfig(
+        "gate", options, steps=60, label_steps=60, batch=12, lr=1e-2, warmup=2, checkpoint_every=60
+    )
     pool = ValuePool(world.records)
     raw = world.source.prefill([r.ids for r in world.records])
 
@@ -418,8 +466,7 @@ def test_prior_divergence_is_zero_at_the_prior(world: World) -> None:
     own = prior.table[fields[:, None], at[None]].log()
     assert float(prior.divergence(fields, labels, own)) == pytest.approx(0, abs=1e-4)
     assert float(prior.divergence(fields, labels, logp).detach()) > 0.1
-    nothing = attack_data(with_policy(world.records[:3], ()),
-                          team._pairs.kv[:3], world.special)  # fmt: skip
+    nothing = attack_data(with_policy(world.records[:3], ()), team._pairs.kv[:3], world.special)
     assert float(team.guard_term(nothing).detach()) == 0
 
 
@@ -623,8 +670,10 @@ def test_answers_of_secret_categories_have_weights_of_their_own(world: World) ->
     weight = answer_weights(records, packed.labels, packed.block, config)
     expected = [
         1.0 if q.category is None else 3.0 if q.category in r.forbid else 2.0
-        for r in records for q in r.questions for _ in q.answer
-    ]  # fmt: skip
+        for r in records
+        for q in r.questions
+        for _ in q.answer
+    ]
     assert set(expected) == {1.0, 2.0, 3.0}
     assert weight.tolist() == expected
 

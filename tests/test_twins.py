@@ -130,8 +130,13 @@ def test_a_band_without_values_keeps_the_text(world: World) -> None:
 
 def test_rare_lengths_still_get_a_counterfactual(world: World) -> None:
     """From tokens of the category, never from another one."""
-    contact = {t for r in world.records for s in r.spans if s.category == "contact"
-               for t in r.ids[s.start : s.end]}  # fmt: skip
+    contact = {
+        t
+        for r in world.records
+        for s in r.spans
+        if s.category == "contact"
+        for t in r.ids[s.start : s.end]
+    }
     ids = (*range(3), *range(600, 637), *range(3))
     span = TokenSpan(3, 40, "phone", "contact", None, True)
     odd = TokenRecord("r", "s", "e", "t", "v", ids, (span,), (), CATEGORIES)

@@ -20,9 +20,20 @@ from lcguard.yaml12 import ALIAS_BUDGET, YamlError, parse_yaml
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("no", "no"), ("1:30", "1:30"), ("1e-3", 1e-3), ("010", 10), ("2024-01-01", "2024-01-01"),
-     ("~", None), ("1_000", "1_000"), ("0x10", "0x10"), ("-.5", -0.5), ("true", True), ("", None)],
-)  # fmt: skip
+    [
+        ("no", "no"),
+        ("1:30", "1:30"),
+        ("1e-3", 1e-3),
+        ("010", 10),
+        ("2024-01-01", "2024-01-01"),
+        ("~", None),
+        ("1_000", "1_000"),
+        ("0x10", "0x10"),
+        ("-.5", -0.5),
+        ("true", True),
+        ("", None),
+    ],
+)
 def test_scalars_are_yaml_1_2(text: str, value: object) -> None:
     assert parse_yaml(text) == value
 

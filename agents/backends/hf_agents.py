@@ -49,9 +49,13 @@ class HFAgents:
     """
 
     def __init__(
-        self, model: HFBackend, channel: Channel = "guarded",
-        guards: Mapping[str, Guard] | None = None, seed: int = 0, batch: int = 64,
-    ) -> None:  # fmt: skip
+        self,
+        model: HFBackend,
+        channel: Channel = "guarded",
+        guards: Mapping[str, Guard] | None = None,
+        seed: int = 0,
+        batch: int = 64,
+    ) -> None:
         if channel == "guarded" and not guards:
             raise ValueError("channel 'guarded' has no guard: give guards={'*': guard}")
         self.model, self.channel, self.seed, self.batch = model, channel, seed, batch

@@ -21,11 +21,16 @@ def edge_policy(topology: Topology, guard: str = "gate") -> dict[str, Any]:
     return {
         "version": 1,
         "edges": [
-            {"source": x.source, "audience": x.audience, "forbid": list(x.forbid),
-             "derive": list(x.derive), "guard": guard}
+            {
+                "source": x.source,
+                "audience": x.audience,
+                "forbid": list(x.forbid),
+                "derive": list(x.derive),
+                "guard": guard,
+            }
             for x in topology.links
         ],
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True)

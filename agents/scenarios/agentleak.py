@@ -152,8 +152,11 @@ def _scenario(
         return [f for f in (wanted, *aliases.get(wanted, ())) if f in present]
 
     listed = line.allowed_set
-    secret = {f: categories.get(f, "confidential")
-              for wanted in listed.forbidden_fields for f in resolve(wanted)}  # fmt: skip
+    secret = {
+        f: categories.get(f, "confidential")
+        for wanted in listed.forbidden_fields
+        for f in resolve(wanted)
+    }
     task = dict.fromkeys(f for wanted in listed.fields for f in resolve(wanted))
     # Never asked about as absent: "not stated" is what a receiver that learnt nothing says too,
     # and would count as a task done.

@@ -143,8 +143,10 @@ class AtomFinder:
             from_items = self._grams[words]
             # a capital in one of the two alone is a heading's or a sentence's
             named = [any(column) for column in zip(*from_items.values(), strict=True)]
-            kinds = ["word" if t.kind == "name" and not both else t.kind
-                     for t, both in zip(part, named, strict=True)]  # fmt: skip
+            kinds = [
+                "word" if t.kind == "name" and not both else t.kind
+                for t, both in zip(part, named, strict=True)
+            ]
             kind = _kind(words, kinds)
             if kind is None or (kind == "phrase" and not self._phrases):
                 continue

@@ -126,16 +126,35 @@ class Encoder:
             low, high = span.start + shift, span.end + shift
             inside = [i for i, (a, b) in enumerate(offsets) if a < high and b > low]
             spans.append(
-                TokenSpan(inside[0], inside[-1] + 1, span.field, span.category, span.band,
-                          hop.is_secret(span))
-            )  # fmt: skip
+                TokenSpan(
+                    inside[0],
+                    inside[-1] + 1,
+                    span.field,
+                    span.category,
+                    span.band,
+                    hop.is_secret(span),
+                )
+            )
         questions = tuple(
-            TokenQuestion(self.prompt(q.text), self.answer(q.answer), q.field, q.category, q.kind,
-                          hop.is_task(q))
+            TokenQuestion(
+                self.prompt(q.text),
+                self.answer(q.answer),
+                q.field,
+                q.category,
+                q.kind,
+                hop.is_task(q),
+            )
             for q in hop.record.questions
-        )  # fmt: skip
+        )
         return TokenRecord(
-            hop.record.record_id, hop.scenario_id, hop.edge_name, hop.record.record_type,
-            hop.record.vertical, tuple(ids), tuple(spans), questions, hop.edge.forbid,
+            hop.record.record_id,
+            hop.scenario_id,
+            hop.edge_name,
+            hop.record.record_type,
+            hop.record.vertical,
+            tuple(ids),
+            tuple(spans),
+            questions,
+            hop.edge.forbid,
             hop.edge.derive,
-        )  # fmt: skip
+        )

@@ -137,9 +137,14 @@ def tally(scenarios: Iterable[Scenario]) -> dict[str, int]:
 
 def secret_fields(records: Sequence[Record]) -> tuple[str, ...]:
     """The fields that attacks are scored on."""
-    return tuple(dict.fromkeys(
-        s.field for r in records for s in r.spans if s.category is not None and s.field != REPEAT
-    ))  # fmt: skip
+    return tuple(
+        dict.fromkeys(
+            s.field
+            for r in records
+            for s in r.spans
+            if s.category is not None and s.field != REPEAT
+        )
+    )
 
 
 def _unasked(record: Record) -> int:

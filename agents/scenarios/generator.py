@@ -91,8 +91,9 @@ def write_record(
     for field in absent or []:
         asked = phrasing.question(rng, rng.choice(field.labels), kind.noun)
         questions.append(Question(asked, phrasing.ABSENT, field.name, field.category, "absent"))
-    return Record(record_id, kind.name, kind.vertical, text.rstrip("\n"), tuple(spans),
-                  tuple(questions))  # fmt: skip
+    return Record(
+        record_id, kind.name, kind.vertical, text.rstrip("\n"), tuple(spans), tuple(questions)
+    )
 
 
 def make_record(

@@ -86,10 +86,15 @@ def load_hops(
     """The hops of ``load_scenarios``; raises what that raises."""
     return hops_of(
         load_scenarios(
-            source, path=path, seed=seed, split=split, n=n,
-            min_fields=min_fields, max_fields=max_fields,
+            source,
+            path=path,
+            seed=seed,
+            split=split,
+            n=n,
+            min_fields=min_fields,
+            max_fields=max_fields,
         )
-    )  # fmt: skip
+    )
 
 
 def split_hops(

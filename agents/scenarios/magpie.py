@@ -111,8 +111,13 @@ def read_magpie(path: Path | None = None, *, max_chars: int = MAX_CHARS) -> list
 
 def _scenario(name: str, content: _File, max_chars: int) -> Scenario:
     names = [a.name for a in content.agents]
-    public = (content.scenario, content.task, content.deliverable,
-              str(content.success_criteria), *names)  # fmt: skip
+    public = (
+        content.scenario,
+        content.task,
+        content.deliverable,
+        str(content.success_criteria),
+        *names,
+    )
     # one per domain, in numbered files: auction_3
     vertical = name.rstrip("0123456789").strip("_") or name
     agents, edges, missing = [], [], []

@@ -18,20 +18,32 @@ SENTENCES = (
     "{Label} = {value}\n",
 )
 OPENINGS = (
-    "Summary of the {noun} file.", "{Noun} record.", "Notes on this {noun}.",
-    "The following was collected for the {noun}.", "Extract from the {noun} register.",
-    "Internal file, {noun}.", "",
-)  # fmt: skip
+    "Summary of the {noun} file.",
+    "{Noun} record.",
+    "Notes on this {noun}.",
+    "The following was collected for the {noun}.",
+    "Extract from the {noun} register.",
+    "Internal file, {noun}.",
+    "",
+)
 FILLER = (
-    "The file was checked last week.", "No further action is needed today.",
-    "Please keep this page in the folder.", "A copy was sent to the archive.",
-    "The form was filled in by hand.", "All entries were confirmed by phone.",
-    "There was a short delay at the desk.", "The office closes early on Friday.",
-    "Some pages of the file are missing.", "See the attachment for more.",
-    "The next review is due in spring.", "Two people were present.",
-    "This entry replaces an older one.", "Nothing unusual was noted.",
-    "The system was slow that day.", "A reminder goes out next month.",
-)  # fmt: skip
+    "The file was checked last week.",
+    "No further action is needed today.",
+    "Please keep this page in the folder.",
+    "A copy was sent to the archive.",
+    "The form was filled in by hand.",
+    "All entries were confirmed by phone.",
+    "There was a short delay at the desk.",
+    "The office closes early on Friday.",
+    "Some pages of the file are missing.",
+    "See the attachment for more.",
+    "The next review is due in spring.",
+    "Two people were present.",
+    "This entry replaces an older one.",
+    "Nothing unusual was noted.",
+    "The system was slow that day.",
+    "A reminder goes out next month.",
+)
 QUESTIONS = (
     "What is the {label}?",
     "What is the {noun}'s {label}?",

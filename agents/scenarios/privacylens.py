@@ -43,12 +43,24 @@ MAX_CHARS: Final = 800
 """Of a window: about 470 tokens of the nano agent, which reads 8,192 but learnt on shorter ones."""
 
 TASK: Final = {
-    "subject": "subject", "title": "title", "from": "sender", "to": "recipient",
-    "sender_id": "sender", "name": "name", "event_name": "event", "location": "location",
-    "time": "time", "timestamp": "time", "start_time": "start time", "end_time": "end time",
-    "dateTime": "date", "attendees": "attendee", "email": "email address", "folder": "folder",
+    "subject": "subject",
+    "title": "title",
+    "from": "sender",
+    "to": "recipient",
+    "sender_id": "sender",
+    "name": "name",
+    "event_name": "event",
+    "location": "location",
+    "time": "time",
+    "timestamp": "time",
+    "start_time": "start time",
+    "end_time": "end time",
+    "dateTime": "date",
+    "attendees": "attendee",
+    "email": "email address",
+    "folder": "folder",
     "in": "folder",
-}  # fmt: skip
+}
 """Keys of the observations that say who, when, where and about what; how questions call them."""
 LONGEST_ANSWER: Final = 60
 """Characters; a longer entry is prose, and not asked for."""

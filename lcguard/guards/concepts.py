@@ -49,8 +49,9 @@ class ConceptFitter:
         Raises ``ValueError`` for labels outside -1 .. n_concepts - 1 or of another length.
         """
         if labels.shape != entries.shape[:1]:
-            raise ValueError(f"{tuple(labels.shape)} labels for {len(entries)} tokens: give one a "
-                             "token")  # fmt: skip
+            raise ValueError(
+                f"{tuple(labels.shape)} labels for {len(entries)} tokens: give one a token"
+            )
         if not len(labels):
             return
         if int(labels.min()) < -1 or int(labels.max()) >= self.n_concepts:

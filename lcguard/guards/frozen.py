@@ -62,9 +62,11 @@ class FrozenGuard:
         self.needs_twin = module.needs_twin
         self.placeholder: str = module.placeholder
         self.card = card or Card(
-            guard=module.name, options=module.options(), shape=(*module.shape,),
+            guard=module.name,
+            options=module.options(),
+            shape=(*module.shape,),
             claim=module.claim,
-        )  # fmt: skip
+        )
 
     @property
     def digest(self) -> str:
@@ -99,9 +101,13 @@ class FrozenGuard:
 
     @torch.no_grad()
     def __call__(
-        self, kv: KVBatch, mask: Mask, *, keys: Sequence[bytes] | None = None,
+        self,
+        kv: KVBatch,
+        mask: Mask,
+        *,
+        keys: Sequence[bytes] | None = None,
         twin: KVBatch | None = None,
-    ) -> Guarded:  # fmt: skip
+    ) -> Guarded:
         """Rewrites a batch of segments, with noise from ``keys``: one a segment, a fresh secret
         one each where None.
 
@@ -172,9 +178,13 @@ class FrozenGuard:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, model_digest: str | None = None,
-        shape: tuple[int, int, int] | None = None, revision: str | None = None,
-    ) -> FrozenGuard:  # fmt: skip
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        model_digest: str | None = None,
+        shape: tuple[int, int, int] | None = None,
+        revision: str | None = None,
+    ) -> FrozenGuard:
         """Loads a folder, or a Hugging Face repository where no such folder exists.
 
         Raises ``GuardError`` in one line for a missing, damaged or foreign guard.

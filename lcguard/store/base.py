@@ -101,9 +101,12 @@ class SegmentStore(Protocol):
 
 
 def open_store(
-    url: str, *, max_bytes: int | None = None, timeout_s: float = 10.0,
+    url: str,
+    *,
+    max_bytes: int | None = None,
+    timeout_s: float = 10.0,
     clock: Callable[[], float] = time.time,
-) -> SegmentStore:  # fmt: skip
+) -> SegmentStore:
     """The store of ``memory://NAME``, ``file:///abs/path`` or a bare path, ``redis[s]://...``.
 
     Args:

@@ -78,9 +78,7 @@ class StoreLine:
         self.timeout_s = timeout_s
         self.pool = ThreadPoolExecutor(threads, "lcguard-store")
 
-    def submit(
-        self, call: Callable[[], T], undo: Callable[[], object] | None = None
-    ) -> Call[T]:  # fmt: skip
+    def submit(self, call: Callable[[], T], undo: Callable[[], object] | None = None) -> Call[T]:
         """Begins a call. ``undo``: for one that succeeded when nobody waited any more."""
         return Call(self, call, undo)
 

@@ -112,9 +112,13 @@ def guard_all(
 
 
 def twin_contexts(
-    guard: Guard, records: Sequence[TokenRecord], kv: KVBatch, special: Special,
-    fixed_length: bool = False, batch: int = 16,
-) -> list[tuple[int, ...]]:  # fmt: skip
+    guard: Guard,
+    records: Sequence[TokenRecord],
+    kv: KVBatch,
+    special: Special,
+    fixed_length: bool = False,
+    batch: int = 16,
+) -> list[tuple[int, ...]]:
     """What is prefilled again for a guard that sends a twin: the contexts without what it finds in
     raw ``kv``, or, for a guard that is told, without the values that each policy forbids."""
     make = fixed_length_twin if fixed_length else neutral_twin

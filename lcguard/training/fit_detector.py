@@ -65,9 +65,12 @@ class ReadRecords:
 
 @torch.no_grad()
 def read_records(
-    module: TwinGuard, records: Sequence[TokenRecord], source: ModelSource, batch: int = 16,
+    module: TwinGuard,
+    records: Sequence[TokenRecord],
+    source: ModelSource,
+    batch: int = 16,
     progress: Callable[[int], None] = lambda n: None,
-) -> ReadRecords:  # fmt: skip
+) -> ReadRecords:
     """Prefills each distinct context once. Statistics are fitted on the first records where the
     module has none."""
     known: dict[tuple[int, ...], Tensor] = {}
@@ -99,9 +102,11 @@ def labels(records: Sequence[TokenRecord], n_tokens: int) -> Tensor:
 
 
 def fit_detector(
-    module: TwinGuard, data: Sequence[ReadRecords], config: DetectorConfig,
+    module: TwinGuard,
+    data: Sequence[ReadRecords],
+    config: DetectorConfig,
     say: Callable[[int, float], None] = lambda step, loss: None,
-) -> None:  # fmt: skip
+) -> None:
     """Trains in place. ``data``: one entry per source; every source is drawn from as often.
 
     Raises ``ValueError`` for a source without records, or a loss that is not finite.

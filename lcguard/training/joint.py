@@ -35,10 +35,13 @@ def join_data(
         for k, (part, name) in enumerate(zip(parts, names, strict=True)):
             shift, width = int(starts[i, k]), int(lengths[i, k])
             row += [
-                replace(s, field=f"{name}.{s.field}",
-                        positions=(s.positions[0] + shift, s.positions[1] + shift))
+                replace(
+                    s,
+                    field=f"{name}.{s.field}",
+                    positions=(s.positions[0] + shift, s.positions[1] + shift),
+                )
                 for s in part.secrets[i]
-            ]  # fmt: skip
+            ]
             own = part.context_ids[i, :width].tolist()
             known += own + [IGNORE] * (width - len(own))
             asked += list(part.meta.get("prompts", [()] * n)[i])
@@ -48,8 +51,9 @@ def join_data(
         prompts.append(asked)
         owners.append(owner)
     first = parts[0]
-    mask = Mask(*(torch.stack([getattr(p.mask, w) for p in parts]).any(0)
-                  for w in ("forbid", "derive")))  # fmt: skip
+    mask = Mask(
+        *(torch.stack([getattr(p.mask, w) for p in parts]).any(0) for w in ("forbid", "derive"))
+    )
     return AttackData(
         kv,
         pad(ids, IGNORE),

@@ -109,8 +109,9 @@ def step_data(
     hops: list[StepData] = []
     before: KVBatch | None = None
     for first in range(0, len(chosen), n_paths):
-        hop = _prefill_hop(rng, chosen[first : first + n_paths], pool, source, config, neutral_id,
-                           before)  # fmt: skip
+        hop = _prefill_hop(
+            rng, chosen[first : first + n_paths], pool, source, config, neutral_id, before
+        )
         if config.path_hops > 1:
             rows = len(hop.records)
             past = None if before is None else before[:rows]
@@ -154,8 +155,9 @@ def _merged(hop: StepData, past: KVBatch | None, others: Sequence[TokenRecord]) 
     """The receiver reads what came before first, and is not asked about a field of both."""
     if past is None:
         raw = hop.raw
-        past = KVBatch(raw.keys[..., :1, :], raw.values[..., :1, :],
-                       torch.zeros_like(raw.valid[:, :1]))  # fmt: skip
+        past = KVBatch(
+            raw.keys[..., :1, :], raw.values[..., :1, :], torch.zeros_like(raw.valid[:, :1])
+        )
         return replace(hop, before=past)
     records = []
     for record, other in zip(hop.records, others, strict=False):
@@ -179,10 +181,11 @@ def _stack(hops: Sequence[StepData]) -> StepData:
         raw,
         stacked([h.pair for h in hops]),
         stacked([h.twin for h in hops]),
-        Mask(*(torch.cat(x) for x in ([h.mask.forbid for h in hops],
-                                      [h.mask.derive for h in hops]))),
+        Mask(
+            *(torch.cat(x) for x in ([h.mask.forbid for h in hops], [h.mask.derive for h in hops]))
+        ),
         stacked([h.before for h in hops]),
-    )  # fmt: skip
+    )
 
 
 class Losses(NamedTuple):
@@ -325,8 +328,9 @@ def receiver_loss(
     if config.kl_weight:
         with torch.no_grad():
             teacher = source.answer_logits(raw, packed) / config.temperature
-        kl = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True,
-                      reduction="none").sum(-1)  # fmt: skip
+        kl = F.kl_div(
+            logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
         total = total + config.kl_weight * (kl * weight).sum()
     accuracy = float((logits.argmax(-1) == labels).float().mean())
     return total, {"accuracy": accuracy, "task_nats": float(total.detach())}

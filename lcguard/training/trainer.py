@@ -62,9 +62,13 @@ def check_trained(name: str) -> None:
 
 
 def prepare(
-    module: GuardModule, records: Sequence[TokenRecord], source: ModelSource, special: Special,
-    pool: ValuePool, hops: int = 1,
-) -> AttackData:  # fmt: skip
+    module: GuardModule,
+    records: Sequence[TokenRecord],
+    source: ModelSource,
+    special: Special,
+    pool: ValuePool,
+    hops: int = 1,
+) -> AttackData:
     """Fits the guard's statistics; returns raw pairs (paths of ``hops``), everything forbidden."""
     sample = with_policy(records[:384], CATEGORIES)
     raw = source.prefill([r.ids for r in sample])
@@ -111,7 +115,7 @@ def train_guard(
     ``out`` gets ``metrics.jsonl`` and, while the run lasts, ``checkpoint.safetensors``. Raises
     ``ValueError`` for a guard without parameters, an adversary without factory, or a loss that is
     not finite.
-    """  # fmt: skip
+    """
     check_trained(config.guard)
     if config.adversary.count and factory is None:
         raise ValueError("config.adversary.count > 0 needs a factory for the attackers")
@@ -137,8 +141,9 @@ def train_guard(
             raise ValueError(
                 f"{state} belongs to another configuration; delete it or use another out"
             )
-        meta = load_checkpoint(state, kept | ensemble.modules(),
-                               [*optimizers, *ensemble.optimizers])  # fmt: skip
+        meta = load_checkpoint(
+            state, kept | ensemble.modules(), [*optimizers, *ensemble.optimizers]
+        )
         first, spent = meta["step"], meta["seconds"]
     rank = accelerator.process_index
     records = sorted(records, key=lambda r: len(r.ids))
@@ -147,8 +152,19 @@ def train_guard(
     with _bar(progress, accelerator.is_main_process) as bar:
         task = bar.add_task(f"train {config.guard}", total=config.steps, completed=first, note="")
         for step in range(first, config.steps):
-            row = _step(config, step, rank, records, pool, source, special, module,
-                        optimizers, ensemble, accelerator)  # fmt: skip
+            row = _step(
+                config,
+                step,
+                rank,
+                records,
+                pool,
+                source,
+                special,
+                module,
+                optimizers,
+                ensemble,
+                accelerator,
+            )
             if config.ema:
                 average.update_parameters(module)
             metrics.append({"step": step, **row})
@@ -158,21 +174,33 @@ def train_guard(
             ):
                 _write_metrics(out / "metrics.jsonl", metrics)
                 save_checkpoint(
-                    state, kept | ensemble.modules(),
+                    state,
+                    kept | ensemble.modules(),
                     [*optimizers, *ensemble.optimizers],
-                    {"step": step + 1, "seconds": time.monotonic() - started,
-                     "config": asdict(config)},
-                )  # fmt: skip
+                    {
+                        "step": step + 1,
+                        "seconds": time.monotonic() - started,
+                        "config": asdict(config),
+                    },
+                )
     if config.ema and config.steps:
         module.load_state_dict(average.module.state_dict())
     return Run(FrozenGuard(module), ensemble, metrics, time.monotonic() - started)
 
 
 def _step(
-    config: TrainConfig, step: int, rank: int, records: Sequence[TokenRecord], pool: ValuePool,
-    source: ModelSource, special: Special, module: GuardModule,
-    optimizers: Sequence[torch.optim.Optimizer], ensemble: Ensemble, accelerator: Accelerator,
-) -> dict[str, float]:  # fmt: skip
+    config: TrainConfig,
+    step: int,
+    rank: int,
+    records: Sequence[TokenRecord],
+    pool: ValuePool,
+    source: ModelSource,
+    special: Special,
+    module: GuardModule,
+    optimizers: Sequence[torch.optim.Optimizer],
+    ensemble: Ensemble,
+    accelerator: Accelerator,
+) -> dict[str, float]:
     rng = random.Random(f"{config.seed}/{step}/{rank}")
     generator = torch.Generator().manual_seed(rng.getrandbits(48))
     module.train()
@@ -201,9 +229,10 @@ def make_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim.
     """AdamW, or Muon for the context network's matrices and AdamW for the rest."""
     named = list(module.named_parameters())
     matrices = [
-        p for n, p in named
+        p
+        for n, p in named
         if config.optimizer == "muon" and p.ndim == 2 and n.startswith("context.")
-    ]  # fmt: skip
+    ]
     rest = [p for _, p in named if not any(p is m for m in matrices)]
     out: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.01)]
     if matrices:
@@ -212,9 +241,13 @@ def make_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim.
 
 
 def _descend(
-    loss: Tensor, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int,
-    config: TrainConfig, accelerator: Accelerator,
-) -> None:  # fmt: skip
+    loss: Tensor,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> None:
     """One step. Gradients are averaged over processes by hand: the guard is small, and its passes
     (raw, pair, labels) do not all go through one forward, which a wrapper would expect."""
     if not math.isfinite(float(loss.detach())):
@@ -245,8 +278,11 @@ def _no_adversary(options: dict[str, Any]) -> Any:
 
 def _bar(progress: bool | None, main: bool) -> Progress:
     shown = sys.stderr.isatty() if progress is None else progress
-    return Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"),
-                    disable=not (shown and main))  # fmt: skip
+    return Progress(
+        *Progress.get_default_columns(),
+        TextColumn("{task.fields[note]}"),
+        disable=not (shown and main),
+    )
 
 
 def _note(row: dict[str, float]) -> str:

@@ -39,9 +39,13 @@ def fixed_length_twin(
 
 
 def found_twin(
-    ids: Sequence[int], marks: Sequence[int], placeholder: str, neutral_id: int,
-    typed: Sequence[Sequence[int]] = (), length_tokens: int = 4,
-) -> tuple[int, ...]:  # fmt: skip
+    ids: Sequence[int],
+    marks: Sequence[int],
+    placeholder: str,
+    neutral_id: int,
+    typed: Sequence[Sequence[int]] = (),
+    length_tokens: int = 4,
+) -> tuple[int, ...]:
     """The context with what a detector marked replaced; ``marks``: see ``GuardModule.marks``.
 
     ``typed``: the tokens of each category's name, for the placeholder ``typed``. Raises
