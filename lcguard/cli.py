@@ -71,8 +71,8 @@ def demo(
     device: Device = None,
 ) -> None:
     """Nano agents hand over guarded KV; fresh attackers try to rebuild the secrets."""
-    from lcguard.commands.compose import load_plan
     from lcguard.evaluation.plan import EvalConfig
+    from lcguard.evaluation.setup import load_plan
 
     _evaluate(load_plan(EvalConfig, "demo", sets or [], None), out, device)
 
@@ -187,8 +187,8 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a guard, certify it, and write it to OUT/guard."""
-    from lcguard.commands.compose import load_plan
     from lcguard.commands.train import TrainRun, run_training
+    from lcguard.evaluation.setup import load_plan
 
     console = Console(stderr=True)
     run = load_plan(TrainRun, config, sets or [], data, prefix="train-")

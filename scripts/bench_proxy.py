@@ -27,8 +27,8 @@ from typing import Any
 
 import aiohttp
 
+from lcguard.commands.live_servers import Running, Site, free_port
 from lcguard.commands.script import run_script
-from lcguard.commands.trial import Running, Site, free_port
 from lcguard.evaluation.manifest import run_manifest
 
 WORDS = "record patient note amount status file branch visit order client report field".split()

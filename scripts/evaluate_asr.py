@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcguard.commands.compose import evaluate, load_plan
 from lcguard.commands.script import run_script
 from lcguard.evaluation.plan import EvalConfig
+from lcguard.evaluation.setup import evaluate, load_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:

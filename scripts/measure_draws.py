@@ -23,11 +23,11 @@ from torch import Tensor
 
 from lcguard.agents.backends.hf import load_backend
 from lcguard.attacks.likelihood import LikelihoodAttack
-from lcguard.commands.compose import attack_factory, hops_for, load_guard
 from lcguard.commands.script import run_script
 from lcguard.evaluation.intervals import cluster_bootstrap
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import AttackSpec, DataConfig, GuardSpec
+from lcguard.evaluation.setup import attack_factory, hops_for, load_guard
 from lcguard.training.dataset import attack_data, guard_all
 
 DRAWS = (1, 2, 4, 16, 64)

@@ -24,11 +24,11 @@ from lcguard.attacks.base import FitConfig
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.attacks.probe import ProbeAttack
 from lcguard.categories import CATEGORIES
-from lcguard.commands.compose import hops_for, preset
 from lcguard.commands.script import run_script
 from lcguard.commands.train import TrainRun, adversary_factory, held_out_figures, recovered
 from lcguard.config import load_config
 from lcguard.evaluation.plan import DataConfig
+from lcguard.evaluation.setup import hops_for, preset
 from lcguard.records import TokenRecord
 from lcguard.training.dataset import attack_data, guard_all, with_policy
 from lcguard.training.trainer import Run, train_guard

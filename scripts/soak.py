@@ -28,8 +28,8 @@ from typing import Any
 import aiohttp
 
 from lcguard.categories import CATEGORIES
+from lcguard.commands.live_servers import Running, Site
 from lcguard.commands.script import run_script
-from lcguard.commands.trial import Running, Site
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.server.audit_verify import verify
 

@@ -12,9 +12,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcguard.commands.compose import load_plan
 from lcguard.commands.script import run_script
 from lcguard.commands.train import TrainRun, run_training
+from lcguard.evaluation.setup import load_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:

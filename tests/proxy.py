@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from lcguard.categories import CATEGORIES
-from lcguard.commands.trial import Running, Site
+from lcguard.commands.live_servers import Running, Site
 
 BLOCK_TOKENS = 32
 ENGINE_ARGS = ("--block-size", str(BLOCK_TOKENS), "--enable-prompt-tokens-details")

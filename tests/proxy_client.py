@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lcguard.commands.trial import Running
+from lcguard.commands.live_servers import Running
 
 DONE = "[DONE]"
 

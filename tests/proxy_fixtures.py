@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lcguard.commands.trial import Running, Site
+from lcguard.commands.live_servers import Running, Site
 from tests.proxy import ENGINE_ARGS, POLICY, Front, front_of
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lcguard.agents.nano.load import model_path
-from lcguard.commands.trial import Running, free_port
+from lcguard.commands.live_servers import Running, free_port
 from tests.small_tokenizers import tokenizer
 
 # As Llama 3's and Qwen's: tool calls as JSON and item by item, thoughts, and refusals.

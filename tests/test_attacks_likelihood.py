@@ -18,12 +18,12 @@ from lcguard.attacks.base import Knowledge
 from lcguard.attacks.candidates import Candidates
 from lcguard.attacks.likelihood import LikelihoodAttack
 from lcguard.categories import CATEGORIES
-from lcguard.commands.compose import evaluate
-from lcguard.commands.multihop import load
 from lcguard.evaluation.lists import list_figures
+from lcguard.evaluation.multihop import load
 from lcguard.evaluation.multihop_plan import HopGuard, MultihopConfig, TopologySpec
 from lcguard.evaluation.outcomes import Attempt, Outcome
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
+from lcguard.evaluation.setup import evaluate
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.protocols import AttackData, Guess, Secret
 from lcguard.records import TokenRecord

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lcguard.commands.trial import Site
+from lcguard.commands.live_servers import Site
 from lcguard.segment import KVSegment
 from lcguard.store import open_store
 from tests.engine import needs_vllm

@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from lcguard.commands.trial import Running, Site
+from lcguard.commands.live_servers import Running, Site
 from lcguard.vllm.door import Door
 from tests.engine import needs_vllm
 from tests.proxy import POLICY, Front, front_of

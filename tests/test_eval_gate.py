@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lcguard.commands.evaluation import judge
-from lcguard.commands.gate_expression import METRICS, parse_gate
+from lcguard.evaluation.fail_if import METRICS, parse_gate
 
 
 def row(guard: str, **changes: Any) -> dict[str, Any]:

@@ -20,17 +20,17 @@ import torch
 from rich.console import Console
 
 from lcguard.attacks.probe import ProbeAttack
-from lcguard.commands.compose import PRESETS
 from lcguard.commands.inventory import count_units, find_runs
-from lcguard.commands.kinds import planned_units
 from lcguard.commands.progress import progress
-from lcguard.commands.stress import stressed
 from lcguard.config import dump_config, load_config
 from lcguard.evaluation.compare import compare
 from lcguard.evaluation.folder import RunFolder
-from lcguard.evaluation.fresh import check_fresh, check_headline
+from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
+from lcguard.evaluation.kinds import planned_units
 from lcguard.evaluation.outcomes import Attempt, Journal
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec
+from lcguard.evaluation.setup import PRESETS
+from lcguard.evaluation.stress import stressed
 from lcguard.training.dataset import attack_data
 from tests.fixtures import World
 from tests.test_cli import lcguard, one_line

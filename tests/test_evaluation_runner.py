@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lcguard.commands.compose import evaluate, setup
 from lcguard.evaluation.outcomes import Journal, read_attempts
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec, PolicySpec
 from lcguard.evaluation.runner import Runner
+from lcguard.evaluation.setup import evaluate, setup
 
 TINY = EvalConfig(
     title="tiny",

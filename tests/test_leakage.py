@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lcguard.agents.leakage import GRAPH, compose, graph_secrets, held, measure, union
 from lcguard.agents.scenarios.types import Composition
 from lcguard.agents.topology import Link, Topology, chain
+from lcguard.evaluation.leakage import GRAPH, compose, graph_secrets, held, measure, union
 from lcguard.evaluation.outcomes import Attempt, Kind, Outcome
 
 FAN = Topology("fan", ("a", "b", "c"), (Link("a", "b"), Link("a", "c", ("person",))))

@@ -17,8 +17,8 @@ import torch
 from lcguard.agents.backends.hf import load_backend
 from lcguard.attacks.base import names
 from lcguard.categories import CATEGORIES
-from lcguard.commands.compose import evaluate, setup
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
+from lcguard.evaluation.setup import evaluate, setup
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from tests.fixtures import World, tiny_model
 from tests.matrix import ATTACKS, GUARDS

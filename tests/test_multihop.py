@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from lcguard.commands.compose import load_plan
-from lcguard.commands.multihop import evaluate_multihop
-from lcguard.commands.observe import topology_of
 from lcguard.config import ConfigError, load_config
 from lcguard.evaluation.multihop_plan import MultihopConfig, TopologySpec
+from lcguard.evaluation.multihop_report import evaluate_multihop
+from lcguard.evaluation.segments import topology_of
+from lcguard.evaluation.setup import load_plan
 
 CONFIG = Path(__file__).parent.parent / "scripts" / "configs" / "multihop.yaml"
 

@@ -17,9 +17,9 @@ from lcguard.agents.scenarios.graph import make_graph_scenario
 from lcguard.agents.scenarios.types import Scenario
 from lcguard.agents.topology import Link, Topology, chain, hierarchy
 from lcguard.categories import CATEGORIES
-from lcguard.commands.compose import load_guard
-from lcguard.commands.observe import seen
 from lcguard.evaluation.plan import GuardSpec
+from lcguard.evaluation.segments import seen
+from lcguard.evaluation.setup import load_guard
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import KVBatch
 

@@ -113,9 +113,10 @@ def test_rooms_import_from_another_folder(tmp_path: Path) -> None:
 
 # Who may import whom. Core is what lies in no room; the command line composes everything.
 FORBIDDEN = {
-    "core": {"agents", "attacks", "server", "cli", "commands"},
-    "agents": {"attacks", "server", "cli", "commands"},
-    "attacks": {"agents", "server", "cli", "commands"},
+    "core": {"agents", "attacks", "evaluation", "server", "cli", "commands"},
+    "agents": {"attacks", "evaluation", "server", "cli", "commands"},
+    "attacks": {"agents", "evaluation", "server", "cli", "commands"},
+    "evaluation": {"server", "cli", "commands"},
     "server": {"attacks", "cli", "commands"},
     "cli": set(),
 }
@@ -125,7 +126,7 @@ def room_of(module: str) -> str:
     part = (*module.split("."), "")[1]
     if part in ("cli", "commands", "__main__"):
         return "cli"
-    return part if part in ROOMS else "core"
+    return part if part in (*ROOMS, "evaluation") else "core"
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
@@ -178,8 +179,11 @@ def test_rooms_import_what_they_may() -> None:
         ("lcguard.store", "from .attacks import base", False),
         ("lcguard.guards.gate", "from ..agents.nano import model", False),
         ("lcguard.guards.gate", "def f():\n    import lcguard.attacks.base", False),
-        ("lcguard.agents.leakage", "from lcguard.attacks import base", False),
-        ("lcguard.agents.leakage", "from lcguard.protocols import Mask", True),
+        ("lcguard.agents.latency", "from lcguard.attacks import base", False),
+        ("lcguard.agents.latency", "from lcguard.protocols import Mask", True),
+        ("lcguard.agents.latency", "import lcguard.evaluation.outcomes", False),
+        ("lcguard.evaluation.runner", "from lcguard.attacks.base import attack_class", True),
+        ("lcguard.evaluation.runner", "from lcguard.commands import keys", False),
         ("lcguard.attacks.probe", "import agents", False),
         ("lcguard.server.app", "from lcguard.agents import orchestrator", True),
         ("lcguard.server.app", "import_module('lcguard.attacks.base')", False),

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lcguard.commands.trial import Running
+from lcguard.commands.live_servers import Running
 from tests.engine import needs_vllm
 from tests.proxy import BLOCK_TOKENS, COMPLAINT, NAME, SSN, Front, error, wait_for
 

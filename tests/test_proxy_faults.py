@@ -31,7 +31,7 @@ from torch import Tensor
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.load import guard_path
 from lcguard.categories import CATEGORIES
-from lcguard.commands.trial import Running, Site
+from lcguard.commands.live_servers import Running, Site
 from lcguard.disk import MANIFEST_FILE, TENSOR_FILE, read_manifest
 from lcguard.guards import FrozenGuard
 from lcguard.policy import load_policy

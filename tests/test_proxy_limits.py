@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lcguard.commands.trial import Running, Site
+from lcguard.commands.live_servers import Running, Site
 from lcguard.server.limits import Limits
 from tests.engine import needs_vllm
 from tests.proxy import Front, error, front_of

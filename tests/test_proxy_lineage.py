@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from lcguard.categories import CATEGORIES
-from lcguard.commands.trial import Running, Site
+from lcguard.commands.live_servers import Running, Site
 from lcguard.grants import make_grant
 from lcguard.keys import KEY_VARIABLE
 from lcguard.server.leakage_state import EdgeLeakage, save_state

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lcguard.commands.trial import Running, Site
+from lcguard.commands.live_servers import Running, Site
 from tests.proxy_client import Client, asked, until
 from tests.test_store import running_redis
 

@@ -22,8 +22,8 @@ def train(
     sets: Annotated[list[str] | None, typer.Option("--set", help="Override a key.")] = None,
 ) -> None:
     """Train guard ``twin``'s detector on labelled records."""
-    from lcguard.commands.compose import load_plan
     from lcguard.commands.detector import DetectorRun, train_detector
+    from lcguard.evaluation.setup import load_plan
 
     run = load_plan(DetectorRun, config, sets or [], None, "detect-")
     train_detector(run, out, command_line(), Console(stderr=True).print)

@@ -17,12 +17,12 @@ from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.scenarios.load import load_hops, split_hops
 from lcguard.agents.scenarios.types import Hop
 from lcguard.categories import CATEGORIES
-from lcguard.commands.compose import hops_for, load_guard
 from lcguard.commands.presidio import PresidioText
 from lcguard.config import dump_config
 from lcguard.evaluation.detection import measure
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
+from lcguard.evaluation.setup import hops_for, load_guard
 from lcguard.guards import FrozenGuard, KVShape
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenRecord, masks

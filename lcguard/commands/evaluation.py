@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcguard.commands.compose import load_plan, preset, report_of, setup
-from lcguard.commands.gate_expression import Gate, parse_gate
-from lcguard.commands.kinds import KINDS, Kind, kind_for, kind_of, shown
 from lcguard.commands.progress import progress
-from lcguard.commands.stress import stressed
 from lcguard.evaluation.compare import FIGURES, Comparison
+from lcguard.evaluation.fail_if import Gate, parse_gate
 from lcguard.evaluation.folder import FinishedJournal, RunFolder
+from lcguard.evaluation.kinds import KINDS, Kind, kind_for, kind_of, shown
 from lcguard.evaluation.plan import EvalConfig
+from lcguard.evaluation.setup import load_plan, preset, report_of, setup
+from lcguard.evaluation.stress import stressed
 from lcguard.evaluation.verdict import mapping
 
 FORMATS = ("table", "md", "json", "html")

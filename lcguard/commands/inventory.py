@@ -13,10 +13,10 @@ from rich.table import Table
 
 from lcguard.attacks.base import BROKEN, attack_class
 from lcguard.attacks.base import names as attack_names
-from lcguard.commands.compose import PRESETS
 from lcguard.config import read_mapping
 from lcguard.evaluation.compare import headline, label
 from lcguard.evaluation.folder import RunFolder
+from lcguard.evaluation.setup import PRESETS
 from lcguard.evaluation.verdict import mapping, number, records
 from lcguard.guards import guard_class
 from lcguard.guards import names as guard_names

@@ -12,11 +12,11 @@ from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.attacks.base import attack_class
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES
-from lcguard.commands.compose import hops_for, load_guard
 from lcguard.config import dump_config
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.evaluation.runner import is_task
+from lcguard.evaluation.setup import hops_for, load_guard
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord

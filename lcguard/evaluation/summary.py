@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcguard.evaluation.ahead import (
+from lcguard.evaluation.lists import list_figures
+from lcguard.evaluation.outcomes import Attempt
+from lcguard.evaluation.plan import GuardSpec, PolicySpec
+from lcguard.evaluation.runner import EDGE, Runner, on_lists
+from lcguard.evaluation.schedule import (
     INJECTION,
     Case,
     blind_lists,
@@ -17,10 +21,6 @@ from lcguard.evaluation.ahead import (
     list_seeds,
     policy_case,
 )
-from lcguard.evaluation.lists import list_figures
-from lcguard.evaluation.outcomes import Attempt
-from lcguard.evaluation.plan import GuardSpec, PolicySpec
-from lcguard.evaluation.runner import EDGE, Runner, on_lists
 from lcguard.evaluation.statistics import (
     any_of_k,
     asr,

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcguard.commands import multihop_report
-from lcguard.commands.compose import evaluate
-from lcguard.commands.multihop import evaluate_multihop
 from lcguard.config import read_mapping
+from lcguard.evaluation import multihop_report
 from lcguard.evaluation.multihop_plan import MultihopConfig
 from lcguard.evaluation.plan import EvalConfig, PolicySpec
 from lcguard.evaluation.report import write_report
+from lcguard.evaluation.setup import evaluate
 from lcguard.evaluation.tables import Table
 from lcguard.evaluation.verdict import LIST, from_list, interval, mapping, number, records, verdict
 
@@ -95,7 +94,7 @@ KINDS = {
     "hop": Kind(EvalConfig, evaluate, planned_units, write_report, main_table),
     "multihop": Kind(
         MultihopConfig,
-        evaluate_multihop,
+        multihop_report.evaluate_multihop,
         planned_hop_units,
         multihop_report.write,
         lambda report: multihop_report.tables(report)[0],

@@ -1,6 +1,6 @@
-"""Puts the rooms together for the command line and the scripts: model, data, guards, attacks.
+"""Puts the rooms together for an evaluation: model, data, guards, attacks.
 
-Only this package and ``cli`` know core, agents and attacks at once.
+Only this package and the command line know core, agents and attacks at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lcguard.categories import CATEGORIES
 from lcguard.config import load_config
 from lcguard.evaluation.answers import VALUE_ONLY
 from lcguard.evaluation.folder import RunFolder, RunJournal, data_digest
-from lcguard.evaluation.fresh import check_fresh, check_headline
+from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.outcomes import Journal, Outcome
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lcguard.agents.latency import latency
-from lcguard.commands.curves import curves
-from lcguard.commands.multihop import MultihopRunner, row_of
-from lcguard.evaluation.folder import RunFolder
+from lcguard.evaluation.curves import curves
+from lcguard.evaluation.folder import RunFolder, RunJournal
+from lcguard.evaluation.hashing import digest
+from lcguard.evaluation.manifest import run_manifest
+from lcguard.evaluation.multihop import MultihopRunner, load, row_of
+from lcguard.evaluation.multihop_plan import MultihopConfig
 from lcguard.evaluation.pages import html_page, markdown_page
 from lcguard.evaluation.report import write_text_files
+from lcguard.evaluation.segments import scenarios_of, topology_of
 from lcguard.evaluation.tables import Table
 
 NOTES = (
@@ -26,6 +30,49 @@ NOTES = (
     "Latency against text counts reading alone, not the writing of text messages, on long "
     "contexts; below 1 is faster than text.",
 )
+
+
+def evaluate_multihop(
+    config: MultihopConfig,
+    out: Path,
+    command: str,
+    say: Callable[[str], None] = lambda text: None,
+    device: str | None = None,
+    progress: Callable[[int], None] = lambda units: None,
+) -> dict[str, Any]:
+    """Runs or resumes an evaluation over several hops in ``out`` and writes its report there.
+
+    Raises ``ValueError`` where ``out`` holds a run with another configuration.
+    """
+    folder = RunFolder(out, MultihopConfig)
+    folder.check(config)
+    model, guards = load(config, device)
+    now = run_manifest(command, list(config.seeds), config)
+    digests = {name: guard.digest for name, guard in guards.items()}
+    now["hashes"] |= {"data": _data_digest(config), "guards": digests}
+    manifest = folder.start(config, now)
+
+    def after() -> None:
+        folder.resumed(now)
+        progress(len(journal))
+
+    with RunJournal(folder.journal_file, after) as journal:
+        runner = MultihopRunner(config, model, guards, journal, say)
+        report = report_of(runner, folder)
+    report = {"title": config.title, **(folder.manifest() or manifest), **report}
+    write(report, out)
+    return report
+
+
+def _data_digest(config: MultihopConfig) -> str:
+    """Sha256 of all contexts: what attackers are fitted on and what is measured."""
+    texts = []
+    for spec in config.topologies:
+        topology, d = topology_of(spec), config.data
+        for split, n, seed in (("coined", d.train_scenarios, 0), ("test", d.test_scenarios, 1)):
+            made = scenarios_of(topology, d, split, n, seed)
+            texts.append([r.text for s in made for a in s.agents for r in a.records])
+    return digest(texts)
 
 
 def report_of(runner: MultihopRunner, folder: RunFolder) -> dict[str, Any]:
@@ -61,8 +108,6 @@ def _latency(
     name = f"latency {topology} {guard}"
     known = folder.timing()
     if name not in known:
-        from lcguard.commands.observe import topology_of
-
         found = latency(
             runner.model, topology_of(spec), runner.guards[guard], runner.c.latency.runs,
             runner.c.latency.context_tokens,

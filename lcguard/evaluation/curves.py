@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from lcguard.agents.leakage import compose, held, union
 from lcguard.agents.scenarios.types import Scenario
 from lcguard.agents.topology import Topology
-from lcguard.commands.multihop import Graph, MultihopRunner
-from lcguard.commands.observe import scenarios_of, topology_of
+from lcguard.evaluation.leakage import compose, held, union
+from lcguard.evaluation.multihop import Graph, MultihopRunner
 from lcguard.evaluation.multihop_plan import HopGuard, TopologySpec
 from lcguard.evaluation.outcomes import Attempt, Outcome
+from lcguard.evaluation.segments import scenarios_of, topology_of
 from lcguard.evaluation.statistics import best_attack
 
 

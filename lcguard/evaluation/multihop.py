@@ -6,25 +6,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.backends.hf_agents import HFAgents
-from lcguard.agents.leakage import GRAPH, measure
 from lcguard.agents.orchestrator import Trace, run
 from lcguard.agents.scenarios.types import Scenario
 from lcguard.agents.topology import Topology
 from lcguard.attacks.base import attack_class
-from lcguard.commands.compose import attack_factory, fit_plain_guards, hops_for, load_guard
-from lcguard.commands.observe import Seen, scenarios_of, seen, topology_of
-from lcguard.evaluation.folder import RunFolder, RunJournal
 from lcguard.evaluation.hashing import digest
-from lcguard.evaluation.manifest import run_manifest
+from lcguard.evaluation.leakage import GRAPH, measure
 from lcguard.evaluation.multihop_plan import HopGuard, MultihopConfig, TopologySpec
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
 from lcguard.evaluation.parallel import side_by_side
 from lcguard.evaluation.plan import AttackSpec, DataConfig
+from lcguard.evaluation.segments import Seen, scenarios_of, seen, topology_of
+from lcguard.evaluation.setup import attack_factory, fit_plain_guards, hops_for, load_guard
 from lcguard.evaluation.statistics import mean_over_categories
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import Attack, AttackData, Guess
@@ -298,51 +295,6 @@ def load(config: MultihopConfig, device: str | None) -> tuple[HFBackend, dict[st
     records = [r for hop in plain.received.values() for r in hop.records]
     fit_plain_guards(guards, model, records)
     return model, guards
-
-
-def evaluate_multihop(
-    config: MultihopConfig,
-    out: Path,
-    command: str,
-    say: Callable[[str], None] = lambda text: None,
-    device: str | None = None,
-    progress: Callable[[int], None] = lambda units: None,
-) -> dict[str, Any]:
-    """Runs or resumes an evaluation over several hops in ``out`` and writes its report there.
-
-    Raises ``ValueError`` where ``out`` holds a run with another configuration.
-    """
-    from lcguard.commands.multihop_report import report_of, write
-
-    folder = RunFolder(out, MultihopConfig)
-    folder.check(config)
-    model, guards = load(config, device)
-    now = run_manifest(command, list(config.seeds), config)
-    digests = {name: guard.digest for name, guard in guards.items()}
-    now["hashes"] |= {"data": _data_digest(config), "guards": digests}
-    manifest = folder.start(config, now)
-
-    def after() -> None:
-        folder.resumed(now)
-        progress(len(journal))
-
-    with RunJournal(folder.journal_file, after) as journal:
-        runner = MultihopRunner(config, model, guards, journal, say)
-        report = report_of(runner, folder)
-    report = {"title": config.title, **(folder.manifest() or manifest), **report}
-    write(report, out)
-    return report
-
-
-def _data_digest(config: MultihopConfig) -> str:
-    """Sha256 of all contexts: what attackers are fitted on and what is measured."""
-    texts = []
-    for spec in config.topologies:
-        topology, d = topology_of(spec), config.data
-        for split, n, seed in (("coined", d.train_scenarios, 0), ("test", d.test_scenarios, 1)):
-            made = scenarios_of(topology, d, split, n, seed)
-            texts.append([r.text for s in made for a in s.agents for r in a.records])
-    return digest(texts)
 
 
 def row_of(runner: MultihopRunner, g: Graph, guard: HopGuard) -> dict[str, Any]:
