@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lcguard.categories import CATEGORIES, DERIVABLE
-    from lcguard.policy import Edge, Policy, PolicyError, load_policy
+    from lcguard.handoff.policy import Edge, Policy, PolicyError, load_policy
     from lcguard.protocols import Attack, Guard, Guarded, KVBatch, Mask
 
 __version__ = "0.1.0"
@@ -20,14 +20,14 @@ _EXPORTS = {
     "CATEGORIES": "lcguard.categories",
     "DERIVABLE": "lcguard.categories",
     "Attack": "lcguard.protocols",
-    "Edge": "lcguard.policy",
+    "Edge": "lcguard.handoff.policy",
     "Guard": "lcguard.protocols",
     "Guarded": "lcguard.protocols",
     "KVBatch": "lcguard.protocols",
     "Mask": "lcguard.protocols",
-    "Policy": "lcguard.policy",
-    "PolicyError": "lcguard.policy",
-    "load_policy": "lcguard.policy",
+    "Policy": "lcguard.handoff.policy",
+    "PolicyError": "lcguard.handoff.policy",
+    "load_policy": "lcguard.handoff.policy",
 }
 
 __all__ = [

@@ -259,7 +259,7 @@ def policy_check(
 @policy_app.command("schema")
 def policy_schema() -> None:
     """Print the policy's JSON Schema."""
-    from lcguard.policy import policy_schema as schema
+    from lcguard.handoff.policy import policy_schema as schema
 
     Console().print_json(data=schema())
 

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from lcguard.cache import kv_shape, layer_kinds, window_tokens
 from lcguard.categories import Category
-from lcguard.keys import check_key
+from lcguard.handoff.keys import check_key
 from lcguard.rope import Rotary, canonical
 
 _DOMAIN = b"lcguard manifest\0"
@@ -117,8 +117,9 @@ class TensorDigests(_Frozen):
 
 
 class Lineage(_Frozen):
-    """What restricts what is published on top of a segment (``lcguard.lineage``). Not shown to its
-    audience."""
+    """What restricts what is published on top of a segment (``lcguard.handoff.lineage``).
+
+    Not shown to its audience."""
 
     forbid: tuple[Category, ...]
     """What it was guarded against: its edge's rule and that of all it stands on."""

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lcguard.keys import check_key
+from lcguard.handoff.keys import check_key
 from lcguard.rope import canonical
 
 _KEY_DOMAIN = b"lcguard audit key\0"

@@ -13,12 +13,15 @@ from contextlib import suppress
 from sqlite3 import Connection
 from typing import Any
 
-from lcguard.followed import Followed
-from lcguard.grants import make_grant, new_handle
-from lcguard.lineage import LineageError, check_current, declassified
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.gatekeeper import check_on_top, edge_of, edge_on_top
+from lcguard.handoff.grants import make_grant, new_handle
+from lcguard.handoff.lineage import LineageError, check_current, declassified
+from lcguard.handoff.names import split_tenant
+from lcguard.handoff.policy import Policy, PolicyError
+from lcguard.handoff.request import Publish as EnginePublish
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.names import split_tenant
-from lcguard.policy import Policy, PolicyError
+from lcguard.reloading import ReloadingFile
 from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.crashes import unforeseen
 from lcguard.server.database import DatabaseError
@@ -44,17 +47,14 @@ from lcguard.server.shown import tokens_for
 from lcguard.server.spans import Endpoint, SpanFinder
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.store.line import StoreLine
-from lcguard.vllm.errors import HandoffError
-from lcguard.vllm.gatekeeper import check_on_top, edge_of, edge_on_top
-from lcguard.vllm.request import Publish as EnginePublish
 
 
 class Authority:
     """The policy's decisions for one deployment."""
 
     def __init__(
-        self, policy: Followed[Policy] | Policy, store: SegmentStore, line: StoreLine, key: bytes,
-        audit: AuditLog, meter: LeakageMeter, spans: SpanFinder,
+        self, policy: ReloadingFile[Policy] | Policy, store: SegmentStore, line: StoreLine,
+        key: bytes, audit: AuditLog, meter: LeakageMeter, spans: SpanFinder,
         block: Callable[[], str] = lambda: "", clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         """``block`` gives the reason why nothing may be published now, or nothing."""
@@ -65,7 +65,7 @@ class Authority:
     @property
     def policy(self) -> Policy:
         """The policy in force."""
-        return self._policy.current() if isinstance(self._policy, Followed) else self._policy
+        return self._policy.current() if isinstance(self._policy, ReloadingFile) else self._policy
 
     async def open(
         self, who: Identity, handoff: HandoffField, endpoint: Endpoint, body: dict[str, Any],

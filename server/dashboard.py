@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from lcguard.evaluation.style import CSS
 from lcguard.evaluation.verdict import NOT_MEASURED, figure, percent
-from lcguard.names import ANY
+from lcguard.handoff.names import ANY
 from lcguard.server.dashboard_view import (
     AgentRow,
     AuditRow,

@@ -16,8 +16,8 @@ from typing import Any
 from lcguard.categories import Category
 from lcguard.escapes import unescaped
 from lcguard.evaluation.intervals import wilson
+from lcguard.handoff.policy import PolicyError
 from lcguard.normalise import Form, folded
-from lcguard.policy import PolicyError
 from lcguard.server.numbers import official_numbers
 from lcguard.spelling import Range, merged
 

@@ -15,12 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcguard.keys import KEY_VARIABLE
+from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.private import private_log
 from lcguard.server.settings import EngineSettings
 from lcguard.vllm.weights import AS_TRANSFORMERS
 
-DOOR = "lcguard.vllm.door.Door"
+MIDDLEWARE = "lcguard.vllm.authentication.AuthenticationMiddleware"
 _STOP_S = 20.0
 _BACKOFF_S = (1.0, 5.0, 15.0)
 _LOOK_S = 0.5
@@ -64,7 +64,7 @@ class EnginePlan:
             *(f"--{name.replace('_', '-')}={value}" for name, value in AS_TRANSFORMERS.items()),
             # a line for each request is a tenth of the time of a small one
             "--disable-uvicorn-access-log",
-            "--middleware", DOOR,
+            "--middleware", MIDDLEWARE,
             *self.settings.args,
         ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from lcguard.evaluation.svg import spread
 from lcguard.evaluation.verdict import percent
-from lcguard.names import ANY
+from lcguard.handoff.names import ANY
 from lcguard.server.dashboard_view import AgentRow, EdgeRow
 from lcguard.server.graph_layout import Layout, Node, arrange
 from lcguard.server.visible_text import visible

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from lcguard.categories import Category
-from lcguard.names import KeyName
+from lcguard.handoff.names import KeyName
 from lcguard.server.errors import ProxyError
 
 FIELD = "lcguard"

@@ -39,8 +39,8 @@ from pydantic import (
 )
 
 from lcguard.config import ConfigError, read_mapping, validated
-from lcguard.followed import Followed
-from lcguard.names import KeyName
+from lcguard.handoff.names import KeyName
+from lcguard.reloading import ReloadingFile
 from lcguard.server.limits import Limits
 
 Role = Literal["agent", "admin", "auditor"]
@@ -191,7 +191,7 @@ class Keyring:
         self.failures = 0
         """Readings that were not; each left the keys as they were."""
         self._memory: dict[str, _Lock] = {}
-        self._file = Followed(path, self._read, every_s=every_s, clock=monotonic)
+        self._file = ReloadingFile(path, self._read, every_s=every_s, clock=monotonic)
 
     @property
     def error(self) -> str:

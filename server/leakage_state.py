@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcguard.replaced import replace_file
+from lcguard.atomic_file import replace_file
 
 State = Literal["open", "closed"]
 EdgeName = tuple[str, str, str]

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lcguard.followed import Followed
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
 from lcguard.guards.shipped import guard_folder
-from lcguard.policy import Policy
-from lcguard.policy_reader import PolicyReader
+from lcguard.handoff.policy import Policy
+from lcguard.handoff.policy_reader import PolicyReader
+from lcguard.reloading import ReloadingFile
 from lcguard.server.audit import AuditLog, Entry
 from lcguard.server.authority import Authority
 from lcguard.server.canaries import CanaryRunner
@@ -72,12 +72,12 @@ class Deployment:
         self.readiness.draining = True
 
 
-def policy_of(settings: ServerSettings) -> Followed[Policy]:
+def policy_of(settings: ServerSettings) -> ReloadingFile[Policy]:
     """The policy's file, followed; until there is one, everything is forbidden.
 
     Raises ``PolicyError``.
     """
-    return Followed(settings.policy, PolicyReader(), absent=Policy(version=1, edges=()))
+    return ReloadingFile(settings.policy, PolicyReader(), absent=Policy(version=1, edges=()))
 
 
 @asynccontextmanager

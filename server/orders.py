@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lcguard.grants import sign_order
+from lcguard.handoff.gatekeeper import edge_digest
+from lcguard.handoff.grants import sign_order
+from lcguard.handoff.names import split_tenant
+from lcguard.handoff.policy import Edge
+from lcguard.handoff.request import PARAM, parse_handoff
 from lcguard.manifest import Manifest
-from lcguard.names import split_tenant
-from lcguard.policy import Edge
 from lcguard.server.audit import Entry, Event
 from lcguard.server.draw_budget import Text
 from lcguard.server.errors import ProxyError
 from lcguard.server.keyring import Identity
-from lcguard.vllm.gatekeeper import edge_digest
-from lcguard.vllm.request import PARAM, parse_handoff
 
 GRANT_S = 600
 """Life of what the proxy shows the engine for one request: its signature and its grants."""

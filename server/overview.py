@@ -10,8 +10,8 @@ from functools import partial
 from statistics import quantiles
 
 from lcguard import __version__
-from lcguard.names import ANY
-from lcguard.policy import Edge, Policy
+from lcguard.handoff.names import ANY
+from lcguard.handoff.policy import Edge, Policy
 from lcguard.server.audit import recent
 from lcguard.server.dashboard_view import (
     AgentRow,

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lcguard.handoff.names import ANY, KeyName
+from lcguard.handoff.policy import Edge
 from lcguard.manifest import SegmentError
-from lcguard.names import ANY, KeyName
-from lcguard.policy import Edge
 from lcguard.server.access import Caller, Operator, Running
 from lcguard.server.audit import Entry
 from lcguard.server.body import ClientGone, parse_object, read_body

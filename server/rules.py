@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from lcguard.policy import Edge
+from lcguard.handoff.policy import Edge
 from lcguard.rope import canonical
 
 _FIELDS = {"forbid", "derive", "guard", "fixed_length", "detect"}

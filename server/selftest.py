@@ -10,21 +10,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lcguard.grants import make_grant, new_handle
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
 from lcguard.guards.shipped import guard_folder
+from lcguard.handoff.gatekeeper import edge_digest, edge_of
+from lcguard.handoff.grants import make_grant, new_handle
+from lcguard.handoff.names import ANY
+from lcguard.handoff.policy import Edge, Policy
+from lcguard.handoff.request import Publish
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.names import ANY
-from lcguard.policy import Edge, Policy
-from lcguard.server.engine import DOOR
+from lcguard.server.engine import MIDDLEWARE
 from lcguard.server.errors import ProxyError
 from lcguard.server.orders import signed_order
 from lcguard.server.upstream import Upstream
 from lcguard.store import SegmentStore, StoreError
 from lcguard.store.line import StoreLine
-from lcguard.vllm.gatekeeper import edge_digest, edge_of
-from lcguard.vllm.request import Publish
 
 _PROBE = "lcguard-probe"
 _PROMPT = "The quick brown fox reads a record."
@@ -76,7 +76,8 @@ class SelfTest:
             if status not in (401, 403, 404):
                 raise ProxyError(
                     502, f"vLLM answers {status} to {path} without its key, past policy, limits "
-                    f"and audit: start it with VLLM_API_KEY and --middleware {DOOR}", code="door",
+                    f"and audit: start it with VLLM_API_KEY and --middleware {MIDDLEWARE}",
+                    code="door",
                 )  # fmt: skip
         return "vLLM asks for its key everywhere"
 

@@ -96,7 +96,8 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     policy: Path = Path("policy.yaml")
-    """Followed. While it is absent every category is forbidden on every edge, guard ``redact``."""
+    """Read again as it changes. While it is absent, every category is forbidden on every edge and
+    the guard is ``redact``."""
     keys: Path = Path("keys.yaml")
     database: Path = Path("lcguard.sqlite")
     """Audit and ledger."""

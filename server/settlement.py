@@ -12,8 +12,9 @@ from dataclasses import replace
 from sqlite3 import Connection
 from typing import Any
 
+from lcguard.handoff.gatekeeper import edge_digest
+from lcguard.handoff.names import split_tenant
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.names import split_tenant
 from lcguard.server.audit import AuditLog, Entry, Event
 from lcguard.server.database import DatabaseError
 from lcguard.server.draw_budget import record_of
@@ -22,7 +23,6 @@ from lcguard.server.ledger import LedgerError, Segment, record_segment
 from lcguard.server.orders import Order, consumption, publication, unavailable
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.store.line import StoreLine
-from lcguard.vllm.gatekeeper import edge_digest
 
 
 class Settlement:

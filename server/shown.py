@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lcguard.handoff.names import split_tenant
+from lcguard.handoff.policy import Edge, Policy
 from lcguard.manifest import Manifest
-from lcguard.names import split_tenant
-from lcguard.policy import Edge, Policy
 from lcguard.server.keyring import Identity
 from lcguard.server.ledger import Segment
 from lcguard.server.orders import qualified

@@ -14,15 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lcguard.handoff.policy import Edge, PolicyError
+from lcguard.handoff.redaction import RedactionError, redact
+from lcguard.handoff.request import tokens_digest
 from lcguard.normalise import skeleton
-from lcguard.policy import Edge, PolicyError
-from lcguard.redaction import RedactionError, redact
 from lcguard.server.bench import Bench
 from lcguard.server.detector import Detector, vouched
 from lcguard.server.errors import ProxyError
 from lcguard.server.upstream import Upstream
 from lcguard.token_text import TokenTextError, TokenTexts
-from lcguard.vllm.request import tokens_digest
 
 Endpoint = Literal["chat", "completions"]
 _HANDOFF = "kv_transfer_params"

@@ -26,9 +26,9 @@ from lcguard.categories import CATEGORIES
 from lcguard.commands.canary import Job, open_canaries, screen
 from lcguard.commands.canary_plant import _layers
 from lcguard.commands.canary_records import Words, fitting_records, screening_records
-from lcguard.grants import new_handle
 from lcguard.guards import FrozenGuard, KVShape, guard_class
-from lcguard.keys import KEY_VARIABLE
+from lcguard.handoff.grants import new_handle
+from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.protocols import AttackData
 from lcguard.records import IGNORE, TokenRecord, mask_of
 from lcguard.segment import KVSegment

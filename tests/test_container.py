@@ -78,7 +78,7 @@ def test_what_the_build_takes_is_there() -> None:
         "LICENSE",
         "requirements-dev.txt",
         "requirements-vllm.txt",
-        "lcguard/policy.py",
+        "lcguard/handoff/policy.py",
         "server/app.py",
         "attacks/base.py",
         "server/templates/dashboard.html",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lcguard.atomic_file import replace_file
 from lcguard.cli import app
 from lcguard.guards import FrozenGuard, GuardError
 from lcguard.guards.shipped import guard_folder
-from lcguard.replaced import replace_file
 
 RUN = """
 model: nano

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from lcguard.policy import Edge
+from lcguard.handoff.policy import Edge
+from lcguard.handoff.request import tokens_digest
 from lcguard.server.contract import ContractError, check
 from lcguard.server.errors import ProxyError
 from lcguard.server.settings import UpstreamSettings
 from lcguard.server.spans import SpanFinder
 from lcguard.server.upstream import Upstream
-from lcguard.vllm.request import tokens_digest
 from tests.engine import needs_vllm
 from tests.histories import SECRET, history
 from tests.rendering import model_folder, rendering

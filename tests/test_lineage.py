@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.categories import CATEGORIES, DERIVABLE
-from lcguard.lineage import (
+from lcguard.handoff.lineage import (
     LineageError,
     check_current,
     check_guard,
@@ -19,8 +19,8 @@ from lcguard.lineage import (
     on_top,
     origins,
 )
+from lcguard.handoff.policy import Policy, PolicyError, parse_policy
 from lcguard.manifest import Lineage
-from lcguard.policy import Policy, PolicyError, parse_policy
 
 ALL = CATEGORIES
 

@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.categories import CATEGORIES, DERIVABLE, DESCRIPTIONS
-from lcguard.policy import Edge, Policy, PolicyError, load_policy, parse_policy, policy_schema
+from lcguard.handoff.policy import (
+    Edge,
+    Policy,
+    PolicyError,
+    load_policy,
+    parse_policy,
+    policy_schema,
+)
 
 GOOD = """
 version: 1

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lcguard.followed import Followed
-from lcguard.policy import Policy, PolicyError, load_policy
-from lcguard.policy_reader import PolicyReader, is_whole, loosened
+from lcguard.handoff.policy import Policy, PolicyError, load_policy
+from lcguard.handoff.policy_reader import PolicyReader, is_whole, loosened
+from lcguard.reloading import ReloadingFile
 
 TEXT = """\
 version: 1
@@ -70,7 +70,7 @@ def test_no_cut_hides_less_than_the_whole(tmp_path: Path, end: str) -> None:
 def test_a_followed_policy_keeps_the_whole_one_in_force(tmp_path: Path) -> None:
     path, now_s = tmp_path / "policy.yaml", [0.0]
     path.write_text(TEXT)
-    followed = Followed(path, PolicyReader(), clock=lambda: now_s[0])
+    followed = ReloadingFile(path, PolicyReader(), clock=lambda: now_s[0])
     whole = followed.current()
 
     def after(text: str) -> Policy:

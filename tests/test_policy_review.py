@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from lcguard.cli import app
 from lcguard.commands.keys import new_key
 from lcguard.commands.serve import load_settings
-from lcguard.followed import Followed
-from lcguard.names import ANY
-from lcguard.policy import PolicyError, parse_policy
-from lcguard.policy_review import never, why
+from lcguard.handoff.names import ANY
+from lcguard.handoff.policy import PolicyError, parse_policy
+from lcguard.handoff.policy_review import never, why
+from lcguard.reloading import ReloadingFile
 from lcguard.server.lifespan import policy_of
 
 RULES = parse_policy(
@@ -191,7 +191,7 @@ def test_commands_and_server_agree_on_a_policy(case: str, tmp_path: Path) -> Non
     path.write_text(AGREED["good"])
     new_key(tmp_path / "keys.yaml", "a")
     running = policy_of(load_settings(tmp_path, None, [], None))  # as the server follows it
-    assert isinstance(running, Followed)
+    assert isinstance(running, ReloadingFile)
     path.write_text(AGREED[case], errors="surrogateescape")
     said: set[str] = set()
     for command in (

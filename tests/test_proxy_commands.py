@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from lcguard.cli import main
-from lcguard.keys import KEY_VARIABLE, new_key
+from lcguard.handoff.keys import KEY_VARIABLE, new_key
 from lcguard.server.keyring import load_keys
 from lcguard.yaml12 import parse_yaml
 

@@ -12,8 +12,8 @@ import pytest
 
 from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Running, Site
-from lcguard.grants import make_grant
-from lcguard.keys import KEY_VARIABLE
+from lcguard.handoff.grants import make_grant
+from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.server.leakage_state import EdgeLeakage, save_state
 from lcguard.server.orders import signed_order
 from tests.engine import needs_vllm

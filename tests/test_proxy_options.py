@@ -24,7 +24,7 @@ from lcguard.agents.nano.load import model_path
 from lcguard.commands.keys import revoke
 from lcguard.commands.live_servers import UPSTREAM_KEY, Running, Site, free_port
 from lcguard.commands.serve import NANO_ARGS
-from lcguard.policy import Edge
+from lcguard.handoff.policy import Edge
 from lcguard.server.keyring import KeyEntry
 from lcguard.server.leakage_state import EdgeLeakage, save_state
 from lcguard.server.limits import Limits

@@ -9,7 +9,7 @@ import pytest
 
 from lcguard import normalise
 from lcguard.agents.scenarios.respell import SPELLINGS, respell
-from lcguard.redaction import Redaction, RedactionError, redact
+from lcguard.handoff.redaction import Redaction, RedactionError, redact
 from lcguard.token_text import TokenText, TokenTextError, TokenTexts
 from tests.small_tokenizers import KINDS, tokenizer
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lcguard.agents.scenarios.respell import SPELLINGS
-from lcguard.redaction import redact
+from lcguard.handoff.redaction import redact
 from lcguard.token_text import TokenTextError, TokenTexts
 from tests.small_tokenizers import KINDS, tokenizer
 

@@ -22,7 +22,7 @@ from lcguard import cache as cache_module
 from lcguard import disk
 from lcguard.cache import cache_to_kv, check_supported, check_window, kv_to_cache
 from lcguard.disk import MANIFEST_FILE, TENSOR_FILE
-from lcguard.keys import deployment_key, new_key
+from lcguard.handoff.keys import deployment_key, new_key
 from lcguard.manifest import (
     Manifest,
     SegmentError,

@@ -11,7 +11,7 @@ import pytest
 from lcguard.agents.nano.load import guard_path, model_path
 from lcguard.cli import main
 from lcguard.commands.keys import new_key
-from lcguard.keys import KEY_VARIABLE
+from lcguard.handoff.keys import KEY_VARIABLE
 
 BAD = b"version: 1 \xe9\xff\n"
 

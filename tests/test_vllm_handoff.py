@@ -19,13 +19,13 @@ from lcguard.agents.orchestrator import run
 from lcguard.agents.scenarios.generator import GeneratorConfig
 from lcguard.agents.scenarios.graph import make_graph_scenario
 from lcguard.agents.topology import Link, Topology
-from lcguard.grants import make_grant, new_handle
 from lcguard.guards.frozen import GuardError
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.grants import make_grant, new_handle
 from lcguard.manifest import Manifest
 from lcguard.protocols import KVBatch
 from lcguard.records import mask_of
 from lcguard.segment import KVSegment, segments_to_cache
-from lcguard.vllm.errors import HandoffError
 from tests.engine import KEY, Engine, logprobs, make_engine, needs_vllm, question, records, tokens
 from tests.fixtures import forbid_all
 

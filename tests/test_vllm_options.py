@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcguard.grants import new_handle
+from lcguard.handoff.grants import new_handle
 from lcguard.vllm.options import SAMPLING, check_params
 from tests.engine import Engine, make_engine, needs_vllm, question, records, tokens
 from tests.proxy import wait_for
@@ -75,7 +75,7 @@ def test_no_handoff_reads_its_prompt(
     from vllm import SamplingParams
     from vllm.exceptions import GracefulHTTPError
 
-    from lcguard.vllm.errors import HandoffError
+    from lcguard.handoff.errors import HandoffError
 
     (record,) = records(engine.agent, 1, seed=401)
     made = engine.llm.publish(agent="intake", prompt=list(record.ids), audience="identity")

@@ -14,20 +14,21 @@ from safetensors.torch import load_file, save_file
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.load import guard_path, model_path
 from lcguard.categories import CATEGORIES
-from lcguard.followed import Followed
-from lcguard.grants import GrantError, check_grant, make_grant, new_handle
 from lcguard.guards.frozen import weights_digest
 from lcguard.guards.shipped import guard_folder
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.gatekeeper import Gatekeeper, ModelFacts, edge_of
+from lcguard.handoff.grants import GrantError, check_grant, make_grant, new_handle
+from lcguard.handoff.policy import load_policy, parse_policy
+from lcguard.handoff.request import Publish, parse_handoff, tokens_digest
 from lcguard.model_digest import checkpoint_digest
-from lcguard.policy import load_policy, parse_policy
+from lcguard.reloading import ReloadingFile
 from lcguard.server.orders import GRANT_S, signed_order
 from lcguard.store import open_store
 from lcguard.vllm.checks import check_config, check_groups, check_siblings, check_version
-from lcguard.vllm.errors import HandoffError, StartError
+from lcguard.vllm.errors import StartError
 from lcguard.vllm.frontend import FrontEnd
-from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts, edge_of
 from lcguard.vllm.llm import Handle
-from lcguard.vllm.request import Publish, parse_handoff, tokens_digest
 from lcguard.vllm.settings import policy_of, read_settings
 from lcguard.vllm.setup import guards_of
 from tests.fixtures import tiny_model
@@ -413,9 +414,9 @@ def test_a_policy_file_is_followed_by_the_engine(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text("version: 1\nedges: [{source: a, audience: b, forbid: [health]}]\n")
     found = policy_of(read_settings({"store": "memory://", "policy": str(path)}))
-    assert isinstance(found, Followed)
+    assert isinstance(found, ReloadingFile)
     clock = [0.0]
-    policy = Followed(path, load_policy, clock=lambda: clock[0])
+    policy = ReloadingFile(path, load_policy, clock=lambda: clock[0])
     keeper = Gatekeeper(FACTS, policy, ["gate"], open_store(str(tmp_path / "s")), KEY)
     wish = Publish(source="a", audience="b")
     assert keeper.edge(wish).forbid == ("health",)
@@ -435,7 +436,7 @@ def test_a_policy_that_may_come_later_forbids_everything_until_then(tmp_path: Pa
     with pytest.raises(StartError, match=r"policy\.yaml"):
         policy_of(read_settings(settings))
     later = policy_of(read_settings(settings | {"policy_optional": True}))
-    assert isinstance(later, Followed)
+    assert isinstance(later, ReloadingFile)
     assert later.current().for_edge("a", "b").forbid == CATEGORIES
     path.write_text("version: 1\nedges: [{source: a, audience: b, forbid: [health]}]\n")
     later._next_s = 0.0
@@ -452,6 +453,6 @@ def test_the_engine_and_the_proxy_look_for_the_policy_that_is_not_there(tmp_path
     words = plan.command(1)
     extra = json.loads(words[words.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
     for found in (of_proxy(ServerSettings(policy=path)), policy_of(read_settings(extra))):
-        assert isinstance(found, Followed)
+        assert isinstance(found, ReloadingFile)
         assert found.current().edges == ()
         assert found.path == path

@@ -23,8 +23,8 @@ import torch
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.nano.load import model_path
-from lcguard.keys import new_key
-from lcguard.policy import parse_policy
+from lcguard.handoff.keys import new_key
+from lcguard.handoff.policy import parse_policy
 from lcguard.store import open_store
 from tests.engine import KEY, needs_vllm, policy, question, records
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.config import load_config
-from lcguard.policy import load_policy
+from lcguard.handoff.policy import load_policy
 from lcguard.server.keyring import load_keys
 from lcguard.yaml12 import ALIAS_BUDGET, YamlError, parse_yaml
 

@@ -28,7 +28,7 @@ from lcguard.categories import Category
 from lcguard.commands.canary_plant import Plant, Planter, PlantError, Rule
 from lcguard.commands.canary_records import Words, fitting_records, screening_records
 from lcguard.evaluation.intervals import wilson
-from lcguard.keys import deployment_key
+from lcguard.handoff.keys import deployment_key
 from lcguard.manifest import SegmentError
 from lcguard.protocols import AttackData, KVBatch
 from lcguard.records import TokenRecord

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from lcguard.atomic_file import replace_file
 from lcguard.commands.script import command_line
-from lcguard.replaced import replace_file
 
 detect_app = typer.Typer(no_args_is_help=True, help="Find what a policy forbids, and say how well.")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.scenarios.load import load_hops, split_hops
 from lcguard.agents.scenarios.types import Hop
+from lcguard.atomic_file import replace_file
 from lcguard.categories import CATEGORIES
 from lcguard.commands.presidio import PresidioText
 from lcguard.config import dump_config
@@ -26,7 +27,6 @@ from lcguard.evaluation.setup import hops_for, load_guard
 from lcguard.guards import FrozenGuard, KVShape
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenRecord, masks
-from lcguard.replaced import replace_file
 from lcguard.source import ModelSource
 from lcguard.training.fit_detector import (
     DetectorConfig,

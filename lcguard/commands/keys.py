@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.table import Table
 
+from lcguard.atomic_file import replace_file
 from lcguard.config import dump_config
-from lcguard.replaced import replace_file
 from lcguard.server.keyring import (
     KeyEntry,
     KeyFile,

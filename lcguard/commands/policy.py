@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from lcguard.policy import Policy, load_policy
-from lcguard.policy_reader import is_whole
-from lcguard.policy_review import never, unserved, why
+from lcguard.handoff.policy import Policy, load_policy
+from lcguard.handoff.policy_reader import is_whole
+from lcguard.handoff.policy_review import never, unserved, why
 
 
 def check_command(

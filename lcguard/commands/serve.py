@@ -21,9 +21,9 @@ from rich.console import Console
 
 from lcguard.commands.policy import warnings
 from lcguard.config import load_config
-from lcguard.keys import KEY_VARIABLE, deployment_key, new_key
+from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
+from lcguard.handoff.policy import load_policy
 from lcguard.model_files import check_readable
-from lcguard.policy import load_policy
 from lcguard.private import private_folder
 from lcguard.server.app import make_app
 from lcguard.server.engine import EnginePlan

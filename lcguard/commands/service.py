@@ -97,7 +97,7 @@ def config_check(state: State = STATE, config: Config = None, sets: Sets = None)
     """Check server.yaml, keys and policy as the server would."""
     from lcguard.commands.policy import summary, warnings
     from lcguard.commands.serve import check_exposure, engine_guards, load_settings
-    from lcguard.policy import load_policy
+    from lcguard.handoff.policy import load_policy
     from lcguard.server.keyring import load_keys
 
     settings = load_settings(state, config, sets or [], None)

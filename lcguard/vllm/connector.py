@@ -34,7 +34,7 @@ from lcguard.vllm.checks import check_config, check_groups, check_version
 from lcguard.vllm.jobs import Saved, StepJobs
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.scheduler import IDLE_S, HandoffScheduler
-from lcguard.vllm.seeds import survive_seeds
+from lcguard.vllm.seeded_sampling import patch_seeded_sampling
 from lcguard.vllm.setup import (
     facts_of,
     gatekeeper_of,
@@ -71,7 +71,7 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
         if current_platform.is_cpu():
             from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-            survive_seeds(CPUModelRunner)
+            patch_seeded_sampling(CPUModelRunner)
         facts = facts_of(vllm_config, settings)
         world = vllm_config.parallel_config.tensor_parallel_size
         self.worker = HandoffWorker(
@@ -96,12 +96,12 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         """Keeps the engine stepping while a publish waits for the store."""
-        return self.scheduler is not None and self.scheduler.ending.pending
+        return self.scheduler is not None and self.scheduler.deferred.pending
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self.scheduler is not None
         if isinstance(saved := connector_output.kv_connector_worker_meta, Saved):
-            self.scheduler.ending.take(saved.reasons)
+            self.scheduler.deferred.take(saved.reasons)
 
     def on_new_request(self, request: Any) -> None:
         assert self.scheduler is not None

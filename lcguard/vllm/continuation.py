@@ -16,8 +16,9 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-from lcguard.vllm.errors import HandoffError, as_http
-from lcguard.vllm.request import PARAM
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.request import PARAM
+from lcguard.vllm.errors import as_http
 
 Message = dict[str, Any]
 Render = Callable[[list[Message], Any], Awaitable[tuple[list[Any], dict[str, Any]]]]

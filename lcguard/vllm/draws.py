@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lcguard.keys import check_key
+from lcguard.handoff.keys import check_key
 from lcguard.manifest import Manifest, SegmentError, TensorDigests
 from lcguard.rope import canonical
 from lcguard.segment import KVSegment

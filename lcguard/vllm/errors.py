@@ -1,17 +1,10 @@
-"""Refusals of a handoff, with the HTTP status that a server answers."""
+"""Errors of an engine with the connector, and refusals in the form that vLLM answers."""
 
 from __future__ import annotations
 
 from http import HTTPStatus
 
-
-class HandoffError(ValueError):
-    """A request that must not be served. One line: what was found, and the fix."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        """400: malformed; 403: not allowed; 404: no such segment; 503: nobody can tell now."""
+from lcguard.handoff.errors import HandoffError
 
 
 class StartError(ValueError):

@@ -7,15 +7,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from lcguard.grants import new_handle
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.gatekeeper import Gatekeeper
+from lcguard.handoff.grants import new_handle
+from lcguard.handoff.request import PARAM, Handoff, Publish, tokens_digest
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.store import SegmentNotFound, StoreError
 from lcguard.store.line import StoreLine
 from lcguard.vllm.checks import CONNECTOR
-from lcguard.vllm.errors import NOT_STORED, HandoffError, StartError
-from lcguard.vllm.gatekeeper import Gatekeeper
+from lcguard.vllm.errors import NOT_STORED, StartError
 from lcguard.vllm.options import check_params
-from lcguard.vllm.request import PARAM, Handoff, Publish, tokens_digest
 
 _LOOK_S = 0.02
 """Between two looks for a segment whose request ended before vLLM said that it was stored."""

@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lcguard.vllm.gatekeeper import PublishPlan
+from lcguard.handoff.gatekeeper import PublishPlan
 
 
 @dataclass

@@ -16,14 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lcguard.keys import KEY_VARIABLE, new_key
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.keys import KEY_VARIABLE, new_key
+from lcguard.handoff.redaction import RedactionError, redact
+from lcguard.handoff.request import PARAM
 from lcguard.model_files import check_readable
-from lcguard.redaction import RedactionError, redact
 from lcguard.token_text import TokenTextError, TokenTexts
 from lcguard.vllm.checks import CONNECTOR
-from lcguard.vllm.errors import HandoffError
 from lcguard.vllm.frontend import failure_of
-from lcguard.vllm.request import PARAM
 from lcguard.vllm.weights import AS_TRANSFORMERS
 
 Prompt = str | Sequence[int]
@@ -61,7 +61,7 @@ def publish_params(
     agent: str, audience: str, policy: Sequence[str] | None = None, ttl_s: float | None = None,
     spans: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The ``publish`` part of a request; see ``lcguard.vllm.request.Publish``."""
+    """The ``publish`` part of a request; see ``lcguard.handoff.request.Publish``."""
     out: dict[str, Any] = {"source": agent, "audience": audience}
     if policy is not None:
         out["forbid"] = list(policy)
@@ -246,7 +246,7 @@ class GuardedLLM(_Guarded):
             policy: categories to hide beyond those of the engine's policy.
             ttl_s: seconds to live, at most the policy's.
             secrets: for guard ``redact``, texts of the prompt to hide, ``[]`` for none: they are
-                covered wherever they stand, in every spelling (``lcguard.redaction``).
+                covered wherever they stand, in every spelling (``lcguard.handoff.redaction``).
             spans: the same as token ranges of the prompt.
             consume: segments to read first; they are not part of what is published.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lcguard.vllm.errors import HandoffError
+from lcguard.handoff.errors import HandoffError
 
 Kind = Literal["answer", "prompt", "handoff"]
 SAMPLING: dict[str, Kind] = {

@@ -24,11 +24,12 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.request import parse_handoff
 from lcguard.vllm import continuation
 from lcguard.vllm.checks import CONNECTOR, check_siblings
-from lcguard.vllm.errors import HandoffError, as_http
+from lcguard.vllm.errors import as_http
 from lcguard.vllm.frontend import FrontEnd
-from lcguard.vllm.request import parse_handoff
 
 _MARK = "_lcguard_wrapped"
 _front_ends: weakref.WeakKeyDictionary[Any, FrontEnd] = weakref.WeakKeyDictionary()
@@ -127,12 +128,12 @@ def _generate(original: Any) -> Any:
 
 
 def _update_from_output(original: Any) -> Any:
-    from lcguard.vllm.ending import Ending
+    from lcguard.vllm.deferred_outputs import DeferredOutputs
 
     def update_from_output(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = original(self, *args, **kwargs)
-        ending = getattr(getattr(self.connector, "scheduler", None), "ending", None)
-        return ending.pass_on(outputs) if isinstance(ending, Ending) else outputs
+        deferred = getattr(getattr(self.connector, "scheduler", None), "deferred", None)
+        return deferred.pass_on(outputs) if isinstance(deferred, DeferredOutputs) else outputs
 
     return update_from_output
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from lcguard.handoff.keys import KEY_VARIABLE, deployment_key
 from lcguard.hub import quiet_hub, why_not_loaded
-from lcguard.keys import KEY_VARIABLE, deployment_key
 from lcguard.model_files import check_texts, check_weights, refuse_packed
 from lcguard.vllm import TESTED_VERSIONS
 

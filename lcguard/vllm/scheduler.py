@@ -2,7 +2,7 @@
 
 An exception in here would kill the engine for everybody, so every refusal becomes a plan that
 fails its own request. Nothing here waits for the store: while it is asked, the request is passed
-over, and a publish's last output is held back until its segment is stored (``Ending``).
+over, and a publish's last output is held back until its segment is stored (``DeferredOutputs``).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.gatekeeper import Gatekeeper, Plan
+from lcguard.handoff.request import PARAM, Handoff, parse_handoff
 from lcguard.manifest import Manifest
 from lcguard.rope import canonical
 from lcguard.store import StoreError
 from lcguard.store.line import Call, StoreLine
-from lcguard.vllm.ending import Ending
-from lcguard.vllm.errors import HandoffError
-from lcguard.vllm.gatekeeper import Gatekeeper, Plan
+from lcguard.vllm.deferred_outputs import DeferredOutputs
 from lcguard.vllm.jobs import LoadJob, SaveJob, StepJobs, Wanted
 from lcguard.vllm.options import check_request, reads_prompt
-from lcguard.vllm.request import PARAM, Handoff, parse_handoff
 
 logger = init_logger("vllm.lcguard.scheduler")
 IDLE_S = 0.0005
@@ -54,7 +54,7 @@ class HandoffScheduler:
 
     def __init__(self, gatekeeper: Gatekeeper, line: StoreLine) -> None:
         self.gatekeeper, self._line = gatekeeper, line
-        self.ending = Ending(gatekeeper)
+        self.deferred = DeferredOutputs(gatekeeper)
         # Per engine and start: nobody else can name a salted block, not even with the same key.
         self._secret = secrets.token_bytes(32)
         self._booked: dict[str, Booked] = {}
@@ -185,7 +185,7 @@ class HandoffScheduler:
                             booked.plan.publish)
                 )  # fmt: skip
                 booked.saved = True  # once, whatever preemption does
-                self.ending.begin(booked.plan.publish)
+                self.deferred.begin(booked.plan.publish)
         return jobs
 
     def finished(self, request: Any) -> dict[str, Any] | None:
@@ -202,7 +202,7 @@ class HandoffScheduler:
         if booked.plan.consume:
             answer["consumed_tokens"] = booked.plan.shown_tokens
         if booked.saved and booked.plan.publish is not None:
-            self.ending.expect(request, booked.plan.publish, answer)
+            self.deferred.expect(request, booked.plan.publish, answer)
         return {PARAM: answer}
 
     def close(self) -> None:

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lcguard.followed import Followed
-from lcguard.policy import Policy, PolicyError, parse_policy
-from lcguard.policy_reader import PolicyReader
+from lcguard.handoff.policy import Policy, PolicyError, parse_policy
+from lcguard.handoff.policy_reader import PolicyReader
+from lcguard.reloading import ReloadingFile
 from lcguard.vllm.errors import StartError
 
 PLAIN = ("identity", "redact")
@@ -59,7 +59,7 @@ def read_settings(extra: Mapping[str, Any]) -> Settings:
         ) from None
 
 
-def policy_of(settings: Settings) -> Policy | Followed[Policy]:
+def policy_of(settings: Settings) -> Policy | ReloadingFile[Policy]:
     """The policy, or one that forbids everything. Raises ``StartError`` for a broken one."""
     try:
         nothing = Policy(version=1, edges=())
@@ -67,7 +67,7 @@ def policy_of(settings: Settings) -> Policy | Followed[Policy]:
             return nothing
         if isinstance(settings.policy, str):
             absent = nothing if settings.policy_optional else None
-            return Followed(settings.policy, PolicyReader(), absent=absent)
+            return ReloadingFile(settings.policy, PolicyReader(), absent=absent)
         return parse_policy(settings.policy)
     except PolicyError as error:
         raise StartError(str(error)) from None

@@ -11,13 +11,13 @@ from lcguard.categories import CATEGORIES
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.guards.frozen import GuardError, reads_policy
 from lcguard.guards.shipped import guard_folder
-from lcguard.keys import deployment_key
+from lcguard.handoff.gatekeeper import Gatekeeper, ModelFacts
+from lcguard.handoff.keys import deployment_key
 from lcguard.manifest import config_digest
 from lcguard.model_digest import checkpoint_digest
 from lcguard.rope import Rotary
 from lcguard.store import SegmentStore, StoreError, open_store
 from lcguard.vllm.errors import StartError
-from lcguard.vllm.gatekeeper import Gatekeeper, ModelFacts
 from lcguard.vllm.settings import PLAIN, Settings, policy_of, read_settings
 from lcguard.vllm.weights import loaded_folder
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from lcguard.guards.frozen import FrozenGuard, GuardError
+from lcguard.handoff.gatekeeper import ModelFacts
 from lcguard.manifest import Lineage, SegmentError
 from lcguard.protocols import Guarded, KVBatch
 from lcguard.records import mask_of
@@ -25,7 +26,6 @@ from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
 from lcguard.store.line import Call, StoreLine
 from lcguard.vllm.draws import Draws, Rows, chain_of
-from lcguard.vllm.gatekeeper import ModelFacts
 from lcguard.vllm.jobs import LoadJob, SaveJob
 from lcguard.vllm.pages import LayerPages, gather_layers, slots_of, write_layers
 from lcguard.vllm.rewrite import has_page_form, rewrite_pages

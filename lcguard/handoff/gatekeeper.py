@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcguard.categories import CATEGORIES, Category
-from lcguard.followed import Followed
-from lcguard.grants import GrantError, check_grant, check_order, make_grant, new_handle
-from lcguard.lineage import LineageError, check_current, check_guard, on_top, origins
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.grants import GrantError, check_grant, check_order, make_grant, new_handle
+from lcguard.handoff.lineage import LineageError, check_current, check_guard, on_top, origins
+from lcguard.handoff.policy import Edge, Policy, PolicyError
+from lcguard.handoff.request import Consume, Handoff, Publish
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.policy import Edge, Policy, PolicyError
+from lcguard.reloading import ReloadingFile
 from lcguard.rope import canonical
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.vllm.draws import Content, content_of
-from lcguard.vllm.errors import HandoffError
-from lcguard.vllm.request import Consume, Handoff, Publish
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Gatekeeper:
     """Checks requests against policy, grants, store and model."""
 
     def __init__(
-        self, facts: ModelFacts, policy: Policy | Followed[Policy], guards: Sequence[str],
+        self, facts: ModelFacts, policy: Policy | ReloadingFile[Policy], guards: Sequence[str],
         store: SegmentStore, key: bytes, clock: Callable[[], float] = time.time,
         proxy_only: bool = False, by_policy: Collection[str] = (),
     ) -> None:  # fmt: skip
@@ -106,7 +106,7 @@ class Gatekeeper:
     @property
     def policy(self) -> Policy:
         """The policy in force."""
-        return self._policy.current() if isinstance(self._policy, Followed) else self._policy
+        return self._policy.current() if isinstance(self._policy, ReloadingFile) else self._policy
 
     def plan(
         self, handoff: Handoff, prompt: Sequence[int] | None, *,
@@ -341,7 +341,7 @@ def check_on_top(
     edge: Edge, own: Edge, consumed: Sequence[Manifest], reads_policy: bool | None = None
 ) -> None:
     """Raises ``HandoffError`` (403) unless the guard keeps ``edge`` of ``edge_on_top``; see
-    ``lcguard.lineage.check_guard``."""
+    ``lcguard.handoff.lineage.check_guard``."""
     try:
         check_guard(edge, own, consumed, reads_policy)
     except LineageError as error:

@@ -37,7 +37,7 @@ from pydantic import (
 
 from lcguard.categories import CATEGORIES, DERIVABLE, Category
 from lcguard.config import ConfigError, read_mapping, validated
-from lcguard.names import ANY, PolicyName, is_agent, split_tenant
+from lcguard.handoff.names import ANY, PolicyName, is_agent, split_tenant
 
 if TYPE_CHECKING:
     from lcguard.protocols import Mask

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lcguard.categories import Category
-from lcguard.names import ANY
-from lcguard.policy import Edge, Policy, PolicyError, load_policy
+from lcguard.handoff.names import ANY
+from lcguard.handoff.policy import Edge, Policy, PolicyError, load_policy
 
 _ANYBODY = "somebody-else"
 _LESS = ("ttl_s", "max_segments", "max_draws")
@@ -28,7 +28,7 @@ _LESS = ("ttl_s", "max_segments", "max_draws")
 
 
 class PolicyReader:
-    """``parse`` of a ``Followed`` policy: each call is held against the last that was good."""
+    """``parse`` of a ``ReloadingFile`` policy: each call is held against the last that was good."""
 
     def __init__(self) -> None:
         self._last: Policy | None = None

@@ -15,7 +15,7 @@ _MARK = "_lcguard_wrapped"
 _STATE = "_lcguard_generator_state"
 
 
-def survive_seeds(runner: Any) -> None:
+def patch_seeded_sampling(runner: Any) -> None:
     """Wraps the class of vLLM's model runner for CPUs. Idempotent."""
     original = runner._bookkeeping_sync
     if getattr(original, _MARK, False):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from lcguard.categories import CATEGORIES, Category
-from lcguard.policy import Edge, Policy
+from lcguard.handoff.policy import Edge, Policy
 
 Rule = tuple[Sequence[Category], Sequence[Category]]
 """Forbidden categories, and those of them whose derived value may pass."""

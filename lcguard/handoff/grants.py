@@ -13,7 +13,7 @@ import hmac
 import re
 import secrets
 
-from lcguard.keys import check_key
+from lcguard.handoff.keys import check_key
 from lcguard.rope import canonical
 
 _DOMAIN = b"lcguard grant\0"

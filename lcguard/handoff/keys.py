@@ -23,14 +23,15 @@ def deployment_key() -> bytes:
     text = os.environ.get(KEY_VARIABLE, "").strip()
     if not text:
         raise ValueError(
-            f"{KEY_VARIABLE} is not set: set it to the output of lcguard.keys.new_key()"
+            f"{KEY_VARIABLE} is not set: set it to the output of lcguard.handoff.keys.new_key()"
         )
     try:
         key = bytes.fromhex(text)
     except ValueError:
         # The message must not show the key, so neither must its cause.
         raise ValueError(
-            f"{KEY_VARIABLE} is not hexadecimal: set it to the output of lcguard.keys.new_key()"
+            f"{KEY_VARIABLE} is not hexadecimal: "
+            "set it to the output of lcguard.handoff.keys.new_key()"
         ) from None
     return check_key(key)
 
@@ -40,6 +41,6 @@ def check_key(key: bytes) -> bytes:
     if len(key) < _KEY_BYTES:
         raise ValueError(
             f"the deployment key has {len(key)} bytes, {_KEY_BYTES} are needed: "
-            "make one with lcguard.keys.new_key()"
+            "make one with lcguard.handoff.keys.new_key()"
         )
     return key

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lcguard.followed import Followed
+from lcguard.reloading import ReloadingFile
 
 
 class Clock:
@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_change_is_seen_once_the_interval_is_over(file: Path) -> None:
     clock = Clock()
-    followed = Followed(file, number, every_s=2, clock=clock)
+    followed = ReloadingFile(file, number, every_s=2, clock=clock)
     put(file, "2")
     clock.now = 1.9
     assert followed.current() == 1
@@ -49,7 +49,7 @@ def test_a_change_is_seen_once_the_interval_is_over(file: Path) -> None:
 
 def test_an_unchanged_file_is_not_read_again(file: Path) -> None:
     clock, reads = Clock(), []
-    followed = Followed(file, lambda p: reads.append(p) or number(p), every_s=1, clock=clock)
+    followed = ReloadingFile(file, lambda p: reads.append(p) or number(p), every_s=1, clock=clock)
     for clock.now in range(1, 50):
         assert followed.current() == 1
     assert len(reads) == 1
@@ -58,7 +58,7 @@ def test_an_unchanged_file_is_not_read_again(file: Path) -> None:
 @pytest.mark.parametrize("text", ["", "none", "12x"])
 def test_a_broken_file_leaves_the_last_good_content_and_says_why(file: Path, text: str) -> None:
     clock = Clock()
-    followed = Followed(file, number, every_s=1, clock=clock)
+    followed = ReloadingFile(file, number, every_s=1, clock=clock)
     put(file, text)
     clock.now = 5
     assert followed.current() == 1
@@ -71,7 +71,7 @@ def test_a_broken_file_leaves_the_last_good_content_and_says_why(file: Path, tex
 
 def test_a_removed_file_leaves_the_last_good_content(file: Path) -> None:
     clock = Clock()
-    followed = Followed(file, number, every_s=1, clock=clock)
+    followed = ReloadingFile(file, number, every_s=1, clock=clock)
     file.unlink()
     clock.now = 5
     assert followed.current() == 1
@@ -85,7 +85,7 @@ def test_a_removed_file_leaves_the_last_good_content(file: Path) -> None:
 def test_the_old_file_put_back_is_no_error_any_more(file: Path) -> None:
     """A rename brings back the same inode, size and time: nothing changed since it was read."""
     clock = Clock()
-    followed = Followed(file, number, every_s=1, clock=clock)
+    followed = ReloadingFile(file, number, every_s=1, clock=clock)
     kept = file.with_suffix(".kept")
     os.rename(file, kept)
     file.write_text("broken")
@@ -100,7 +100,7 @@ def test_the_old_file_put_back_is_no_error_any_more(file: Path) -> None:
 
 def test_same_size_and_time_under_another_inode_is_a_change(file: Path) -> None:
     clock = Clock()
-    followed = Followed(file, number, every_s=1, clock=clock)
+    followed = ReloadingFile(file, number, every_s=1, clock=clock)
     before = file.stat()
     put(file, "7")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -114,7 +114,7 @@ def test_nothing_starts_on_a_file_that_cannot_be_read(tmp_path: Path, text: str 
     if text is not None:
         path.write_text(text)
     with pytest.raises((OSError, ValueError)):
-        Followed(path, number)
+        ReloadingFile(path, number)
 
 
 def test_another_error_of_the_parser_is_not_swallowed(file: Path) -> None:
@@ -126,7 +126,7 @@ def test_another_error_of_the_parser_is_not_swallowed(file: Path) -> None:
             raise KeyError("bug")
         return 1
 
-    followed = Followed(file, parse, every_s=1, clock=clock)
+    followed = ReloadingFile(file, parse, every_s=1, clock=clock)
     put(file, "2")
     clock.now = 5
     with pytest.raises(KeyError):
@@ -142,7 +142,7 @@ def test_while_one_thread_reads_the_others_get_the_content_in_force(file: Path) 
             assert leave.wait(20)
         return number(path)
 
-    followed = Followed(file, parse, every_s=1, clock=clock)
+    followed = ReloadingFile(file, parse, every_s=1, clock=clock)
     put(file, "2")
     clock.now = 5
     reader = threading.Thread(target=followed.current)
@@ -156,7 +156,7 @@ def test_while_one_thread_reads_the_others_get_the_content_in_force(file: Path) 
 
 def test_a_file_that_is_not_there_yet_is_taken_when_it_appears(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "later"
-    followed = Followed(path, number, clock=clock, absent=-1)
+    followed = ReloadingFile(path, number, clock=clock, absent=-1)
     assert (followed.current(), followed.loads, followed.error) == (-1, 0, "")
     clock.now += 2
     assert followed.current() == -1
@@ -183,4 +183,4 @@ def test_what_is_there_and_cannot_be_read_is_not_absent(tmp_path: Path, there: s
     else:
         path.write_text(there)
     with pytest.raises((ValueError, OSError)):
-        Followed(path, number, clock=Clock(), absent=-1)
+        ReloadingFile(path, number, clock=Clock(), absent=-1)

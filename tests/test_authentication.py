@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from lcguard.commands.live_servers import Running, Site
-from lcguard.vllm.door import Door
+from lcguard.vllm.authentication import AuthenticationMiddleware
 from tests.engine import needs_vllm
 from tests.proxy import POLICY, Front, front_of
 from tests.proxy_client import until
@@ -36,7 +36,7 @@ def client(monkeypatch: pytest.MonkeyPatch, key: str | None) -> TestClient:
 
     methods = ["GET", "POST", "OPTIONS"]
     app = Starlette(routes=[Route("/{any:path}", yes, methods=methods)])
-    return TestClient(Door(app), raise_server_exceptions=True)
+    return TestClient(AuthenticationMiddleware(app), raise_server_exceptions=True)
 
 
 @pytest.mark.parametrize("key", [None, "", "secret"])
@@ -106,7 +106,11 @@ def test_before_an_engine_with_an_open_door_nothing_is_published(tmp_path: Path)
                 return str(front.ready()["checks"].get("door", {}).get("detail", ""))
             return ""
 
-        until(lambda: "--middleware lcguard.vllm.door.Door" in reason(), 60.0, "it finds the door")
+        until(
+            lambda: "--middleware lcguard.vllm.authentication.AuthenticationMiddleware" in reason(),
+            60.0,
+            "it finds the door",
+        )
         refused = front.publish(front.auth("intake"), "billing")
         assert refused.status_code == 503
         assert "without its key" in json.dumps(refused.json())

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator
 
 from pydantic import TypeAdapter, ValidationError
 
-from lcguard.names import ANY, KeyName
-from lcguard.policy import Edge, Policy
+from lcguard.handoff.names import ANY, KeyName
+from lcguard.handoff.policy import Edge, Policy
 
 _KEY_NAME = TypeAdapter(KeyName)
 

@@ -1,4 +1,6 @@
-"""``--middleware lcguard.vllm.door.Door``: a key on every route of vLLM's server.
+"""A key on every route of vLLM's server.
+
+    vllm serve MODEL --middleware lcguard.vllm.authentication.AuthenticationMiddleware
 
 vLLM asks for its key under ``/v1``, ``/v2``, ``/inference`` and ``/cohere`` alone. ``/invocations``
 generates too, ``/tokenize`` and ``/pause`` act, ``/metrics`` counts other agents' prefix-cache
@@ -20,7 +22,7 @@ OPEN = "/health"
 """Says nothing but that the server lives."""
 
 
-class Door:
+class AuthenticationMiddleware:
     """ASGI middleware. Without a key in ``VLLM_API_KEY`` nobody gets in."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from lcguard.categories import Category
-from lcguard.names import QualifiedName
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.names import QualifiedName
 from lcguard.rope import canonical
-from lcguard.vllm.errors import HandoffError
 
 PARAM = "lcguard"
 Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
@@ -42,7 +42,7 @@ class Publish(_Model):
     """``tokens_digest`` of the prompt that the spans were counted on: another one is refused."""
     handle: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{32,128}$")] | None = None
     """The name to store it under, never used before; drawn by the engine if absent. It is no
-    permission, see ``lcguard.grants``."""
+    permission, see ``lcguard.handoff.grants``."""
     guard: Literal["redact"] | None = None
     """``redact`` in place of the edge's guard, where the policy says ``on_leak: redact``."""
 

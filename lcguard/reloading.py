@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Followed(Generic[T]):
+class ReloadingFile(Generic[T]):
     """What ``parse`` makes of ``path``, at most ``every_s`` old.
 
     The first reading raises whatever ``parse`` does: nothing starts on a broken file. With

@@ -13,11 +13,11 @@ from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
+from lcguard.handoff.gatekeeper import Gatekeeper, PublishPlan
+from lcguard.handoff.request import PARAM
 from lcguard.vllm.errors import NOT_STORED
-from lcguard.vllm.gatekeeper import Gatekeeper, PublishPlan
-from lcguard.vllm.request import PARAM
 
-logger = init_logger("vllm.lcguard.ending")
+logger = init_logger("vllm.lcguard.deferred_outputs")
 _UNANSWERED = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR,
                RequestStatus.FINISHED_IGNORED)  # fmt: skip
 
@@ -35,7 +35,7 @@ class _Expected:
     """Its client, and its last output."""
 
 
-class Ending:
+class DeferredOutputs:
     """Publishes of one engine between the order to save them and the store's word."""
 
     def __init__(self, gatekeeper: Gatekeeper) -> None:
