@@ -1,4 +1,4 @@
-"""How much of what a category means the detector finds: RECALL of lcguard.server.detector.
+"""How much of what a category means the detector of ``lcguard.server.detection`` finds: RECALL.
 
     LCGUARD_DATA=... python scripts/detector_recall.py
 
@@ -21,7 +21,7 @@ from lcguard.agents.scenarios.agentleak import read_agentleak
 from lcguard.agents.scenarios.generator import GeneratorConfig, make_scenario
 from lcguard.agents.scenarios.respell import respell
 from lcguard.agents.scenarios.types import Scenario
-from lcguard.server.detector import ENTITIES, Detector
+from lcguard.server.detection.detector import ENTITIES, Detector
 
 N_SCENARIOS, N_EACH = 400, 10
 Labelled = tuple[str, int, int, str]

@@ -31,7 +31,7 @@ from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Running, Site
 from lcguard.commands.script import run_script
 from lcguard.evaluation.manifest import run_manifest
-from lcguard.server.audit_verify import verify
+from lcguard.server.audit.verify import verify
 
 WEIGHTS = {
     "chat": 25,

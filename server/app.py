@@ -14,16 +14,16 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from lcguard import __version__
-from lcguard.server.access import operator
+from lcguard.server.access.roles import operator
 from lcguard.server.crashes import Crashes
-from lcguard.server.dashboard import headers as dashboard_headers
-from lcguard.server.dashboard import new_nonce, render
+from lcguard.server.dashboard.overview import overview
+from lcguard.server.dashboard.page import headers as dashboard_headers
+from lcguard.server.dashboard.page import new_nonce, render
 from lcguard.server.errors import ProxyError
-from lcguard.server.health import router as health
-from lcguard.server.overview import overview
-from lcguard.server.relay import Relay
+from lcguard.server.gateway.relay import Relay
+from lcguard.server.health.routes import router as health
+from lcguard.server.openapi import openapi
 from lcguard.server.routes import router
-from lcguard.server.schema_openapi import openapi
 from lcguard.server.state import Proxy
 
 Lifespan = Callable[[], AbstractAsyncContextManager[Proxy]]

@@ -16,28 +16,28 @@ from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.policy import Policy
 from lcguard.handoff.policy_reader import PolicyReader
 from lcguard.reloading import ReloadingFile
-from lcguard.server.audit import AuditLog, Entry
-from lcguard.server.authority import Authority
-from lcguard.server.canaries import CanaryRunner
-from lcguard.server.canary_jobs import canary_job
-from lcguard.server.changes import note_changes
-from lcguard.server.clocks import Clocks
-from lcguard.server.database import Database, DatabaseError
-from lcguard.server.draw_budget import sweep_draws
+from lcguard.server.access.keyring import Keyring
+from lcguard.server.audit.config_changes import note_changes
+from lcguard.server.audit.trail import AuditLog, Entry
+from lcguard.server.authorization.authority import Authority
+from lcguard.server.authorization.settlement import Settlement
+from lcguard.server.database.writer import Database, DatabaseError
+from lcguard.server.detection.span_finder import SpanFinder
 from lcguard.server.engine import Engine, EnginePlan
 from lcguard.server.errors import ProxyError
-from lcguard.server.gate import Gate
-from lcguard.server.keyring import Keyring
-from lcguard.server.leakage import LeakageMeter
-from lcguard.server.ledger import sweep
-from lcguard.server.limits import KeyLimits, Limits
-from lcguard.server.readiness import Readiness, Watch
-from lcguard.server.selftest import GuardFiles, SelfTest
+from lcguard.server.gateway.upstream import Upstream
+from lcguard.server.health.clocks import Clocks
+from lcguard.server.health.readiness import Readiness, Watch
+from lcguard.server.health.selftest import GuardFiles, SelfTest
+from lcguard.server.leakage.canaries import CanaryRunner
+from lcguard.server.leakage.canary_jobs import canary_job
+from lcguard.server.leakage.draw_budget import sweep_draws
+from lcguard.server.leakage.ledger import sweep
+from lcguard.server.leakage.meter import LeakageMeter
+from lcguard.server.limits.concurrency import Gate
+from lcguard.server.limits.key_limits import KeyLimits, Limits
 from lcguard.server.settings import ServerSettings
-from lcguard.server.settlement import Settlement
-from lcguard.server.spans import SpanFinder
 from lcguard.server.state import Proxy
-from lcguard.server.upstream import Upstream
 from lcguard.store import open_store
 from lcguard.store.line import StoreLine
 

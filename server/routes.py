@@ -13,19 +13,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lcguard.handoff.names import ANY, KeyName
 from lcguard.handoff.policy import Edge
 from lcguard.manifest import SegmentError
-from lcguard.server.access import Caller, Operator, Running
-from lcguard.server.audit import Entry
-from lcguard.server.body import ClientGone, parse_object, read_body
-from lcguard.server.contract import describe
-from lcguard.server.database import DatabaseError
+from lcguard.server.access.keyring import Identity
+from lcguard.server.access.roles import Caller, Operator, Running
+from lcguard.server.audit.trail import Entry
+from lcguard.server.authorization.approved_handoff import gone, unavailable
+from lcguard.server.authorization.segment_view import described, knows_text, listed
+from lcguard.server.dashboard.overview import edge_rows
+from lcguard.server.database.writer import DatabaseError
 from lcguard.server.errors import ProxyError
-from lcguard.server.handoff import Handle
-from lcguard.server.keyring import Identity
-from lcguard.server.leakage import LeakageError
-from lcguard.server.ledger import Segment, find, live, revoke
-from lcguard.server.orders import gone, unavailable
-from lcguard.server.overview import edge_rows
-from lcguard.server.shown import described, knows_text, listed
+from lcguard.server.gateway.body import ClientGone, parse_object, read_body
+from lcguard.server.gateway.contract import describe
+from lcguard.server.gateway.handoff_field import Handle
+from lcguard.server.leakage.ledger import Segment, find, live, revoke
+from lcguard.server.leakage.meter import LeakageError
 from lcguard.server.state import Proxy
 from lcguard.store import StoreError
 

@@ -14,27 +14,27 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lcguard.rope import canonical
-from lcguard.server.audit import AuditLog, Entry
-from lcguard.server.authority import Authority
-from lcguard.server.canaries import CanaryRunner
-from lcguard.server.database import Database, DatabaseError
-from lcguard.server.edge_counts import CANARY_TENANT, EdgeCounts
+from lcguard.server.access.keyring import AuthError, Identity, Keyring
+from lcguard.server.audit.edge_counts import CANARY_TENANT, EdgeCounts
+from lcguard.server.audit.trail import AuditLog, Entry
+from lcguard.server.authorization.active_reads import Readers
+from lcguard.server.authorization.authority import Authority
+from lcguard.server.authorization.settlement import Settlement
+from lcguard.server.database.writer import Database, DatabaseError
 from lcguard.server.errors import ProxyError
-from lcguard.server.gate import Gate
-from lcguard.server.keyring import AuthError, Identity, Keyring
-from lcguard.server.leakage import EdgeLeakage, LeakageMeter
-from lcguard.server.limits import KeyLimits, Limited
-from lcguard.server.metrics import Metrics
-from lcguard.server.readers import Readers
-from lcguard.server.readiness import Readiness
+from lcguard.server.gateway.upstream import Upstream
+from lcguard.server.health.metrics import Metrics
+from lcguard.server.health.readiness import Readiness
+from lcguard.server.leakage.canaries import CanaryRunner
+from lcguard.server.leakage.meter import EdgeLeakage, LeakageMeter
+from lcguard.server.limits.concurrency import Gate
+from lcguard.server.limits.key_limits import KeyLimits, Limited
 from lcguard.server.settings import ServerSettings
-from lcguard.server.settlement import Settlement
-from lcguard.server.upstream import Upstream
 from lcguard.store import SegmentStore
 from lcguard.store.line import StoreLine
 
 if TYPE_CHECKING:
-    from lcguard.server.exchange import Exchange
+    from lcguard.server.gateway.exchange import Exchange
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

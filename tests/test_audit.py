@@ -24,18 +24,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcguard.commands.audit import show_command, verify_command
-from lcguard.server.audit import COLUMNS, REASON_CHARS, AuditError, AuditLog, Entry, plain, recent
-from lcguard.server.audit_chain import Chain, Mark
-from lcguard.server.audit_verify import verify
-from lcguard.server.database import Database, DatabaseError
+from lcguard.server.audit.chain import Chain, Mark
+from lcguard.server.audit.trail import (
+    COLUMNS,
+    REASON_CHARS,
+    AuditError,
+    AuditLog,
+    Entry,
+    plain,
+    recent,
+)
+from lcguard.server.audit.verify import verify
+from lcguard.server.database.writer import Database, DatabaseError
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 N = 5
 WRITER = """
 import sys, threading
 from pathlib import Path
-from lcguard.server.audit import AuditLog, Entry
-from lcguard.server.database import Database
+from lcguard.server.audit.trail import AuditLog, Entry
+from lcguard.server.database.writer import Database
 log = AuditLog(Database(Path(sys.argv[1])), b"k" * 32)
 def work(name):
     for i in range(10**9):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lcguard.server.bench import Bench
+from lcguard.server.detection.cpu_worker import Bench
 from lcguard.server.errors import ProxyError
 
 

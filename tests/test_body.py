@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lcguard.server.body import parse_object
 from lcguard.server.errors import ProxyError
+from lcguard.server.gateway.body import parse_object
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.protocols import AttackData
 from lcguard.records import IGNORE, TokenRecord, mask_of
 from lcguard.segment import KVSegment
-from lcguard.server.canaries import CanaryRunner
-from lcguard.server.leakage import EdgeLeakage, LeakageMeter
+from lcguard.server.leakage.canaries import CanaryRunner
+from lcguard.server.leakage.meter import EdgeLeakage, LeakageMeter
 from lcguard.store import open_store
 from lcguard.training.dataset import attack_data, guard_all
 

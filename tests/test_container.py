@@ -81,7 +81,7 @@ def test_what_the_build_takes_is_there() -> None:
         "lcguard/handoff/policy.py",
         "server/app.py",
         "attacks/base.py",
-        "server/templates/dashboard.html",
+        "server/dashboard/templates/dashboard.html",
         "agents/nano/model/config.json",
     ):
         assert (ROOT / path).exists()

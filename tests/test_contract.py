@@ -14,8 +14,8 @@ from openai.types import completion_create_params as text_params
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
 
-from lcguard.server.contract import ContractError, check, clean, describe, markdown, page
-from lcguard.server.contract_fields import (
+from lcguard.server.gateway.contract import ContractError, check, clean, describe, markdown, page
+from lcguard.server.gateway.contract_fields import (
     ANSWER,
     ANSWER_MEANING,
     CHOICE,

@@ -22,7 +22,10 @@ pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install lcg
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from lcguard.server.dashboard import (
+from lcguard.server.dashboard.graph_layout import arrange
+from lcguard.server.dashboard.graph_svg import graph
+from lcguard.server.dashboard.leak_svg import leak_bar, scale_top
+from lcguard.server.dashboard.page import (
     AgentRow,
     AuditRow,
     Check,
@@ -35,9 +38,6 @@ from lcguard.server.dashboard import (
     new_nonce,
     render,
 )
-from lcguard.server.graph_layout import arrange
-from lcguard.server.graph_svg import graph
-from lcguard.server.leak_svg import leak_bar, scale_top
 
 NOW_S = 1_780_000_000.0
 LONG = "an-agent-whose-name-is-as-long-as-the-key-ring-allows-00"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from lcguard.server import schema
-from lcguard.server.database import Database, DatabaseError
+from lcguard.server.database import schema
+from lcguard.server.database.writer import Database, DatabaseError
 
 LOCKER = """
 import sqlite3, sys
@@ -29,7 +29,7 @@ sys.stdin.read()
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from lcguard.server.database import Database, DatabaseError
+from lcguard.server.database.writer import Database, DatabaseError
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
     Database(Path(sys.argv[1]))

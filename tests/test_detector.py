@@ -12,8 +12,8 @@ from faker.config import AVAILABLE_LOCALES
 
 from lcguard.agents.scenarios.respell import SPELLINGS, respell
 from lcguard.categories import CATEGORIES
-from lcguard.server import detector as module
-from lcguard.server.detector import OVERLAP, RECALL, WINDOW, Detector, vouched
+from lcguard.server.detection import detector as module
+from lcguard.server.detection.detector import OVERLAP, RECALL, WINDOW, Detector, vouched
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SSN = "912-55-1029"

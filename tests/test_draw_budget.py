@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lcguard.server import schema
-from lcguard.server.database import Database
-from lcguard.server.draw_budget import (
+from lcguard.server.database import schema
+from lcguard.server.database.writer import Database
+from lcguard.server.leakage.draw_budget import (
     KEEP_TEXTS,
     DrawsSpent,
     Text,
@@ -20,7 +20,7 @@ from lcguard.server.draw_budget import (
     sweep_draws,
     text_of,
 )
-from lcguard.server.ledger import KEEP_RECEIVED_S, Segment, find, record_segment
+from lcguard.server.leakage.ledger import KEEP_RECEIVED_S, Segment, find, record_segment
 
 KEY, NOW = bytes(range(32)), 1_700_000_000.0
 NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."

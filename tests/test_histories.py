@@ -18,11 +18,11 @@ import pytest
 
 from lcguard.handoff.policy import Edge
 from lcguard.handoff.request import tokens_digest
-from lcguard.server.contract import ContractError, check
+from lcguard.server.detection.span_finder import SpanFinder
 from lcguard.server.errors import ProxyError
+from lcguard.server.gateway.contract import ContractError, check
+from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.settings import UpstreamSettings
-from lcguard.server.spans import SpanFinder
-from lcguard.server.upstream import Upstream
 from tests.engine import needs_vllm
 from tests.histories import SECRET, history
 from tests.rendering import model_folder, rendering

@@ -17,8 +17,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lcguard.commands.keys import key_table, listing, new_key, revoke
-from lcguard.server.keyring import AuthError, Identity, Keyring, KeyringError, load_keys, parse_keys
-from lcguard.server.limits import Limits
+from lcguard.server.access.keyring import (
+    AuthError,
+    Identity,
+    Keyring,
+    KeyringError,
+    load_keys,
+    parse_keys,
+)
+from lcguard.server.limits.key_limits import Limits
 
 WRONG = "lcg_aaaaaaaaaaaa_" + "A" * 43
 

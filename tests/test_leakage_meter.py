@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lcguard.evaluation.intervals import wilson
-from lcguard.server.leakage import LeakageError, LeakageMeter
+from lcguard.server.leakage.meter import LeakageError, LeakageMeter
 
 EDGE = ("acme", "intake", "billing")
 INTERVAL_S = 60.0

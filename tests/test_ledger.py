@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcguard.server import schema
-from lcguard.server.audit import AuditLog, Entry, recent
-from lcguard.server.audit_verify import verify
-from lcguard.server.database import Database
-from lcguard.server.ledger import (
+from lcguard.server.audit.trail import AuditLog, Entry, recent
+from lcguard.server.audit.verify import verify
+from lcguard.server.database import schema
+from lcguard.server.database.writer import Database
+from lcguard.server.leakage.ledger import (
     KEEP_RECEIVED_S,
     KEEP_SEGMENTS_S,
     BudgetSpent,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcguard.server.gate import Gate
-from lcguard.server.limits import KeyLimits, Limited, Limits
+from lcguard.server.limits.concurrency import Gate
+from lcguard.server.limits.key_limits import KeyLimits, Limited, Limits
 
 
 class Clock:

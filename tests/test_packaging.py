@@ -81,6 +81,8 @@ def test_wheel_holds_the_data(source: Path, wheel: Path) -> None:
     expected = {
         path.relative_to(source).as_posix() for path in nano.rglob("*") if path.suffix in kinds
     }
+    page = "server/dashboard/templates/dashboard"
+    expected |= {f"lcguard/{page}.{kind}" for kind in ("html", "css", "js")}
     assert expected | {"lcguard/py.typed"} <= names
 
 

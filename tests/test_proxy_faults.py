@@ -35,7 +35,7 @@ from lcguard.commands.live_servers import Running, Site
 from lcguard.disk import MANIFEST_FILE, TENSOR_FILE, read_manifest
 from lcguard.guards import FrozenGuard
 from lcguard.handoff.policy import load_policy
-from lcguard.server.audit_verify import verify
+from lcguard.server.audit.verify import verify
 from lcguard.store import FileStore
 from tests.engine import needs_vllm
 from tests.proxy_client import (

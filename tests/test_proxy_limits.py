@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from lcguard.commands.live_servers import Running, Site
-from lcguard.server.limits import Limits
+from lcguard.server.limits.key_limits import Limits
 from tests.engine import needs_vllm
 from tests.proxy import Front, error, front_of
 

@@ -14,8 +14,8 @@ from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Running, Site
 from lcguard.handoff.grants import make_grant
 from lcguard.handoff.keys import KEY_VARIABLE
-from lcguard.server.leakage_state import EdgeLeakage, save_state
-from lcguard.server.orders import signed_order
+from lcguard.server.authorization.approved_handoff import signed_order
+from lcguard.server.leakage.edge_state import EdgeLeakage, save_state
 from tests.engine import needs_vllm
 from tests.proxy import SSN, Front, error, front_of
 from tests.proxy_client import audit_rows

@@ -25,9 +25,9 @@ from lcguard.commands.keys import revoke
 from lcguard.commands.live_servers import UPSTREAM_KEY, Running, Site, free_port
 from lcguard.commands.serve import NANO_ARGS
 from lcguard.handoff.policy import Edge
-from lcguard.server.keyring import KeyEntry
-from lcguard.server.leakage_state import EdgeLeakage, save_state
-from lcguard.server.limits import Limits
+from lcguard.server.access.keyring import KeyEntry
+from lcguard.server.leakage.edge_state import EdgeLeakage, save_state
+from lcguard.server.limits.key_limits import Limits
 from lcguard.server.settings import ServerSettings
 from lcguard.store import open_store
 from tests.engine import needs_vllm

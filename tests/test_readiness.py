@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from lcguard.server.clocks import LIMIT_S, Clocks
 from lcguard.server.errors import ProxyError
-from lcguard.server.readiness import Readiness, Watch
-from lcguard.server.upstream import Upstream
+from lcguard.server.gateway.upstream import Upstream
+from lcguard.server.health.clocks import LIMIT_S, Clocks
+from lcguard.server.health.readiness import Readiness, Watch
 from lcguard.store import FileStore, RedisStore
 from lcguard.store.line import StoreLine
 from tests.test_store import running_redis

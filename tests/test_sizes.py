@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.server.errors import ProxyError
-from lcguard.server.sizes import Size, bounded
+from lcguard.server.limits.generation import Size, bounded
 
 MOST = 32
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from lcguard.server.protocol import TimedHttp
+from lcguard.server.gateway.timed_http import TimedHttp
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lcguard.server.errors import ProxyError
+from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.settings import UpstreamSettings
-from lcguard.server.upstream import Upstream
 
 OK = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"a": 12}'
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -23,7 +23,7 @@ from lcguard.handoff.policy import load_policy, parse_policy
 from lcguard.handoff.request import Publish, parse_handoff, tokens_digest
 from lcguard.model_digest import checkpoint_digest
 from lcguard.reloading import ReloadingFile
-from lcguard.server.orders import GRANT_S, signed_order
+from lcguard.server.authorization.approved_handoff import GRANT_S, signed_order
 from lcguard.store import open_store
 from lcguard.vllm.checks import check_config, check_groups, check_siblings, check_version
 from lcguard.vllm.errors import StartError

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lcguard.server.audit import REASON_CHARS, plain, recent
-from lcguard.server.audit_verify import verify
-from lcguard.server.sqlite_file import DatabaseError, open_reader, reading
+from lcguard.server.audit.trail import REASON_CHARS, plain, recent
+from lcguard.server.audit.verify import verify
+from lcguard.server.database.sqlite_file import DatabaseError, open_reader, reading
 
 _BUSY_TIMEOUT_S = 5.0
 

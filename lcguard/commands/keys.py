@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lcguard.atomic_file import replace_file
 from lcguard.config import dump_config
-from lcguard.server.keyring import (
+from lcguard.server.access.keyring import (
     KeyEntry,
     KeyFile,
     KeyringError,
@@ -30,7 +30,7 @@ from lcguard.server.keyring import (
     parse_keys,
     secret_digest,
 )
-from lcguard.server.limits import Limits
+from lcguard.server.limits.key_limits import Limits
 
 _HEAD = "# API keys, without their secrets. `lcguard keys` rewrites this file: comments get lost.\n"
 

@@ -45,7 +45,7 @@ def warnings(
     """
     agents = None
     if must_exist or keys.exists():
-        from lcguard.server.keyring import load_keys  # here: it needs the extra `server`
+        from lcguard.server.access.keyring import load_keys  # here: it needs the extra `server`
 
         agents = {(k.tenant, k.agent) for k in load_keys(keys).keys if k.role == "agent"}
     found = (*never(policy, agents), *unserved(policy, guards))

@@ -27,8 +27,8 @@ from lcguard.model_files import check_readable
 from lcguard.private import private_folder
 from lcguard.server.app import make_app
 from lcguard.server.engine import EnginePlan
+from lcguard.server.gateway.timed_http import TimedHttp
 from lcguard.server.lifespan import Deployment, lifespan
-from lcguard.server.protocol import TimedHttp
 from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
 from lcguard.vllm.settings import PLAIN

@@ -61,7 +61,7 @@ def keys_new(
     from datetime import UTC
 
     from lcguard.commands.keys import new_key
-    from lcguard.server.limits import Limits
+    from lcguard.server.limits.key_limits import Limits
 
     limits = Limits(requests_per_min, tokens_per_min, concurrency)
     for agent in agents:
@@ -98,7 +98,7 @@ def config_check(state: State = STATE, config: Config = None, sets: Sets = None)
     from lcguard.commands.policy import summary, warnings
     from lcguard.commands.serve import check_exposure, engine_guards, load_settings
     from lcguard.handoff.policy import load_policy
-    from lcguard.server.keyring import load_keys
+    from lcguard.server.access.keyring import load_keys
 
     settings = load_settings(state, config, sets or [], None)
     check_exposure(settings)

@@ -1,0 +1,284 @@
+"""Decides whether a handoff may happen.
+
+Every decision is in the audit before vLLM hears of it, so that a crash loses none. What cannot be
+decided, because the policy, the store, the ledger or the audit is out of reach, does not happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from sqlite3 import Connection
+from typing import Any
+
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.gatekeeper import check_on_top, edge_of, edge_on_top
+from lcguard.handoff.grants import make_grant, new_handle
+from lcguard.handoff.lineage import LineageError, check_current, declassified
+from lcguard.handoff.names import split_tenant
+from lcguard.handoff.policy import Policy, PolicyError
+from lcguard.handoff.request import Publish as EnginePublish
+from lcguard.manifest import Manifest, SegmentError
+from lcguard.reloading import ReloadingFile
+from lcguard.server.access.keyring import Identity
+from lcguard.server.audit.trail import AuditLog, Entry
+from lcguard.server.authorization.approved_handoff import (
+    GRANT_S,
+    Order,
+    consumption,
+    edge_name,
+    gone,
+    publication,
+    qualified,
+    signed_order,
+    unavailable,
+)
+from lcguard.server.authorization.rule_digest import rule_digest
+from lcguard.server.authorization.segment_view import tokens_for
+from lcguard.server.crashes import unforeseen
+from lcguard.server.database.writer import DatabaseError
+from lcguard.server.detection.span_finder import Endpoint, SpanFinder
+from lcguard.server.errors import ProxyError
+from lcguard.server.gateway.handoff_field import HandoffField, Publish
+from lcguard.server.leakage.draw_budget import DrawsSpent, reserve_draw, text_of
+from lcguard.server.leakage.ledger import BudgetSpent, LedgerError, find, reserve
+from lcguard.server.leakage.meter import LeakageMeter
+from lcguard.store import SegmentNotFound, SegmentStore, StoreError
+from lcguard.store.line import StoreLine
+
+
+class Authority:
+    """The policy's decisions for one deployment."""
+
+    def __init__(
+        self, policy: ReloadingFile[Policy] | Policy, store: SegmentStore, line: StoreLine,
+        key: bytes, audit: AuditLog, meter: LeakageMeter, spans: SpanFinder,
+        block: Callable[[], str] = lambda: "", clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        """``block`` gives the reason why nothing may be published now, or nothing."""
+        self._policy, self.store, self.line, self.key = policy, store, line, key
+        self.audit, self.meter, self.spans = audit, meter, spans
+        self.block, self.clock = block, clock
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._policy.current() if isinstance(self._policy, ReloadingFile) else self._policy
+
+    async def open(
+        self, who: Identity, handoff: HandoffField, endpoint: Endpoint, body: dict[str, Any],
+        request_id: str,
+    ) -> Order:  # fmt: skip
+        """The order for vLLM, audited and charged to the composition budget.
+
+        Raises:
+            ProxyError: 400 for a request that cannot be served, 403 for one that may not, 404 for
+                a segment that is not there, 503 where nobody can tell. It is in the audit.
+        """
+        order = Order(who, request_id, {})
+        try:
+            if handoff.consume is not None:
+                await self._consume(order, handoff.consume)
+                body = {**body, "kv_transfer_params": {"lcguard": {**order.params}}}
+            if handoff.publish is not None:
+                await self._publish(order, handoff.publish, endpoint, body)
+            order.params = signed_order(self.key, order.params, self.clock())
+            await self._allow_whole(order)
+        except ProxyError as error:
+            await self._refused(order, handoff, error)
+            raise
+        except Exception as error:
+            found = unforeseen("a handoff's check", error)
+            await self._refused(order, handoff, found)
+            raise found from None
+        return order
+
+    async def _consume(self, order: Order, handles: Sequence[str]) -> None:
+        me = qualified(order.who.tenant, order.who.agent)
+        try:
+            order.consumed = await self.line.run(
+                lambda: tuple(self.segment(h, me) for h in handles)
+            )
+        except StoreError as error:
+            raise unavailable(error) from None
+        order.shown_tokens = tuple(
+            tokens_for(me, self.policy.for_edge(m.source_agent, me), m.n_tokens)
+            for m in order.consumed
+        )
+        until = int(self.clock() + GRANT_S)
+        order.params["consume"] = {
+            "agent": me,
+            "segments": [
+                {"handle": m.handle, "grant": make_grant(self.key, m.handle, me, until)}
+                for m in order.consumed
+            ],
+        }
+
+    def segment(self, handle: str, me: str) -> Manifest:
+        """The manifest of a segment that ``me`` may consume now. Raises ``ProxyError``."""
+        shown = f"segment {handle[:6]}..."
+        try:
+            row = self.audit.database.read(lambda connection: find(connection, handle))
+            manifest = self.store.manifest(handle)
+            manifest.verify(self.key)
+        except SegmentNotFound:
+            raise gone(shown) from None
+        except (StoreError, DatabaseError) as error:
+            raise unavailable(error) from None
+        except SegmentError as error:
+            if isinstance(error.__cause__, OSError):  # the store, not the segment
+                raise unavailable(error) from None
+            raise ProxyError(409, f"{shown} is damaged: {error}", code="damaged") from None
+        if row is None or row.revoked_at_s is not None:
+            raise gone(shown)
+        if manifest.audience != me:
+            raise ProxyError(
+                403, f"{shown} is not for agent {split_tenant(me)[1]!r}", code="not_audience"
+            )
+        if 0 < manifest.expires_at_s <= self.clock():
+            raise gone(shown)
+        edge = self.policy.for_edge(manifest.source_agent, me)
+        if rule_digest(edge) != row.policy_digest:
+            raise ProxyError(
+                403, f"{shown} was published under a policy that has changed: publish it again",
+                code="policy_changed",
+            )  # fmt: skip
+        tenant, source, audience = edge_name(edge)
+        if self.meter.verdict(tenant, source, audience) == "closed" and not (
+            edge.on_leak == "redact" and row.guard == "redact"
+        ):
+            raise ProxyError(
+                403, f"{shown}: the edge from {source!r} is closed, planted records were read off "
+                "its segments", code="edge_closed",
+            )  # fmt: skip
+        try:
+            check_current(manifest, self.policy)
+        except (LineageError, PolicyError) as error:
+            raise ProxyError(403, f"{shown}: {error}", code="policy_changed") from None
+        return manifest
+
+    async def _publish(
+        self, order: Order, publish: Publish, endpoint: Endpoint, body: dict[str, Any]
+    ) -> None:
+        who, canary = order.who, order.who.role == "canary"
+        if not canary and (publish.source is not None or publish.tenant is not None):
+            raise ProxyError(
+                400, "lcguard.publish: leave out source and tenant, the key says who publishes",
+                code="bad_handoff", param="lcguard.publish.source",
+            )  # fmt: skip
+        if reason := self.block():
+            raise ProxyError(503, reason, code="not_ready", retry_after_s=30)
+        tenant = publish.tenant or who.tenant
+        source = qualified(tenant, publish.source or who.agent)
+        audience = qualified(tenant, publish.audience)
+        wish = EnginePublish(
+            source=source, audience=audience, forbid=publish.forbid, ttl_s=publish.ttl_s,
+            handle=new_handle(),
+        )  # fmt: skip
+        try:
+            own = edge_of(self.policy, wish)
+            edge = edge_on_top(self.policy, own, order.consumed)
+            order.rule = rule_digest(self.policy.for_edge(source, audience))
+            order.edge = edge  # from here on the audit can name it
+            # a canary measures the guard itself: that is what opens a closed edge again
+            if not canary and self.meter.verdict(*edge_name(edge)) == "closed":
+                if edge.on_leak != "redact":
+                    raise ProxyError(
+                        403, f"the edge to {publish.audience!r} is closed: planted records were "
+                        "read off its segments", code="edge_closed",
+                    )  # fmt: skip
+                wish = wish.model_copy(update={"guard": "redact"})
+                own = edge_of(self.policy, wish)
+                order.edge = edge = edge_on_top(self.policy, own, order.consumed)
+            check_on_top(edge, own, order.consumed)
+            if own.declassify:
+                order.declassified = declassified(own, self.policy, order.consumed)
+        except (HandoffError, LineageError, PolicyError) as error:
+            raise ProxyError(getattr(error, "status", 400), str(error), code="policy") from None
+        order.handle = str(wish.handle)
+        if edge.max_draws is not None and not canary:
+            order.text = await asyncio.to_thread(text_of, self.key, publish.record, body)
+        sent = wish.model_dump(mode="json", exclude_none=True)
+        if edge.guard == "redact":
+            found = await self.spans.find(endpoint, body, edge, publish.secrets)
+            sent["spans"], sent["tokens"] = found.spans, found.digest
+            order.n_redacted = found.n_occurrences
+        elif publish.secrets is not None and not canary:
+            raise ProxyError(
+                400, f"secrets are for guard 'redact'; this edge has {edge.guard!r}: leave them "
+                "out", code="bad_handoff", param="lcguard.publish.secrets",
+            )  # fmt: skip
+        order.params["publish"] = sent
+
+    async def _allow_whole(self, order: Order) -> None:
+        """``_allow``, not to be stopped half way: what the audit allowed has an end there, also
+        where its client hangs up in this very moment."""
+        allowing = asyncio.ensure_future(self._allow(order))
+        try:
+            await asyncio.shield(allowing)
+        except asyncio.CancelledError:
+            await asyncio.wait([allowing])
+            if allowing.exception() is None:
+                reason = "the client hung up"
+                rows = [consumption(order, m, "aborted", reason) for m in order.consumed]
+                if order.edge is not None:
+                    rows.append(publication(order, "aborted", reason=reason))
+                with suppress(DatabaseError):
+                    await self.audit.append_all(rows)
+            raise
+
+    async def _allow(self, order: Order) -> None:
+        """Charges the budget and writes the audit, both or neither."""
+        now, who = self.clock(), order.who
+        wanted = []
+        for manifest in order.consumed:
+            edge = self.policy.for_edge(manifest.source_agent, manifest.audience)
+            wanted.append((manifest, edge))
+
+        def book(connection: Connection) -> None:
+            for manifest, edge in wanted:
+                reserve(
+                    connection, who.tenant, who.agent,
+                    [(manifest.handle, split_tenant(manifest.source_agent)[1])],
+                    edge.max_segments, edge.window_s, now,
+                )  # fmt: skip
+                reserve_draw(
+                    connection, who.tenant, who.agent, manifest.handle, edge.max_draws, now
+                )
+
+        entries = [consumption(order, m, "consume") for m in order.consumed]
+        if order.edge is not None:
+            entries.append(publication(order, "publish"))
+        if order.declassified:
+            passed = ", ".join(order.declassified)
+            entries.append(
+                publication(order, "declassified", reason=f"of what was consumed: {passed}")
+            )
+        try:
+            await self.audit.append_all(entries, book if wanted else None)
+        except (BudgetSpent, DrawsSpent) as error:
+            wait_s = None if error.frees_at_s is None else max(1.0, error.frees_at_s - now)
+            raise ProxyError(403, str(error), code="budget", retry_after_s=wait_s) from None
+        except LedgerError as error:
+            raise ProxyError(404, str(error), code="no_segment") from None
+        except DatabaseError as error:
+            raise unavailable(error) from None
+
+    async def _refused(self, order: Order, handoff: HandoffField, error: ProxyError) -> None:
+        """A refusal is audited too; where that fails it is still a refusal."""
+        handles = handoff.consume or ("",)
+        entry = Entry(
+            request_id=order.request_id, event="refused",
+            tenant=order.who.tenant, agent=order.who.agent,
+            source=order.who.agent if handoff.publish else "",
+            audience=handoff.publish.audience if handoff.publish else order.who.agent,
+            handle=handles[0], verdict="blocked" if error.status < 500 else "error",
+            reason=f"{error.code}: {error.message}",
+        )  # fmt: skip
+        try:
+            await self.audit.append_all([entry])
+        except DatabaseError:
+            if error.status < 500:
+                raise unavailable(DatabaseError("the audit cannot be written")) from None

@@ -1,0 +1,1 @@
+"""A request's way to vLLM and its answer's way back."""

@@ -1,0 +1,66 @@
+"""One request and its answer, as the relay and the counters see it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+
+from starlette.types import Message, Send
+
+from lcguard.server.access.keyring import Identity
+from lcguard.server.authorization.approved_handoff import Order
+from lcguard.server.errors import ProxyError
+from lcguard.server.gateway.sse import event
+
+
+class Exchange:
+    """One request and what became of it."""
+
+    def __init__(self, headers: Mapping[str, str], send: Send, request_id: str) -> None:
+        self.headers, self.request_id = headers, request_id
+        self._send = send
+        self.started_s = time.perf_counter()
+        self.upstream_s = 0.0
+        """Spent waiting for vLLM."""
+        self.first_byte_s: float | None = None
+        self.status = 0
+        self.who: Identity | None = None
+        self.order: Order | None = None
+        self.code = ""
+
+    async def head(self, status: int, kind: str, more: Mapping[str, str]) -> None:
+        """Sends the answer's head."""
+        self.status = status
+        headers = {"content-type": kind, "x-request-id": self.request_id, **more}
+        message: Message = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items()],
+        }
+        await self._send(message)
+
+    async def piece(self, data: bytes, more: bool = True) -> None:
+        """Sends a piece of the answer's body at once."""
+        if self.first_byte_s is None:
+            self.first_byte_s = time.perf_counter()
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def whole(self, status: int, kind: str, data: bytes, more: Mapping[str, str]) -> None:
+        await self.head(status, kind, {"content-length": str(len(data)), **more})
+        await self.piece(data, more=False)
+
+    async def refuse(self, error: ProxyError) -> None:
+        """The error as the answer, or as the last event of a stream that has begun."""
+        self.code = error.code
+        if self.status:
+            await self.piece(event(error.body()), more=False)
+            return
+        more = {"x-lcguard-verdict": "blocked" if error.status < 500 else "error"}
+        if error.retry_after_s is not None:
+            more["retry-after"] = str(max(1, int(-(-error.retry_after_s // 1))))
+        if error.status == 401:
+            more["www-authenticate"] = "Bearer"
+        if error.status in (408, 413):
+            more["connection"] = "close"  # the rest of the body is not wanted
+        await self.whole(error.status, "application/json", json.dumps(error.body()).encode(), more)

@@ -1,0 +1,1 @@
+"""Whether the deployment works, told to orchestrators and to Prometheus."""
