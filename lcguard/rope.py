@@ -10,7 +10,7 @@ then inverts what the sender's model did, whatever the position.
 Only kinds with one fixed frequency table are supported. Dynamic NTK and LongRoPE choose the table
 by sequence length, M-RoPE has three positions per token, and some models use one table per layer
 type: each of these is refused by name, as are model families whose pair layout or order of norm
-and rotation was not proved by tests/test_rope.py.
+and rotation was not proved by tests/core/test_rope.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODEL_TYPES: Mapping[str, bool] = {
     "starcoder2": False,
 }
 """``model_type`` -> whether the family reads ``partial_rotary_factor``. One row = one proved row of
-tests/test_rope.py: keys cached after the key norm and rotation, half-split pairs, every layer
+tests/core/test_rope.py: keys cached after the key norm and rotation, half-split pairs, every layer
 rotated."""
 
 _REFUSED_TYPES: Mapping[str, str] = {
@@ -121,7 +121,7 @@ def _check_family(config: PretrainedConfig, partial_factor: float) -> None:
     if kind not in MODEL_TYPES:
         raise UnsupportedModelError(
             f"model_type={kind!r} was not proved: use one of {', '.join(MODEL_TYPES)}, or add a row"
-            " to lcguard.rope.MODEL_TYPES and to tests/test_rope.py and run it"
+            " to lcguard.rope.MODEL_TYPES and to tests/core/test_rope.py and run it"
         )
     # Families that ignore the factor for the default kind would rotate all of the head.
     if partial_factor != 1 and not MODEL_TYPES[kind]:

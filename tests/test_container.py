@@ -13,8 +13,8 @@ import yaml
 
 from lcguard.commands.serve import check_exposure, load_settings
 from lcguard.vllm.settings import read_settings
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "container" / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 DOCKERFILE = (ROOT / "container" / "Dockerfile").read_text()

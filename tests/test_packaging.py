@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.paths import ROOT
+
 ROOMS = ("agents", "attacks", "server")
 NAMESPACES = ("agents", "agents/nano", "agents/scenarios", "agents/backends", "attacks", "server")
 PROBE = "packaging_probe"

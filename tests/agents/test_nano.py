@@ -1,0 +1,73 @@
+"""The shipped agent: small, an ordinary model folder, right on records it never saw."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lcguard.agents.backends.hf import load_backend
+from lcguard.agents.nano.check import accuracy
+from lcguard.agents.nano.load import GUARDS, guard_names, guard_path, model_path
+from lcguard.guards import FrozenGuard
+
+
+def test_package_data_is_small() -> None:
+    size = sum(f.stat().st_size for f in model_path().parent.rglob("*") if f.is_file())
+    assert size <= 16 * 2**20
+
+
+def test_accuracy_on_held_out_records() -> None:
+    found = accuracy("nano", 300)["accuracy"]
+    assert found["direct"] >= 0.96  # the bar of 0.97 is measured on 2,000 records, see the README
+    assert found["derived"] >= 0.90
+
+
+def test_it_answers_as_text_and_as_a_segment_alike() -> None:
+    """transformers' own generate on the whole conversation gives the segment's answer."""
+    agent = load_backend("nano")
+    text = "Employee record. The name is Quella Brandt. Job title: Analyst\nSSN: 941-22-7310."
+    for question in ("What is the job title?", "What is the SSN?", "Give the name."):
+        kv = agent.source.prefill([agent.encoder.context(text)])
+        end = agent.special.end_id
+        (segment,) = agent.source.generate(kv, [agent.encoder.prompt(question)], 24, end)
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": question}]
+        ids = agent.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        whole = agent.source.model.generate(ids, max_new_tokens=24, do_sample=False)
+        answer = [t for t in whole[0, ids.shape[1] :].tolist() if t != end]
+        assert answer == list(segment)
+
+
+@pytest.mark.parametrize("name", ["gate", "regress", "residual"])
+def test_shipped_guards_fit_the_shipped_agent(name: str) -> None:
+    agent = load_backend("nano")
+    guard = FrozenGuard.from_pretrained(guard_path(name), model_digest=agent.digest)
+    assert guard.card.training is not None
+    assert guard.name == name
+
+
+def test_the_gate_meets_its_certificate() -> None:
+    card = json.loads((GUARDS / "gate" / "lcguard_config.json").read_text())
+    assert card["certificate"]["mean_nats"] <= 5
+    assert card["certificate"]["mean_nats"] < card["certificate"]["upper_nats"]
+
+
+def test_the_log_belongs_to_the_configuration() -> None:
+    config = json.loads((model_path() / "train_config.json").read_text())
+    log = [json.loads(x) for x in (model_path() / "train_log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in log]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == config["steps"] - 1
+
+
+def test_names_of_shipped_guards() -> None:
+    gates = {"gate", "gate-agentleak", "gate-full"}
+    assert set(guard_names()) == {*gates, "regress", "residual", "residual-full"}
+
+
+def test_weights_are_float32() -> None:
+    agent = load_backend("nano")
+    assert agent.source.dtype is torch.float32

@@ -1,0 +1,545 @@
+"""The proxy's fault drill: what fails, fails closed, says why, and works again afterwards.
+
+One real ``lcguard serve`` with its own vLLM. After every fault the audit must be whole, every
+acknowledged publish in it, and no segment in the store that no guard has rewritten. The tests that
+kill vLLM stand last: the last one leaves none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lcguard.agents.backends.hf import load_backend
+from lcguard.agents.nano.load import guard_path
+from lcguard.categories import CATEGORIES
+from lcguard.commands.live_servers import Running, Site
+from lcguard.disk import MANIFEST_FILE, TENSOR_FILE, read_manifest
+from lcguard.guards import FrozenGuard
+from lcguard.handoff.policy import load_policy
+from lcguard.server.audit.verify import verify
+from lcguard.store import FileStore
+from tests.engine import needs_vllm
+from tests.server.proxy_client import (
+    DONE,
+    Answer,
+    Client,
+    asked,
+    audit_rows,
+    engine_of,
+    n_running,
+    until,
+)
+
+pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.slow,
+              pytest.mark.filterwarnings("ignore")]  # fmt: skip
+
+NOTE = "Employee record. The name is Quella Brandt. Job title: Analyst. SSN: 941-22-7310."
+LONG = 3000
+"""Tokens of an answer that is still running when the fault comes."""
+STORE_BYTES = 2**20
+"""512 tokens of the nano agent."""
+BODY_TIMEOUT_S = 2.0
+WAIT_S = 60.0
+START_S = 300.0
+N_MALFORMED = 2000
+
+
+def rules(forbid: tuple[str, ...] = CATEGORIES) -> dict[str, Any]:
+    return {"version": 1, "edges": [
+        {"source": "*", "audience": "*", "forbid": list(forbid), "guard": "gate"},
+    ]}  # fmt: skip
+
+
+@dataclass
+class Drill:
+    """The deployment, seen from outside."""
+
+    site: Site
+    proxy: Running
+    guard: Path
+    """The guard's folder, which a test may damage."""
+    publisher: Client
+    audience: Client
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.digest = FrozenGuard.from_pretrained(self.guard).digest
+
+    @property
+    def key(self) -> bytes:
+        return bytes.fromhex(self.site.environment["LCGUARD_KEY"])
+
+    @property
+    def store(self) -> Path:
+        return self.site.folder / "segments"
+
+    @property
+    def database(self) -> Path:
+        return self.site.folder / "lcguard.sqlite"
+
+    @cached_property
+    def raw_values(self) -> Tensor:
+        """``[H, V, D]``: the first layer's values depend on the token alone, so that raw KV is
+        told from guarded whatever the prompt was."""
+        source = load_backend("nano").source
+        return source.prefill([list(range(source.config.vocab_size))]).values[0, 0]
+
+    def is_raw(self, values: Tensor) -> Tensor:
+        """``[T]`` of a segment's ``values [L, H, T, D]``."""
+        # nearest other token: 0.9 away
+        apart = torch.cdist(
+            values[0].float(), self.raw_values, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        return (apart.amin(-1) < 0.2).any(0)
+
+    def readyz(self) -> tuple[int, str]:
+        status, data = self.proxy.get("/readyz")
+        return status, " ".join(json.loads(data)["reasons"]) if data else ""
+
+    def until_ready(self, timeout_s: float = WAIT_S) -> None:
+        until(lambda: self.readyz()[0] == 200, timeout_s, f"ready again: {self.readyz()}")
+
+    def until_unready(self, reason: str, timeout_s: float = WAIT_S) -> None:
+        def said() -> bool:
+            status, reasons = self.readyz()
+            return status == 503 and reason in reasons
+
+        until(said, timeout_s, f"503 with {reason!r}: {self.readyz()}")
+
+    def stored(self) -> list[str]:
+        """Handles in the store, and whatever is on its way there."""
+        found = self.store.iterdir() if self.store.is_dir() else ()
+        return [p.name for p in found if not (p / "retired").exists()]
+
+    def check(self) -> None:
+        """What holds after every fault."""
+        assert verify(self.database, self.key).problems == []
+        assert self.publisher.acknowledged
+        for handle in self.publisher.acknowledged:
+            events = [r["event"] for r in audit_rows(self.database, "handle = ?", handle)]
+            assert events[:2] == ["publish", "published"], (handle, events)
+        for folder in self.store.iterdir():
+            if not (folder / MANIFEST_FILE).exists():  # evicted meanwhile
+                continue
+            manifest = read_manifest(folder)
+            manifest.verify(self.key)
+            assert manifest.guard_digest == self.digest
+            assert not self.is_raw(load_file(folder / TENSOR_FILE)["values"]).any()
+
+    def works(self) -> None:
+        """A handoff from end to end."""
+        handle = self.publisher.publish(NOTE).handle
+        assert self.audience.consume(handle).status == 200
+
+
+def refused(answer: Answer, *statuses: int) -> str:
+    """The reason. A refusal hands nothing over."""
+    assert answer.status in statuses, answer
+    assert "x-lcguard-handle" not in answer.headers
+    assert "lcguard" not in answer.json
+    return answer.reason
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+    folder = tmp_path_factory.mktemp("drill")
+    guard = folder / "gate"
+    shutil.copytree(guard_path("gate"), guard)
+    site = Site(folder, rules())
+    keys = [site.key("intake"), site.key("billing")]
+    with site.proxy(
+        engine={"guards": {"gate": str(guard)}, "restarts": 2}, store_max_bytes=STORE_BYTES,
+        limits={"body_timeout_s": BODY_TIMEOUT_S}, database_timeout_s=1.0,
+    ) as proxy:  # fmt: skip
+        yield Drill(site, proxy, guard, *(Client(proxy.url, key) for key in keys))
+
+
+@pytest.fixture
+def drill(running: Drill) -> Iterator[Drill]:
+    running.until_ready()
+    running.works()
+    yield running
+    running.check()
+
+
+def test_raw_kv_is_told_from_guarded(drill: Drill) -> None:
+    """What ``Drill.check`` relies on."""
+    source = load_backend("nano").source
+    kv = source.prefill([[5, 900, 33, 7, 1200]])
+    assert drill.is_raw(kv.values[0]).all()
+    assert not drill.is_raw(kv.values[0] + 0.5).any()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_vllm_stops_for_a_client_that_hangs_up(drill: Drill, stream: bool) -> None:
+    _, engine = engine_of(drill.proxy)
+    before = {r["seq"] for r in audit_rows(drill.database)}
+    handoff = {"publish": {"audience": "billing"}}
+    if stream:
+        with drill.publisher.stream(NOTE, handoff, LONG) as events:
+            next(events)
+            assert n_running(engine) == 1
+    else:
+        hung = _send_whole(drill, asked(NOTE, handoff, LONG))
+        until(lambda: n_running(engine) == 1, WAIT_S, "vLLM computes")
+        hung.close()
+    until(lambda: n_running(engine) == 0, 10.0, "vLLM stops")
+
+    def new(event: str) -> list[str]:
+        rows = audit_rows(drill.database, "event = ?", event)
+        return [r["handle"] for r in rows if r["seq"] not in before]
+
+    until(lambda: new("aborted"), WAIT_S, "the audit says so")
+    (handle,) = new("aborted")
+    assert new("publish") == [handle]
+    assert new("published") == []
+    # vLLM may have been about to store it
+    assert handle not in FileStore(drill.store).handles()
+    assert drill.audience.consume(handle).status == 404
+
+
+def test_hung_up_publishes_leave_nothing(drill: Drill) -> None:
+    """Clients that leave at once, or after so many pieces: before, while or after it is stored."""
+    before = {r["seq"] for r in audit_rows(drill.database)}
+    handoff, n = {"publish": {"audience": "billing"}}, 18
+    for i in range(n):
+        if i % 3 == 0:
+            hung = _send_whole(drill, asked(f"{NOTE} {i}", handoff, 1 + i))
+            time.sleep(0.01 * i)  # somewhere on its way; all moments are right
+            hung.close()
+            continue
+        with drill.publisher.stream(f"{NOTE} {i}", handoff, LONG) as events:
+            for _ in range(i % 4):
+                next(events)
+    _, engine = engine_of(drill.proxy)
+
+    def ended() -> dict[str, str]:
+        rows = [r for r in audit_rows(drill.database) if r["seq"] not in before and r["handle"]]
+        return {r["handle"]: r["event"] for r in rows}
+
+    until(lambda: n_running(engine) == 0, WAIT_S, "vLLM is idle")
+    until(lambda: not {"publish"} & set(ended().values()), WAIT_S, f"all ended: {ended()}")
+    left = [h for h, event in ended().items() if event in ("aborted", "failed")]
+    assert left
+    store = FileStore(drill.store)
+    kept = set(store.handles())
+    assert not kept & set(left)
+    for handle in left:
+        assert drill.audience.consume(handle).status == 404
+
+
+def _send_whole(drill: Drill, body: dict[str, Any]) -> socket.socket:
+    """A request whose answer is not waited for."""
+    data = json.dumps(body).encode()
+    made = _connect(drill)
+    made.sendall(_head(drill, len(data)) + data)
+    return made
+
+
+def _connect(drill: Drill) -> socket.socket:
+    parts = urlsplit(drill.proxy.url)
+    return socket.create_connection((parts.hostname, parts.port), timeout=WAIT_S)
+
+
+def _head(drill: Drill, n_bytes: int, path: str = "/v1/completions") -> bytes:
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: proxy\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {drill.publisher.key}\r\nContent-Length: {n_bytes}\r\n\r\n"
+    ).encode()
+
+
+def _drip(connection: socket.socket, data: bytes) -> tuple[bytes, float]:
+    """Sends a byte a second until the other side has had enough; its answer, and seconds."""
+    started = time.monotonic()
+    connection.settimeout(1.0)
+    got = b""
+    for byte in data:
+        assert time.monotonic() - started < WAIT_S, "the proxy waits for ever"
+        try:
+            connection.send(bytes([byte]))
+            piece = connection.recv(65536)
+        except TimeoutError:
+            continue
+        except (ConnectionResetError, BrokenPipeError):
+            break
+        got += piece
+        if not piece:
+            break
+    return got, time.monotonic() - started
+
+
+def test_a_body_that_drips_is_refused(drill: Drill) -> None:
+    with _connect(drill) as slow:
+        slow.sendall(_head(drill, 1000))
+        got, spent_s = _drip(slow, b"{" + b" " * 999)
+    assert got.startswith(b"HTTP/1.1 408 ")
+    assert b"did not arrive within 2 s" in got
+    assert spent_s >= BODY_TIMEOUT_S - 1
+
+
+def test_a_head_that_drips_is_hung_up_on(drill: Drill) -> None:
+    with _connect(drill) as slow:
+        got, spent_s = _drip(slow, _head(drill, 10) * 2)
+    assert got == b""
+    assert spent_s >= BODY_TIMEOUT_S - 1
+
+
+def test_no_body_is_read_for_whoever_has_no_right_to_send_it(drill: Drill) -> None:
+    """A route of operators: neither size nor time of a body counts before the key does, and who
+    goes on sending is hung up on."""
+    with _connect(drill) as slow:
+        slow.sendall(_head(drill, 10**9, "/lcguard/v1/leakage/reopen"))
+        got, _ = _drip(slow, b"{" + b" " * 99)
+    assert got.startswith(b"HTTP/1.1 403 ")
+
+
+def test_a_segment_that_does_not_fit_the_store(drill: Drill) -> None:
+    reason = refused(drill.publisher.publish("word " * 1200), 502)
+    assert "not stored" in reason
+    drill.works()
+
+
+def test_the_store_is_gone_and_comes_back(drill: Drill) -> None:
+    handle = drill.publisher.publish(NOTE).handle
+    away = drill.store.with_name("away")
+    drill.store.rename(away)
+    drill.store.write_text("no folder")  # root may write anywhere, so modes are no fault to it
+    try:
+        assert "stored" in refused(drill.publisher.publish(NOTE), 502, 503)
+        assert "not possible now" in refused(drill.audience.consume(handle), 502, 503)
+        with drill.publisher.stream(NOTE, {"publish": {"audience": "billing"}}) as events:
+            seen = list(events)
+        assert any("error" in e for e in seen if e != DONE)
+        assert not any("lcguard" in e for e in seen if e != DONE)
+        assert drill.publisher.ask(NOTE).status == 200
+        drill.until_unready(f"{drill.store} is no folder")
+    finally:
+        drill.store.unlink()
+        away.rename(drill.store)
+    drill.until_ready()
+    assert drill.audience.consume(handle).status == 200
+
+
+def test_an_altered_guard_stops_publishing(drill: Drill) -> None:
+    handle = drill.publisher.publish(NOTE).handle
+    with _altered(drill.guard):
+        drill.until_unready("guard 'gate' on the disk is not the one that the engine runs")
+        n_before = len(drill.stored())
+        assert "guard 'gate'" in refused(drill.publisher.publish(NOTE), 503)
+        assert len(drill.stored()) == n_before
+        assert drill.publisher.ask(NOTE).status == 200
+        # made before, by the guard that it says
+        assert drill.audience.consume(handle).status == 200
+    drill.until_ready()
+    drill.works()
+
+
+class _altered:
+    """One bit of the guard's weights is another."""
+
+    def __init__(self, guard: Path) -> None:
+        self.file = guard / "guard.safetensors"
+
+    def __enter__(self) -> None:
+        self.good = self.file.read_bytes()
+        bad = bytearray(self.good)
+        bad[-1] ^= 1
+        self.file.write_bytes(bad)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.write_bytes(self.good)
+
+
+def test_a_broken_policy_leaves_the_old_one_in_force(drill: Drill) -> None:
+    old = load_policy(drill.site.policy)
+    handle = drill.publisher.publish(NOTE).handle
+    n_rows = len(_policy_rows(drill))
+
+    def in_force() -> Any:
+        return drill.publisher.get("/lcguard/v1/policy").json
+
+    drill.site.policy.write_text("version: 1\nedges: [{source: intake, forbit: []}]\n")
+    drill.until_unready("forbit")
+    assert in_force()["digest"] == old.digest
+    drill.works()
+    assert drill.audience.consume(handle).status == 200
+    until(lambda: len(_policy_rows(drill)) > n_rows, WAIT_S, "the audit says so")
+    last = _policy_rows(drill)[-1]
+    assert last["verdict"] == "error"
+    assert "forbit" in last["reason"]
+
+    # hides one category less, so that engine and proxy must both have read it
+    drill.site.policy.write_text(json.dumps(rules(CATEGORIES[1:])))
+    new = load_policy(drill.site.policy)
+    until(lambda: in_force()["digest"] == new.digest, WAIT_S, "the new policy")
+    until(lambda: _policy_rows(drill)[-1]["policy_digest"] == new.digest, WAIT_S, "its row")
+    # engine and proxy look by themselves: as long as one has not, nothing is handed over
+    until(lambda: drill.publisher.publish(NOTE).status == 200, WAIT_S, "both have it")
+    drill.until_ready()
+    assert "publish it again" in refused(drill.audience.consume(handle), 403)
+    published = drill.publisher.publish(NOTE)
+    assert published.json["lcguard"]["published"]["forbid"] == list(CATEGORIES[1:])
+    assert drill.audience.consume(published.handle).status == 200
+    drill.site.policy.write_text(json.dumps(rules()))
+    until(lambda: in_force()["digest"] == old.digest, WAIT_S, "the first policy")
+    until(lambda: drill.publisher.publish(NOTE).status == 200, WAIT_S, "both have it")
+
+
+def _policy_rows(drill: Drill) -> list[dict[str, Any]]:
+    return audit_rows(drill.database, "event = 'policy'")
+
+
+def test_a_locked_database_stops_handoffs_and_nothing_else(drill: Drill) -> None:
+    handle = drill.publisher.publish(NOTE).handle
+    n_before = len(drill.stored())
+    with closing(sqlite3.connect(drill.database, isolation_level=None, timeout=30)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        try:
+            started = time.monotonic()
+            assert "locked" in refused(drill.publisher.publish(NOTE), 503)
+            assert "locked" in refused(drill.audience.consume(handle), 503)
+            assert time.monotonic() - started < WAIT_S / 2
+            assert drill.publisher.ask(NOTE).status == 200
+            drill.until_unready("audit")
+        finally:
+            other.execute("ROLLBACK")
+    assert len(drill.stored()) == n_before
+    drill.works()
+
+
+JUNK = (
+    b"", b"5", b"null", b"[]", b"\xff\xfe", b"{", b'{"a":' * 5000, b"[" * 100000, b'"' * 999,
+    b'{"prompt": NaN}', b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    *(b'{"model": "nano", "prompt": "a", "max_tokens": 2, ' + rest + b"}" for rest in (
+        b'"top_k": 99999999999999999999999', b'"temperature": 1e999', b'"logit_bias": {"5": 1e999}',
+        b'"seed": -99999999999999999999', b'"n": 99999999', b'"stop": ["\\ud800"]',
+        b'"allowed_token_ids": [99999999999999999999]', b'"structured_outputs": {"regex": "(((("}',
+        b'"lcguard": {"publish": {"audience": "\\ud800"}}', b'"lcguard": {"publish": 5}',
+        b'"lcguard": {"consume": ["../../../../etc/passwd"]}', b'"kv_transfer_params": {}',
+        b'"lcguard": {"publish": {"audience": "billing"}}, "prompt": [-1]',
+        b'"lcguard": {"publish": {"audience": "billing", "ttl_s": 1e-300}}',
+        b'"lcguard": {"publish": {"audience": "billing"}}, "max_tokens": 0',
+        b'"lcguard": {"publish": {"audience": "billing"}}, "n": 3',
+    )),
+)  # fmt: skip
+
+
+def test_malformed_requests(drill: Drill) -> None:
+    """Made from the OpenAPI document; between them, handoffs that must go on working."""
+    import schemathesis
+    from schemathesis.core.result import Ok
+    from schemathesis.generation import GenerationMode
+
+    statuses: dict[int, int] = {}
+
+    def seen(answer: Answer) -> None:
+        statuses[answer.status] = statuses.get(answer.status, 0) + 1
+        assert answer.status != 500, answer.data
+        if answer.status >= 400:
+            assert answer.reason
+
+    for path in ("/v1/completions", "/v1/chat/completions", "/lcguard/v1/leakage/reopen"):
+        for data in JUNK:
+            seen(drill.publisher.request("POST", path, data))
+    schema = schemathesis.openapi.from_url(drill.proxy.url + "/openapi.json")
+    found = list(schema.get_all_operations())
+    operations = [one.ok() for one in found if isinstance(one, Ok)]
+    assert len(operations) == len(found)
+    weights = {"/v1/completions": 0.4, "/v1/chat/completions": 0.4}
+    others = [o for o in operations if o.path not in weights and _takes_input(o)]
+    assert others
+    for operation in [o for o in operations if o.path in weights] + others:
+        n = int(N_MALFORMED * weights.get(operation.path, 0.2 / len(others))) + 1
+        _send_many(operation, GenerationMode.NEGATIVE, n, drill, seen)
+        drill.works()
+    assert sum(statuses.values()) - statuses.get(401, 0) >= N_MALFORMED, statuses
+    assert statuses.get(400, 0) > N_MALFORMED / 2, statuses
+    assert drill.readyz()[0] == 200
+
+
+def _takes_input(operation: Any) -> bool:
+    return bool(operation.body or operation.path_parameters or operation.query)
+
+
+def _send_many(
+    operation: Any, mode: Any, n: int, drill: Drill, seen: Callable[[Answer], None]
+) -> None:
+    from requests.exceptions import InvalidHeader, InvalidURL
+
+    def send(case: Any) -> None:
+        if isinstance(case.body, dict):
+            case.body.setdefault("max_tokens", 1)  # some are answered after all
+        try:
+            got = case.call(
+                base_url=drill.proxy.url, timeout=WAIT_S,
+                headers={"Authorization": f"Bearer {drill.publisher.key}"},
+            )  # fmt: skip
+        except (InvalidHeader, InvalidURL):  # none that can be sent
+            return
+        headers = {k.lower(): v[0] for k, v in got.headers.items()}
+        if got.status_code == 200 and (handle := headers.get("x-lcguard-handle")):
+            drill.publisher.acknowledged.append(handle)
+        seen(Answer(got.status_code, headers, got.content))
+
+    # Schemathesis leaves the key out of every fourth, which says nothing of what is behind it
+    generated = settings(
+        max_examples=int(1.6 * n) + 1, phases=[Phase.generate], database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    generated(given(case=operation.as_strategy(generation_mode=mode))(send))()
+
+
+def test_vllm_is_killed_and_starts_again(drill: Drill) -> None:
+    pid, _ = engine_of(drill.proxy)
+    plain, publish = drill.publisher, {"publish": {"audience": "billing"}}
+    with plain.stream(NOTE, None, LONG) as one, plain.stream(NOTE, publish, LONG) as two:
+        assert "error" not in next(one)
+        assert "error" not in next(two)
+        os.killpg(pid, signal.SIGKILL)
+        for rest in (list(one), list(two)):
+            assert DONE not in rest
+            assert rest[-1]["error"]["message"]
+            assert rest[-1]["error"]["code"].startswith("upstream")
+    drill.until_unready("engine")
+    assert refused(plain.ask(NOTE), 502, 503)
+    assert refused(plain.publish(NOTE), 502, 503)
+    last = audit_rows(drill.database, "event = 'publish'")[-2:]
+    for handle in (row["handle"] for row in last):
+        events = [r["event"] for r in audit_rows(drill.database, "handle = ?", handle)]
+        assert events == ["publish", "failed"]
+        assert handle not in drill.stored()
+    drill.until_ready(START_S)
+    assert engine_of(drill.proxy)[0] != pid
+
+
+def test_vllm_does_not_start_on_an_altered_guard(drill: Drill) -> None:
+    n_before = len(drill.stored())
+    with _altered(drill.guard):
+        drill.until_unready("guard")
+        os.killpg(engine_of(drill.proxy)[0], signal.SIGKILL)
+        drill.until_unready("vLLM ended with 1", START_S)
+        _, reason = drill.readyz()
+        assert "guard" in reason.partition("vLLM ended with 1")[2]
+        assert "vLLM ended with 1" in drill.proxy.log.read_text()
+        assert refused(drill.publisher.publish(NOTE), 502, 503)
+        assert refused(drill.publisher.ask(NOTE), 502, 503)
+    assert len(drill.stored()) == n_before
