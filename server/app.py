@@ -42,10 +42,13 @@ def make_app(lifespan: Lifespan) -> FastAPI:
             yield
 
     app = FastAPI(
-        title="LCGuard proxy", version=__version__, lifespan=live,
+        title="LCGuard proxy",
+        version=__version__,
+        lifespan=live,
         # their pages would load scripts from another host
-        docs_url=None, redoc_url=None,
-    )  # fmt: skip
+        docs_url=None,
+        redoc_url=None,
+    )
     app.include_router(health)
     app.include_router(router)
     for path, endpoint in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
@@ -110,9 +113,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     found = ProxyError(
-        error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}",
+        error.status_code,
+        f"{request.method} {request.url.path[:100]}: {error.detail}",
         code="no_route",
-    )  # fmt: skip
+    )
     answer = await _refused(request, found)
     answer.headers.update(error.headers or {})
     return answer

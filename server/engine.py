@@ -58,24 +58,38 @@ class EnginePlan:
             "kv_connector_extra_config": extra,
         }
         return [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model,
-            "--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(port),
-            "--kv-transfer-config", json.dumps(transfer),
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            self.model,
+            "--served-model-name",
+            self.name,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--kv-transfer-config",
+            json.dumps(transfer),
             *(f"--{name.replace('_', '-')}={value}" for name, value in AS_TRANSFORMERS.items()),
             # a line for each request is a tenth of the time of a small one
             "--disable-uvicorn-access-log",
-            "--middleware", MIDDLEWARE,
+            "--middleware",
+            MIDDLEWARE,
             *self.settings.args,
-        ]  # fmt: skip
+        ]
 
 
 class Engine:
     """One vLLM process, started again when it dies."""
 
     def __init__(
-        self, plan: EnginePlan, key: bytes, say: Callable[[str], None],
+        self,
+        plan: EnginePlan,
+        key: bytes,
+        say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.plan, self._say, self._clock = plan, say, clock
         self._deaths_s: list[float] = []
         """Within the window."""
@@ -136,9 +150,13 @@ class Engine:
         with private_log(self.plan.log) as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
-                *self.plan.command(self.port), stdin=asyncio.subprocess.DEVNULL, stdout=log,
-                stderr=log, env=environment, start_new_session=True,
-            )  # fmt: skip
+                *self.plan.command(self.port),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
         lower_priority(self._process.pid, self.plan.settings.nice)
         self.starts += 1
         self.answered, self._late, self._spawned_s = False, "", self._clock()

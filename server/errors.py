@@ -14,9 +14,15 @@ class ProxyError(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, *, code: str, detail: str = "", param: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        detail: str = "",
+        param: str | None = None,
         retry_after_s: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.detail = detail
         self.status, self.message, self.code, self.param = status, message, code, param

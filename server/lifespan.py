@@ -105,23 +105,41 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
         upstream = Upstream(s.upstream, url, api_key)
         await upstream.start()
         stack.push_async_callback(upstream.close)
-        test = SelfTest(upstream, deployment.name, store, line, deployment.key,
-                        lambda: authority.policy)  # fmt: skip
+        test = SelfTest(
+            upstream, deployment.name, store, line, deployment.key, lambda: authority.policy
+        )
         clocks = Clocks(upstream, store, line)
         files = GuardFiles(s.engine.guards)
         blocked: dict[str, str] = {}
         spans = SpanFinder(upstream, deployment.model, s.limits.redact_timeout_s)
         stack.callback(spans.close)
         authority = Authority(
-            policy, store, line, deployment.key, audit, meter, spans,
+            policy,
+            store,
+            line,
+            deployment.key,
+            audit,
+            meter,
+            spans,
             lambda: next(iter(blocked.values()), ""),
-        )  # fmt: skip
+        )
         proxy = Proxy(
-            s, deployment.key, deployment.name, upstream, keyring, database, audit, store, line,
-            meter, authority, Settlement(store, line, deployment.key, audit), deployment.readiness,
+            s,
+            deployment.key,
+            deployment.name,
+            upstream,
+            keyring,
+            database,
+            audit,
+            store,
+            line,
+            meter,
+            authority,
+            Settlement(store, line, deployment.key, audit),
+            deployment.readiness,
             KeyLimits(Limits(concurrency=s.limits.key_concurrency)),
             Gate(s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s),
-        )  # fmt: skip
+        )
         proxy.policy_error = lambda: policy.error
         proxy.context = lambda: test.context
         proxy.certificates = certificates(s.engine.guards)
@@ -181,17 +199,27 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
         watch = Watch(
             deployment.readiness,
             {
-                "engine": engine_lives, "door": door_shut, "store": store_works,
+                "engine": engine_lives,
+                "door": door_shut,
+                "store": store_works,
                 "clocks": clocks.check,
-                "guards": test.guards, "guard_files": guards_intact, "policy": policy_good,
+                "guards": test.guards,
+                "guard_files": guards_intact,
+                "policy": policy_good,
                 "audit": audit_works,
             },
             WATCH_S,
-        )  # fmt: skip
+        )
         await audit.append(Entry("start", policy_digest=authority.policy.digest))
-        tasks = [asyncio.ensure_future(t) for t in (
-            watch.run(), _announce(deployment), _sweeps(proxy), note_changes(proxy),
-        )]  # fmt: skip
+        tasks = [
+            asyncio.ensure_future(t)
+            for t in (
+                watch.run(),
+                _announce(deployment),
+                _sweeps(proxy),
+                note_changes(proxy),
+            )
+        ]
         if c.enabled and deployment.canary_command:
             job = canary_job(proxy, deployment.model, lambda: deployment.url)
             runner = CanaryRunner(

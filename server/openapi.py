@@ -83,8 +83,13 @@ def _generating(endpoint: Any) -> dict[str, Any]:
         "operationId": f"create_{endpoint}",
         "summary": "As OpenAI's, with a handoff in the field lcguard.",
         "parameters": [
-            {"name": n, "in": "header", "required": False, "description": d,
-             "schema": {"type": "string"}}
+            {
+                "name": n,
+                "in": "header",
+                "required": False,
+                "description": d,
+                "schema": {"type": "string"},
+            }
             for n, d in headers
         ],
         "requestBody": {
@@ -109,7 +114,7 @@ def _generating(endpoint: Any) -> dict[str, Any]:
                 },
             }
         },
-    }  # fmt: skip
+    }
 
 
 def _finish(operation: dict[str, Any], open_to_all: bool) -> None:

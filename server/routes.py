@@ -113,9 +113,11 @@ async def segment(handle: Handle, proxy: Running, who: Caller) -> dict[str, Any]
 
 @router.delete("/lcguard/v1/segments/{handle}", tags=["lcguard"])
 async def revoke_segment(
-    handle: Handle, proxy: Running, who: Caller,
+    handle: Handle,
+    proxy: Running,
+    who: Caller,
     cascade: Annotated[bool, Query(description="Also what was published on top of it.")] = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Revokes: nobody consumes it from now on, whatever a prefix cache still holds, and what is
     being answered from it ends."""
     row = await _own(proxy, who, handle)
@@ -123,9 +125,14 @@ async def revoke_segment(
         raise ProxyError(403, "only its publisher or an admin revokes a segment", code="role")
     revoked: list[str] = []
     entry = Entry(
-        "revoked", tenant=row.tenant, agent=who.agent, source=row.source, audience=row.audience,
-        handle=handle, reason="with all on top of it" if cascade else "",
-    )  # fmt: skip
+        "revoked",
+        tenant=row.tenant,
+        agent=who.agent,
+        source=row.source,
+        audience=row.audience,
+        handle=handle,
+        reason="with all on top of it" if cascade else "",
+    )
     try:
         await proxy.audit.append(
             entry,
@@ -167,9 +174,15 @@ async def reopen(request: Request, proxy: Running, who: Operator) -> dict[str, s
         raise unavailable(error) from None
     try:
         await proxy.audit.append(
-            Entry("edge_opened", tenant=edge.tenant, agent=who.agent, source=edge.source,
-                  audience=edge.audience, reason="by an operator")
-        )  # fmt: skip
+            Entry(
+                "edge_opened",
+                tenant=edge.tenant,
+                agent=who.agent,
+                source=edge.source,
+                audience=edge.audience,
+                reason="by an operator",
+            )
+        )
     except DatabaseError as error:
         raise unavailable(error) from None
     return {"state": "open"}

@@ -138,18 +138,26 @@ class Proxy:
         # a request that names none gets vLLM's own, which may be another
         if who.models and model not in who.models:
             raise ProxyError(
-                403, f"this key is not for model {str(model or '')[:80]!r}: name one of "
-                f"{', '.join(who.models)}", code="model", param="model",
-            )  # fmt: skip
+                403,
+                f"this key is not for model {str(model or '')[:80]!r}: name one of "
+                f"{', '.join(who.models)}",
+                code="model",
+                param="model",
+            )
 
     async def edge_changed(self, edge: EdgeLeakage, old: str, new: str) -> None:
         """Writes it to the audit that canaries closed or opened an edge."""
         entry = Entry(
-            "edge_closed" if new == "closed" else "edge_opened", tenant=edge.tenant,
-            source=edge.source, audience=edge.audience, guard=edge.guard,
-            guard_digest=edge.guard_digest, policy_digest=edge.policy_digest, reason=edge.reason,
+            "edge_closed" if new == "closed" else "edge_opened",
+            tenant=edge.tenant,
+            source=edge.source,
+            audience=edge.audience,
+            guard=edge.guard,
+            guard_digest=edge.guard_digest,
+            policy_digest=edge.policy_digest,
+            reason=edge.reason,
             verdict="blocked" if new == "closed" else "allowed",
-        )  # fmt: skip
+        )
         with suppress(DatabaseError):  # the edge is closed all the same
             await self.audit.append(entry)
 

@@ -82,8 +82,9 @@ def test_wheel_holds_the_data(source: Path, wheel: Path) -> None:
     expected = {
         path.relative_to(source).as_posix() for path in nano.rglob("*") if path.suffix in kinds
     }
-    page = "server/dashboard/templates/dashboard"
-    expected |= {f"lcguard/{page}.{kind}" for kind in ("html", "css", "js")}
+    page = "lcguard/server/dashboard/templates/dashboard"
+    expected |= {f"{page}.{kind}" for kind in ("html", "css", "js")}
+    expected.add("lcguard/server/gateway/contract.yaml")
     assert expected | {"lcguard/py.typed"} <= names
 
 

@@ -181,9 +181,13 @@ class Keyring:
     """
 
     def __init__(
-        self, path: str | Path, *, every_s: float = 1.0,
-        clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+        self,
+        path: str | Path,
+        *,
+        every_s: float = 1.0,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Raises ``KeyringError`` for a file that cannot be used."""
         self._clock = clock
         self.loads = 0

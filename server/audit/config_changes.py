@@ -43,9 +43,11 @@ async def _note(
         proxy.metrics.files.labels(event).inc()
         logger.warning("%s: %s; what was in force stays", event, error)
     entry = Entry(
-        event, verdict="error" if error else "allowed", reason=error or state,
+        event,
+        verdict="error" if error else "allowed",
+        reason=error or state,
         policy_digest=state if event == "policy" else "",
-    )  # fmt: skip
+    )
     with suppress(DatabaseError):
         await proxy.audit.append(entry)
     return now

@@ -20,9 +20,24 @@ from lcguard.server.audit.chain import Chain, Mark
 from lcguard.server.database.writer import Database, DatabaseError
 
 Event = Literal[
-    "start", "stop", "publish", "published", "consume", "consumed", "refused", "aborted", "failed",
-    "revoked", "declassified", "policy", "keys", "edge_closed", "edge_opened", "canary", "admin",
-]  # fmt: skip
+    "start",
+    "stop",
+    "publish",
+    "published",
+    "consume",
+    "consumed",
+    "refused",
+    "aborted",
+    "failed",
+    "revoked",
+    "declassified",
+    "policy",
+    "keys",
+    "edge_closed",
+    "edge_opened",
+    "canary",
+    "admin",
+]
 Verdict = Literal["allowed", "blocked", "error"]
 EVENTS: tuple[str, ...] = get_args(Event)
 VERDICTS: tuple[str, ...] = get_args(Verdict)
@@ -199,9 +214,14 @@ class AuditLog:
 
 
 def recent(
-    connection: sqlite3.Connection, *, last: int = 50, tenant: str | None = None,
-    event: str | None = None, request_id: str | None = None, handle: str | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    connection: sqlite3.Connection,
+    *,
+    last: int = 50,
+    tenant: str | None = None,
+    event: str | None = None,
+    request_id: str | None = None,
+    handle: str | None = None,
+) -> list[dict[str, Any]]:
     """The last rows that match, oldest first, not verified. For ``Database.read``."""
     wanted = {"tenant": tenant, "event": event, "request_id": request_id, "handle": handle}
     given = {name: value for name, value in wanted.items() if value is not None}

@@ -115,9 +115,10 @@ class _Walk:
         head_good = self._head(heads)
         if self.n_rows and not self.n_good and not head_good:
             self.problems.insert(
-                0, "nothing here was made with this key: give the key of this deployment "
+                0,
+                "nothing here was made with this key: give the key of this deployment "
                 "(LCGUARD_KEY), or the whole trail was forged",
-            )  # fmt: skip
+            )
             self.n_problems += 1
         n = self.last.count
         if n < self.kept.count:

@@ -42,9 +42,10 @@ class Readers:
             if one.task is not None:
                 one.task.uncancel()
             raise ProxyError(
-                403, "a segment that this request reads was revoked: its answer ends here",
+                403,
+                "a segment that this request reads was revoked: its answer ends here",
                 code="revoked",
-            ) from None  # fmt: skip
+            ) from None
         finally:
             for name in names:
                 self._by_handle[name].discard(one)

@@ -60,10 +60,16 @@ def signed_order(key: bytes, params: Mapping[str, Any], now_s: float) -> dict[st
 def consumption(order: Order, m: Manifest, event: Event, reason: str = "") -> Entry:
     """The audit's row for one consumed segment."""
     return _entry(
-        order, event, reason, source=split_tenant(m.source_agent)[1],
-        audience=split_tenant(m.audience)[1], handle=m.handle, guard_digest=m.guard_digest,
-        policy_digest=m.policy_digest, n_tokens=m.n_tokens,
-    )  # fmt: skip
+        order,
+        event,
+        reason,
+        source=split_tenant(m.source_agent)[1],
+        audience=split_tenant(m.audience)[1],
+        handle=m.handle,
+        guard_digest=m.guard_digest,
+        policy_digest=m.policy_digest,
+        n_tokens=m.n_tokens,
+    )
 
 
 def publication(
@@ -73,20 +79,30 @@ def publication(
     edge = order.edge
     assert edge is not None
     return _entry(
-        order, event, reason, source=split_tenant(edge.source)[1],
-        audience=split_tenant(edge.audience)[1], handle=order.handle, guard=edge.guard,
+        order,
+        event,
+        reason,
+        source=split_tenant(edge.source)[1],
+        audience=split_tenant(edge.audience)[1],
+        handle=order.handle,
+        guard=edge.guard,
         policy_digest=edge_digest(edge),
         guard_digest=manifest.guard_digest if manifest else "",
         n_tokens=manifest.n_tokens if manifest else 0,
-    )  # fmt: skip
+    )
 
 
 def _entry(order: Order, event: Event, reason: str = "", **more: Any) -> Entry:
     verdict: Any = "error" if event in ("failed", "aborted") else "allowed"
     return Entry(
-        request_id=order.request_id, event=event,
-        tenant=order.who.tenant, agent=order.who.agent, verdict=verdict, reason=reason, **more,
-    )  # fmt: skip
+        request_id=order.request_id,
+        event=event,
+        tenant=order.who.tenant,
+        agent=order.who.agent,
+        verdict=verdict,
+        reason=reason,
+        **more,
+    )
 
 
 def edge_name(edge: Edge) -> tuple[str, str, str]:

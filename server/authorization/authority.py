@@ -53,10 +53,17 @@ class Authority:
     """The policy's decisions for one deployment."""
 
     def __init__(
-        self, policy: ReloadingFile[Policy] | Policy, store: SegmentStore, line: StoreLine,
-        key: bytes, audit: AuditLog, meter: LeakageMeter, spans: SpanFinder,
-        block: Callable[[], str] = lambda: "", clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+        self,
+        policy: ReloadingFile[Policy] | Policy,
+        store: SegmentStore,
+        line: StoreLine,
+        key: bytes,
+        audit: AuditLog,
+        meter: LeakageMeter,
+        spans: SpanFinder,
+        block: Callable[[], str] = lambda: "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         """``block`` gives the reason why nothing may be published now, or nothing."""
         self._policy, self.store, self.line, self.key = policy, store, line, key
         self.audit, self.meter, self.spans = audit, meter, spans
@@ -68,9 +75,13 @@ class Authority:
         return self._policy.current() if isinstance(self._policy, ReloadingFile) else self._policy
 
     async def open(
-        self, who: Identity, handoff: HandoffField, endpoint: Endpoint, body: dict[str, Any],
+        self,
+        who: Identity,
+        handoff: HandoffField,
+        endpoint: Endpoint,
+        body: dict[str, Any],
         request_id: str,
-    ) -> Order:  # fmt: skip
+    ) -> Order:
         """The order for vLLM, audited and charged to the composition budget.
 
         Raises:
@@ -142,17 +153,20 @@ class Authority:
         edge = self.policy.for_edge(manifest.source_agent, me)
         if rule_digest(edge) != row.policy_digest:
             raise ProxyError(
-                403, f"{shown} was published under a policy that has changed: publish it again",
+                403,
+                f"{shown} was published under a policy that has changed: publish it again",
                 code="policy_changed",
-            )  # fmt: skip
+            )
         tenant, source, audience = edge_name(edge)
         if self.meter.verdict(tenant, source, audience) == "closed" and not (
             edge.on_leak == "redact" and row.guard == "redact"
         ):
             raise ProxyError(
-                403, f"{shown}: the edge from {source!r} is closed, planted records were read off "
-                "its segments", code="edge_closed",
-            )  # fmt: skip
+                403,
+                f"{shown}: the edge from {source!r} is closed, planted records were read off "
+                "its segments",
+                code="edge_closed",
+            )
         try:
             check_current(manifest, self.policy)
         except (LineageError, PolicyError) as error:
@@ -165,18 +179,23 @@ class Authority:
         who, canary = order.who, order.who.role == "canary"
         if not canary and (publish.source is not None or publish.tenant is not None):
             raise ProxyError(
-                400, "lcguard.publish: leave out source and tenant, the key says who publishes",
-                code="bad_handoff", param="lcguard.publish.source",
-            )  # fmt: skip
+                400,
+                "lcguard.publish: leave out source and tenant, the key says who publishes",
+                code="bad_handoff",
+                param="lcguard.publish.source",
+            )
         if reason := self.block():
             raise ProxyError(503, reason, code="not_ready", retry_after_s=30)
         tenant = publish.tenant or who.tenant
         source = qualified(tenant, publish.source or who.agent)
         audience = qualified(tenant, publish.audience)
         wish = EnginePublish(
-            source=source, audience=audience, forbid=publish.forbid, ttl_s=publish.ttl_s,
+            source=source,
+            audience=audience,
+            forbid=publish.forbid,
+            ttl_s=publish.ttl_s,
             handle=new_handle(),
-        )  # fmt: skip
+        )
         try:
             own = edge_of(self.policy, wish)
             edge = edge_on_top(self.policy, own, order.consumed)
@@ -186,9 +205,11 @@ class Authority:
             if not canary and self.meter.verdict(*edge_name(edge)) == "closed":
                 if edge.on_leak != "redact":
                     raise ProxyError(
-                        403, f"the edge to {publish.audience!r} is closed: planted records were "
-                        "read off its segments", code="edge_closed",
-                    )  # fmt: skip
+                        403,
+                        f"the edge to {publish.audience!r} is closed: planted records were "
+                        "read off its segments",
+                        code="edge_closed",
+                    )
                 wish = wish.model_copy(update={"guard": "redact"})
                 own = edge_of(self.policy, wish)
                 order.edge = edge = edge_on_top(self.policy, own, order.consumed)
@@ -207,9 +228,11 @@ class Authority:
             order.n_redacted = found.n_occurrences
         elif publish.secrets is not None and not canary:
             raise ProxyError(
-                400, f"secrets are for guard 'redact'; this edge has {edge.guard!r}: leave them "
-                "out", code="bad_handoff", param="lcguard.publish.secrets",
-            )  # fmt: skip
+                400,
+                f"secrets are for guard 'redact'; this edge has {edge.guard!r}: leave them out",
+                code="bad_handoff",
+                param="lcguard.publish.secrets",
+            )
         order.params["publish"] = sent
 
     async def _allow_whole(self, order: Order) -> None:
@@ -240,10 +263,14 @@ class Authority:
         def book(connection: Connection) -> None:
             for manifest, edge in wanted:
                 reserve(
-                    connection, who.tenant, who.agent,
+                    connection,
+                    who.tenant,
+                    who.agent,
                     [(manifest.handle, split_tenant(manifest.source_agent)[1])],
-                    edge.max_segments, edge.window_s, now,
-                )  # fmt: skip
+                    edge.max_segments,
+                    edge.window_s,
+                    now,
+                )
                 reserve_draw(
                     connection, who.tenant, who.agent, manifest.handle, edge.max_draws, now
                 )
@@ -270,13 +297,16 @@ class Authority:
         """A refusal is audited too; where that fails it is still a refusal."""
         handles = handoff.consume or ("",)
         entry = Entry(
-            request_id=order.request_id, event="refused",
-            tenant=order.who.tenant, agent=order.who.agent,
+            request_id=order.request_id,
+            event="refused",
+            tenant=order.who.tenant,
+            agent=order.who.agent,
             source=order.who.agent if handoff.publish else "",
             audience=handoff.publish.audience if handoff.publish else order.who.agent,
-            handle=handles[0], verdict="blocked" if error.status < 500 else "error",
+            handle=handles[0],
+            verdict="blocked" if error.status < 500 else "error",
             reason=f"{error.code}: {error.message}",
-        )  # fmt: skip
+        )
         try:
             await self.audit.append_all([entry])
         except DatabaseError:

@@ -18,10 +18,25 @@ from lcguard.server.authorization.approved_handoff import qualified
 from lcguard.server.leakage.ledger import Segment
 
 _MANIFEST = (
-    "format_version", "model_id", "revision", "config_digest", "rope", "n_layers", "n_kv_heads",
-    "head_dim", "dtype", "source_agent", "edge", "hop", "policy_digest", "guard_digest",
-    "created_at", "handle", "audience", "expires_at_s",
-)  # fmt: skip
+    "format_version",
+    "model_id",
+    "revision",
+    "config_digest",
+    "rope",
+    "n_layers",
+    "n_kv_heads",
+    "head_dim",
+    "dtype",
+    "source_agent",
+    "edge",
+    "hop",
+    "policy_digest",
+    "guard_digest",
+    "created_at",
+    "handle",
+    "audience",
+    "expires_at_s",
+)
 """Digests of tensors are left out: nobody here has the tensors to hold against them."""
 
 
@@ -40,11 +55,15 @@ def listed(who: Identity, row: Segment, policy: Policy) -> dict[str, Any]:
     edge = policy.for_edge(qualified(row.tenant, row.source), qualified(row.tenant, row.audience))
     full = knows_text(who, row.source)
     out = {
-        "handle": row.handle, "source": row.source, "audience": row.audience,
-        "created_at_s": row.created_at_s, "expires_at_s": row.expires_at_s,
+        "handle": row.handle,
+        "source": row.source,
+        "audience": row.audience,
+        "created_at_s": row.created_at_s,
+        "expires_at_s": row.expires_at_s,
         "n_tokens": row.n_tokens if full else edge.shown_tokens(row.n_tokens),
-        "guard": row.guard, "guard_digest": row.guard_digest,
-    }  # fmt: skip
+        "guard": row.guard,
+        "guard_digest": row.guard_digest,
+    }
     # whose segments the publisher read is not the audience's business
     return out | ({"parents": list(row.parents)} if full or who.role == "auditor" else {})
 

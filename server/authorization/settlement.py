@@ -34,9 +34,13 @@ class Settlement:
     """Ends the orders of one deployment."""
 
     def __init__(
-        self, store: SegmentStore, line: StoreLine, key: bytes, audit: AuditLog,
+        self,
+        store: SegmentStore,
+        line: StoreLine,
+        key: bytes,
+        audit: AuditLog,
         clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.store, self.line, self.key = store, line, key
         self.audit, self.clock = audit, clock
 
@@ -96,22 +100,27 @@ class Settlement:
             manifest.check(
                 self.key,
                 expect={
-                    "handle": order.handle, "audience": edge.audience,
-                    "source_agent": edge.source, "policy_digest": edge_digest(edge),
+                    "handle": order.handle,
+                    "audience": edge.audience,
+                    "source_agent": edge.source,
+                    "policy_digest": edge_digest(edge),
                 },
-            )  # fmt: skip
+            )
         except SegmentNotFound:
             raise ProxyError(
-                502, "vLLM stored no segment: its guard or its store failed, see its log; nothing "
-                "was handed over", code="not_stored",
-            ) from None  # fmt: skip
+                502,
+                "vLLM stored no segment: its guard or its store failed, see its log; nothing "
+                "was handed over",
+                code="not_stored",
+            ) from None
         except SegmentError as error:
             if isinstance(error.__cause__, OSError):
                 raise unavailable(error) from None
             raise ProxyError(
-                502, f"vLLM stored another segment than was ordered: {error}; it was deleted",
+                502,
+                f"vLLM stored another segment than was ordered: {error}; it was deleted",
                 code="wrong_segment",
-            ) from None  # fmt: skip
+            ) from None
         except StoreError as error:
             raise unavailable(error) from None
         if not manifest.guard_digest:
@@ -126,13 +135,19 @@ class Settlement:
             return None
         tenant, source = split_tenant(manifest.source_agent)
         row = Segment(
-            handle=manifest.handle, tenant=tenant, source=source,
-            audience=split_tenant(manifest.audience)[1], created_at_s=self.clock(),
-            expires_at_s=manifest.expires_at_s, n_tokens=manifest.n_tokens,
-            guard=order.edge.guard if order.edge else "", guard_digest=manifest.guard_digest,
-            policy_digest=order.rule, parents=tuple(m.handle for m in order.consumed),
+            handle=manifest.handle,
+            tenant=tenant,
+            source=source,
+            audience=split_tenant(manifest.audience)[1],
+            created_at_s=self.clock(),
+            expires_at_s=manifest.expires_at_s,
+            n_tokens=manifest.n_tokens,
+            guard=order.edge.guard if order.edge else "",
+            guard_digest=manifest.guard_digest,
+            policy_digest=order.rule,
+            parents=tuple(m.handle for m in order.consumed),
             draw=manifest.draw,
-        )  # fmt: skip
+        )
 
         def write(connection: Connection) -> None:
             record = ""

@@ -140,9 +140,14 @@ class _Drawing:
             'aria-labelledby="{i}-t {i}-d"><title id="{i}-t">Agents and hops</title>'
             '<desc id="{i}-d">{desc}</desc>{lines}{boxes}{labels}</svg>'
         ).format(
-            w=width, h=height, i=ident, desc=self._describe(n_agents), lines=lines,
-            boxes=boxes, labels=self._labels(),
-        )  # fmt: skip
+            w=width,
+            h=height,
+            i=ident,
+            desc=self._describe(n_agents),
+            lines=lines,
+            boxes=boxes,
+            labels=self._labels(),
+        )
 
     def _describe(self, n_agents: int) -> str:
         hops = "; ".join(
@@ -174,9 +179,11 @@ class _Drawing:
             '<g class="hop {kind}"><title>{title}</title><path d="{path}"/>'
             '<polygon points="{tip}"/></g>'
         ).format(
-            kind=kind, path=" ".join(parts), tip=tip,
+            kind=kind,
+            path=" ".join(parts),
+            tip=tip,
             title=f"{_name(edge.source)} → {_name(edge.audience)}: {edge.state}",
-        )  # fmt: skip
+        )
 
     def _labels(self) -> Markup:
         """A word or a figure on each line, kept apart from the others of the same gap."""
@@ -203,9 +210,14 @@ class _Drawing:
                     '<g class="tag{c}"><rect x="{left:.1f}" y="{top:.1f}" width="{w:.1f}" '
                     'height="17" rx="4"/><text x="{x:.1f}" y="{y:.1f}">{t}</text></g>'
                 ).format(
-                    c=" closed" if closed else "", left=x - wide / 2, top=y - 8.5, w=wide,
-                    x=x, y=y + 4, t=text,
-                )  # fmt: skip
+                    c=" closed" if closed else "",
+                    left=x - wide / 2,
+                    top=y - 8.5,
+                    w=wide,
+                    x=x,
+                    y=y + 4,
+                    t=text,
+                )
         return out
 
     def _box(self, node: Node) -> Markup:
@@ -223,11 +235,18 @@ class _Drawing:
             '<text class="name" x="{x:.1f}" y="{y1:.1f}">{name}</text>'
             '<text class="sub" x="{x:.1f}" y="{y2:.1f}">{below}</text></g>'
         ).format(
-            busy=" busy" if n else "", full=_name(name), left=x - self.box_px / 2,
-            top=y - BOX_PX / 2, w=self.box_px, h=BOX_PX, x=x,
-            y1=y - 2 if below else y + 5, y2=y + 14,
-            name=_fit(_name(name), limit), below=_fit(below, int(limit * 1.15)),
-        )  # fmt: skip
+            busy=" busy" if n else "",
+            full=_name(name),
+            left=x - self.box_px / 2,
+            top=y - BOX_PX / 2,
+            w=self.box_px,
+            h=BOX_PX,
+            x=x,
+            y1=y - 2 if below else y + 5,
+            y2=y + 14,
+            name=_fit(_name(name), limit),
+            below=_fit(below, int(limit * 1.15)),
+        )
 
 
 def _name(agent: str) -> str:

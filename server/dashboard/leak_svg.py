@@ -51,11 +51,21 @@ def leak_bar(edge: EdgeRow, threshold: float, top: float) -> Markup:
         '<rect class="ci" x="{lo:.1f}" y="{t}" width="{cw:.1f}" height="8" rx="2"/>{tick}'
         '<path class="limit" d="M{th:.1f},1V{b}"/><circle cx="{dot:.1f}" cy="{m}" r="4.5"/></svg>'
     ).format(
-        kind="above" if edge.asr > threshold else "below", w=BAR_PX, h=BAR_HIGH_PX, label=label,
-        l=PAD_PX, r=BAR_PX - PAD_PX, m=middle, lo=x(low), t=middle - 4,
-        cw=max(x(high) - x(low), 1.0), tick=tick, th=x(threshold), b=BAR_HIGH_PX - 1,
+        kind="above" if edge.asr > threshold else "below",
+        w=BAR_PX,
+        h=BAR_HIGH_PX,
+        label=label,
+        l=PAD_PX,
+        r=BAR_PX - PAD_PX,
+        m=middle,
+        lo=x(low),
+        t=middle - 4,
+        cw=max(x(high) - x(low), 1.0),
+        tick=tick,
+        th=x(threshold),
+        b=BAR_HIGH_PX - 1,
         dot=x(edge.asr),
-    )  # fmt: skip
+    )
 
 
 def history_line(edge: EdgeRow, threshold: float, top: float) -> Markup:
@@ -75,9 +85,15 @@ def history_line(edge: EdgeRow, threshold: float, top: float) -> Markup:
         '<path class="limit" d="M{l},{t:.1f}H{r}"/><polyline points="{points}"/>'
         '<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/></svg>'
     ).format(
-        kind="above" if edge.history[-1] > threshold else "below", w=LINE_PX, h=LINE_HIGH_PX,
+        kind="above" if edge.history[-1] > threshold else "below",
+        w=LINE_PX,
+        h=LINE_HIGH_PX,
         label=f"ASR of the last {n} screenings, oldest first: "
         + ", ".join(percent(share) for share in edge.history),
-        l=PAD_PX, r=LINE_PX - PAD_PX, t=y(threshold),
-        points=" ".join(f"{a:.1f},{b:.1f}" for a, b in points), x=points[-1][0], y=points[-1][1],
-    )  # fmt: skip
+        l=PAD_PX,
+        r=LINE_PX - PAD_PX,
+        t=y(threshold),
+        points=" ".join(f"{a:.1f},{b:.1f}" for a, b in points),
+        x=points[-1][0],
+        y=points[-1][1],
+    )

@@ -47,10 +47,15 @@ def edge_rows(proxy: Proxy) -> list[EdgeRow]:
     closed = {name for name, m in measured.items() if m.state == "closed"}
     names = closed | known_edges(proxy, policy, counts)
     return [
-        _row(proxy, name, policy.for_edge(f"{name[0]}/{name[1]}", f"{name[0]}/{name[2]}"),
-             measured.get(name), counts.get(name, Counter()))
+        _row(
+            proxy,
+            name,
+            policy.for_edge(f"{name[0]}/{name[1]}", f"{name[0]}/{name[2]}"),
+            measured.get(name),
+            counts.get(name, Counter()),
+        )
         for name in sorted(names)
-    ]  # fmt: skip
+    ]
 
 
 def known_edges(proxy: Proxy, policy: Policy, counts: Mapping[Name, Counter[str]]) -> set[Name]:
@@ -96,19 +101,31 @@ def _row(
         lambda c: received_counts(c, name[0], edge.window_s, proxy.authority.clock())
     )
     return EdgeRow(
-        tenant=name[0], source=name[1], audience=name[2], guard=edge.guard, forbid=edge.forbid,
-        state=proxy.meter.verdict(*name), on_leak=edge.on_leak,
+        tenant=name[0],
+        source=name[1],
+        audience=name[2],
+        guard=edge.guard,
+        forbid=edge.forbid,
+        state=proxy.meter.verdict(*name),
+        on_leak=edge.on_leak,
         reason=leak.reason if leak else "",
-        published=counts["published"], consumed=counts["consumed"], blocked=counts["refused"],
-        asr=leak.asr if leak else None, asr_low=leak.asr_low if leak else None,
-        asr_high=leak.asr_high if leak else None, floor=leak.floor if leak else None,
+        published=counts["published"],
+        consumed=counts["consumed"],
+        blocked=counts["refused"],
+        asr=leak.asr if leak else None,
+        asr_low=leak.asr_low if leak else None,
+        asr_high=leak.asr_high if leak else None,
+        floor=leak.floor if leak else None,
         n_secrets=leak.n_secrets if leak else None,
-        measured_at_s=leak.measured_at_s if leak else None, stale=bool(leak and leak.stale),
+        measured_at_s=leak.measured_at_s if leak else None,
+        stale=bool(leak and leak.stale),
         history=tuple(p.asr for p in leak.history) if leak else (),
-        publish_p50_ms=cuts[9] if cuts else None, publish_p95_ms=cuts[18] if cuts else None,
-        nats=proxy.certificates.get(edge.guard), budget=edge.max_segments,
+        publish_p50_ms=cuts[9] if cuts else None,
+        publish_p95_ms=cuts[18] if cuts else None,
+        nats=proxy.certificates.get(edge.guard),
+        budget=edge.max_segments,
         received=received.get((name[1], name[2]), 0),
-    )  # fmt: skip
+    )
 
 
 async def overview(proxy: Proxy) -> DashboardView:
@@ -134,10 +151,14 @@ def _overview(proxy: Proxy) -> DashboardView:
     rows = proxy.database.read(lambda c: recent(c, last=RECENT_ROWS * 20))
     rows = [r for r in rows if r["tenant"] != CANARY_TENANT][-RECENT_ROWS:]
     return DashboardView(
-        model=proxy.model, version=__version__, now_s=now, uptime_s=now - proxy.started_s,
+        model=proxy.model,
+        version=__version__,
+        now_s=now,
+        uptime_s=now - proxy.started_s,
         ready=state.ready,
         checks=tuple(Check(c.name, c.ok, c.detail) for c in state.conditions.values()),
-        policy_digest=proxy.authority.policy.digest, policy_error=proxy.policy_error(),
+        policy_digest=proxy.authority.policy.digest,
+        policy_error=proxy.policy_error(),
         threshold=proxy.settings.canaries.threshold,
         agents=tuple(
             AgentRow(tenant, agent, n.requests, n.in_flight, n.refused, n.tokens)
@@ -147,14 +168,24 @@ def _overview(proxy: Proxy) -> DashboardView:
         totals=Totals(n_requests, tuple(codes.most_common()), n_5xx),
         ttfb=Latency(*percentiles(proxy.metrics.recent_first_ms)),
         overhead=Latency(*percentiles(proxy.metrics.recent_overhead_ms)),
-        live_segments=len(segments), audit_rows=head.count, audit_head=head.mac[:12],
+        live_segments=len(segments),
+        audit_rows=head.count,
+        audit_head=head.mac[:12],
         recent=tuple(
-            AuditRow(r["at_ms"] / 1000, r["event"], r["tenant"], r["agent"], r["source"],
-                     r["audience"], r["verdict"], r["reason"])
+            AuditRow(
+                r["at_ms"] / 1000,
+                r["event"],
+                r["tenant"],
+                r["agent"],
+                r["source"],
+                r["audience"],
+                r["verdict"],
+                r["reason"],
+            )
             for r in reversed(rows)
         ),
         next_steps=NEXT_STEPS,
-    )  # fmt: skip
+    )
 
 
 def refresh_metrics(proxy: Proxy) -> None:

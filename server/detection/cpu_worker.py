@@ -37,9 +37,12 @@ class Bench:
         if not done:
             future.cancel()
             raise ProxyError(
-                503, f"{self._what} took longer than {self.timeout_s:g} s: shorten the prompt, or "
-                "try again later", code="busy", retry_after_s=2,
-            )  # fmt: skip
+                503,
+                f"{self._what} took longer than {self.timeout_s:g} s: shorten the prompt, or "
+                "try again later",
+                code="busy",
+                retry_after_s=2,
+            )
         return answer.result()
 
     def close(self) -> None:

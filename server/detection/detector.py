@@ -43,14 +43,20 @@ _MARKUP = str.maketrans({"*": None, "~": None, "`": None, "_": " "})
 
 RECALL: dict[str, dict[Category, tuple[int, int]]] = {
     "generator": {"account": (114, 198), "contact": (456, 682), "government_id": (383, 407)},
-    "generator, respelled":
-        {"account": (108, 198), "contact": (418, 682), "government_id": (384, 407)},
+    "generator, respelled": {
+        "account": (108, 198),
+        "contact": (418, 682),
+        "government_id": (384, 407),
+    },
     "AgentLeak": {"account": (381, 693), "contact": (1153, 3218), "government_id": (615, 1144)},
-    "AgentLeak, respelled":
-        {"account": (350, 693), "contact": (1010, 3218), "government_id": (629, 1144)},
+    "AgentLeak, respelled": {
+        "account": (350, 693),
+        "contact": (1010, 3218),
+        "government_id": (629, 1144),
+    },
     "world": {"government_id": (2200, 2200)},
     "world, respelled": {"government_id": (2199, 2200)},
-}  # fmt: skip
+}
 """Values found, and all there are, by source: measured by scripts/detector_recall.py."""
 NEEDED = 0.99
 
@@ -66,10 +72,11 @@ def vouched(detect: str) -> tuple[Category, ...]:
         return ()
     rows = list(RECALL.values())
     return tuple(
-        c for c in dict.fromkeys(ENTITIES.values())
+        c
+        for c in dict.fromkeys(ENTITIES.values())
         if all(wilson(*row[c]).low >= NEEDED for row in rows if c in row)
         and any(c in row for row in rows)
-    )  # fmt: skip
+    )
 
 
 class Detector:

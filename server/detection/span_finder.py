@@ -28,9 +28,13 @@ Endpoint = Literal["chat", "completions"]
 _HANDOFF = "kv_transfer_params"
 """vLLM's field, present where the request consumes: its prompt then begins no conversation."""
 _CHAT_KEYS = (
-    "messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens",
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
     _HANDOFF,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,14 @@ class SpanFinder:
             if skeleton(own).text != skeleton(str(said["prompt"])).text:
                 raise _other_tokenizer(self.model)
             return prompt
-        asked = _chat(body) if endpoint == "chat" else {
-            "prompt": prompt,
-            "add_special_tokens": body.get("add_special_tokens", _HANDOFF not in body),
-        }  # fmt: skip
+        asked = (
+            _chat(body)
+            if endpoint == "chat"
+            else {
+                "prompt": prompt,
+                "add_special_tokens": body.get("add_special_tokens", _HANDOFF not in body),
+            }
+        )
         said = await self.upstream.ask(
             "/tokenize", {"model": model, **asked, "return_token_strs": True}
         )
@@ -140,10 +148,12 @@ class SpanFinder:
         try:
             prompt = texts.of(ids)
             found = redact(
-                prompt, ids, texts.tokenizer, secrets,
-                lambda text: self.detector.find(text, edge.forbid)
-                if edge.detect != "none" else (),
-            )  # fmt: skip
+                prompt,
+                ids,
+                texts.tokenizer,
+                secrets,
+                lambda text: self.detector.find(text, edge.forbid) if edge.detect != "none" else (),
+            )
         except (TokenTextError, RedactionError) as error:
             raise _refused(str(error)) from None
         return Spans(found.spans, found.n_occurrences, tokens_digest(ids))

@@ -85,9 +85,11 @@ def _check_surrogates(data: Any) -> None:
         json.dumps(data, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
         raise ProxyError(
-            400, "the body holds half a surrogate pair (\\ud800 to \\udfff alone): send whole "
-            "characters", code="bad_json",
-        ) from None  # fmt: skip
+            400,
+            "the body holds half a surrogate pair (\\ud800 to \\udfff alone): send whole "
+            "characters",
+            code="bad_json",
+        ) from None
 
 
 def _no_constant(name: str) -> Any:

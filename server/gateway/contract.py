@@ -22,15 +22,21 @@ from lcguard.server.gateway.contract_fields import (
     RENDERER_OPTIONS,
     UNSENT,
     USAGE,
-    AnswerClass,
     Endpoint,
     Field,
 )
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _NEVER_NULL = ("system", "developer", "user", "tool")
-_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string",
-          list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
+_NAMES = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 class ContractError(Exception):
@@ -130,9 +136,11 @@ def markdown() -> str:
         for name in sorted(FIELDS["chat"].keys() | FIELDS["completions"].keys()):
             found = {e: f for e, table in FIELDS.items() if (f := table.get(name))}
             same = len({(f.kind, f.why) for f in found.values()}) == 1
-            rows = [("both" if len(found) == 2 else min(found), min(found))] if same else [
-                (e, e) for e in found
-            ]  # fmt: skip
+            rows = (
+                [("both" if len(found) == 2 else min(found), min(found))]
+                if same
+                else [(e, e) for e in found]
+            )
             for of, endpoint in rows:
                 f = found[endpoint]
                 if f.kind == kind:
@@ -217,8 +225,9 @@ def _check_parts(parts: list[Any], where: str) -> None:
         if not plain or part["type"] != "text" or type(part["text"]) is not str:
             raise ContractError(
                 f'{where}[{i}] is not {{"type": "text", "text": "..."}}: a handoff takes text, '
-                "and so does every other request here", f"{where}[{i}]",
-            )  # fmt: skip
+                "and so does every other request here",
+                f"{where}[{i}]",
+            )
 
 
 def _check_template_options(options: dict[str, Any] | None) -> None:
@@ -247,9 +256,7 @@ def _check_prompt(prompt: str | list[Any] | None, handoff: bool) -> None:
         )
 
 
-def _passed(
-    data: Mapping[str, Any], table: Mapping[str, AnswerClass], consuming: bool
-) -> dict[str, Any]:
+def _passed(data: Mapping[str, Any], table: Mapping[str, str], consuming: bool) -> dict[str, Any]:
     allowed = ("passed",) if consuming else ("passed", "removed_on_consume")
     return {name: value for name, value in data.items() if table.get(name) in allowed}
 

@@ -87,9 +87,11 @@ class Relay:
         handoff = parse_handoff(body.pop(FIELD, None), x.headers)
         try:
             body = check(
-                self.endpoint, body, consuming=bool(handoff and handoff.consume),
+                self.endpoint,
+                body,
+                consuming=bool(handoff and handoff.consume),
                 publishing=bool(handoff and handoff.publish),
-            )  # fmt: skip
+            )
         except ContractError as error:
             raise ProxyError(400, str(error), code="contract", param=error.param) from None
         limits, per_min = proxy.settings.limits, proxy.limits.of(who.limits).tokens_per_min
@@ -143,8 +145,9 @@ class Relay:
 
     async def _forward(self, x: Exchange, body: dict[str, Any], bill: Bill) -> None:
         """Relays vLLM's answer, and writes the tokens that it took on the bill."""
-        passed = {k: v for k, form in _PASSED_ON.items()
-                  if form.fullmatch(v := x.headers.get(k, ""))}  # fmt: skip
+        passed = {
+            k: v for k, form in _PASSED_ON.items() if form.fullmatch(v := x.headers.get(k, ""))
+        }
         if x.order is not None and x.order.handle:
             # becomes the answer's id, which every client shows
             passed["x-request-id"] = x.order.handle
@@ -206,9 +209,12 @@ def _check_failed(order: Order | None, status: int, data: bytes) -> None:
     lost = order is not None and order.edge is not None and _NOT_STORED in data
     if status >= 500 or (status != 200 and lost):
         raise ProxyError(
-            502, f"vLLM answered {status}", detail=reason_of(data),
-            code="not_stored" if lost else "upstream", retry_after_s=2,
-        )  # fmt: skip
+            502,
+            f"vLLM answered {status}",
+            detail=reason_of(data),
+            code="not_stored" if lost else "upstream",
+            retry_after_s=2,
+        )
 
 
 def _one_prompt(endpoint: Endpoint, body: dict[str, Any]) -> None:
@@ -216,9 +222,11 @@ def _one_prompt(endpoint: Endpoint, body: dict[str, Any]) -> None:
     many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
     if endpoint == "completions" and (many or not prompt):
         raise ProxyError(
-            400, "prompt: a handoff takes exactly one prompt, of text or of tokens",
-            code="contract", param="prompt",
-        )  # fmt: skip
+            400,
+            "prompt: a handoff takes exactly one prompt, of text or of tokens",
+            code="contract",
+            param="prompt",
+        )
 
 
 async def _hung_up(receive: Receive) -> None:

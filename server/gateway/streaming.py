@@ -85,8 +85,11 @@ class Stream:
                 total = (found.get("usage") or {}).get("total_tokens")
                 self._counted = total if isinstance(total, int) else self._counted
                 before = [] if self._x.code else await self._settled(found)
-                return [*before, event(_clean(order, found))
-                        if order else raw] if self._shows_usage else before  # fmt: skip
+                return (
+                    [*before, event(_clean(order, found)) if order else raw]
+                    if self._shows_usage
+                    else before
+                )
             assert order is not None
             shown = event(_clean(order, found))
         out = self._released()

@@ -15,8 +15,7 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.settings import UpstreamSettings
 
 # Errors of a connection that vLLM refused or dropped before it answered.
-_UNREACHED = (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError,
-              aiohttp.ClientOSError)  # fmt: skip
+_UNREACHED = (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
 
 
 class Upstream:
@@ -35,13 +34,14 @@ class Upstream:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(
-                total=s.total_timeout_s, sock_connect=s.connect_timeout_s,
+                total=s.total_timeout_s,
+                sock_connect=s.connect_timeout_s,
                 sock_read=s.read_timeout_s,
             ),
             auto_decompress=False,
             # a proxy named in the environment would see every prompt
             trust_env=False,
-        )  # fmt: skip
+        )
 
     async def close(self) -> None:
         if self._session is not None:
@@ -105,35 +105,44 @@ class Upstream:
             if answer.status != 200:
                 raise ProxyError(
                     502 if answer.status >= 500 else answer.status,
-                    f"vLLM answered {answer.status} to {path}", detail=reason_of(data),
+                    f"vLLM answered {answer.status} to {path}",
+                    detail=reason_of(data),
                     code="upstream",
-                )  # fmt: skip
+                )
             try:
                 return json.loads(data)
             except ValueError:
                 raise ProxyError(
-                    502, f"vLLM's answer to {path} is no JSON: is upstream.url vLLM's?",
+                    502,
+                    f"vLLM's answer to {path} is no JSON: is upstream.url vLLM's?",
                     code="upstream",
-                ) from None  # fmt: skip
+                ) from None
 
     async def _send(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str],
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
         own: Mapping[str, str] | None = None,
-    ) -> aiohttp.ClientResponse:  # fmt: skip
+    ) -> aiohttp.ClientResponse:
         if self._session is None:
             raise ProxyError(503, "the proxy is starting", code="starting", retry_after_s=1)
         for left in range(self.settings.retries, -1, -1):
             try:
                 return await self._session.request(
-                    method, self.url + path, data=body,
+                    method,
+                    self.url + path,
+                    data=body,
                     headers={**headers, **(self._headers if own is None else own)},
                     allow_redirects=False,
-                )  # fmt: skip
+                )
             except aiohttp.ConnectionTimeoutError:
                 raise ProxyError(
-                    504, f"vLLM took no connection within {self.settings.connect_timeout_s:g} s",
+                    504,
+                    f"vLLM took no connection within {self.settings.connect_timeout_s:g} s",
                     code="upstream_timeout",
-                ) from None  # fmt: skip
+                ) from None
             except aiohttp.ServerTimeoutError:
                 raise _silent(path, self.settings.read_timeout_s) from None
             except _UNREACHED as error:
@@ -152,9 +161,11 @@ def broken(error: BaseException) -> ProxyError:
     if isinstance(error, TimeoutError):
         return ProxyError(504, "vLLM was silent for too long", code="upstream_timeout")
     return ProxyError(
-        502, f"vLLM cannot be reached or broke off: {type(error).__name__}",
-        code="upstream_unreachable", retry_after_s=2,
-    )  # fmt: skip
+        502,
+        f"vLLM cannot be reached or broke off: {type(error).__name__}",
+        code="upstream_unreachable",
+        retry_after_s=2,
+    )
 
 
 def _silent(path: str, seconds: float) -> ProxyError:

@@ -21,9 +21,12 @@ class Clocks:
     """Asks the engine and the store what time it is."""
 
     def __init__(
-        self, upstream: Upstream, store: SegmentStore, line: StoreLine,
+        self,
+        upstream: Upstream,
+        store: SegmentStore,
+        line: StoreLine,
         clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``clock``: the proxy's."""
         self._upstream, self._store, self._line, self._clock = upstream, store, line, clock
 
@@ -35,9 +38,7 @@ class Clocks:
         self._compare("store", await self._line.run(self._store.time_s), before_s, 0.0)
         return f"within {LIMIT_S:g} s"
 
-    def _compare(
-        self, whose: str, theirs_s: float | None, before_s: float, cut_s: float
-    ) -> None:  # fmt: skip
+    def _compare(self, whose: str, theirs_s: float | None, before_s: float, cut_s: float) -> None:
         if theirs_s is None:
             return
         # between the question and its answer, however long that took
@@ -46,6 +47,8 @@ class Clocks:
         if apart_s > LIMIT_S:
             way = "ahead of" if ahead_s > behind_s else "behind"
             raise ProxyError(
-                503, f"the {whose}'s clock is {apart_s:.0f} s {way} the proxy's: set both by NTP, "
-                "or what is fresh has expired for one of them", code="clock",
-            )  # fmt: skip
+                503,
+                f"the {whose}'s clock is {apart_s:.0f} s {way} the proxy's: set both by NTP, "
+                "or what is fresh has expired for one of them",
+                code="clock",
+            )

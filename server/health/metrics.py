@@ -31,27 +31,40 @@ class Metrics:
         self.in_flight = Gauge("lcguard_in_flight", "Requests at vLLM.", registry=r)
         self.queued = Gauge("lcguard_queued", "Requests that wait for a place.", registry=r)
         self.first_byte = Histogram(
-            "lcguard_first_byte_seconds", "From a request's head to the first byte of its answer.",
-            ["route"], registry=r, buckets=_SECONDS,
-        )  # fmt: skip
+            "lcguard_first_byte_seconds",
+            "From a request's head to the first byte of its answer.",
+            ["route"],
+            registry=r,
+            buckets=_SECONDS,
+        )
         self.overhead = Histogram(
-            "lcguard_overhead_seconds", "To the first byte, without the wait for vLLM.",
-            ["route"], registry=r, buckets=_SECONDS,
-        )  # fmt: skip
-        self.ready = Gauge("lcguard_ready", "Whether a condition of readiness holds.", ["check"],
-                           registry=r)  # fmt: skip
+            "lcguard_overhead_seconds",
+            "To the first byte, without the wait for vLLM.",
+            ["route"],
+            registry=r,
+            buckets=_SECONDS,
+        )
+        self.ready = Gauge(
+            "lcguard_ready", "Whether a condition of readiness holds.", ["check"], registry=r
+        )
         self.edge_open = Gauge(
-            "lcguard_edge_open", "0 where canaries closed the edge.",
-            ["tenant", "source", "audience"], registry=d,
-        )  # fmt: skip
+            "lcguard_edge_open",
+            "0 where canaries closed the edge.",
+            ["tenant", "source", "audience"],
+            registry=d,
+        )
         self.leak = Gauge(
-            "lcguard_canary_asr", "Attack success rate on planted records, and its interval.",
-            ["tenant", "source", "audience", "bound"], registry=d,
-        )  # fmt: skip
+            "lcguard_canary_asr",
+            "Attack success rate on planted records, and its interval.",
+            ["tenant", "source", "audience", "bound"],
+            registry=d,
+        )
         self.files = Counter(
-            "lcguard_reload_errors", "Changes of a followed file that could not be used.",
-            ["file"], registry=r,
-        )  # fmt: skip
+            "lcguard_reload_errors",
+            "Changes of a followed file that could not be used.",
+            ["file"],
+            registry=r,
+        )
         self.audit_rows = Gauge("lcguard_audit_rows", "Rows of the audit.", registry=r)
         self.recent_first_ms: deque[float] = deque(maxlen=2048)
         self.recent_overhead_ms: deque[float] = deque(maxlen=2048)

@@ -39,8 +39,9 @@ async def metrics(request: Request, proxy: Running) -> Response:
     known = "authorization" in request.headers or proxy.settings.metrics_auth
     role = caller(request).role if known else ""
     if proxy.settings.metrics_auth and role not in ("admin", "auditor"):
-        raise ProxyError(403, f"metrics take an admin's or an auditor's key, not an {role}'s",
-                         code="role")  # fmt: skip
+        raise ProxyError(
+            403, f"metrics take an admin's or an auditor's key, not an {role}'s", code="role"
+        )
     await asyncio.to_thread(refresh_metrics, proxy)
     text = proxy.metrics.text(details=role == "admin")
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -34,9 +34,14 @@ class SelfTest:
     """What has to hold before anyone is served. Raises ``ProxyError`` with what does not."""
 
     def __init__(
-        self, upstream: Upstream, model: str, store: SegmentStore, line: StoreLine, key: bytes,
+        self,
+        upstream: Upstream,
+        model: str,
+        store: SegmentStore,
+        line: StoreLine,
+        key: bytes,
         policy: Callable[[], Policy],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.upstream, self.model, self.key = upstream, model, key
         self.store, self.line = store, line
         self._policy = policy
@@ -75,10 +80,11 @@ class SelfTest:
             status = await self.upstream.keyless(method, path)
             if status not in (401, 403, 404):
                 raise ProxyError(
-                    502, f"vLLM answers {status} to {path} without its key, past policy, limits "
+                    502,
+                    f"vLLM answers {status} to {path} without its key, past policy, limits "
                     f"and audit: start it with VLLM_API_KEY and --middleware {MIDDLEWARE}",
                     code="door",
-                )  # fmt: skip
+                )
         return "vLLM asks for its key everywhere"
 
     def forget(self) -> None:
@@ -97,9 +103,12 @@ class SelfTest:
 
     async def _handoff(self, policy: Policy, edge: Edge) -> str:
         wish = Publish(
-            source=edge.source, audience=edge.audience, handle=new_handle(), ttl_s=60.0,
+            source=edge.source,
+            audience=edge.audience,
+            handle=new_handle(),
+            ttl_s=60.0,
             spans=() if edge.guard == "redact" else None,
-        )  # fmt: skip
+        )
         sent = {"publish": wish.model_dump(mode="json", exclude_none=True)}
         handle = str(wish.handle)
         try:
@@ -109,9 +118,10 @@ class SelfTest:
             wanted = edge_digest(edge_of(policy, wish))
             if manifest.policy_digest != wanted:
                 raise ProxyError(
-                    502, "the engine goes by another policy than the proxy: give both the same "
-                    "file", code="policy",
-                )  # fmt: skip
+                    502,
+                    "the engine goes by another policy than the proxy: give both the same file",
+                    code="policy",
+                )
             await self._complete(self._consume(handle, edge.audience))
             other = f"{edge.audience.partition('/')[0]}/{_PROBE}-{secrets.token_hex(4)}"
             try:
@@ -139,17 +149,22 @@ class SelfTest:
                 return
             raise
         raise ProxyError(
-            502, "vLLM takes handoffs that this proxy has not signed, past policy and audit: set "
-            "proxy_only in its kv_connector_extra_config", code="door",
-        )  # fmt: skip
+            502,
+            "vLLM takes handoffs that this proxy has not signed, past policy and audit: set "
+            "proxy_only in its kv_connector_extra_config",
+            code="door",
+        )
 
     async def _complete(self, handoff: dict[str, Any], signed: bool = True) -> None:
         if signed:
             handoff = signed_order(self.key, handoff, time.time())
         body = {
-            "model": self.model, "prompt": _PROMPT, "max_tokens": 1, "temperature": 0,
+            "model": self.model,
+            "prompt": _PROMPT,
+            "max_tokens": 1,
+            "temperature": 0,
             "kv_transfer_params": {"lcguard": handoff},
-        }  # fmt: skip
+        }
         await self.upstream.ask("/v1/completions", body)
 
     async def _manifest(self, handle: str) -> Manifest:
@@ -158,9 +173,11 @@ class SelfTest:
             manifest.verify(self.key)
         except (SegmentError, StoreError) as error:
             raise ProxyError(
-                502, f"the proxy does not see what the engine stores ({error}): give both the same "
-                "store and the same LCGUARD_KEY", code="store",
-            ) from None  # fmt: skip
+                502,
+                f"the proxy does not see what the engine stores ({error}): give both the same "
+                "store and the same LCGUARD_KEY",
+                code="store",
+            ) from None
         return manifest
 
 
@@ -192,8 +209,9 @@ class GuardFiles:
             if not folder.is_dir():
                 why = f"guard {name!r}: {folder} is gone: put it back"
                 raise ProxyError(503, why, code="guard")
-            mark = [(p.name, p.stat().st_mtime_ns, p.stat().st_size)
-                    for p in sorted(folder.iterdir())]  # fmt: skip
+            mark = [
+                (p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.iterdir())
+            ]
             before = self._marks.get(name)
             if before is None or before[0] != mark:
                 try:
@@ -203,7 +221,9 @@ class GuardFiles:
                 before = self._marks[name] = (mark, digest)
             if before[1] != running[name]:
                 raise ProxyError(
-                    503, f"guard {name!r} on the disk is not the one that the engine runs "
-                    f"({before[1][:80]}): put the files back, or restart", code="guard",
-                )  # fmt: skip
+                    503,
+                    f"guard {name!r} on the disk is not the one that the engine runs "
+                    f"({before[1][:80]}): put the files back, or restart",
+                    code="guard",
+                )
         return f"{len(self.folders)} as the engine runs them"

@@ -37,11 +37,18 @@ class CanaryRunner:
     new, or that a changed policy guards otherwise, are screened in between."""
 
     def __init__(
-        self, command: Sequence[str], job: Callable[[], dict[str, Any]], meter: LeakageMeter,
-        interval_s: float, timeout_s: float,
-        on_change: Callable[[EdgeLeakage, State, State], Awaitable[None]], *,
-        first_s: float = FIRST_S, retry_s: float = RETRY_S, look_s: float = LOOK_S,
-    ) -> None:  # fmt: skip
+        self,
+        command: Sequence[str],
+        job: Callable[[], dict[str, Any]],
+        meter: LeakageMeter,
+        interval_s: float,
+        timeout_s: float,
+        on_change: Callable[[EdgeLeakage, State, State], Awaitable[None]],
+        *,
+        first_s: float = FIRST_S,
+        retry_s: float = RETRY_S,
+        look_s: float = LOOK_S,
+    ) -> None:
         """
         Args:
             job: what the worker is to do; its ``edges`` name tenant, source and audience.
@@ -153,9 +160,10 @@ class _Run:
     """What one worker has said so far."""
 
     def __init__(
-        self, meter: LeakageMeter,
+        self,
+        meter: LeakageMeter,
         on_change: Callable[[EdgeLeakage, State, State], Awaitable[None]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._meter, self._on_change = meter, on_change
         self._measured = {e.name: e.measured_at_s or 0.0 for e in meter.snapshot()}
         self.left: dict[EdgeName, None] = {}
@@ -200,8 +208,9 @@ class _Run:
     async def _tell(self, change: Change) -> None:
         if change.old == change.new:
             return
-        logger.warning("edge %s is %s: %s", "/".join(change.edge.name), change.new,
-                       change.edge.reason)  # fmt: skip
+        logger.warning(
+            "edge %s is %s: %s", "/".join(change.edge.name), change.new, change.edge.reason
+        )
         try:
             await self._on_change(*change)
         except Exception:  # the edge is what the meter says, whoever hears of it
@@ -213,9 +222,13 @@ async def _worker(
 ) -> tuple[int, bytes]:
     """Exit code and the end of the log. Leaves no process behind, whatever happens."""
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE, start_new_session=True, limit=_LINE_BYTES,
-    )  # fmt: skip
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+        limit=_LINE_BYTES,
+    )
     stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
     assert stdin is not None
     assert stdout is not None

@@ -30,13 +30,27 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
         edges = []
         for tenant, source, audience in sorted(known_edges(proxy, policy, counts)):
             rule = policy.for_edge(f"{tenant}/{source}", f"{tenant}/{audience}")
-            edges.append({"tenant": tenant, "source": source, "audience": audience,
-                          "forbid": list(rule.forbid), "guard": rule.guard})  # fmt: skip
+            edges.append(
+                {
+                    "tenant": tenant,
+                    "source": source,
+                    "audience": audience,
+                    "forbid": list(rule.forbid),
+                    "guard": rule.guard,
+                }
+            )
         return {
-            "base_url": url(), "token": token, "model": model, "served_model": proxy.model,
-            "store": proxy.settings.store, "edges": edges, "train_records": c.train_records,
-            "test_records": c.test_records, "attack": c.attack,
-            "seed": secrets.randbelow(2**31), "level": LEVEL,
-        }  # fmt: skip
+            "base_url": url(),
+            "token": token,
+            "model": model,
+            "served_model": proxy.model,
+            "store": proxy.settings.store,
+            "edges": edges,
+            "train_records": c.train_records,
+            "test_records": c.test_records,
+            "attack": c.attack,
+            "seed": secrets.randbelow(2**31),
+            "level": LEVEL,
+        }
 
     return job

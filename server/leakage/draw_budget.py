@@ -76,9 +76,13 @@ def text_of(key: bytes, record: str | None, body: Mapping[str, Any]) -> Text:
 
 
 def record_of(
-    connection: sqlite3.Connection, tenant: str, source: str, audience: str, text: Text | None,
+    connection: sqlite3.Connection,
+    tenant: str,
+    source: str,
+    audience: str,
+    text: Text | None,
     now_s: float,
-) -> str:  # fmt: skip
+) -> str:
     """The record that a published text belongs to; the text is remembered. None: one of its own."""
     if text is None:
         return secrets.token_hex(16)
@@ -88,9 +92,13 @@ def record_of(
     rows = connection.execute(
         "SELECT record, words FROM texts WHERE tenant = ? AND source = ? AND audience = ? "
         "AND n_words BETWEEN ? AND ? AND at_s > ? ORDER BY at_s DESC",
-        (*edge, len(text.words) - MORE_WORDS, len(text.words) + MORE_WORDS,
-         now_s - KEEP_RECEIVED_S),
-    )  # fmt: skip
+        (
+            *edge,
+            len(text.words) - MORE_WORDS,
+            len(text.words) + MORE_WORDS,
+            now_s - KEEP_RECEIVED_S,
+        ),
+    )
     record = next(
         (record for record, packed in rows if _nested(text.words, _unpacked(packed))),
         secrets.token_hex(16),
@@ -104,9 +112,13 @@ def record_of(
 
 
 def reserve_draw(
-    connection: sqlite3.Connection, tenant: str, audience: str, handle: str,
-    max_draws: int | None, now_s: float,
-) -> None:  # fmt: skip
+    connection: sqlite3.Connection,
+    tenant: str,
+    audience: str,
+    handle: str,
+    max_draws: int | None,
+    now_s: float,
+) -> None:
     """Books that ``audience`` receives a segment's draw, before it does.
 
     Nothing is booked of a segment without noise, nor of the audience's own text.
@@ -117,10 +129,13 @@ def reserve_draw(
     if segment is None or not segment.draw or segment.source == audience:
         return
     place = (tenant, audience, segment.source, segment.record)
-    got = dict(connection.execute(
-        "SELECT draw, at_s FROM draws WHERE tenant = ? AND audience = ? AND source = ? "
-        "AND record = ? AND at_s > ?", (*place, now_s - KEEP_RECEIVED_S),
-    ).fetchall())  # fmt: skip
+    got = dict(
+        connection.execute(
+            "SELECT draw, at_s FROM draws WHERE tenant = ? AND audience = ? AND source = ? "
+            "AND record = ? AND at_s > ?",
+            (*place, now_s - KEEP_RECEIVED_S),
+        ).fetchall()
+    )
     if segment.draw in got:
         return
     if max_draws is not None and len(got) >= max_draws:
@@ -128,8 +143,9 @@ def reserve_draw(
         raise DrawsSpent(audience, segment.source, max_draws, oldest + KEEP_RECEIVED_S)
     connection.execute(
         "INSERT OR REPLACE INTO draws (tenant, audience, source, record, draw, at_s) "
-        "VALUES (?, ?, ?, ?, ?, ?)", (*place, segment.draw, now_s),
-    )  # fmt: skip
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        (*place, segment.draw, now_s),
+    )
 
 
 def sweep_draws(connection: sqlite3.Connection, now_s: float) -> None:
@@ -140,8 +156,9 @@ def sweep_draws(connection: sqlite3.Connection, now_s: float) -> None:
     connection.execute(
         "DELETE FROM texts WHERE rowid IN (SELECT id FROM (SELECT rowid AS id, row_number() OVER "
         "(PARTITION BY tenant, source, audience ORDER BY at_s DESC, rowid DESC) AS n FROM texts) "
-        "WHERE n > ?)", (KEEP_TEXTS,),
-    )  # fmt: skip
+        "WHERE n > ?)",
+        (KEEP_TEXTS,),
+    )
 
 
 def _nested(a: frozenset[int], b: frozenset[int]) -> bool:

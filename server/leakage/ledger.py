@@ -111,9 +111,14 @@ def record_segment(connection: sqlite3.Connection, segment: Segment) -> None:
 
 
 def reserve(
-    connection: sqlite3.Connection, tenant: str, audience: str,
-    handles: Sequence[tuple[str, str]], budget: int | None, window_s: float, now_s: float,
-) -> None:  # fmt: skip
+    connection: sqlite3.Connection,
+    tenant: str,
+    audience: str,
+    handles: Sequence[tuple[str, str]],
+    budget: int | None,
+    window_s: float,
+    now_s: float,
+) -> None:
     """Books that ``audience`` receives these segments, before it does; all of them or none.
 
     Args:
@@ -204,9 +209,15 @@ def sweep(connection: sqlite3.Connection, now_s: float) -> int:
 
 
 def _check_budget(
-    connection: sqlite3.Connection, tenant: str, audience: str, source: str, n_new: int,
-    budget: int, window_s: float, now_s: float,
-) -> None:  # fmt: skip
+    connection: sqlite3.Connection,
+    tenant: str,
+    audience: str,
+    source: str,
+    n_new: int,
+    budget: int,
+    window_s: float,
+    now_s: float,
+) -> None:
     # Compared as a sum, as `frees_at_s` is formed, so that the time it names is not too early.
     times = [
         at_s

@@ -49,9 +49,12 @@ class LeakageMeter:
     """State of all edges, kept in one JSON file. Safe to use from several threads."""
 
     def __init__(
-        self, path: Path, threshold: float, interval_s: float,
+        self,
+        path: Path,
+        threshold: float,
+        interval_s: float,
         clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Raises ``LeakageError`` for a file that cannot be read: it may say what is closed."""
         if not 0 < threshold < 1:
             raise ValueError(f"threshold={threshold}: give a success rate between 0 and 1")
@@ -136,23 +139,49 @@ class LeakageMeter:
         if s.skipped is not None:
             # The policy hides nothing here any more, so nothing can leak.
             return replace(
-                old, state="open", reason=s.skipped, skipped=s.skipped, measured_at_s=now,
-                asr=None, asr_low=None, asr_high=None, floor=None, n_secrets=None, recovered=None,
-                clean_runs=0, error="", error_at_s=None,
-            )  # fmt: skip
+                old,
+                state="open",
+                reason=s.skipped,
+                skipped=s.skipped,
+                measured_at_s=now,
+                asr=None,
+                asr_low=None,
+                asr_high=None,
+                floor=None,
+                n_secrets=None,
+                recovered=None,
+                clean_runs=0,
+                error="",
+                error_at_s=None,
+            )
         measured = replace(
-            old, asr=s.asr, asr_low=s.asr_low, asr_high=s.asr_high, floor=s.floor,
-            n_secrets=s.n_secrets, recovered=s.recovered, attack=s.attack, guard=s.guard,
-            guard_digest=s.guard_digest, policy_digest=s.policy_digest, seconds=s.seconds,
-            shared_with=s.shared_with, skipped="", error="", error_at_s=None, measured_at_s=now,
+            old,
+            asr=s.asr,
+            asr_low=s.asr_low,
+            asr_high=s.asr_high,
+            floor=s.floor,
+            n_secrets=s.n_secrets,
+            recovered=s.recovered,
+            attack=s.attack,
+            guard=s.guard,
+            guard_digest=s.guard_digest,
+            policy_digest=s.policy_digest,
+            seconds=s.seconds,
+            shared_with=s.shared_with,
+            skipped="",
+            error="",
+            error_at_s=None,
+            measured_at_s=now,
             history=(*old.history, Point(now, s.asr, s.asr_low, s.asr_high))[-HISTORY:],
-        )  # fmt: skip
+        )
         state, reason, clean = self._rule(old, s)
         if s.asr_low > self._limit(s):  # also while closed: another guard may leak as well
             measured = replace(
-                measured, closed_guard_digest=s.guard_digest, closed_policy_digest=s.policy_digest,
+                measured,
+                closed_guard_digest=s.guard_digest,
+                closed_policy_digest=s.policy_digest,
                 closed_at_s=now if old.state == "open" else old.closed_at_s,
-            )  # fmt: skip
+            )
         return replace(measured, state=state, reason=reason, clean_runs=clean)
 
     def _limit(self, s: Screening) -> float:

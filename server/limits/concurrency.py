@@ -45,8 +45,9 @@ class Gate:
         if len(self._line) >= self.max_queue:
             raise Limited(
                 f"{self.max_concurrency} requests are running and {len(self._line)} waiting: try "
-                "again later", _RETRY_AFTER_S,
-            )  # fmt: skip
+                "again later",
+                _RETRY_AFTER_S,
+            )
         loop = asyncio.get_running_loop()
         place: asyncio.Future[None] = loop.create_future()
         self._line[place] = None
@@ -83,7 +84,9 @@ class Gate:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.release()

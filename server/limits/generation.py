@@ -13,8 +13,9 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.contract_fields import Endpoint
 
 _STATED: dict[Endpoint, tuple[str, ...]] = {
-    "chat": ("max_tokens", "max_completion_tokens"), "completions": ("max_tokens",),
-}  # fmt: skip
+    "chat": ("max_tokens", "max_completion_tokens"),
+    "completions": ("max_tokens",),
+}
 _DEFAULT: dict[Endpoint, int | None] = {"chat": None, "completions": 16}
 """OpenAI's where a request states none; none: whatever there is room for."""
 _BYTES_PER_TOKEN = 4
@@ -36,9 +37,13 @@ class Size:
 
 
 def bounded(
-    endpoint: Endpoint, body: dict[str, Any], n_bytes: int, most: int,
-    context: int | None, per_min: int | None,
-) -> Size:  # fmt: skip
+    endpoint: Endpoint,
+    body: dict[str, Any],
+    n_bytes: int,
+    most: int,
+    context: int | None,
+    per_min: int | None,
+) -> Size:
     """The request's size; writes the maximum of each sequence into ``body``.
 
     Args:
@@ -58,17 +63,21 @@ def bounded(
         if each * sequences > most:
             times = f" for each of {sequences} answers" if sequences > 1 else ""
             raise ProxyError(
-                400, f"{name}={each}{times}: at most {most} tokens in all here", code="max_tokens",
+                400,
+                f"{name}={each}{times}: at most {most} tokens in all here",
+                code="max_tokens",
                 param=name,
-            )  # fmt: skip
+            )
         return Size(prompt_tokens, each * sequences)
     room = most if per_min is None else min(most, max(1, per_min - prompt_tokens))
     each = room // sequences
     if not each:
         raise ProxyError(
-            400, f"{sequences} answers of a token each: at most {room} tokens in all here",
-            code="max_tokens", param="n" if "n" in body else "prompt",
-        )  # fmt: skip
+            400,
+            f"{sequences} answers of a token each: at most {room} tokens in all here",
+            code="max_tokens",
+            param="n" if "n" in body else "prompt",
+        )
     each = min(x for x in (each, _DEFAULT[endpoint], context) if x is not None)
     body[_STATED[endpoint][-1]] = each
     return Size(prompt_tokens, each * sequences)

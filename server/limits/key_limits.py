@@ -121,8 +121,10 @@ class Admission:
             if n > bucket.per_min:
                 raise Limited(
                     f"the request may take {n} tokens, the key has {bucket.per_min} a minute: "
-                    "shorten the prompt or lower max_tokens", None, 413,
-                )  # fmt: skip
+                    "shorten the prompt or lower max_tokens",
+                    None,
+                    413,
+                )
             if wait_s := bucket.wait_s(n, now_s):
                 raise _later(f"the key's {bucket.per_min} tokens a minute are spent", wait_s)
             bucket.take(n, now_s)
@@ -147,9 +149,11 @@ class Admission:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.end()
 
 
@@ -157,9 +161,12 @@ class KeyLimits:
     """The limits of every key. For one thread, such as an event loop's."""
 
     def __init__(
-        self, default: Limits | None = None, *, max_keys: int = 65536,
+        self,
+        default: Limits | None = None,
+        *,
+        max_keys: int = 65536,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``max_keys``: keys that are remembered at a time."""
         self.default, self._max_keys, self._clock = default or Limits(), max_keys, clock
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
