@@ -17,7 +17,14 @@ from lcguard.agents.nano.load import guard_path, model_path
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.categories import CATEGORIES
 from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenQuestion, TokenRecord
+from lcguard.training.fit_detector import (
+    DetectorConfig,
+    choose_thresholds,
+    fit_detector,
+    read_records,
+)
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(
@@ -25,7 +32,7 @@ needs_vllm = pytest.mark.skipif(
 )
 
 KEY = "5a" * 32
-GUARDS = ("identity", "gaussian", "residual", "gate", "redact")
+GUARDS = ("identity", "gaussian", "residual", "gate", "redact", "twin")
 
 
 def policy() -> dict[str, Any]:
@@ -47,13 +54,28 @@ def guard_folders(agent: HFBackend, folder: Path) -> dict[str, str]:
     gaussian.fit_statistics(agent.source.prefill([r.ids for r in records(agent, 16)]))
     frozen = FrozenGuard(gaussian).with_card(model_digest=agent.digest, model_id="nano")
     frozen.save_pretrained(folder / "gaussian")
+    fit_twin(agent).save_pretrained(folder / "twin")
     return {
+        "twin": str(folder / "twin"),
         "gaussian": str(folder / "gaussian"),
         "residual": str(guard_path("residual")),
         "gate": "nano:gate",
         # the same weights under a name whose guard the tests break
         "broken": str(guard_path("gate")),
     }
+
+
+def fit_twin(agent: HFBackend) -> FrozenGuard:
+    """Guard ``twin`` with a small detector, fitted in seconds: it finds most values."""
+    config = DetectorConfig(steps=120, batch=8, lr=4e-3, warmup=10, dropout=0.0, recall=1.0)
+    shape = KVShape(*agent.source.shape)
+    module = TwinGuard.build(shape, len(CATEGORIES), {"width": 32, "blocks": 1})
+    read = read_records(module, records(agent, 64, seed=5), agent.source)
+    fit_detector(module, [read], config)
+    options = module.options() | {"thresholds": choose_thresholds(module, read, config)}
+    done = TwinGuard.build(shape, len(CATEGORIES), options)
+    done.load_state_dict(module.state_dict())
+    return FrozenGuard(done).with_card(model_digest=agent.digest, model_id="nano")
 
 
 def records(agent: HFBackend, n: int, seed: int = 77) -> list[TokenRecord]:

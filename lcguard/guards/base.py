@@ -63,6 +63,8 @@ class GuardModule(nn.Module):
     trained: ClassVar[bool] = True
     reads_policy: ClassVar[bool] = False
     """True where a record under a policy that forbids nothing passes without noise."""
+    finds_secrets: ClassVar[bool] = False
+    """True where ``marks`` finds what to hide; otherwise the guard is told, or hides all alike."""
     placeholder: Placeholder = "neutral"
     """What stands for a replaced value, for guards that send a twin: a neutral token for each of
     its own, a run of fixed length, or its category's name in brackets."""

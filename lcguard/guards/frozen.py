@@ -226,13 +226,12 @@ class FrozenGuard:
         return cls(module, card)
 
 
-def reads_policy(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a saved guard hides whatever a rule forbids, by its card alone. Raises
-    ``GuardError``."""
+def saved_class(name_or_path: str | os.PathLike[str]) -> type[GuardModule]:
+    """What kind of guard is saved there, by its card alone. Raises ``GuardError``."""
     folder = Path(name_or_path)
     card = _read_card(folder if folder.is_dir() else _download(str(name_or_path), None))
     try:
-        return guard_class(card.guard).reads_policy
+        return guard_class(card.guard)
     except ValueError as error:
         raise GuardError(f"{CARD}: {error}") from error
 

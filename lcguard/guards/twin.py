@@ -26,6 +26,8 @@ from lcguard.protocols import KVBatch, Mask
 @register("twin")
 class TwinGuard(GuardModule):
     needs_twin = True
+    finds_secrets = True
+    reads_policy = True
     claim = (
         "Exact against every receiver for the values that its detector finds; the card bounds how "
         "many it misses, on text like that it was measured on. Lengths and context remain."

@@ -14,7 +14,15 @@ from typing import Any
 
 from lcguard.categories import CATEGORIES, Category
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.grants import GrantError, check_grant, check_order, make_grant, new_handle
+from lcguard.handoff.grants import (
+    GrantError,
+    check_grant,
+    check_order,
+    check_scan,
+    make_grant,
+    new_handle,
+    sign_scan,
+)
 from lcguard.handoff.lineage import LineageError, check_current, check_guard, on_top, origins
 from lcguard.handoff.policy import Edge, Policy, PolicyError
 from lcguard.handoff.request import Consume, Handoff, Publish
@@ -23,6 +31,9 @@ from lcguard.reloading import ReloadingFile
 from lcguard.rope import canonical
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.vllm.draws import Content, content_of
+
+SCAN_S = 600
+"""Seconds for which the engine's word on a scanned prompt holds."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,9 @@ class PublishPlan:
     """First prompt token of the segment: what was consumed is not published again."""
     content: Content = field(repr=False)
     """The text: its noise is drawn from it, and it stands in no log."""
+    scan: bool = False
+    """True for a prompt that the guard still has to look for secrets in: nothing is stored, and the
+    answer says what was found."""
 
     def answer(self, key: bytes, n_tokens: int, placeholder_id: int) -> dict[str, Any]:
         """What the publisher learns."""
@@ -92,16 +106,17 @@ class Gatekeeper:
     def __init__(
         self, facts: ModelFacts, policy: Policy | ReloadingFile[Policy], guards: Sequence[str],
         store: SegmentStore, key: bytes, clock: Callable[[], float] = time.time,
-        proxy_only: bool = False, by_policy: Collection[str] = (),
+        proxy_only: bool = False, by_policy: Collection[str] = (), finders: Collection[str] = (),
     ) -> None:  # fmt: skip
         """
         Args:
             proxy_only: refuses what its proxy has not signed.
             by_policy: those of ``guards`` that hide whatever a rule forbids.
+            finders: those that look for secrets themselves, and then need the prompt without them.
         """
         self.facts, self._policy, self.guards = facts, policy, tuple(guards)
         self.store, self.key, self.clock, self.proxy_only = store, key, clock, proxy_only
-        self.by_policy = frozenset(by_policy)
+        self.by_policy, self.finders = frozenset(by_policy), frozenset(finders)
 
     @property
     def policy(self) -> Policy:
@@ -235,8 +250,17 @@ class Gatekeeper:
         start = sum(m.n_tokens for m in consumed)
         if start >= len(prompt):
             raise HandoffError(400, "the prompt has no tokens of its own to publish")
+        own_ids, rule, scan = prompt[start:], edge_digest(edge), False
         if edge.guard == "redact":
-            self._check_redacted(publish, prompt[start:])
+            self._check_redacted(publish, own_ids)
+        elif edge.guard in self.finders:
+            scan = publish.scan is None
+            if not scan:
+                self._check_scanned(publish, rule, own_ids)
+            elif publish.spans is not None:
+                raise HandoffError(
+                    400, f"guard {edge.guard!r} finds what to hide itself: leave spans out"
+                )
         elif publish.spans is not None:
             raise HandoffError(
                 400, f"spans are for guard 'redact'; this edge has {edge.guard!r}: leave them out"
@@ -248,7 +272,7 @@ class Gatekeeper:
             guard=edge.guard,
             forbid=edge.forbid,
             derive=edge.derive,
-            policy_digest=edge_digest(edge),
+            policy_digest=rule,
             origins=origins(publish.source, consumed),
             expires_at_s=int(self.clock() + edge.ttl_s),
             hop=max((m.hop for m in consumed), default=-1) + 1,
@@ -258,8 +282,9 @@ class Gatekeeper:
                 [edge.source, edge.audience, list(edge.forbid), list(edge.derive)],
                 [self.facts.revision, self.facts.config_digest],
                 consumed,
-                prompt[start:],
+                own_ids,
             ),
+            scan=scan,
         )
 
     def _check_redacted(self, publish: Publish, own: Sequence[int]) -> None:
@@ -270,7 +295,28 @@ class Gatekeeper:
                 "publisher names: name secrets, or spans, their token ranges ([] for none), or "
                 "choose another guard for this edge in the policy",
             )  # fmt: skip
-        for start, end in publish.spans:
+        self._check_covered(publish.spans, own)
+
+    def _check_scanned(self, publish: Publish, rule: str, own: Sequence[int]) -> None:
+        """The engine must have looked for secrets in this prompt, and signed what it left of it."""
+        self._check_covered(publish.spans or (), own)
+        try:
+            check_scan(self.key, rule, own, str(publish.scan), self.clock())
+        except GrantError as error:
+            raise HandoffError(403, str(error)) from None
+
+    def scanned(
+        self, plan: PublishPlan, own: Sequence[int], found: Sequence[tuple[int, int]]
+    ) -> dict[str, Any]:
+        """What the front end needs to publish a prompt that the guard has looked for secrets in:
+        ``found``, token ranges of ``own``, and the engine's word on what is left."""
+        ids = covered(own, found, self.facts.neutral_id)
+        until_s = int(self.clock()) + SCAN_S
+        signature = sign_scan(self.key, plan.policy_digest, ids, until_s)
+        return {"spans": [list(span) for span in found], "scan": signature}
+
+    def _check_covered(self, spans: Sequence[tuple[int, int]], own: Sequence[int]) -> None:
+        for start, end in spans:
             if not 0 <= start < end <= len(own):
                 raise HandoffError(
                     400, f"span [{start}, {end}) is not within the prompt's {len(own)} tokens"
@@ -280,6 +326,14 @@ class Gatekeeper:
                     400, f"span [{start}, {end}) still holds its secret: load the general plugin "
                     "lcguard (VLLM_PLUGINS) or send the prompt with neutral tokens",
                 )  # fmt: skip
+
+
+def covered(ids: Sequence[int], spans: Sequence[tuple[int, int]], neutral_id: int) -> list[int]:
+    """Tokens with the neutral one in place of each within ``spans``."""
+    out = list(ids)
+    for start, end in spans:
+        out[start:end] = [neutral_id] * (end - start)
+    return out
 
 
 def _told(

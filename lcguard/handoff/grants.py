@@ -3,7 +3,8 @@
 A handle is a random name, unguessable and never used twice. It is no permission: a receiver also
 shows a *grant*, the deployment's HMAC over handle, audience and expiry, which the publisher gets
 and passes on with the handle. Only the audience of the grant can use it, and nobody after expiry.
-An *order* is one handoff that the proxy allowed, signed, for engines that take no others.
+An *order* is one handoff that the proxy allowed, signed, for engines that take no others. A *scan*
+is the engine's own word on a prompt in which its guard has looked for secrets.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Sequence
 
 from lcguard.handoff.keys import check_key
 from lcguard.rope import canonical
 
 _DOMAIN = b"lcguard grant\0"
 _ORDER_DOMAIN = b"lcguard order\0"
+_SCAN_DOMAIN = b"lcguard scan\0"
 _GRANT = re.compile(r"(0|[1-9][0-9]{0,11})\.([0-9a-f]{64})")
 
 
@@ -66,6 +69,27 @@ def check_order(key: bytes, order: bytes, signature: str, now_s: float) -> None:
         )
     if now_s >= expires_at_s:
         raise GrantError(f"the proxy's signature expired at Unix time {expires_at_s}: ask it again")
+
+
+def sign_scan(key: bytes, rule: str, ids: Sequence[int], expires_at_s: int) -> str:
+    """``EXPIRY.HMAC``: the engine's own word that a prompt was read by the guard of ``rule``, the
+    digest of an edge, and that ``ids`` are what is left of it with all that was found covered."""
+    return f"{expires_at_s}.{_scan_mac(key, rule, ids, expires_at_s)}"
+
+
+def check_scan(key: bytes, rule: str, ids: Sequence[int], signature: str, now_s: float) -> None:
+    """Raises ``GrantError`` unless the engine signed just this, a while ago at most."""
+    match = _GRANT.fullmatch(signature)
+    expires_at_s = int(match[1]) if match else 0
+    if match is None or not hmac.compare_digest(match[2], _scan_mac(key, rule, ids, expires_at_s)):
+        raise GrantError("scan is not of this prompt under this policy: leave scan and spans out")
+    if now_s >= expires_at_s:
+        raise GrantError(f"the scan expired at Unix time {expires_at_s}: leave scan and spans out")
+
+
+def _scan_mac(key: bytes, rule: str, ids: Sequence[int], expires_at_s: int) -> str:
+    message = _SCAN_DOMAIN + canonical([rule, list(ids), expires_at_s])
+    return hmac.new(check_key(key), message, hashlib.sha256).hexdigest()
 
 
 def _order_mac(key: bytes, order: bytes, expires_at_s: int) -> str:

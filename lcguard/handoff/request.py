@@ -20,6 +20,8 @@ from lcguard.handoff.names import QualifiedName
 from lcguard.rope import canonical
 
 PARAM = "lcguard"
+SCANNED = "scanned"
+"""Key of an answer that stored nothing and says what the guard found in the prompt."""
 Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
 
 
@@ -43,6 +45,10 @@ class Publish(_Model):
     handle: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{32,128}$")] | None = None
     """The name to store it under, never used before; drawn by the engine if absent. It is no
     permission, see ``lcguard.handoff.grants``."""
+    scan: Annotated[str, StringConstraints(max_length=100)] | None = None
+    """For guards that find secrets themselves: the engine's word that it looked for them in this
+    prompt, and found those at ``spans``. Put in by ``lcguard.vllm``, never by a client; without it
+    the engine looks, and stores nothing."""
     guard: Literal["redact"] | None = None
     """``redact`` in place of the edge's guard, where the policy says ``on_leak: redact``."""
 
@@ -71,8 +77,14 @@ class Handoff(_Model):
     """The proxy's signature, for engines with ``proxy_only``."""
 
     def text(self) -> bytes:
-        """What the proxy signs: canonical JSON of all but the signature."""
-        return canonical(self.model_dump(mode="json", exclude={"order"}))
+        """What the proxy signs: canonical JSON of all but the signature, and but for what the
+        engine adds itself once it has looked for secrets."""
+        signed = self.model_dump(mode="json", exclude={"order"})
+        if self.publish is not None:
+            if self.publish.scan is not None:
+                signed["publish"]["spans"] = None
+            del signed["publish"]["scan"]
+        return canonical(signed)
 
 
 def tokens_digest(ids: Sequence[int]) -> str:

@@ -101,7 +101,7 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         assert self.scheduler is not None
         if isinstance(saved := connector_output.kv_connector_worker_meta, Saved):
-            self.scheduler.deferred.take(saved.reasons)
+            self.scheduler.deferred.take(saved)
 
     def on_new_request(self, request: Any) -> None:
         assert self.scheduler is not None
@@ -172,8 +172,8 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         assert self.worker is not None
-        reasons = self.worker.take_saved()
-        return Saved(reasons) if reasons else None
+        saved = self.worker.take_saved()
+        return saved if saved.reasons else None
 
     def shutdown(self) -> None:
         for half in (self.scheduler, self.worker):

@@ -6,6 +6,7 @@ So the output waits here, and nothing else does: the engine goes on with everybo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
 from lcguard.handoff.gatekeeper import Gatekeeper, PublishPlan
-from lcguard.handoff.request import PARAM
+from lcguard.handoff.request import PARAM, SCANNED
 from lcguard.vllm.errors import NOT_STORED
+from lcguard.vllm.jobs import Saved
 
 logger = init_logger("vllm.lcguard.deferred_outputs")
 _UNANSWERED = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR,
@@ -27,8 +29,8 @@ class _Expected:
     """A publish whose tokens are all there."""
 
     plan: PublishPlan
-    n_tokens: int
-    """Of the segment."""
+    own: Sequence[int]
+    """The segment's tokens."""
     answer: dict[str, Any]
     """What it says of the rest of the handoff."""
     held: tuple[int, Any] | None = None
@@ -42,6 +44,8 @@ class DeferredOutputs:
         self._gatekeeper = gatekeeper
         self._reasons: dict[str, str | None] = {}
         """Handle to why nothing was stored; empty where it was, None while nobody knows."""
+        self._found: dict[str, list[tuple[int, int]]] = {}
+        """Of handles whose guard only looked for secrets."""
         self._expected: dict[str, _Expected] = {}
 
     @property
@@ -57,13 +61,15 @@ class DeferredOutputs:
         """A publish that was begun has finished; ``answer``: the rest of what it says."""
         if request.status in _UNANSWERED:  # a stop string may have ended it: see the front end
             self._reasons.pop(plan.handle, None)
+            self._found.pop(plan.handle, None)
             return
-        n_tokens = request.num_prompt_tokens - plan.start_token
-        self._expected[request.request_id] = _Expected(plan, n_tokens, answer)
+        own = request.prompt_token_ids[plan.start_token :]
+        self._expected[request.request_id] = _Expected(plan, own, answer)
 
-    def take(self, reasons: dict[str, str]) -> None:
+    def take(self, saved: Saved) -> None:
         """The worker's word."""
-        self._reasons |= {h: reason for h, reason in reasons.items() if h in self._reasons}
+        self._reasons |= {h: why for h, why in saved.reasons.items() if h in self._reasons}
+        self._found |= {h: spans for h, spans in saved.found.items() if h in self._reasons}
 
     def pass_on(self, outputs: dict[int, EngineCoreOutputs]) -> dict[int, EngineCoreOutputs]:
         """A step's outputs without those held back, and with those whose segment is settled."""
@@ -88,7 +94,10 @@ class DeferredOutputs:
 
     def _answer(self, expected: _Expected, reason: str) -> dict[str, Any]:
         plan, gatekeeper = expected.plan, self._gatekeeper
+        found = self._found.pop(plan.handle, None)
         if reason:
             logger.error("lcguard: %s published nothing: %s", plan.source, reason)
             return {"error": NOT_STORED, "status": 400}
-        return plan.answer(gatekeeper.key, expected.n_tokens, gatekeeper.facts.placeholder_id)
+        if plan.scan:
+            return {SCANNED: gatekeeper.scanned(plan, expected.own, found or [])}
+        return plan.answer(gatekeeper.key, len(expected.own), gatekeeper.facts.placeholder_id)

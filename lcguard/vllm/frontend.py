@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.gatekeeper import Gatekeeper
+from lcguard.handoff.gatekeeper import Gatekeeper, covered
 from lcguard.handoff.grants import new_handle
-from lcguard.handoff.request import PARAM, Handoff, Publish, tokens_digest
+from lcguard.handoff.request import PARAM, SCANNED, Handoff, Publish, tokens_digest
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.store import SegmentNotFound, StoreError
 from lcguard.store.line import StoreLine
@@ -73,6 +73,14 @@ class FrontEnd:
                 handle = str(publish.handle)
                 self.line.submit(lambda: self.gatekeeper.store.retire(handle))
 
+    def must_scan(self, handoff: Handoff) -> bool:
+        """Whether a publish's guard has yet to look for secrets in the prompt. Raises
+        ``HandoffError``."""
+        publish = handoff.publish
+        if publish is None or publish.scan is not None:
+            return False
+        return self.gatekeeper.edge(publish).guard in self.gatekeeper.finders
+
     def own(self, params: Any) -> Any:
         """A request's own copy of its parameters: the caller may use them for others too."""
         copy = params.clone()
@@ -116,10 +124,12 @@ class FrontEnd:
                     400, "the engine reads this prompt as other tokens than its spans were counted "
                     "on: leave out what changes the prompt (tool_choice, response_format)",
                 )  # fmt: skip
-        if handoff.publish is not None and self.gatekeeper.edge(handoff.publish).guard == "redact":
-            for start, end in handoff.publish.spans or ():
-                if 0 <= start < end <= len(ids) - placed:
-                    ids[placed + start : placed + end] = [facts.neutral_id] * (end - start)
+        if handoff.publish is not None and (spans := handoff.publish.spans):
+            guard = self.gatekeeper.edge(handoff.publish).guard
+            if guard == "redact" or guard in self.gatekeeper.finders:
+                own = ids[placed:]
+                inside = [(a, b) for a, b in spans if 0 <= a < b <= len(own)]
+                ids[placed:] = covered(own, inside, facts.neutral_id)
         ids = [facts.placeholder_id] * (n - placed) + ids
         plan = self.gatekeeper.plan(
             handoff,
@@ -196,6 +206,34 @@ def _named(handoff: Handoff, params: Any) -> Publish | None:
         **params.extra_args, "kv_transfer_params": {**transfer, PARAM: named}
     }  # fmt: skip
     return publish.model_copy(update={"handle": handle})
+
+
+def to_scan(params: Any) -> Any:
+    """A request's parameters for the pass in which its guard looks for secrets: its answer is read
+    by nobody."""
+    from vllm.sampling_params import RequestOutputKind
+
+    made = params.clone()
+    made.max_tokens, made.min_tokens, made.stop = 1, 0, []
+    made.output_kind = RequestOutputKind.FINAL_ONLY
+    return made
+
+
+def after_scan(params: Any, output: Any) -> Any | None:
+    """The parameters with which a prompt is published that its guard has looked for secrets in;
+    None where ``output`` is not of such a pass."""
+    transfer = output.kv_transfer_params or {}
+    scanned = (transfer.get(PARAM) or {}).get(SCANNED)
+    if scanned is None:
+        return None
+    made = params.clone()
+    asked = made.extra_args["kv_transfer_params"]
+    publish = {**asked[PARAM]["publish"], **scanned}
+    made.extra_args = {
+        **made.extra_args,
+        "kv_transfer_params": {**asked, PARAM: {**asked[PARAM], "publish": publish}},
+    }
+    return made
 
 
 def failure_of(output: Any) -> HandoffError | None:

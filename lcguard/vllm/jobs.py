@@ -61,7 +61,9 @@ class Saved(KVConnectorWorkerMetadata):
     """Publications that came to an end: handle to why nothing was stored, empty where it was."""
 
     reasons: dict[str, str]
+    found: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Of those whose guard only looked for secrets: the token ranges that it hides."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, Saved)
-        return Saved(self.reasons | other.reasons)
+        return Saved(self.reasons | other.reasons, self.found | other.found)

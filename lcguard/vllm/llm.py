@@ -23,7 +23,7 @@ from lcguard.handoff.request import PARAM
 from lcguard.model_files import check_readable
 from lcguard.token_text import TokenTextError, TokenTexts
 from lcguard.vllm.checks import CONNECTOR
-from lcguard.vllm.frontend import failure_of
+from lcguard.vllm.frontend import after_scan, failure_of
 from lcguard.vllm.weights import AS_TRANSFORMERS
 
 Prompt = str | Sequence[int]
@@ -302,7 +302,14 @@ class GuardedLLM(_Guarded):
             failure = failure_of(output)
             if failure is not None:
                 raise failure
-        return list(outputs)
+        # prompts in which their guard looked for secrets: once more, without what it found
+        again = {
+            i: (prompts[i], params)
+            for i, output in enumerate(outputs)
+            if (params := after_scan(requests[i][1], output)) is not None
+        }
+        published = self._run_all(list(again.values())) if again else []
+        return [*(dict(enumerate(outputs)) | dict(zip(again, published, strict=True))).values()]
 
 
 class AsyncGuardedLLM(_Guarded):

@@ -5,7 +5,8 @@ vLLM loads it in every process. It wraps these methods, each once:
 - ``InputProcessor.process_inputs``: checks a handoff before it reaches the engine, so that a
   refusal is an HTTP 400, 403 or 404 with its reason; puts the placeholder tokens before the prompt
   and neutral tokens over spans that ``redact`` hides.
-- ``AsyncLLM.generate``: asks the store beside the event loop; a handoff that failed inside the
+- ``AsyncLLM.generate``: asks the store beside the event loop; passes a prompt twice whose guard
+  looks for secrets itself, the second time without them; a handoff that failed inside the
   engine becomes an error as well, and one whose client left leaves no segment.
 - ``Scheduler.update_from_output``: the last output of a publish waits for the store.
 - ``OnlineRenderer`` and ``BaseRenderer``: what is rendered behind a consumed segment begins no
@@ -25,11 +26,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.request import parse_handoff
+from lcguard.handoff.request import Handoff, parse_handoff
 from lcguard.vllm import continuation
 from lcguard.vllm.checks import CONNECTOR, check_siblings
-from lcguard.vllm.errors import as_http
-from lcguard.vllm.frontend import FrontEnd
+from lcguard.vllm.errors import NOT_STORED, as_http
+from lcguard.vllm.frontend import FrontEnd, after_scan, failure_of, to_scan
 
 _MARK = "_lcguard_wrapped"
 _front_ends: weakref.WeakKeyDictionary[Any, FrontEnd] = weakref.WeakKeyDictionary()
@@ -116,6 +117,12 @@ def _generate(original: Any) -> Any:
                     yield output
                 return
             front = await asyncio.to_thread(_front_end, self.input_processor)
+            if front.must_scan(handoff):
+                sampling_params = await _scanned(
+                    original, self, front, handoff, prompt, sampling_params, *args, **kwargs
+                )
+                handoff = parse_handoff(_transfer_params(sampling_params))
+                assert handoff is not None
             async with front.serving(handoff, sampling_params) as served:
                 async for output in original(self, prompt, sampling_params, *args, **kwargs):
                     if output.finished:
@@ -125,6 +132,34 @@ def _generate(original: Any) -> Any:
             raise as_http(error) from None
 
     return generate
+
+
+async def _scanned(
+    original: Any,
+    engine: Any,
+    front: FrontEnd,
+    handoff: Handoff,
+    prompt: Any,
+    params: Any,
+    request_id: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A first pass over the prompt, in which the guard looks for secrets and nothing is stored: the
+    parameters of the second, which publishes. Raises ``HandoffError``."""
+    first, second = to_scan(params), None
+    async with front.serving(handoff, first) as served:
+        outputs = original(engine, prompt, first, f"{request_id}-scan", *args, **kwargs)
+        async for output in outputs:
+            if output.finished:
+                failure = failure_of(output)
+                if failure is not None:
+                    raise failure
+                second = after_scan(params, output)
+        served.finished = second is not None
+    if second is None:
+        raise HandoffError(400, NOT_STORED)
+    return second
 
 
 def _update_from_output(original: Any) -> Any:

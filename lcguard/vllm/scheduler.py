@@ -131,9 +131,10 @@ class HandoffScheduler:
         """Names the prefix-cache blocks of one combination of segments, policy and agent.
 
         ``given`` is the proxy's secret salt of the agent. Where nobody has said who really sends,
-        a published prompt's blocks are for this request alone: a source is only a name.
+        a published prompt's blocks are for this request alone: a source is only a name. So are
+        those of a prompt that is only looked at: they hold what will be hidden.
         """
-        if plan.publish and not plan.consume and not given:
+        if plan.publish and (plan.publish.scan or not (plan.consume or given)):
             return secrets.token_hex(16)
         consumed = [[m.handle, m.hmac, m.policy_digest, m.audience] for m in plan.consume]
         source = plan.publish.source if plan.publish else ""

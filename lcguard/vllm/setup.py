@@ -8,8 +8,8 @@ from typing import Any
 
 from lcguard.cache import kv_shape
 from lcguard.categories import CATEGORIES
-from lcguard.guards import FrozenGuard, KVShape, guard_class
-from lcguard.guards.frozen import GuardError, reads_policy
+from lcguard.guards import FrozenGuard, GuardModule, KVShape, guard_class
+from lcguard.guards.frozen import GuardError, saved_class
 from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.gatekeeper import Gatekeeper, ModelFacts
 from lcguard.handoff.keys import deployment_key
@@ -108,10 +108,10 @@ def guard_names(settings: Settings) -> list[str]:
     return sorted({*PLAIN, *settings.guards})
 
 
-def policy_guards(settings: Settings) -> frozenset[str]:
-    """Those of them that hide whatever a rule forbids. Raises ``StartError``."""
+def guard_classes(settings: Settings) -> dict[str, type[GuardModule]]:
+    """What kinds of guards the settings name. Raises ``StartError``."""
     try:
-        return frozenset(n for n, at in settings.guards.items() if reads_policy(guard_folder(at)))
+        return {n: saved_class(guard_folder(at)) for n, at in settings.guards.items()}
     except GuardError as error:
         raise StartError(f"guards: {error}") from None
 
@@ -128,12 +128,7 @@ def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, F
                 )
                 if tuple(out[name].card.categories) != CATEGORIES:
                     raise GuardError("it knows other categories")
-                if out[name].needs_twin:
-                    # the engine holds the raw prompt's KV alone: passed on as the twin, it leaks
-                    raise GuardError(
-                        f"{out[name].name!r} sends the KV of another prompt, which only edges with "
-                        "guard 'redact' prefill here; use it on transformers"
-                    )
+                _check_twin(out[name].module)
             else:
                 module = guard_class(name).build(KVShape(*shape), len(CATEGORIES), {})
                 out[name] = FrozenGuard(module)
@@ -142,11 +137,30 @@ def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, F
     return out
 
 
+def _check_twin(module: GuardModule) -> None:
+    """Raises ``GuardError`` for one that sends the KV of a prompt that the engine cannot make."""
+    if not module.needs_twin:
+        return
+    if not module.finds_secrets:
+        # the engine holds the raw prompt's KV alone: passed on as the twin, it leaks
+        raise GuardError(
+            f"{module.name!r} sends the KV of a prompt that only its publisher can make: name the "
+            "built-in guard 'redact' instead"
+        )
+    if module.placeholder != "neutral":
+        raise GuardError(
+            f"its placeholder {module.placeholder!r} changes a segment's length, which vLLM keeps: "
+            "save it with placeholder neutral, or use it on transformers"
+        )
+
+
 def gatekeeper_of(config: Any, one_process: bool) -> Gatekeeper:
     """The gatekeeper of an engine or of its front end. Raises ``StartError``."""
     settings = settings_of(config)
+    classes = guard_classes(settings)
     return Gatekeeper(
         facts_of(config, settings), policy_of(settings), guard_names(settings),
         store_of(settings, one_process), key_of(), proxy_only=settings.proxy_only,
-        by_policy=policy_guards(settings),
+        by_policy=[n for n, cls in classes.items() if cls.reads_policy],
+        finders=[n for n, cls in classes.items() if cls.finds_secrets],
     )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from lcguard.guards.detector import runs
 from lcguard.guards.frozen import FrozenGuard, GuardError
 from lcguard.handoff.gatekeeper import ModelFacts
 from lcguard.manifest import Lineage, SegmentError
@@ -26,7 +27,7 @@ from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
 from lcguard.store.line import Call, StoreLine
 from lcguard.vllm.draws import Draws, Rows, chain_of
-from lcguard.vllm.jobs import LoadJob, SaveJob
+from lcguard.vllm.jobs import LoadJob, Saved, SaveJob
 from lcguard.vllm.pages import LayerPages, gather_layers, slots_of, write_layers
 from lcguard.vllm.rewrite import has_page_form, rewrite_pages
 from lcguard.vllm.selfcheck import check_rewriting
@@ -60,6 +61,8 @@ class HandoffWorker:
         """Of each handle."""
         self._lost: dict[str, str] = {}
         """Handle to why nothing of it went to the store."""
+        self._found: dict[str, list[tuple[int, int]]] = {}
+        """Of publishes that were only looked at."""
         self._refused: set[str] = set()
         self._swept_s = 0.0
 
@@ -160,16 +163,20 @@ class HandoffWorker:
         if self.rank != 0:
             return
         try:
-            self._commit(job, keys, values)
+            if job.plan.scan:
+                self._found[job.plan.handle] = self._scanned(job, keys, values)
+            else:
+                self._commit(job, keys, values)
         except Exception as error:
             known = isinstance(error, SegmentError | GuardError)
             log = logger.error if known else logger.exception
             log("lcguard: request %s publishes nothing: %s", job.request_id, error)
             self._lost[job.plan.handle] = "its guard failed"
 
-    def take_saved(self) -> dict[str, str]:
+    def take_saved(self) -> Saved:
         """Handles whose save ended since the last call, with why nothing was stored, if so."""
-        reasons, self._lost = self._lost, {}
+        found, self._found = self._found, {}
+        reasons, self._lost = self._lost | dict.fromkeys(found, ""), {}
         for handle, call in list(self._saves.items()):
             if not call.ended():
                 continue
@@ -181,7 +188,7 @@ class HandoffWorker:
                 if not isinstance(error, SegmentError | StoreError):
                     logger.exception("lcguard: storing segment %s... failed", handle[:6])
                 reasons[handle] = str(error) or type(error).__name__
-        return reasons
+        return Saved(reasons, found)
 
     @torch.inference_mode()
     def _read(self, job: SaveJob) -> tuple[Tensor, Tensor]:
@@ -193,16 +200,30 @@ class HandoffWorker:
         positions = torch.arange(start, end, device=device)
         return self.rotary.unrotate(keys, positions), values
 
+    def _raw(self, keys: Tensor, values: Tensor) -> KVBatch:
+        """Gathered KV ``[L, H, T, D]`` as guards take it; ranks may hold the same heads."""
+        heads = int(self.config.num_key_value_heads)
+        keys, values = (t[:, :: max(1, t.shape[1] // heads)] for t in (keys, values))
+        valid = torch.ones(1, keys.shape[2], dtype=torch.bool, device=keys.device)
+        return KVBatch(keys[None].float(), values[None].float(), valid)
+
+    @torch.inference_mode()
+    def _scanned(self, job: SaveJob, keys: Tensor, values: Tensor) -> list[tuple[int, int]]:
+        """Token ranges of the prompt that the plan's guard hides. Raises ``GuardError``."""
+        plan = job.plan
+        guard, mask = self.guards[plan.guard], mask_of([plan.forbid], [plan.derive])
+        marks = guard.marks(self._raw(keys, values), mask)
+        if marks is None:
+            raise GuardError(f"guard {plan.guard!r} cannot look for secrets")
+        hidden = (marks[0] >= 0).int() - 1
+        return [(start, end) for start, end, _ in runs(hidden.tolist())]
+
     @torch.inference_mode()
     def _guarded(self, job: SaveJob, keys: Tensor, values: Tensor, noise_key: bytes) -> Guarded:
         """The segment through the plan's guard: from the pages where that can be, else from the
         gathered KV ``[L, H, T, D]``, which a guard over several ranks' heads needs."""
         plan = job.plan
-        heads = int(self.config.num_key_value_heads)
-        keys, values = (t[:, :: max(1, t.shape[1] // heads)] for t in (keys, values))
-        valid = torch.ones(1, keys.shape[2], dtype=torch.bool, device=keys.device)
-        raw = KVBatch(keys[None].float(), values[None].float(), valid)
-        guard = self.guards[plan.guard]
+        raw, guard = self._raw(keys, values), self.guards[plan.guard]
         mask = mask_of([plan.forbid], [plan.derive])
         if self.world == 1 and has_page_form(guard):
             slots = slots_of(job.blocks, self.block_size, plan.start_token, job.n_tokens)
@@ -210,7 +231,7 @@ class HandoffWorker:
                 guard, self.layers, slots.to(keys.device), self.rotary, plan.start_token, mask,
                 noise_key, raw,
             )  # fmt: skip
-        # with redact, the prompt is the twin already: its spans hold neutral tokens
+        # the prompt is the twin already: its secrets' places hold neutral tokens
         return guard(raw, mask, keys=[noise_key], twin=raw if guard.needs_twin else None)
 
     @torch.inference_mode()

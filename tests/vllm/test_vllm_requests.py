@@ -17,7 +17,7 @@ from lcguard.categories import CATEGORIES
 from lcguard.guards.frozen import weights_digest
 from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.gatekeeper import Gatekeeper, ModelFacts, edge_of
+from lcguard.handoff.gatekeeper import SCAN_S, Gatekeeper, ModelFacts, covered, edge_of
 from lcguard.handoff.grants import GrantError, check_grant, make_grant, new_handle
 from lcguard.handoff.policy import load_policy, parse_policy
 from lcguard.handoff.request import Publish, parse_handoff, tokens_digest
@@ -158,6 +158,48 @@ def test_behind_a_proxy_only_what_it_signed_is_planned() -> None:
             mine.plan(handoff(**bad), [1, 2])
         assert caught.value.status == 403
     assert keeper().plan(handoff(**wish), [1, 2]).publish is not None
+
+
+def test_what_a_guard_looked_through_is_signed_for_one_prompt_and_one_policy() -> None:
+    edges = [
+        {"source": "a", "audience": name, "forbid": forbid, "guard": "finder"}
+        for name, forbid in (("b", ["person"]), ("c", ["health"]))
+    ]
+    mine = Gatekeeper(
+        FACTS,
+        parse_policy({"version": 1, "edges": edges}),
+        ["finder"],
+        open_store("memory://"),
+        KEY,
+        clock=lambda: 1000.0,
+        finders=["finder"],
+    )
+    ids = list(range(10, 20))
+    plan = mine.plan(handoff(publish=PUBLISH), ids).publish
+    assert plan is not None
+    assert plan.scan
+    said = mine.scanned(plan, ids, [(2, 4)])
+    left = covered(ids, [(2, 4)], FACTS.neutral_id)
+    done = mine.plan(handoff(publish=PUBLISH | said), left).publish
+    assert done is not None
+    assert not done.scan
+    for wish, prompt, match in (
+        (said, ids, "still holds"),
+        (said, [*left[:-1], 99], "not of this prompt"),
+        (said | {"audience": "c"}, left, "under this policy"),
+        (said | {"forbid": ["finance"]}, left, "under this policy"),
+        (said | {"scan": "9" * 20}, left, "not of this prompt"),
+        ({"spans": [[2, 4]]}, left, "leave spans out"),
+    ):
+        with pytest.raises(HandoffError, match=match):
+            mine.plan(handoff(publish=PUBLISH | wish), prompt)
+    mine.clock = lambda: 1000.0 + SCAN_S
+    with pytest.raises(HandoffError, match="expired"):
+        mine.plan(handoff(publish=PUBLISH | said), left)
+    # the proxy signs what its client asked for, not what the engine adds
+    asked, added = handoff(publish=PUBLISH), handoff(publish=PUBLISH | said)
+    assert asked.text() == added.text()
+    assert asked.text() != handoff(publish=PUBLISH | {"spans": [[2, 4]]}).text()
 
 
 def test_an_edge_that_nobody_wrote_forbids_everything() -> None:

@@ -26,7 +26,7 @@ from lcguard.agents.nano.load import model_path
 from lcguard.handoff.keys import new_key
 from lcguard.handoff.policy import parse_policy
 from lcguard.store import open_store
-from tests.engine import KEY, needs_vllm, policy, question, records
+from tests.engine import KEY, fit_twin, needs_vllm, policy, question, records
 from tests.paths import ROOT
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -88,6 +88,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     import openai
 
     folder = tmp_path_factory.mktemp("server")
+    agent = load_backend("nano")
+    fit_twin(agent).save_pretrained(folder / "twin")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -97,7 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "kv_connector_extra_config": {
             "store": f"file://{folder / 'store'}",
             "policy": policy() | {"edges": [*policy()["edges"], *readme_edges()]},
-            "guards": {"gate": "nano:gate"},
+            "guards": {"gate": "nano:gate", "twin": str(folder / "twin")},
         },
     }
     command = [
@@ -121,7 +123,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     pytest.fail((folder / "log").read_text()[-4000:])
                 time.sleep(0.5)
-        yield Server(client, str(client.base_url), folder / "store", load_backend("nano"), process)
+        yield Server(client, str(client.base_url), folder / "store", agent, process)
     finally:
         client.close()
         os.killpg(process.pid, signal.SIGTERM)
@@ -149,6 +151,25 @@ def test_publish_and_consume_with_the_openai_client(server: Server) -> None:
     assert by_tokens.kv_transfer_params["lcguard"] == {"consumed_tokens": shown}
     streamed = server.ask(list(q.prompt), consume(made), stream=True)
     assert "".join(c.choices[0].text for c in streamed if c.choices) == whole.choices[0].text
+
+
+def test_a_publish_whose_guard_looks_for_secrets_is_one_request(server: Server) -> None:
+    """Read, and computed again without what was found: the client asks once, streaming or not."""
+    (record,) = records(server.agent, 1, seed=302)
+    made = server.publish(record.ids, "twin")
+    assert made["guard"] == "twin"
+    assert made["n_tokens"] == len(record.ids)
+    store = open_store(f"file://{server.store}")
+    segment = store.load(made["handle"], bytes.fromhex(KEY))
+    raw = server.agent.source.prefill([record.ids])
+    first = min(s.start for s in record.spans if s.secret)
+    torch.testing.assert_close(
+        segment.values[:, :, :1], raw.values[0, :, :, :1], atol=2e-3, rtol=2e-3
+    )
+    assert not torch.allclose(segment.values[:, :, first], raw.values[0, :, :, first], atol=0.02)
+    handoff = {"publish": {"source": "intake", "audience": "twin"}}
+    pieces = list(server.ask(list(record.ids), handoff, stream=True))
+    assert len(pieces) > 1
 
 
 def test_a_chat_request_consumes(server: Server) -> None:
