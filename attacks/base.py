@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -68,6 +68,12 @@ class BaseAttack:
     source: ClassVar[str] = ""
     fitted: ClassVar[bool] = True
     """False for attacks without parameters of their own."""
+    reads_joint: ClassVar[bool] = False
+    """True where it reads all segments of a scenario together; else it reads single ones."""
+    replies: ClassVar[bool] = False
+    """True where its guesses are replies of the receiver's, in the receiver's own words."""
+    starts_from: ClassVar[str] = ""
+    """The attack that a warm start is fitted by, on raw KV; empty where it always starts cold."""
 
     @dataclass(frozen=True)
     class Config:
@@ -106,11 +112,50 @@ class BaseAttack:
     def options(self) -> dict[str, Any]:
         return asdict(self.config)
 
+    @classmethod
+    def clean_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of its options that ``starts_from`` has too."""
+        return dict(options)
+
+    @classmethod
+    def stressed(cls, options: Mapping[str, Any], steps: int, width: int) -> dict[str, Any]:
+        """Options of the same attack with so many times the steps and the width of its networks;
+        as they are where it has neither."""
+        return dict(options)
+
+    def reschedule(self, **changes: Any) -> None:
+        """Changes fields of the ``FitConfig``; nothing where there is none."""
+
+    def start_from(self, clean: BaseAttack) -> None:
+        """Starts the next fit from a fitted attack of the kind ``starts_from``."""
+        raise ValueError(f"attack {self.name!r} has no warm start: leave out warm")
+
+    def as_adversary(self) -> Any:
+        """The attack as something that a guard can be trained against, step by step."""
+        raise ValueError(f"attack {self.name!r} cannot be an adversary; use decoder")
+
     def fit(self, pairs: AttackData, *, seed: int = 0) -> BaseAttack:
         raise NotImplementedError(f"attack {self.name!r} defines no fit")
 
     def recover(self, data: AttackData) -> list[Guess]:
         raise NotImplementedError(f"attack {self.name!r} defines no recover")
+
+
+class ScheduledAttack(BaseAttack):
+    """An attack whose network learns in steps."""
+
+    @dataclass(frozen=True)
+    class Config(BaseAttack.Config):
+        fit: FitConfig = field(default_factory=FitConfig)
+
+    @classmethod
+    def stressed(cls, options: Mapping[str, Any], steps: int, width: int) -> dict[str, Any]:
+        fit = options.get("fit", {})
+        more = steps * int(fit.get("steps", cls.Config().fit.steps))
+        return {**options, "fit": {**fit, "steps": more}}
+
+    def reschedule(self, **changes: Any) -> None:
+        self.config = replace(self.config, fit=replace(self.config.fit, **changes))
 
 
 def _value(cls: type[BaseAttack], default: Any, key: str, value: Any) -> Any:

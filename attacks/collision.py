@@ -152,7 +152,7 @@ class CollisionAttack(BaseAttack):
             i for i, n in enumerate(ends) if n and (c.max_tokens is None or n <= c.max_tokens)
         ]
         chosen = chosen[: c.max_records]
-        on: Any = data.meta.get("on")
+        on = data.on
         found = [
             self.read(data.kv[i : i + 1], data.mask[[i]], None if on is None else on[i : i + 1],
                       ends[i])

@@ -8,7 +8,9 @@ segment each token belongs to; fields are ``agent.field``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +25,16 @@ from lcguard.protocols import AttackData
 class CompositionAttack(DecoderAttack):
     goal = "recover forbidden values from all segments of a path or graph together"
     source = "arXiv 2605.22786 (Full-System) and 2509.14284, as a decoder over joint segments"
+    reads_joint = True
 
     @dataclass(frozen=True)
     class Config(DecoderAttack.Config):
         max_segments: int = 16
         """Segments told apart; those beyond share the last mark."""
+
+    @classmethod
+    def clean_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in options.items() if k != "max_segments"}
 
     def start(self, pairs: AttackData, *, seed: int = 0) -> None:
         """As the decoder; warm, it may start from a decoder fitted on single segments.
@@ -64,11 +71,11 @@ class CompositionAttack(DecoderAttack):
     def inputs(self, batch: AttackData) -> Tensor:
         """Features and the token's segment as one-hot, ``[B, T, channels + max_segments]``.
 
-        Pairs without ``meta['segments']`` are single segments.
+        Pairs without ``segments`` are single ones.
         """
         features = super().inputs(batch)
         limit = int(self.config.max_segments)
-        segments = batch.meta.get("segments")
+        segments = batch.segments
         if segments is None:
             segments = torch.zeros(features.shape[:2], dtype=torch.long)
         owner = segments[:, : features.shape[1]].clamp_max(limit - 1).to(features.device)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcguard.attacks.base import BaseAttack, FitConfig, register
+from lcguard.attacks.base import BaseAttack, ScheduledAttack, register
 from lcguard.attacks.network import Network, Read
 from lcguard.protocols import AttackData, Guess
 from lcguard.records import IGNORE, pad
@@ -38,12 +38,13 @@ class Targets(NamedTuple):
 
 
 @register("decoder")
-class DecoderAttack(BaseAttack):
+class DecoderAttack(ScheduledAttack):
     goal = "recover forbidden values verbatim from a guarded segment"
     source = "arXiv 2605.22786, strengthened"
+    starts_from = "decoder"
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(ScheduledAttack.Config):
         vocab: int = 0
         """Size of the agent's vocabulary; 0 takes it from the pairs."""
         width: int = 96
@@ -53,7 +54,6 @@ class DecoderAttack(BaseAttack):
         """Weight of the auxiliary target."""
         token_every: int = 4
         """One position in so many is computed in a step."""
-        fit: FitConfig = field(default_factory=FitConfig)
 
     def __init__(self, config: Config | None = None, warm: DecoderAttack | None = None) -> None:
         super().__init__(config)
@@ -63,6 +63,19 @@ class DecoderAttack(BaseAttack):
         self.steps_done = 0
         self.held_back = 0.0
         """Exact match on held-back training pairs at the last check."""
+
+    def start_from(self, clean: BaseAttack) -> None:
+        if not isinstance(clean, DecoderAttack):
+            raise ValueError(f"attack {self.name!r} starts from a decoder, not {clean.name!r}")
+        self.warm = clean
+
+    def as_adversary(self) -> DecoderAttack:
+        return self
+
+    @classmethod
+    def stressed(cls, options: Mapping[str, Any], steps: int, width: int) -> dict[str, Any]:
+        wide = int(options.get("width", cls.Config().width)) * width
+        return {**super().stressed(options, steps, width), "width": wide}
 
     # -- fitting
 
@@ -78,7 +91,7 @@ class DecoderAttack(BaseAttack):
         names = {s.field for secrets in pairs.secrets for s in secrets}
         self.fields = {name: i for i, name in enumerate(sorted(names))}
         channels = self.inputs(pairs.subset([0])).shape[-1]
-        vocab = self.config.vocab or int(pairs.meta["vocab"])
+        vocab = self.config.vocab or pairs.special.vocab
         # one entry more: a field that the training pairs never had
         self.net = Network(channels, vocab, len(self.fields) + 1, self.config.width,
                            self.config.blocks).to(pairs.kv.keys.device)  # fmt: skip
@@ -186,7 +199,7 @@ class DecoderAttack(BaseAttack):
     def targets(self, batch: AttackData) -> Targets:
         flat = [(i, s) for i, secrets in enumerate(batch.secrets) for s in secrets]
         start = self.network.writer.token.num_embeddings - 1
-        end = int(batch.meta["end_id"])
+        end = batch.special.end_id
         values = [s.ids[: self.config.max_tokens] for _, s in flat]
         unknown = len(self.fields)
         targets = (
@@ -246,7 +259,7 @@ class DecoderAttack(BaseAttack):
         if not len(targets.rows):
             return []
         read = self.network.reader(self.inputs(part), kv.valid)
-        prefix, end = targets.prefix[:, :1], int(part.meta["end_id"])
+        prefix, end = targets.prefix[:, :1], part.special.end_id
         done = torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
         for _ in range(self.config.max_tokens + 1):
             written = self.network.writer(read, targets.rows, kv.valid, targets.fields, prefix)

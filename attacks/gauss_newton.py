@@ -115,7 +115,7 @@ class GaussNewtonAttack(BaseAttack):
 
     def recover(self, data: AttackData) -> list[Guess]:
         """Guesses for the attempted records only; raises ``ValueError`` if not fitted."""
-        c, on = self.config, data.meta.get("on")
+        c, on = self.config, data.on
         lengths = data.kv.valid.sum(1).tolist()
         chosen = [
             i for i, n in enumerate(lengths)

@@ -24,6 +24,7 @@ class InjectionAttack(BaseAttack):
     goal = "have the receiver's own model answer questions about forbidden fields"
     source = "arXiv 2508.09442"
     fitted: ClassVar[bool] = False
+    replies: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config:
@@ -49,25 +50,24 @@ class InjectionAttack(BaseAttack):
         for secrets in pairs.secrets:
             for s in secrets:
                 letters.setdefault(s.field, {" "}).update(decode(s.ids))
-        texts = [decode([i]) for i in range(int(pairs.meta["vocab"]))]
-        special = set(pairs.meta.get("special_ids", ()))
+        texts = [decode([i]) for i in range(pairs.special.vocab)]
+        special = set(pairs.special.special_ids)
         for field, known in letters.items():
             ok = [i not in special and bool(t) and set(t) <= known for i, t in enumerate(texts)]
             self._allowed[field] = torch.tensor(ok)
         return self
 
     def recover(self, data: AttackData) -> list[Guess]:
-        """Greedy answers. ``data.meta['prompts']`` holds one prompt per record and secret."""
+        """Greedy answers. ``data.prompts`` holds one prompt per record and secret."""
         if self._allowed is None:
             raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
-        prompts: Sequence[Sequence[Sequence[int]]] = data.meta["prompts"]
         flat = [
             (i, s, prompt)
             for i, secrets in enumerate(data.secrets)
-            for s, prompt in zip(secrets, prompts[i], strict=True)
+            for s, prompt in zip(secrets, data.prompts[i], strict=True)
         ]
         out: list[Guess] = []
-        everything = torch.ones(int(data.meta["vocab"]), dtype=torch.bool)
+        everything = torch.ones(data.special.vocab, dtype=torch.bool)
         for first in range(0, len(flat), 128):
             part = flat[first : first + 128]
             rows = torch.tensor([i for i, _, _ in part])
@@ -95,7 +95,7 @@ class InjectionAttack(BaseAttack):
         allowed: Tensor | None,
     ) -> list[tuple[int, ...]]:  # fmt: skip
         return self.known.source.generate(
-            kv, prompts, self.config.max_tokens, int(data.meta["end_id"]), allowed
+            kv, prompts, self.config.max_tokens, data.special.end_id, allowed
         )
 
 

@@ -22,7 +22,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -213,8 +213,7 @@ class LikelihoodAttack(BaseAttack):
         kv = source.prefill(ids[:1], on=_behind(data, [row]))
         if guard.marks(kv, data.mask[[row]]) is not None:  # it reads the raw entries of each
             kv = source.prefill(ids, self.config.batch, _behind(data, [row] * len(ids)))
-        fixed = bool(data.meta.get("fixed_length"))
-        return twin_contexts(guard, contexts, kv, data.meta["special"], fixed)
+        return twin_contexts(guard, contexts, kv, data.special, data.fixed_length)
 
     def _longest_number(self, secrets: Sequence[Secret]) -> int | None:
         """Which secret has enough digits for a list above 1,000."""
@@ -224,19 +223,17 @@ class LikelihoodAttack(BaseAttack):
 
 
 def _records(data: AttackData) -> list[TokenRecord]:
-    found = data.meta.get("records")
-    if found is None or data.meta.get("segments") is not None:
+    if data.records is None or data.segments is not None:
         raise ValueError(
             "attack 'likelihood' compares whole contexts: give single segments with their records "
             "(attack_data), not joint ones"
         )
-    return list(found)
+    return list(data.records)
 
 
 def _behind(data: AttackData, rows: Sequence[int]) -> KVBatch | None:
     """The consumed segments that the rows' contexts stand behind."""
-    on: Any = data.meta.get("on")
-    return None if on is None else on[torch.as_tensor(list(rows), dtype=torch.long)]
+    return None if data.on is None else data.on[torch.as_tensor(list(rows), dtype=torch.long)]
 
 
 def _put(record: TokenRecord, secret: Secret, value: Ids) -> TokenRecord:

@@ -64,7 +64,7 @@ class LinearAttack(BaseAttack):
         held = max(1, len(y) // 10)
         # a class of one token alone in the held-back part would be none of the classes
         self.model = model.fit(x[held:], y[held:])
-        self.temperature = self._calibrate(x[:held], y[:held], int(pairs.meta["vocab"]))
+        self.temperature = self._calibrate(x[:held], y[:held], pairs.special.vocab)
         return self
 
     def _pipeline(self, seed: int) -> Any:
@@ -106,7 +106,7 @@ class LinearAttack(BaseAttack):
         """One guess a secret; raises ``ValueError`` if not fitted."""
         if self.model is None:
             raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
-        features, vocab = data.kv.features().float().cpu().numpy(), int(data.meta["vocab"])
+        features, vocab = data.kv.features().float().cpu().numpy(), data.special.vocab
         spots = [(i, s) for i, secrets in enumerate(data.secrets) for s in secrets]
         here = [features[i, s.positions[0] : s.positions[1]] for i, s in spots]
         if not any(map(len, here)):

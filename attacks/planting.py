@@ -49,14 +49,14 @@ def with_message(
         [replace(s, positions=(s.positions[0] + n, s.positions[1] + n)) for s in row]
         for row in data.secrets
     ]
-    meta = {**data.meta, "planted": message}
-    return replace(data, context_ids=pad(rows, IGNORE), secrets=secrets, meta=meta)
+    ids = pad(rows, IGNORE)
+    return replace(data, context_ids=ids, secrets=secrets, planted=message)
 
 
 def publish(data: AttackData, known: Knowledge, salt: str) -> AttackData:
     """Prefills the contexts anew and guards them; noise is a function of salt and record."""
     rows = [context_of(data, i) for i in range(len(data))]
-    before = data.meta.get("on")  # what the senders had consumed, on a hop after the first
+    before = data.on  # what the senders had consumed, on a hop after the first
     parts = []
     for first in range(0, len(rows), 64):
         cut = slice(first, first + 64)

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcguard.attacks.base import BaseAttack, FitConfig, register
+from lcguard.attacks.base import FitConfig, ScheduledAttack, register
 from lcguard.attacks.decoder import aligned
 from lcguard.protocols import AttackData, Guess, KVBatch
 from lcguard.records import IGNORE
 
 
 @register("probe")
-class ProbeAttack(BaseAttack):
+class ProbeAttack(ScheduledAttack):
     goal = "read each forbidden token off the guarded entry at its own position"
     source = "standard probing; positions known"
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(ScheduledAttack.Config):
         width: int = 192
         layers: tuple[int, ...] = ()
         """Only these layers' keys and values; empty: all."""
@@ -49,7 +49,7 @@ class ProbeAttack(BaseAttack):
             _Standardise(center, scale),
             nn.Linear(x.shape[1], c.width),
             nn.GELU(),
-            nn.Linear(c.width, int(pairs.meta["vocab"])),
+            nn.Linear(c.width, pairs.special.vocab),
         ).to(x.device)
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=c.fit.lr)
         rng = torch.Generator().manual_seed(seed)

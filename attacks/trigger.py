@@ -18,13 +18,12 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcguard.attacks.base import BaseAttack, FitConfig, register
+from lcguard.attacks.base import FitConfig, ScheduledAttack, register
 from lcguard.attacks.planting import (
     context_known,
     context_of,
@@ -40,14 +39,12 @@ from lcguard.records import IGNORE
 
 
 @register("trigger")
-class TriggerAttack(BaseAttack):
+class TriggerAttack(ScheduledAttack):
     goal = "make the sender read a message that opens the guard, then read the forbidden tokens"
     source = "arXiv 1908.07125, on KV"
-    active: ClassVar[bool] = True
-    """Evaluation calls ``plant`` on the victims' data after ``fit``."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(ScheduledAttack.Config):
         length: int = 4
         """Tokens of the trigger."""
         max_perplexity: float = 300.0
@@ -80,7 +77,7 @@ class TriggerAttack(BaseAttack):
 
     def fit(self, pairs: AttackData, *, seed: int = 0) -> TriggerAttack:
         """Raises ``ValueError`` for pairs without secrets, or a perplexity that cannot be met."""
-        self.special, self._salt = frozenset(pairs.meta.get("special_ids", ())), f"trigger {seed}"
+        self.special, self._salt = frozenset(pairs.special.special_ids), f"trigger {seed}"
         self.trigger_ids = ()
         self.reader = self._read(pairs, seed)
         known = [i for i, s in enumerate(pairs.secrets) if s and context_known(pairs, i)]
@@ -214,7 +211,7 @@ class TriggerAttack(BaseAttack):
 
         Data that is planted already, or whose contexts are unknown, comes back as it is.
         """
-        if not self.trigger_ids or "planted" in data.meta or not len(data):
+        if not self.trigger_ids or data.planted or not len(data):
             return data
         if not all(context_known(data, i) for i in range(len(data))):
             return data

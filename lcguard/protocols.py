@@ -9,12 +9,15 @@ Shapes everywhere: B batch, L layers, H KV heads, T tokens, D head dim, C catego
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lcguard.tokens import Secret as Secret
+from lcguard.tokens import Special, TokenRecord
 
 
 @dataclass(frozen=True)
@@ -156,35 +159,38 @@ class Guard(Protocol):
 
 
 @dataclass(frozen=True)
-class Secret:
-    """A value that the edge's policy forbids, as the attacker is scored on it."""
-
-    category: str
-    field: str
-    ids: tuple[int, ...]
-    """Token ids of the value."""
-    positions: tuple[int, int]
-    """Token range ``[start, end)`` of the value in the sender's context."""
-
-
-@dataclass(frozen=True)
 class AttackData:
     """What a white-box attacker holds: guarded segments with the secrets that went in.
 
-    Training pairs have all fields. ``context_ids`` is what the attacker's own copy of the sender
-    read: a dense auxiliary target. For the records under attack only ``kv``, ``mask`` and the
-    identity of the wanted field may be used; the secrets serve to score. An attack that states
-    that it knows the rest of a record also reads ``meta['records']``.
+    Training pairs have all fields. For the records under attack only ``kv``, ``mask``, ``prompts``
+    and the identity of the wanted field may be used; the secrets serve to score. An attack that
+    states that it knows the rest of a record also reads ``records``.
     """
 
     kv: KVBatch
     context_ids: Tensor
-    """``[B, T]`` long, padding = -100."""
+    """``[B, T]`` long, padding = -100: what the attacker's own copy of the sender read, a dense
+    auxiliary target."""
     secrets: Sequence[Sequence[Secret]]
     """Per record."""
     record_ids: Sequence[str]
     mask: Mask
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    special: Special
+    """Of the agents' tokenizer."""
+    prompts: Sequence[Sequence[Sequence[int]]]
+    """For each record and secret the tokens of a question about it."""
+    records: Sequence[TokenRecord] | None = None
+    """What the senders read; None for joint segments, which are of several."""
+    segments: Tensor | None = None
+    """``[B, T]`` long: of a joint segment, which part a token is of; None for single ones."""
+    parts: int = 1
+    """Segments in a joint one."""
+    on: KVBatch | None = None
+    """What each sender had consumed before; None where no sender had."""
+    fixed_length: bool = False
+    """True where the guard also hides how long each value was."""
+    planted: tuple[int, ...] = ()
+    """Message that the senders read before their records."""
 
     def __len__(self) -> int:
         return len(self.record_ids)
@@ -201,20 +207,11 @@ class AttackData:
             secrets=[self.secrets[i] for i in index],
             record_ids=[self.record_ids[i] for i in index],
             mask=self.mask[rows],
-            meta=self._meta_of(index),
+            prompts=[self.prompts[i] for i in index],
+            records=None if self.records is None else [self.records[i] for i in index],
+            segments=None if self.segments is None else self.segments[rows],
+            on=None if self.on is None else self.on[rows],
         )
-
-    def _meta_of(self, index: Sequence[int]) -> Mapping[str, Any]:
-        """``prompts``, ``records``, ``segments`` and ``on`` are per record, the rest about the
-        whole set."""
-        rows, out = torch.as_tensor(list(index), dtype=torch.long), dict(self.meta)
-        for name in ("prompts", "records"):
-            if name in out:
-                out[name] = [out[name][i] for i in index]
-        for name in ("segments", "on"):
-            if out.get(name) is not None:
-                out[name] = out[name][rows]
-        return out
 
 
 class Ranked(NamedTuple):

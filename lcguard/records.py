@@ -1,7 +1,6 @@
-"""Records as token ids: what training, attacks and evaluation work on.
+"""Records as batches: policies as masks, padding, and questions packed into one row.
 
-A ``TokenRecord`` is one record crossing one edge: the sender's context, the token ranges of its
-values, and the questions that the receiver is asked after the context.
+The records themselves are in ``lcguard.tokens``.
 """
 
 from __future__ import annotations
@@ -13,56 +12,12 @@ import torch
 from torch import Tensor
 
 from lcguard.categories import CATEGORIES
-from lcguard.protocols import Mask, Secret
+from lcguard.protocols import Mask
+from lcguard.tokens import TokenQuestion as TokenQuestion
+from lcguard.tokens import TokenRecord as TokenRecord
+from lcguard.tokens import TokenSpan as TokenSpan
 
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class TokenSpan:
-    start: int
-    """First token of the value in the context."""
-    end: int
-    field: str
-    category: str | None
-    band: str | None = None
-    secret: bool = False
-    """True where the edge's policy forbids this value."""
-
-
-@dataclass(frozen=True)
-class TokenQuestion:
-    prompt: tuple[int, ...]
-    """Tokens after the context, up to where the answer starts."""
-    answer: tuple[int, ...]
-    """Answer with its end token."""
-    field: str
-    category: str | None
-    kind: str
-    task: bool
-    """True where the receiver needs the answer for its task."""
-
-
-@dataclass(frozen=True)
-class TokenRecord:
-    record_id: str
-    scenario_id: str
-    edge: str
-    record_type: str
-    vertical: str
-    ids: tuple[int, ...]
-    spans: tuple[TokenSpan, ...]
-    questions: tuple[TokenQuestion, ...]
-    forbid: tuple[str, ...]
-    derive: tuple[str, ...] = ()
-
-    def secrets(self) -> list[Secret]:
-        """The values that the edge forbids."""
-        return [
-            Secret(s.category, s.field, self.ids[s.start : s.end], (s.start, s.end))
-            for s in self.spans
-            if s.secret and s.category is not None
-        ]
 
 
 def mask_of(forbid: Sequence[Sequence[str]], derive: Sequence[Sequence[str]]) -> Mask:

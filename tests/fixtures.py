@@ -19,7 +19,7 @@ from lcguard.categories import CATEGORIES
 from lcguard.protocols import KVBatch, Mask
 from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
-from lcguard.training.dataset import Special
+from lcguard.tokens import Special
 
 VOCAB = 640
 KINDS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from lcguard.model_digest import checkpoint_digest
 from lcguard.model_files import ModelFolderError, check_texts, check_weights, refuse_packed
 from lcguard.rope import UnsupportedModelError
 from lcguard.source import ModelSource
-from lcguard.training.dataset import Special
+from lcguard.tokens import Special
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from lcguard.manifest import SegmentError
 from lcguard.protocols import AttackData, KVBatch
 from lcguard.records import TokenRecord
 from lcguard.store import StoreError, open_store
-from lcguard.training.dataset import Special, attack_data, blind
+from lcguard.tokens import Special
+from lcguard.training.dataset import attack_data, blind
 
 ATTACKS: dict[str, dict[str, Any]] = {
     # as strong as with 2048 tokens a step, in a quarter of the time

@@ -88,7 +88,7 @@ class Words:
         """Those of the training contexts and secrets, and the special ones."""
         seen = set(train.context_ids.unique().tolist()) - {IGNORE}
         seen |= {t for row in train.secrets for s in row for t in s.ids}
-        return cls(tuple(sorted({*seen, train.meta["end_id"], *train.meta["special_ids"]})))
+        return cls(tuple(sorted({*seen, train.special.end_id, *train.special.special_ids})))
 
     def rename(self, data: AttackData) -> AttackData:
         """``data`` in the new numbers; every unseen token becomes the last one."""
@@ -101,12 +101,13 @@ class Words:
             [replace(s, ids=tuple(new.get(t, unseen) for t in s.ids)) for s in row]
             for row in data.secrets
         ]
-        meta = dict(data.meta) | {
-            "vocab": unseen + 1,
-            "end_id": new[data.meta["end_id"]],
-            "special_ids": tuple(new[t] for t in data.meta["special_ids"]),
-        }
-        return replace(data, context_ids=context, secrets=secrets, meta=meta)
+        special = replace(
+            data.special,
+            vocab=unseen + 1,
+            end_id=new[data.special.end_id],
+            special_ids=tuple(new[t] for t in data.special.special_ids),
+        )
+        return replace(data, context_ids=context, secrets=secrets, special=special)
 
     def back(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Old numbers; -1 for the unseen one, which is no token."""

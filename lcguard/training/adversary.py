@@ -94,7 +94,7 @@ class FieldPrior:
     """Token distribution of each field at each step of the value, with add-one smoothing."""
 
     def __init__(self, pairs: AttackData, fields: dict[str, int], steps: int = 8) -> None:
-        vocab, end = int(pairs.meta["vocab"]), int(pairs.meta["end_id"])
+        vocab, end = pairs.special.vocab, pairs.special.end_id
         counts: dict[tuple[int, int], Counter[int]] = {}
         for secrets in pairs.secrets:
             for s in secrets:

@@ -4,44 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from lcguard.categories import CATEGORIES
 from lcguard.noise import noise_key
 from lcguard.protocols import AttackData, Guard, KVBatch, Mask
 from lcguard.records import IGNORE, TokenRecord, masks, pad
 from lcguard.source import ModelSource
+from lcguard.tokens import Special
 from lcguard.training.twins import fixed_length_twin, found_twin, neutral_twin
-
-
-@dataclass(frozen=True)
-class Special:
-    """What of the tokenizer is needed below the text level."""
-
-    end_id: int
-    neutral_id: int
-    vocab: int
-    special_ids: tuple[int, ...] = ()
-    typed: tuple[tuple[int, ...], ...] = ()
-    """Each category's name in brackets: what a typed placeholder reads."""
-
-    @classmethod
-    def of(cls, tokenizer: Any, vocab: int) -> Special:
-        """Neutral token: the letter X, which every vocabulary has."""
-
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        return cls(
-            end_id=int(tokenizer.eos_token_id),
-            neutral_id=ids("X")[-1],
-            vocab=vocab,
-            special_ids=tuple(sorted(tokenizer.all_special_ids)),
-            typed=tuple(ids(f"[{c.upper()}]") for c in CATEGORIES),
-        )
 
 
 def with_policy(
@@ -74,14 +46,9 @@ def attack_data(records: Sequence[TokenRecord], kv: KVBatch, special: Special) -
         secrets=[r.secrets() for r in records],
         record_ids=[r.record_id for r in records],
         mask=masks(records),
-        meta={
-            "vocab": special.vocab,
-            "end_id": special.end_id,
-            "special_ids": special.special_ids,
-            "prompts": [_prompts(r) for r in records],
-            "records": list(records),
-            "special": special,
-        },
+        special=special,
+        prompts=[_prompts(r) for r in records],
+        records=records,
     )
 
 

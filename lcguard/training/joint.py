@@ -14,7 +14,8 @@ import torch
 from lcguard.protocols import AttackData, Guard, KVBatch, Mask
 from lcguard.records import IGNORE, TokenRecord, pad
 from lcguard.source import ModelSource
-from lcguard.training.dataset import Special, attack_data, guard_all
+from lcguard.tokens import Special
+from lcguard.training.dataset import attack_data, guard_all
 
 
 def join_data(
@@ -23,7 +24,7 @@ def join_data(
     """Row by row, the parts' segments behind each other with the secrets of all.
 
     Fields become ``name.field``; positions count from the start of the joint segment;
-    ``meta['segments']`` ``[B, T]`` says which part a token is of. Differentiable in the KV.
+    ``segments`` ``[B, T]`` says which part a token is of. Differentiable in the KV.
     """
     n = len(parts[0])
     kv = KVBatch.join([p.kv for p in parts])
@@ -44,7 +45,7 @@ def join_data(
             ]
             own = part.context_ids[i, :width].tolist()
             known += own + [IGNORE] * (width - len(own))
-            asked += list(part.meta.get("prompts", [()] * n)[i])
+            asked += list(part.prompts[i])
             owner += [k] * width
         secrets.append(row)
         ids.append(known)
@@ -54,13 +55,17 @@ def join_data(
     mask = Mask(
         *(torch.stack([getattr(p.mask, w) for p in parts]).any(0) for w in ("forbid", "derive"))
     )
-    return AttackData(
-        kv,
-        pad(ids, IGNORE),
-        secrets,
-        list(record_ids) if record_ids is not None else list(first.record_ids),
-        mask,
-        {**first.meta, "prompts": prompts, "segments": pad(owners, 0), "parts": len(parts)},
+    return replace(
+        first,
+        kv=kv,
+        context_ids=pad(ids, IGNORE),
+        secrets=secrets,
+        record_ids=list(first.record_ids if record_ids is None else record_ids),
+        mask=mask,
+        prompts=prompts,
+        records=None,
+        segments=pad(owners, 0),
+        parts=len(parts),
     )
 
 

@@ -28,10 +28,11 @@ from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import AttackData
 from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
+from lcguard.tokens import Special
 from lcguard.training.adversary import AdversaryFactory, Ensemble
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import TrainConfig
-from lcguard.training.dataset import Special, with_policy
+from lcguard.training.dataset import with_policy
 from lcguard.training.joint import observed
 from lcguard.training.objective import draw_batch, guard_losses, label_loss, step_data
 from lcguard.training.twins import ValuePool

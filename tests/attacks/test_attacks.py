@@ -258,7 +258,7 @@ def test_subset_keeps_what_belongs_together(victims: AttackData) -> None:
     some = victims.subset([4, 2])
     assert some.record_ids == [victims.record_ids[4], victims.record_ids[2]]
     assert some.secrets == [victims.secrets[4], victims.secrets[2]]
-    assert some.meta["prompts"] == [victims.meta["prompts"][4], victims.meta["prompts"][2]]
+    assert some.prompts == [victims.prompts[4], victims.prompts[2]]
     assert torch.equal(some.kv.keys, victims.kv.keys[[4, 2]])
     assert torch.equal(some.context_ids, victims.context_ids[[4, 2]])
 
@@ -377,7 +377,7 @@ def test_injection_asks_the_receiver_its_own_question(
     world: World, injection: InjectionAttack, written: tuple[AttackData, AttackData]
 ) -> None:
     some = written[1].subset([3])
-    secret, prompt = some.secrets[0][0], some.meta["prompts"][0][0]
+    secret, prompt = some.secrets[0][0], some.prompts[0][0]
     offered = [q for q in world.others[3].questions if q.field == secret.field]
     assert prompt == next(q.prompt for q in offered if q.kind == "direct")
     free = asked(world, restrict=False)

@@ -19,7 +19,8 @@ from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import AttackData, KVBatch
 from lcguard.records import TokenRecord, TokenSpan
 from lcguard.source import ModelSource
-from lcguard.training.dataset import Special, attack_data, blind, guard_all
+from lcguard.tokens import Special
+from lcguard.training.dataset import attack_data, blind, guard_all
 from tests.fixtures import KINDS, VOCAB, make_records, tiny_model
 
 SPECIAL = Special(1, 3, VOCAB)
@@ -264,10 +265,10 @@ def test_collision_behind_consumed_segments(llama: ModelSource) -> None:
     on = llama.prefill([[5, 6, 7, 8], [9, 10]])
     kv = llama.prefill([r.ids for r in victims], on=on)
     data = attack_data(victims, kv, SPECIAL)
-    data = replace(data, meta={**data.meta, "on": on})
+    data = replace(data, on=on)
     attack = collision(llama).fit(data_of(llama, texts(5, 20, 0)))
     assert all(g.token_accuracy == 1 for g in attack.recover(data))
-    alone = attack.recover(replace(data, meta={}))
+    alone = attack.recover(replace(data, on=None))
     assert sum(g.token_accuracy or 0 for g in alone) / len(alone) < 0.7
 
 

@@ -131,7 +131,7 @@ def test_behind_consumed_segments(llama: ModelSource) -> None:
     on = llama.prefill([[5, 6, 7, 8], [9, 10]])
     data = attack_data(victims, llama.prefill([r.ids for r in victims], on=on), SPECIAL)
     attack = attack_of(llama).fit(blind(data_of(llama, texts(5, 20, 0))))
-    behind = replace(data, meta={**data.meta, "on": on})
+    behind = replace(data, on=on)
     assert all(g.token_accuracy == 1 for g in attack.recover(behind))
     assert attack.misfit < 1e-8
     alone = attack_of(llama, **SHORT).fit(blind(data_of(llama, texts(5, 20, 0))))

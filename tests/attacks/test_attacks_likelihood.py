@@ -19,11 +19,10 @@ from lcguard.attacks.candidates import Candidates
 from lcguard.attacks.likelihood import LikelihoodAttack
 from lcguard.categories import CATEGORIES
 from lcguard.evaluation.lists import list_figures
-from lcguard.evaluation.multihop import load
 from lcguard.evaluation.multihop_plan import HopGuard, MultihopConfig, TopologySpec
 from lcguard.evaluation.outcomes import Attempt, Outcome
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
-from lcguard.evaluation.setup import evaluate
+from lcguard.evaluation.run import evaluate, load
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.protocols import AttackData, Guess, Secret
 from lcguard.records import TokenRecord
@@ -161,7 +160,7 @@ def test_behind_consumed_segments(world: World) -> None:
     on = world.source.prefill([[5, 6, 7, 8]] * 3)
     kv = world.source.prefill([r.ids for r in records], on=on)
     data = attack_data(records, kv, world.special)
-    behind = replace(data, meta={**data.meta, "on": on})
+    behind = replace(data, on=on)
     attack = attack_of(world, None).fit(data_of(world, world.records[:8]))
     assert won(attack.recover(behind)) == 1
     with pytest.raises(ValueError, match="not joint ones"):
@@ -299,4 +298,4 @@ def test_several_hops_refuse_it() -> None:
         attacks=(AttackSpec("likelihood", "likelihood"),),
     )
     with pytest.raises(ValueError, match="leave it out here"):
-        load(config, None)
+        load(config)

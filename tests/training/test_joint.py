@@ -66,11 +66,11 @@ class TestJoinData:
                 start, end = s.positions
                 assert ids[start:end] == s.ids
                 part = 0 if s.field.startswith("one.") else 1
-                assert set(joint.meta["segments"][i, start:end].tolist()) == {part}
+                assert set(joint.segments[i, start:end].tolist()) == {part}
             assert len(joint.secrets[i]) == sum(len(g[i].secrets()) for g in groups)
-            assert len(joint.meta["prompts"][i]) == len(joint.secrets[i])
+            assert len(joint.prompts[i]) == len(joint.secrets[i])
         assert joint.record_ids == ["s0", "s1", "s2", "s3"]
-        assert joint.subset([2]).meta["segments"].shape[0] == 1
+        assert joint.subset([2]).segments.shape[0] == 1
         assert joint.subset([2, 0]).record_ids == ["s2", "s0"]
 
     def test_a_batch_of_paths(self, world: World) -> None:

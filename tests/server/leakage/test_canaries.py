@@ -102,7 +102,7 @@ def test_words_are_renamed_and_back(agent: HFBackend) -> None:
     )
     words = Words.of(train)
     renamed = words.rename(train)
-    assert renamed.meta["vocab"] == len(words.ids) + 1 < agent.special.vocab
+    assert renamed.special.vocab == len(words.ids) + 1 < agent.special.vocab
     for old, new in zip(train.secrets, renamed.secrets, strict=True):
         assert [words.back(s.ids) for s in new] == [s.ids for s in old]
     kept = renamed.context_ids != IGNORE
