@@ -57,7 +57,7 @@ def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str]
     from lcguard.commands.evaluation import rendered, run
 
     console = Console(stderr=True)
-    code = run(config, out, command_line(), console, device, fail_if)
+    code = run(config, out, command_line(), console, device=device, fail_if=fail_if)
     _table_console().print(rendered(out, "table"))
     console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
     if code:
@@ -72,7 +72,7 @@ def demo(
 ) -> None:
     """Nano agents hand over guarded KV; fresh attackers try to rebuild the secrets."""
     from lcguard.evaluation.plan import EvalConfig
-    from lcguard.evaluation.setup import load_plan
+    from lcguard.evaluation.presets import load_plan
 
     _evaluate(load_plan(EvalConfig, "demo", sets or [], None), out, device)
 
@@ -90,17 +90,17 @@ def eval_run(
     device: Device = None,
 ) -> None:
     """Run an evaluation, or go on with one that was interrupted."""
-    from lcguard.commands.evaluation import load_evaluation
+    from lcguard.commands.evaluation import load
 
-    _evaluate(load_evaluation(config, sets or [], data, stress), out, device, fail_if or [])
+    _evaluate(load(config, sets or [], data, stress), out, device, fail_if or [])
 
 
 @eval_app.command("resume")
 def eval_resume(folder: Folder, fail_if: FailIf = None, device: Device = None) -> None:
     """Go on with a run that was interrupted, as it was started."""
-    from lcguard.commands.evaluation import load_started
+    from lcguard.evaluation.folder import RunFolder
 
-    _evaluate(load_started(folder), folder, device, fail_if or [])
+    _evaluate(RunFolder(folder).config(), folder, device, fail_if or [])
 
 
 @eval_app.command("report")
@@ -114,17 +114,17 @@ def eval_report(
     device: Device = None,
 ) -> None:
     """Write a finished run's report again and print it; nothing is fitted."""
-    from lcguard.commands.evaluation import judge, read_gates, rendered, rerender
+    from lcguard.commands.evaluation import judge, read_conditions, rendered, rerender
 
     console = Console(stderr=True)
-    gates = read_gates(fail_if or [])
+    conditions = read_conditions(fail_if or [])
     report = rerender(folder, form, device, stored)
     text = rendered(folder, form)
     if isinstance(text, str):
         typer.echo(text)
     else:
         _table_console().print(text)
-    code = judge(report, gates, console)
+    code = judge(report, conditions, console)
     if code:
         raise typer.Exit(code)
 
@@ -150,6 +150,14 @@ def eval_compare(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if worse and fail_on_regression:
         raise typer.Exit(3)
+
+
+@eval_app.command("schema")
+def eval_schema() -> None:
+    """Print the JSON Schema of report.json."""
+    from lcguard.evaluation.results import report_schema
+
+    Console().print_json(data=report_schema())
 
 
 @eval_app.command("list")
@@ -188,7 +196,7 @@ def train(
 ) -> None:
     """Train a guard, certify it, and write it to OUT/guard."""
     from lcguard.commands.train import TrainRun, run_training
-    from lcguard.evaluation.setup import load_plan
+    from lcguard.evaluation.presets import load_plan
 
     console = Console(stderr=True)
     run = load_plan(TrainRun, config, sets or [], data, prefix="train-")

@@ -21,8 +21,8 @@ from lcguard.agents.backends.hf import load_backend
 from lcguard.attacks.base import Knowledge
 from lcguard.attacks.gradient_prediction import GradientPredictionAttack
 from lcguard.categories import CATEGORIES
+from lcguard.evaluation.load import hops_for
 from lcguard.evaluation.plan import DataConfig
-from lcguard.evaluation.setup import hops_for
 from lcguard.protocols import AttackData
 from lcguard.training.dataset import attack_data, with_policy
 

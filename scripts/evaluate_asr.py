@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lcguard.commands.script import run_script
 from lcguard.evaluation.plan import EvalConfig
-from lcguard.evaluation.setup import evaluate, load_plan
+from lcguard.evaluation.presets import load_plan
+from lcguard.evaluation.run import evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     command = "python scripts/evaluate_asr.py " + " ".join([args.config, *args.sets])
     plan = load_plan(EvalConfig, args.config, args.sets, args.data)
-    evaluate(plan, args.out, command, print, args.device)
+    evaluate(plan, args.out, command, print, device=args.device)
     return 0
 
 

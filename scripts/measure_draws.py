@@ -25,9 +25,9 @@ from lcguard.agents.backends.hf import load_backend
 from lcguard.attacks.likelihood import LikelihoodAttack
 from lcguard.commands.script import run_script
 from lcguard.evaluation.intervals import cluster_bootstrap
+from lcguard.evaluation.load import hops_for, load_guard, make_attack
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import AttackSpec, DataConfig, GuardSpec
-from lcguard.evaluation.setup import attack_factory, hops_for, load_guard
 from lcguard.training.dataset import attack_data, guard_all
 
 DRAWS = (1, 2, 4, 16, 64)
@@ -74,7 +74,7 @@ def measure(guard_path: str, secrets: int, data_seed: int) -> dict[str, Any]:
         for i, records in enumerate(backend.encoder.encode(h) for h in hops)
     )
     spec = AttackSpec("likelihood", "likelihood", {"lists": LISTS})
-    attack = attack_factory(backend, None)(spec, None, False, guard).fit(train)
+    attack = make_attack(backend, spec, guard).fit(train)
     assert isinstance(attack, LikelihoodAttack)
     wanted = [(i, k) for i, row in enumerate(test.secrets) for k in range(len(row))]
     random.Random(0).shuffle(wanted)

@@ -27,8 +27,9 @@ from lcguard.categories import CATEGORIES
 from lcguard.commands.script import run_script
 from lcguard.commands.train import TrainRun, adversary_factory, held_out_figures, recovered
 from lcguard.config import load_config
+from lcguard.evaluation.load import hops_for
 from lcguard.evaluation.plan import DataConfig
-from lcguard.evaluation.setup import hops_for, preset
+from lcguard.evaluation.presets import preset
 from lcguard.records import TokenRecord
 from lcguard.training.dataset import attack_data, guard_all, with_policy
 from lcguard.training.trainer import Run, train_guard

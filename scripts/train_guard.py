@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lcguard.commands.script import run_script
 from lcguard.commands.train import TrainRun, run_training
-from lcguard.evaluation.setup import load_plan
+from lcguard.evaluation.presets import load_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:

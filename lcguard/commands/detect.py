@@ -23,7 +23,7 @@ def train(
 ) -> None:
     """Train guard ``twin``'s detector on labelled records."""
     from lcguard.commands.detector import DetectorRun, train_detector
-    from lcguard.evaluation.setup import load_plan
+    from lcguard.evaluation.presets import load_plan
 
     run = load_plan(DetectorRun, config, sets or [], None, "detect-")
     train_detector(run, out, command_line(), Console(stderr=True).print)

@@ -21,9 +21,9 @@ from lcguard.categories import CATEGORIES
 from lcguard.commands.presidio import PresidioText
 from lcguard.config import dump_config
 from lcguard.evaluation.detection import measure
+from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
-from lcguard.evaluation.setup import hops_for, load_guard
 from lcguard.guards import FrozenGuard, KVShape
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenRecord, masks

@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lcguard.commands.progress import progress
-from lcguard.evaluation.compare import FIGURES, Comparison
-from lcguard.evaluation.fail_if import Gate, parse_gate
-from lcguard.evaluation.folder import FinishedJournal, RunFolder
-from lcguard.evaluation.kinds import KINDS, Kind, kind_for, kind_of, shown
+from lcguard.evaluation.compare import FIGURES, Comparison, read_report
+from lcguard.evaluation.fail_if import FailIf, parse_fail_if
+from lcguard.evaluation.folder import RunFolder
+from lcguard.evaluation.main_table import main_table, shown
 from lcguard.evaluation.plan import EvalConfig
-from lcguard.evaluation.setup import load_plan, preset, report_of, setup
+from lcguard.evaluation.presets import AnyPlan, load_evaluation
+from lcguard.evaluation.report import write_report
+from lcguard.evaluation.results import Report
+from lcguard.evaluation.run import evaluate, from_journal
 from lcguard.evaluation.stress import stressed
-from lcguard.evaluation.verdict import mapping
 
 FORMATS = ("table", "md", "json", "html")
 GATE_EXIT, ERRORS_EXIT = 3, 4
@@ -25,10 +27,11 @@ GATE_EXIT, ERRORS_EXIT = 3, 4
 
 
 def run(
-    config: Any,
+    plan: AnyPlan,
     out: Path,
     command: str,
     console: Console,
+    *,
     device: str | None = None,
     fail_if: Sequence[str] = (),
 ) -> int:
@@ -36,41 +39,22 @@ def run(
 
     Raises ``ValueError`` for a gate that cannot be judged before anything is run.
     """
-    kind = kind_for(config)
-    gates = read_gates(fail_if)
-    for gate in gates:
-        gate.check_guards(list(dict.fromkeys(g.name for g in config.guards)))
-    with progress(console, kind.units(config)) as (say, advance):
-        report = kind.evaluate(config, out, command, say, device, advance)
-    return judge(report, gates, console)
+    conditions = read_conditions(fail_if)
+    for condition in conditions:
+        condition.check_guards(list(dict.fromkeys(g.name for g in plan.guards)))
+    with progress(console, plan.units) as (say, advance):
+        report = evaluate(plan, out, command, say, device=device, progress=advance)
+    return judge(report, conditions, console)
 
 
-def load_evaluation(
-    config: Path, sets: Sequence[str], data: Path | None, stress: bool = False
-) -> Any:
-    """A configuration of the kind that its file says it is, from a file or a preset.
-
-    Raises ``ValueError`` in one line for anything wrong with it.
-    """
-    path = config if config.suffix else preset(str(config))
-    kind = kind_of(path)
-    plan = load_plan(kind.schema, path, sets, data)
+def load(config: Path, sets: Sequence[str], data: Path | None, stress: bool = False) -> AnyPlan:
+    """A configuration from a file or a preset. Raises ``ValueError`` for anything wrong with it."""
+    plan = load_evaluation(config, sets, data)
     if not stress:
         return plan
     if not isinstance(plan, EvalConfig):
         raise ValueError(f"{config}: --stress is for evaluations of one hop; leave it out")
     return stressed(plan)
-
-
-def load_started(path: Path) -> Any:
-    """The configuration that a folder's run was started with."""
-    return RunFolder(path, started_kind(path).schema).config()
-
-
-def started_kind(path: Path) -> Kind:
-    """The kind of a folder's run; one hop where no configuration is left."""
-    file = RunFolder(path).config_file
-    return kind_of(file) if file.exists() else KINDS["hop"]
 
 
 def rerender(
@@ -88,64 +72,41 @@ def rerender(
     folder = RunFolder(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give a run's, as `lcguard eval list` shows them")
-    kind = started_kind(path)
-    stored = stored or not (folder.journal_file.exists() and folder.config_file.exists())
-    if stored or kind.schema is not EvalConfig:
+    if stored or not (folder.journal_file.exists() and folder.config_file.exists()):
         report = folder.report()
     else:
-        report = _from_journal(folder, device)
-    kind.write(report, path)
+        report = from_journal(folder, device)
+    write_report(report, path)
     return report
 
 
-def _from_journal(folder: RunFolder, device: str | None) -> dict[str, Any]:
-    manifest = folder.manifest()
-    if manifest is None:
-        raise ValueError(
-            f"{folder.path}: no manifest.json, so nobody knows where the figures come from; write "
-            f"it with `lcguard eval resume {folder.path}`"
-        )
-    made = setup(folder.config(), lambda text: None, device)
-    made.timing.update(folder.timing())
-    journal = FinishedJournal(folder.journal_file)
-    with journal:
-        report = report_of(made, journal, lambda: manifest)
-    missing = journal.missing
-    if missing:
-        first = ", ".join(str(missing[0][k]) for k in ("kind", "guard", "policy", "attack", "seed"))
-        raise ValueError(
-            f"{folder.path}: {len(missing)} units are missing, such as ({first}); end the run with "
-            f"`lcguard eval resume {folder.path}`"
-        )
-    return report
-
-
-def read_gates(texts: Sequence[str]) -> list[Gate]:
+def read_conditions(texts: Sequence[str]) -> list[FailIf]:
     """Raises ``ValueError`` for an expression that cannot be read."""
-    return [parse_gate(text) for text in texts]
+    return [parse_fail_if(text) for text in texts]
 
 
-def judge(report: Mapping[str, Any], gates: Sequence[Gate], console: Console) -> int:
+def judge(found: Report | Mapping[str, Any], conditions: Sequence[FailIf], console: Console) -> int:
     """Prints what is wrong, one line each; the exit code."""
-    code = 0
-    errors = mapping(report.get("errors"))
-    if errors.get("exceeded"):
-        console.print(
-            f"errors: {errors['attempts']} attempts ended in an error, the budget is "
-            f"{errors['budget']}", highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+    report, code = Report.of(found), 0
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    errors = report.errors
+    if errors and errors.exceeded:
+        say(f"errors: {errors.attempts} attempts ended in an error, the budget is {errors.budget}")
         code = ERRORS_EXIT
-    for gate in gates:
-        for line in gate.violations(report):
-            console.print(f"violated: {line}", highlight=False, markup=False, soft_wrap=True)
+    for condition in conditions:
+        for line in condition.violations(report):
+            say(f"violated: {line}")
             code = GATE_EXIT
     return code
 
 
-def result_table(report: Mapping[str, Any], kind: Kind) -> Table:
+def result_table(report: Report) -> Table:
     """A report's main figures."""
-    found = kind.table(report)
-    table = Table(*found.headers, title=str(report.get("title")))
+    found = main_table(report)
+    table = Table(*found.headers, title=str(report.title))
     for row in found.rows:
         table.add_row(*row)
     return table
@@ -171,4 +132,4 @@ def rendered(path: Path, form: str) -> str | Table:
     """A run's report as it lies in its folder, in one of ``FORMATS``."""
     if form != "table":
         return (path / f"report.{form}").read_text(encoding="utf-8")
-    return result_table(RunFolder(path).report(), started_kind(path))
+    return result_table(read_report(path))

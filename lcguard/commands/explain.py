@@ -7,8 +7,8 @@ from rich.text import Text
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.scenarios.types import EdgeSpec, Hop, Record
 from lcguard.categories import CATEGORIES
+from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.plan import DataConfig, GuardSpec
-from lcguard.evaluation.setup import hops_for, load_guard
 from lcguard.evaluation.summary import explain_tokens
 from lcguard.records import masks
 

@@ -14,10 +14,9 @@ from rich.table import Table
 from lcguard.attacks.base import BROKEN, attack_class
 from lcguard.attacks.base import names as attack_names
 from lcguard.config import read_mapping
-from lcguard.evaluation.compare import headline, label
 from lcguard.evaluation.folder import RunFolder
-from lcguard.evaluation.setup import PRESETS
-from lcguard.evaluation.verdict import mapping, number, records
+from lcguard.evaluation.presets import PRESETS
+from lcguard.evaluation.results import Report
 from lcguard.guards import guard_class
 from lcguard.guards import names as guard_names
 
@@ -63,37 +62,36 @@ def _entry(folder: RunFolder) -> RunEntry | None:
     report_file = folder.path / "report.json"
     if not folder.journal_file.exists() and not report_file.exists():
         return None
-    report, title = _json(report_file), ""
+    report, title = _report(report_file), ""
     guards: tuple[str, ...] = ()
     state = _state(folder, report)
     if folder.config_file.exists():
         try:
             config = read_mapping(folder.config_file)
             title = str(config.get("title", ""))
-            guards = tuple(str(g.get("name")) for g in records(config.get("guards")))
-        except ValueError:
+            guards = tuple(str(g["name"]) for g in config.get("guards", ()))
+        except (ValueError, TypeError, KeyError):
             state = f"damaged config.yaml; {state}"
-    manifest = _json(folder.path / "manifest.json")
-    rows = records(report.get("results"))
-    date = str(report.get("created") or manifest.get("created") or "")
-    scored = [(value, label(r)) for r in rows if (value := headline(r)[0]) is not None]
+    rows = report.results if report else ()
+    created = report.created if report else _json(folder.path / "manifest.json").get("created")
+    scored = [(value, row.label) for row in rows if (value := row.headline[0]) is not None]
     return RunEntry(
         folder.path,
-        str(report.get("title") or title),
+        (report.title if report else None) or title,
         state,
-        tuple(dict.fromkeys(str(r.get("guard")) for r in rows)) or guards,
+        tuple(dict.fromkeys(row.guard for row in rows)) or guards,
         min(scored) if scored else None,
-        date,
+        str(created or ""),
     )
 
 
-def _state(folder: RunFolder, report: dict[str, Any]) -> str:
+def _state(folder: RunFolder, report: Report | None) -> str:
     if not folder.journal_file.exists():
         return "complete, no journal"
     units = count_units(folder.journal_file)
-    known = number(mapping(report.get("journal")).get("units"))
+    known = report.journal.get("units") if report else None
     # reports of before the count was kept: a report is written at the end alone
-    complete = bool(report) and (known is None or known == units)
+    complete = report is not None and (known is None or known == units)
     word = (
         "complete" if complete else ("running" if _locked(folder.journal_file) else "interrupted")
     )
@@ -121,6 +119,14 @@ def _locked(path: Path) -> bool:
         return False
     inode = os.stat(path).st_ino
     return any(f":{inode} " in line and "FLOCK" in line for line in held.splitlines())
+
+
+def _report(path: Path) -> Report | None:
+    """None where there is none that can be read."""
+    try:
+        return Report.of(_json(path)) if path.exists() else None
+    except ValueError:
+        return None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -167,6 +173,6 @@ def preset_table() -> Table:
         train = path.stem.startswith("train-")
         name = path.stem.removeprefix("train-")
         command = f"lcguard {'train' if train else 'eval run'} {name}"
-        title = found.get("title") or (f"trains {mapping(found.get('train')).get('guard', '?')}")
+        title = found.get("title") or f"trains {found.get('train', {}).get('guard', '?')}"
         table.add_row(path.stem, command, str(title))
     return table

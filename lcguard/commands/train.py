@@ -10,13 +10,12 @@ from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.attacks.base import attack_class
-from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES
 from lcguard.config import dump_config
+from lcguard.evaluation.hop_segments import is_task
+from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
-from lcguard.evaluation.runner import is_task
-from lcguard.evaluation.setup import hops_for, load_guard
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord
@@ -52,10 +51,8 @@ def adversary_factory(name: str) -> Callable[[dict[str, Any]], Adversary]:
     """Attacks that can stand in the loop."""
 
     def make(options: dict[str, Any]) -> Adversary:
-        attack = attack_class(name).build(options)
-        if not isinstance(attack, DecoderAttack):
-            raise ValueError(f"attack {name!r} cannot be an adversary; use decoder")
-        return attack
+        adversary: Adversary = attack_class(name).build(options).as_adversary()
+        return adversary
 
     return make
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lcguard.evaluation.results import CategoryFigures, GuardRow, Report
 from lcguard.evaluation.svg import (
     GRID,
     INK,
@@ -23,16 +24,7 @@ from lcguard.evaluation.svg import (
     spread,
     to_svg,
 )
-from lcguard.evaluation.verdict import (
-    ASR_MARGIN,
-    UTILITY_SHARE,
-    interval,
-    mapping,
-    number,
-    records,
-    utility_share,
-    verdict,
-)
+from lcguard.evaluation.verdict import ASR_MARGIN, UTILITY_SHARE, verdict
 
 
 @dataclass(frozen=True)
@@ -44,12 +36,12 @@ class Chart:
     narrow: str | None
 
 
-def charts(report: Mapping[str, Any]) -> list[Chart]:
+def charts(report: Report | Mapping[str, Any]) -> list[Chart]:
     """Frontier, training-time against fresh, and per-category, in this order.
 
     Raises ``ImportError`` without matplotlib.
     """
-    rows = records(report.get("results"))
+    rows = Report.of(report).results
     margin, share = f"{ASR_MARGIN * 100:.0f}", f"{UTILITY_SHARE:.0%}"
     plan: list[tuple[str, str, Callable[..., Any]]] = [
         (
@@ -80,10 +72,10 @@ def charts(report: Mapping[str, Any]) -> list[Chart]:
     ]
 
 
-def _frontier(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
+def _frontier(figure: Any, rows: Sequence[GuardRow], width: int) -> bool:
     points = []
     for row in rows:
-        x, y = utility_share(row), number(row.get("asr_fresh"))
+        x, y = row.utility_share, row.asr_fresh
         if x is not None and y is not None:
             points.append((x, y, row))
     if not points:
@@ -92,7 +84,10 @@ def _frontier(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
     height = 400 if wide else 340
     right = 150 if wide else 92
     axes = add_axes(figure, (width, height), (52, right, 30, 48))
-    lines = {k: [v for r in rows if (v := number(r.get(k))) is not None] for k in _LINES}
+    lines = {
+        "floor": [r.floor for r in rows if r.floor is not None],
+        "ceiling": [r.ceiling for r in rows if r.ceiling is not None],
+    }
     top = max([p[1] for p in points] + lines["ceiling"] + [0.1]) * 1.1
     left = min(0.8, min(p[0] for p in points) - 0.06)
     axes.set_xlim(left, max(1.03, max(p[0] for p in points) + 0.02))
@@ -118,7 +113,7 @@ def _frontier(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
         word = verdict(row).word
         axes.plot([x, edge], [y, spot], color=WORD[word], lw=0.7, alpha=0.6, clip_on=False)
         axes.plot(x, y, MARK[word], color=WORD[word], ms=10, mec=PAPER, mew=0.8, clip_on=False)
-        label = short(row.get("guard", "?"), 20 if wide else 12)
+        label = short(row.guard, 20 if wide else 12)
         axes.annotate(
             label, (edge, spot), (5, 0), textcoords="offset points", va="center",
             color=WORD[word], weight="bold", annotation_clip=False,
@@ -134,9 +129,9 @@ def _frontier(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
 _LINES = {"floor": "floor:", "ceiling": "ceiling:"}
 
 
-def _dumbbell(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
-    shown = [r for r in rows if number(r.get("asr_fresh")) is not None]
-    if not any(number(r.get("asr_train")) is not None for r in shown):
+def _dumbbell(figure: Any, rows: Sequence[GuardRow], width: int) -> bool:
+    shown = [r for r in rows if r.asr_fresh is not None]
+    if not any(r.asr_train is not None for r in shown):
         return False
     wide = width == WIDE
     height = 34 * len(shown) + 84
@@ -146,8 +141,8 @@ def _dumbbell(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.spines["left"].set_visible(False)
     for y, row in enumerate(shown):
-        fresh, train = number(row.get("asr_fresh")) or 0.0, number(row.get("asr_train"))
-        floor, colour = number(row.get("floor")), WORD[verdict(row).word]
+        fresh, train = row.asr_fresh or 0.0, row.asr_train
+        floor, colour = row.floor, WORD[verdict(row).word]
         if floor is not None:
             axes.plot([floor] * 2, [y - 0.32, y + 0.32], color=MUTED, linewidth=1.6)
         if train is not None:
@@ -159,7 +154,7 @@ def _dumbbell(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
             label, (max(fresh, train or 0.0), y), (10, 0), textcoords="offset points",
             va="center", color=colour, annotation_clip=False,
         )  # fmt: skip
-    names = [short(r.get("guard", "?"), 20 if wide else 12) for r in shown]
+    names = [short(r.guard, 20 if wide else 12) for r in shown]
     axes.set_yticks(range(len(shown)), names, color=INK)
     percent_axis(axes.xaxis)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
@@ -172,9 +167,9 @@ def _dumbbell(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
     return True
 
 
-def _categories(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
-    shown = [r for r in rows if mapping(r.get("asr_by_category"))]
-    names = sorted({str(c) for r in shown for c in mapping(r["asr_by_category"])})
+def _categories(figure: Any, rows: Sequence[GuardRow], width: int) -> bool:
+    shown = [r for r in rows if r.asr_by_category]
+    names = sorted({name for r in shown for name in r.asr_by_category})
     if not names:
         return False
     wide = width == WIDE
@@ -198,20 +193,19 @@ def _categories(figure: Any, rows: list[Mapping[str, Any]], width: int) -> bool:
         axes.spines["left"].set_visible(False)
         colour = WORD[verdict(row).word]
         for k, name in enumerate(names):
-            _category(axes, k, mapping(mapping(row["asr_by_category"]).get(name)), colour)
+            _category(axes, k, row.asr_by_category.get(name, CategoryFigures()), colour)
         axes.set_yticks(range(len(names)), [short(n, 14) for n in names], color=INK)
         axes.set_xticks([0, 0.5, 1])
         percent_axis(axes.xaxis)
-        title = short(row.get("guard", "?"), 26)
+        title = short(row.guard, 26)
         axes.set_title(title, loc="left", color=colour, weight="bold", fontsize=12)
     legend(figure, [("o", INK, "fresh ASR"), ("|", MUTED, "floor"), ("D", PAPER, "ceiling")])
     return True
 
 
-def _category(axes: Any, y: int, found: Mapping[str, Any], colour: str) -> None:
-    asr, floor = number(found.get("asr")), number(found.get("floor"))
-    ceiling = number(found.get("ceiling"))
-    ci = interval(found.get("bootstrap")) or interval(found.get("wilson"))
+def _category(axes: Any, y: int, found: CategoryFigures, colour: str) -> None:
+    asr, floor, ceiling = found.asr, found.floor, found.ceiling
+    ci = found.bootstrap or found.wilson
     if floor is not None:
         axes.plot([floor] * 2, [y - 0.3, y + 0.3], color=MUTED, linewidth=1.6)
     if ceiling is not None:

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcguard.evaluation.verdict import ASR_MARGIN, from_list, interval, mapping, number, records
+from pydantic import ValidationError
+
+from lcguard.evaluation.results import GuardRow, Report
+from lcguard.evaluation.verdict import ASR_MARGIN
 
 THRESHOLD = ASR_MARGIN
 FIGURES = ("utility", "asr", "injection", "likelihood")
@@ -69,125 +72,108 @@ class Comparison:
         return lines
 
 
-def label(row: Mapping[str, Any]) -> str:
-    """The guard's name; over several hops with its topology and variant."""
-    return " ".join(str(row[k]) for k in ("topology", "guard", "variant") if k in row) or "?"
-
-
-def headline(row: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
-    """Fresh ASR with its interval; over several hops, what the whole graph gives away."""
-    key = "asr_graph" if "asr_graph" in row else "asr_fresh"
-    return number(row.get(key)), interval(row.get(f"{key}_ci"))
-
-
-def _figures(row: Mapping[str, Any] | None) -> tuple[float | None, ...]:
+def _figures(row: GuardRow | None) -> tuple[float | None, ...]:
     """In the order of ``FIGURES``."""
     if row is None:
         return (None,) * len(FIGURES)
-    return (
-        number(row.get("utility")),
-        headline(row)[0],
-        number(row.get("asr_injection")),
-        number(from_list(row).get("asr")),
-    )
+    return row.utility, row.headline[0], row.asr_injection, row.listed.asr
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> Report:
     """From a run's folder or from the JSON file itself. Raises ``ValueError`` where it is none."""
     file = path / "report.json" if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"{path}: no report.json there; give a finished run's folder or its file")
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); make it with `lcguard eval report`") from (
             error
         )
-    if not isinstance(report, dict) or not records(report.get("results")):
+    if not isinstance(found, dict) or not found.get("results"):
         raise ValueError(f"{file} is no evaluation report: it has no results")
-    return report
+    try:
+        return Report.of(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{file} is no evaluation report: {where}: {first['msg']}") from None
 
 
 def compare(
-    a: Mapping[str, Any],
-    b: Mapping[str, Any],
+    one: Report | Mapping[str, Any],
+    other: Report | Mapping[str, Any],
     threshold: float = THRESHOLD,
     force: bool = False,
 ) -> Comparison:
-    """``b`` against ``a``, guard by guard.
+    """``other`` against ``one``, guard by guard.
 
     Raises ``ValueError`` for runs on other records or secrets, unless ``force``, and for a
     threshold below 0.
     """
     if not threshold >= 0:
         raise ValueError(f"threshold {threshold} is below 0; give such as {THRESHOLD}")
+    a, b = Report.of(one), Report.of(other)
     apart = records_apart(a, b)
     if apart and not force:
         raise ValueError(
             f"the two runs are not on the same records: {'; '.join(apart)}; compare runs of one "
             "data configuration, or add --force"
         )
-    rows_a, rows_b = ({label(r): r for r in records(x.get("results"))} for x in (a, b))
+    rows_a, rows_b = ({r.label: r for r in x.results} for x in (a, b))
     names = [*rows_a, *(n for n in rows_b if n not in rows_a)]
     return Comparison(
-        (str(a.get("title")), str(b.get("title"))),
+        (str(a.title), str(b.title)),
         tuple(_guard(n, rows_a.get(n), rows_b.get(n), threshold) for n in names),
         (*apart, *_other_differences(a, b)),
     )
 
 
-def records_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def records_apart(a: Report, b: Report) -> list[str]:
     """What shows that the records are not the same; empty where nothing does."""
     found = []
-    digests = [mapping(x.get("hashes")).get("data") for x in (a, b)]
+    digests = [x.hashes.get("data") for x in (a, b)]
     if all(digests) and digests[0] != digests[1]:
         found.append(f"records {str(digests[0])[:12]} and {str(digests[1])[:12]}")
     # older reports have no digest, and even so the counts name what a reader can understand
     for key in ("source", "train_records", "test_records", "secrets", "task_questions"):
-        there, here = (mapping(x.get("data")).get(key) for x in (a, b))
+        there, here = (x.data.get(key) for x in (a, b))
         if there != here:
             found.append(f"{key.replace('_', ' ')} {there} and {here}")
     return found
 
 
-def _other_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def _other_differences(a: Report, b: Report) -> list[str]:
     """Legitimate differences that a reader should know of."""
     found = []
-    models = [mapping(x.get("model")).get("name") for x in (a, b)]
-    seeds = [x.get("seeds") for x in (a, b)]
+    models = [x.model.get("name") for x in (a, b)]
+    seeds = [list(x.seeds) for x in (a, b)]
     for what, (there, here) in (("model", models), ("seeds", seeds)):
         if there != here:
             found.append(f"{what} {there} and {here}")
-    sources = [mapping(x.get("hashes")).get("source") for x in (a, b)]
+    sources = [x.hashes.get("source") for x in (a, b)]
     if sources[0] != sources[1]:
         found.append("the code of lcguard")
     attacks = [
-        {
-            name
-            for r in records(x.get("results"))
-            for key in ("asr_fresh_by_attack", "asr_graph_by_attack")
-            for name in mapping(r.get(key))
-        }
+        {name for r in x.results for name in (*r.asr_fresh_by_attack, *r.asr_graph_by_attack)}
         for x in (a, b)
     ]
     if attacks[0] != attacks[1]:
         found.append(f"attacks {sorted(attacks[0])} and {sorted(attacks[1])}")
-    if not all(mapping(x.get("hashes")).get("data") for x in (a, b)):
+    if not all(x.hashes.get("data") for x in (a, b)):
         found.append("a report without a digest of its records: only their counts were compared")
     return found
 
 
-def _guard(
-    name: str, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, threshold: float
-) -> GuardComparison:
+def _guard(name: str, a: GuardRow | None, b: GuardRow | None, threshold: float) -> GuardComparison:
     note = ""
     if a is None or b is None:
         note = "only in the second run" if a is None else "only in the first run"
-    elif a.get("guard_digest") != b.get("guard_digest"):
+    elif a.guard_digest != b.guard_digest:
         note = "changed"
     overlap = None
     if a is not None and b is not None:
-        overlap = _overlap(headline(a)[1], headline(b)[1])
+        overlap = _overlap(a.headline[1], b.headline[1])
     moves = {
         figure: Move(
             before,

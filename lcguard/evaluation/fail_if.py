@@ -12,6 +12,9 @@ rows, and ``asr`` is what the whole graph gives away); ``asr_upper>0.05`` speaks
 Conditions without a guard speak of the same row: ``asr_upper>0.05 and utility<0.9`` holds where
 one guard does both. A figure that was not measured meets every condition on it: a gate that cannot
 see must not open.
+
+Parsed by hand, in three functions: a library's grammar would be as long, and its errors would not
+name the metric or guard that is wrong.
 """
 
 from __future__ import annotations
@@ -22,60 +25,39 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcguard.evaluation.compare import headline, label
-from lcguard.evaluation.verdict import from_list, interval, mapping, number, records
-
-Row = Mapping[str, Any]
+from lcguard.evaluation.results import GuardRow, Report
 
 
-def _bound(index: int) -> Callable[[Row], float | None]:
-    def read(row: Row) -> float | None:
-        ci = headline(row)[1]
-        return None if ci is None else ci[index]
-
-    return read
+def _end(ci: tuple[float, float] | None, index: int) -> float | None:
+    return None if ci is None else ci[index]
 
 
-def _field(name: str) -> Callable[[Row], float | None]:
-    return lambda row: number(row.get(name))
+def _advantage(row: GuardRow) -> float | None:
+    asr = row.headline[0]
+    return None if asr is None or row.floor is None else asr - row.floor
 
 
-def _asr(row: Row) -> float | None:
-    return headline(row)[0]
-
-
-def _advantage(row: Row) -> float | None:
-    asr, floor = _asr(row), number(row.get("floor"))
-    return None if asr is None or floor is None else asr - floor
-
-
-def _list_upper(row: Row) -> float | None:
-    ci = interval(from_list(row).get("ci"))
-    return None if ci is None else ci[1]
-
-
-def _errors(row: Row) -> float | None:
-    found = mapping(row.get("counts"))
-    return number(found.get("error") if found else row.get("errors"))
-
-
-METRICS: dict[str, Callable[[Row], float | None]] = {
-    "asr": _asr,
-    "asr_upper": _bound(1),
-    "asr_lower": _bound(0),
-    "utility": _field("utility"),
-    "utility_relative": _field("utility_relative"),
-    "injection": _field("asr_injection"),
-    "likelihood": lambda row: number(from_list(row).get("asr")),
-    "likelihood_upper": _list_upper,
-    "floor": _field("floor"),
+METRICS: dict[str, Callable[[GuardRow], float | None]] = {
+    "asr": lambda row: row.headline[0],
+    "asr_upper": lambda row: _end(row.headline[1], 1),
+    "asr_lower": lambda row: _end(row.headline[1], 0),
+    "utility": lambda row: row.utility,
+    "utility_relative": lambda row: row.utility_relative,
+    "injection": lambda row: row.asr_injection,
+    "likelihood": lambda row: row.listed.asr,
+    "likelihood_upper": lambda row: _end(row.listed.ci, 1),
+    "floor": lambda row: row.floor,
     "advantage": _advantage,
-    "errors": _errors,
+    "errors": lambda row: row.counts.error if row.counts else row.errors,
 }
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
-    ">": operator.gt, "<": operator.lt,
-}  # fmt: skip
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 
 _TOKEN = re.compile(r"\s*(>=|<=|==|!=|>|<|\(|\)|[^\s<>=!()]+)")
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
@@ -90,31 +72,30 @@ class Condition:
     sign: str
     limit: float
 
-    def holds(self, row: Row) -> bool:
+    def holds(self, row: GuardRow) -> bool:
         value = METRICS[self.metric](row)
         return value is None or COMPARISONS[self.sign](value, self.limit)
 
-    def line(self, row: Row) -> str:
+    def line(self, row: GuardRow) -> str:
         value = METRICS[self.metric](row)
         shown = f"{value:.4g}" if value is not None else "not measured, which counts as violated:"
-        return f"{label(row)}: {self.metric} {shown} {self.sign} {self.limit:g}"
+        return f"{row.label}: {self.metric} {shown} {self.sign} {self.limit:g}"
 
 
 @dataclass(frozen=True)
-class Either:
+class Joined:
+    """Conditions under one word."""
+
+    join: Callable[[Iterator[bool]], bool]
+    """``any`` or ``all``."""
     parts: tuple[Node, ...]
 
 
-@dataclass(frozen=True)
-class Both:
-    parts: tuple[Node, ...]
-
-
-Node = Condition | Either | Both
+Node = Condition | Joined
 
 
 @dataclass(frozen=True)
-class Gate:
+class FailIf:
     """A parsed expression."""
 
     text: str
@@ -129,29 +110,36 @@ class Gate:
                     f"guards: {', '.join(guards)}"
                 )
 
-    def violations(self, report: Mapping[str, Any]) -> list[str]:
+    def violations(self, report: Report | Mapping[str, Any]) -> list[str]:
         """One line per condition that makes the expression true; none where it is false.
 
         Raises ``ValueError`` for a guard that the report does not have.
         """
-        rows = records(report.get("results"))
-        by_name: dict[str, list[Row]] = {}
-        for row in rows:
-            by_name.setdefault(str(row.get("guard")), []).append(row)
-        self.check_guards(list(by_name))
+        rows = Report.of(report).results
+        self.check_guards(list(dict.fromkeys(row.guard for row in rows)))
         if not rows:
             return [f"the report has no guard to judge by {self.text!r}"]
-        lines: dict[str, None] = {}
-        for row in rows:
-            if _true(self.root, row, by_name):
-                for condition in _conditions(self.root):
-                    for about in _about(condition, row, by_name):
-                        if condition.holds(about):
-                            lines[condition.line(about)] = None
+
+        def about(condition: Condition, row: GuardRow) -> list[GuardRow]:
+            return [r for r in rows if r.guard == condition.guard] if condition.guard else [row]
+
+        def true(node: Node, row: GuardRow) -> bool:
+            if isinstance(node, Condition):
+                return any(map(node.holds, about(node, row)))
+            return node.join(true(part, row) for part in node.parts)
+
+        lines = {
+            condition.line(of): None
+            for row in rows
+            if true(self.root, row)
+            for condition in _conditions(self.root)
+            for of in about(condition, row)
+            if condition.holds(of)
+        }
         return list(lines)
 
 
-def parse_gate(text: str) -> Gate:
+def parse_fail_if(text: str) -> FailIf:
     """Raises ``ValueError`` in one line naming what cannot be read, and what can."""
     tokens, position = [], 0
     stripped = text.rstrip()
@@ -165,7 +153,7 @@ def parse_gate(text: str) -> Gate:
     root = parser.expression()
     if parser.here is not None:
         raise _error(text, f"{parser.here!r} follows a complete condition; join with and, or")
-    return Gate(text, root)
+    return FailIf(text, root)
 
 
 class _Parser:
@@ -183,18 +171,16 @@ class _Parser:
         return self.tokens[self.at - 1]
 
     def expression(self) -> Node:
-        parts = [self.term()]
-        while self.here == "or":
-            self.at += 1
-            parts.append(self.term())
-        return parts[0] if len(parts) == 1 else Either(tuple(parts))
+        return self._joined("or", any, lambda: self._joined("and", all, self.factor))
 
-    def term(self) -> Node:
-        parts = [self.factor()]
-        while self.here == "and":
+    def _joined(
+        self, word: str, join: Callable[[Iterator[bool]], bool], part: Callable[[], Node]
+    ) -> Node:
+        parts = [part()]
+        while self.here == word:
             self.at += 1
-            parts.append(self.factor())
-        return parts[0] if len(parts) == 1 else Both(tuple(parts))
+            parts.append(part())
+        return parts[0] if len(parts) == 1 else Joined(join, tuple(parts))
 
     def factor(self) -> Node:
         if self.here == "(":
@@ -213,17 +199,6 @@ class _Parser:
         if not _NUMBER.fullmatch(limit):
             raise _error(self.text, f"{limit!r} is no number")
         return Condition(guard, metric, sign, float(limit))
-
-
-def _about(condition: Condition, row: Row, by_name: Mapping[str, list[Row]]) -> list[Row]:
-    return by_name[condition.guard] if condition.guard else [row]
-
-
-def _true(node: Node, row: Row, by_name: Mapping[str, list[Row]]) -> bool:
-    if isinstance(node, Condition):
-        return any(node.holds(about) for about in _about(node, row, by_name))
-    found = (_true(part, row, by_name) for part in node.parts)
-    return any(found) if isinstance(node, Either) else all(found)
 
 
 def _conditions(node: Node) -> Iterator[Condition]:

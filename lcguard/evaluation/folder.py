@@ -15,28 +15,40 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcguard.config import dump_config, load_config
+from lcguard.config import dump_config
 from lcguard.evaluation.hashing import digest
 from lcguard.evaluation.outcomes import Attempt, Journal
-from lcguard.evaluation.plan import EvalConfig
+from lcguard.evaluation.presets import AnyPlan, load_evaluation
 from lcguard.records import TokenRecord
 
 Timing = dict[str, dict[str, float]]
 
 
 class RunJournal(Journal):
-    """A journal that calls ``after`` once a unit is on disk."""
+    """A run's journal, which calls ``after`` once a unit is on disk.
+
+    Raises ``ValueError`` where its units are of another format.
+    """
 
     def __init__(self, path: Path, after: Callable[[], None] = lambda: None) -> None:
         super().__init__(path)
         self._after = after
+        for unit in self.units():
+            detail = unit.get("detail")
+            found = detail.get("format") if isinstance(detail, dict) else None
+            if found != self.FORMAT:
+                self.close()
+                raise ValueError(
+                    f"{path.parent}: its journal is of another version of lcguard, whose units "
+                    "cannot be told from this one's; give another --out"
+                )
 
     def write(self, unit: Mapping[str, Any], attempts: Sequence[Attempt]) -> None:
         super().write(unit, attempts)
         self._after()
 
 
-class FinishedJournal(Journal):
+class FinishedJournal(RunJournal):
     """A journal that is only read: units that it lacks are noted in ``missing``, not made."""
 
     def __init__(self, path: Path) -> None:
@@ -55,8 +67,6 @@ class RunFolder:
     """Names, reads and checks the files of one run."""
 
     path: Path
-    schema: type[Any] = EvalConfig
-    """What ``config.yaml`` holds."""
 
     @property
     def config_file(self) -> Path:
@@ -66,14 +76,14 @@ class RunFolder:
     def journal_file(self) -> Path:
         return self.path / "attempts.jsonl"
 
-    def config(self) -> Any:
+    def config(self) -> AnyPlan:
         """What the run was started with. Raises ``ValueError`` where that is not known."""
         if not self.config_file.exists():
             raise ValueError(
                 f"{self.path}: no config.yaml, so there is no run to go on with; start one with "
                 f"`lcguard eval run CONFIG --out {self.path}`"
             )
-        return load_config(self.schema, self.config_file)
+        return load_evaluation(self.config_file)
 
     def check(self, config: Any) -> None:
         """Raises ``ValueError`` naming the first key in which the folder's run differs."""

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lcguard.evaluation.outcomes import Attempt
-from lcguard.evaluation.plan import EvalConfig
+from lcguard.evaluation.plan import Plan
 
 _TRAINING_TIME = ("train", "trained", "training", "training-time")
 _SAVED = ("weights", "checkpoint", "ckpt", "state_dict", "pretrained", "attacker")
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 
 
-def check_fresh(config: EvalConfig) -> None:
+def check_fresh(config: Plan) -> None:
     """Raises ``ValueError`` for an attack that is not fitted in this run."""
     for spec in config.attacks:
         if spec.attack in _TRAINING_TIME:
@@ -36,9 +36,7 @@ def check_fresh(config: EvalConfig) -> None:
                 )
 
 
-def check_headline(
-    results: list[dict[str, Any]], attempts: list[Attempt], config: EvalConfig
-) -> None:
+def check_headline(results: list[dict[str, Any]], attempts: list[Attempt], config: Plan) -> None:
     """Raises ``ValueError`` for a headline whose attack this run did not fit on that guard."""
     fitted = {(a.guard, a.attack) for a in attempts if a.kind == "attack"}
     known = {a.name for a in config.attacks}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lcguard.categories import CATEGORIES
-from lcguard.evaluation.plan import AttackSpec, GuardSpec
+from lcguard.evaluation.plan import AttackSpec, GuardSpec, Plan, twice
 
 Variant = Literal["per-agent", "full-system"]
 Kind = Literal["chain", "hierarchy", "graph"]
@@ -95,17 +95,15 @@ class LatencyPlan:
 
 
 @dataclass(frozen=True)
-class MultihopConfig:
+class MultihopConfig(Plan):
+    """Several hops: graphs of agents."""
+
     kind: Literal["multihop"] = "multihop"
     title: str = "LCGuard over several hops"
-    model: str = "nano"
     data: GraphData = field(default_factory=GraphData)
     topologies: tuple[TopologySpec, ...] = ()
     guards: tuple[HopGuard, ...] = ()
-    attacks: tuple[AttackSpec, ...] = ()
-    """The cheapest first: where it breaks a guard the others are not run."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    broken_at: float | None = 0.9
     floor_options: dict[str, Any] = field(default_factory=dict)
     """Of the decoder that makes the blind floor, beside or in place of the attack's own."""
     run_all: tuple[str, ...] = ()
@@ -115,7 +113,21 @@ class MultihopConfig:
     """Attacks (by name) that are run with the first seed only: the slow ones."""
     curves: CurvePlan = field(default_factory=CurvePlan)
     latency: LatencyPlan = field(default_factory=LatencyPlan)
-    error_budget: int = 0
+
+    @property
+    def floor_attack(self) -> AttackSpec:
+        """The first fitted writer of values."""
+        spec = next((a for a in self.attacks if a.attack == "decoder"), self.attacks[0])
+        options = spec.options | self.floor_options
+        return replace(spec, name=f"{spec.name}-blind", warm=False, options=options)
+
+    @property
+    def units(self) -> int:
+        """Units at most: fewer are made where the first attack breaks a guard."""
+        per_guard = 1 + len(self.attacks)
+        curves = 4 * len(self.curves.guards) if self.curves.attack else 0
+        per_graph = 1 + len(self.seeds) * (1 + len(self.guards) * per_guard)
+        return len(self.topologies) * per_graph + curves
 
     def __post_init__(self) -> None:
         for kind, labels in (
@@ -125,11 +137,9 @@ class MultihopConfig:
         ):
             if not labels:
                 raise ValueError(f"{kind} is empty; give at least one")
-            twice = sorted({n for n in labels if labels.count(n) > 1})
-            if twice:
-                raise ValueError(f"{kind}: {twice[0]!r} stands twice")
-        if not self.seeds:
-            raise ValueError("seeds is empty; give at least one")
+            if name := twice(labels):
+                raise ValueError(f"{kind}: {name!r} stands twice")
+        super().__post_init__()
         known = [a.name for a in self.attacks]
         for which, names, valid in (
             ("once", self.once, known),

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from lcguard.evaluation.hashing import canonical, digest
 
@@ -170,6 +170,9 @@ class Journal:
 
     Raises ``ValueError`` where the file is damaged or another process writes to it.
     """
+
+    FORMAT: ClassVar[int] = 2
+    """Of what a run's units are known by; stands in each of them."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

@@ -1,8 +1,14 @@
-"""What one evaluation run does; one YAML file, unknown keys refused."""
+"""What one evaluation run does; one YAML file, unknown keys refused.
+
+``Plan`` is what every evaluation says. ``EvalConfig`` adds what there is over one hop, a chain of
+two agents; ``multihop_plan.MultihopConfig`` what there is over a graph. The file's key ``kind``
+tells them apart.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lcguard.categories import CATEGORIES
@@ -26,6 +32,15 @@ class GuardSpec:
     """Redaction that also hides how long each value was."""
     attacks: tuple[str, ...] = ()
     """Names of the attacks that are run on it; empty: all."""
+
+    @property
+    def label(self) -> str:
+        """What a journal calls it."""
+        return self.name
+
+    def asked(self, attacks: Sequence[AttackSpec]) -> list[AttackSpec]:
+        """Those of the attacks that are run on it."""
+        return [a for a in attacks if not self.attacks or a.name in self.attacks]
 
 
 @dataclass(frozen=True)
@@ -69,13 +84,40 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class Plan:
+    """What evaluations of every kind say."""
+
     title: str = "LCGuard evaluation"
     model: str = "nano"
     """``nano`` or a model folder or repository."""
+    attacks: tuple[AttackSpec, ...] = ()
+    """The cheapest first: where it breaks a guard the others are not run."""
+    seeds: tuple[int, ...] = (0,)
+    broken_at: float | None = 0.9
+    """Skip a guard's remaining attacks once one recovers this share; None runs all."""
+    error_budget: int = 0
+    """Attempts that may end in an error before the run counts as failed."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds is empty; give at least one")
+        if self.error_budget < 0:
+            raise ValueError(f"error_budget is {self.error_budget}; give 0 or more")
+
+
+def twice(names: Iterable[str]) -> str | None:
+    """The first of the names, in the alphabet's order, that stands more than once."""
+    listed = list(names)
+    return min((n for n in listed if listed.count(n) > 1), default=None)
+
+
+@dataclass(frozen=True)
+class EvalConfig(Plan):
+    """One hop: a chain of two agents."""
+
+    kind: Literal["hop"] = "hop"
     data: DataConfig = field(default_factory=DataConfig)
     guards: tuple[GuardSpec, ...] = ()
-    attacks: tuple[AttackSpec, ...] = ()
     policies: tuple[PolicySpec, ...] = ()
     """Policies under which the guard of ``policy_guard`` is measured."""
     policy_guard: str = "gate"
@@ -83,22 +125,37 @@ class EvalConfig:
     """Names of the fresh attacks used there."""
     derived: PolicySpec | None = None
     """Policy under which derived answers to forbidden values are measured."""
-    seeds: tuple[int, ...] = (0,)
-    broken_at: float | None = 0.9
-    """Skip a guard's remaining attacks once one recovers this share; None runs all."""
     injection: bool = True
     scoring: Literal["auto", "exact", "said"] = "auto"
     """Whether a receiver's answer counts by what it says in a reply of its own, or by exact match
     of the bare value, teacher-forced; ``auto``: the latter for nano, which was trained to it."""
     explain: int = 2
     """Contexts shown token by token in the report."""
-    error_budget: int = 0
-    """Attempts that may end in an error before the run counts as failed."""
 
     @property
     def by_reply(self) -> bool:
         """True where answers count by what is said."""
         return self.scoring == "said" or (self.scoring == "auto" and self.model != "nano")
+
+    @property
+    def floor_attack(self) -> AttackSpec:
+        """Nothing is to be found in another record's segment, so the cheapest writer of values will
+        do; one that starts warm starts cold here."""
+        writers = [a for a in self.attacks if not a.lists]
+        writer = next((a for a in writers if a.attack != "probe"), writers[0])
+        return replace(writer, name=f"{writer.name}-blind", warm=False)
+
+    @property
+    def units(self) -> int:
+        """Units at most: fewer are made where the first attack breaks a guard."""
+        seeds = len(self.seeds)
+        # floors, and the unguarded receiver
+        total = seeds * (1 + sum(a.lists for a in self.attacks)) + 1
+        for guard in self.guards:
+            total += seeds * (1 + int(self.injection) + len(guard.asked(self.attacks)))
+        chosen = len(self.policy_attacks) or len(self.attacks)
+        extra = [*self.policies, *([self.derived] if self.derived else [])]
+        return total + sum(1 + seeds * (1 + (chosen if p.forbid else 0)) for p in extra)
 
     def __post_init__(self) -> None:
         for kind, specs in (
@@ -106,29 +163,19 @@ class EvalConfig:
             ("attacks", self.attacks),
             ("policies", self.policies),
         ):
-            labels = [s.name for s in specs]
-            twice = sorted({n for n in labels if labels.count(n) > 1})
-            if twice:
-                raise ValueError(f"{kind}: the name {twice[0]!r} is used twice")
+            if name := twice(s.name for s in specs):
+                raise ValueError(f"{kind}: the name {name!r} is used twice")
         known = [a.name for a in self.attacks]
-        for name in self.policy_attacks:
-            if name not in known:
-                raise ValueError(f"policy_attacks: {name!r} is not one of attacks: {known}")
-        for guard in self.guards:
-            for name in guard.attacks:
+        named = {
+            **{f"guard {g.name!r}": g.attacks for g in self.guards},
+            "policy_attacks": self.policy_attacks,
+        }
+        for what, names in named.items():
+            for name in names:
                 if name not in known:
-                    raise ValueError(
-                        f"guard {guard.name!r}: {name!r} is not one of attacks: {known}"
-                    )
-        for what, names in (
-            *((f"guard {g.name!r}: attacks", g.attacks) for g in self.guards),
-            ("policy_attacks", self.policy_attacks),
-        ):
+                    raise ValueError(f"{what}: {name!r} is not one of attacks: {known}")
             if names and all(a.lists for a in self.attacks if a.name in names):
                 raise ValueError(f"{what}: beside {names[0]!r} name one that writes values")
         if self.policies and self.policy_guard not in [g.name for g in self.guards]:
             raise ValueError(f"policy_guard {self.policy_guard!r} is not one of guards")
-        if not self.seeds:
-            raise ValueError("seeds is empty; give at least one")
-        if self.error_budget < 0:
-            raise ValueError(f"error_budget is {self.error_budget}; give 0 or more")
+        super().__post_init__()

@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcguard.evaluation.graph_tables import graph_tables
 from lcguard.evaluation.html import to_html
+from lcguard.evaluation.results import Context, Report, readable
 from lcguard.evaluation.tables import Table, details, overview, provenance
-from lcguard.evaluation.verdict import NOT_MEASURED, mapping, number, records, verdict
+from lcguard.evaluation.verdict import NOT_MEASURED, verdict
 
 __all__ = [
     "escape",
@@ -26,7 +28,6 @@ __all__ = [
     "to_markdown",
     "verdict",
     "write_report",
-    "write_text_files",
 ]
 
 _PUNCTUATION = re.compile(r"([\\`*_{}\[\]()#!|~$@]|:(?=//))")
@@ -37,13 +38,13 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
 
     A reader never sees half a file. Figures that are not finite become null.
 
-    Raises ``ValueError`` where ``report`` is not JSON, and ``ImportError`` without matplotlib (the
-    JSON and the Markdown are on disk by then).
+    Raises ``ValueError`` where ``report`` is not JSON or no report, and ``ImportError`` without
+    matplotlib (the JSON and the Markdown are on disk by then).
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     try:
-        text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(readable(report), indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the report is not JSON ({error}): use strings, numbers, lists and dicts"
@@ -55,20 +56,25 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
     return paths
 
 
-def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as GitHub-flavoured Markdown; all text from the dict is escaped."""
-    lines = [f"# {escape(report.get('title') or 'LCGuard evaluation')}", ""]
-    lines += markdown_table(overview(report), level=2)
-    notes = report.get("notes") or []
-    lines += ["## Notes", "", *(f"- {escape(n)}" for n in notes), ""] if notes else []
-    for table in details(report):
-        lines += markdown_table(table, level=2)
-    lines += ["## Explained contexts", ""]
-    explained = records(report.get("explained"))
-    for context in explained:
-        lines += _explained(context)
-    if not explained:
-        lines += [NOT_MEASURED.capitalize() + ".", ""]
+def to_markdown(found: Report | Mapping[str, Any]) -> str:
+    """The report as GitHub-flavoured Markdown; all its text is escaped."""
+    report = Report.of(found)
+    lines = [f"# {escape(report.title or 'LCGuard evaluation')}", ""]
+    notes = [*(f"- {escape(n)}" for n in report.notes), ""]
+    if report.over_graphs:
+        lines += notes
+        for table in graph_tables(report):
+            lines += markdown_table(table, level=2)
+    else:
+        lines += markdown_table(overview(report), level=2)
+        lines += ["## Notes", "", *notes] if report.notes else []
+        for table in details(report):
+            lines += markdown_table(table, level=2)
+        lines += ["## Explained contexts", ""]
+        for context in report.explained:
+            lines += _explained(context)
+        if not report.explained:
+            lines += [NOT_MEASURED.capitalize() + ".", ""]
     lines += markdown_table(provenance(report), level=2)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -84,22 +90,20 @@ def markdown_table(table: Table, level: int) -> list[str]:
     return [*lines, "", *([escape(table.note), ""] if table.note else [])]
 
 
-def _explained(context: Mapping[str, Any]) -> list[str]:
+def _explained(context: Context) -> list[str]:
     """The text with what was mostly withheld struck out."""
-    title = escape(context.get("title") or "Context")
-    guard, policy = (escape(context.get(k, "?")) for k in ("guard", "policy"))
     text: list[str] = []
     struck = False
-    for token in records(context.get("tokens")):
-        share = number(mapping(token).get("withheld"))
-        hidden = share is not None and share > 0.5
+    for token in context.tokens:
+        hidden = token.withheld is not None and token.withheld > 0.5
         if hidden != struck:
             text.append("<del>" if hidden else "</del>")
             struck = hidden
-        text.append(escape(token.get("text", ""), keep_spaces=True))
+        text.append(escape(token.text, keep_spaces=True))
     text.append("</del>" if struck else "")
     legend = "Struck out: more than half of the token's entries were withheld."
-    return [f"### {title}", "", f"Guard {guard}, policy {policy}. {legend}", "", "".join(text), ""]
+    about = f"Guard {escape(context.guard)}, policy {escape(context.policy)}. {legend}"
+    return [f"### {escape(context.title or 'Context')}", "", about, "", "".join(text), ""]
 
 
 def escape(value: Any, keep_spaces: bool = False) -> str:
@@ -113,24 +117,6 @@ def escape(value: Any, keep_spaces: bool = False) -> str:
 def _harmless(char: str) -> bool:
     # Control characters, direction overrides and lone surrogates can disguise what follows.
     return unicodedata.category(char) not in ("Cc", "Cf", "Cs") or char == "\t"
-
-
-def write_text_files(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> None:
-    """Each file in one step, in order."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        _write(target / name, text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    return None if isinstance(value, float) and number(value) is None else value
 
 
 def _write(path: Path, text: str) -> None:

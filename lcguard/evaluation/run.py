@@ -1,182 +1,135 @@
-"""Puts the rooms together for an evaluation: model, data, guards, attacks.
-
-Only this package and the command line know core, agents and attacks at once.
-"""
+"""Runs or resumes an evaluation in a folder, or makes its report again from the journal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
-from lcguard.agents.scenarios.load import load_hops, split_hops
-from lcguard.agents.scenarios.schema import sample_value
-from lcguard.agents.scenarios.types import Hop
-from lcguard.attacks.base import Knowledge, attack_class
-from lcguard.attacks.decoder import DecoderAttack
-from lcguard.categories import CATEGORIES
-from lcguard.config import load_config
-from lcguard.evaluation.answers import VALUE_ONLY
-from lcguard.evaluation.folder import RunFolder, RunJournal, data_digest
+from lcguard.agents.backends.hf_agents import HFAgents
+from lcguard.agents.orchestrator import run as run_agents
+from lcguard.attacks.base import attack_class
+from lcguard.evaluation.answers import VALUE_ONLY, Scoring
+from lcguard.evaluation.folder import FinishedJournal, RunFolder, RunJournal, data_digest
 from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
+from lcguard.evaluation.graph_segments import GraphSegments, scenarios_of, topology_of
+from lcguard.evaluation.graph_summary import GraphRun
+from lcguard.evaluation.hashing import digest
+from lcguard.evaluation.hop_segments import HopSegments
+from lcguard.evaluation.load import fit_plain_guards, hops_for, load_guard
 from lcguard.evaluation.manifest import run_manifest
+from lcguard.evaluation.multihop_plan import MultihopConfig
 from lcguard.evaluation.outcomes import Journal, Outcome
-from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
+from lcguard.evaluation.plan import EvalConfig
+from lcguard.evaluation.presets import AnyPlan
 from lcguard.evaluation.report import write_report
-from lcguard.evaluation.runner import AttackFactory, Runner, Setup
-from lcguard.evaluation.summary import run_all
-from lcguard.guards import FrozenGuard, KVShape, guard_class
-from lcguard.guards.erasure import ErasureGuard
-from lcguard.guards.shipped import guard_folder
-from lcguard.protocols import Attack
+from lcguard.evaluation.runner import Runner, Setup
+from lcguard.evaluation.schedule import HopRun
+from lcguard.evaluation.summary import hop_figures
 from lcguard.records import TokenRecord
-from lcguard.training.fit_erasure import fit_erasure
 
-T = TypeVar("T")
-PRESETS = Path(__file__).parent.parent / "agents" / "nano" / "presets"
+Say = Callable[[str], None]
 
 
-def preset(name: str) -> Path:
-    """A configuration shipped with the nano agent. Raises ``ValueError`` naming those there are."""
-    path = PRESETS / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-        raise ValueError(f"preset {name!r} is unknown; shipped: {known}")
-    return path
+@dataclass(frozen=True)
+class Evaluation:
+    """A plan with everything that it needs loaded; of one kind or the other."""
 
+    setup: Setup
+    plan: AnyPlan
+    hop: HopSegments | None
+    graphs: tuple[GraphSegments, ...] = ()
 
-def load_plan(
-    schema: type[T], config: str | Path, sets: Sequence[str], data: Path | None, prefix: str = ""
-) -> T:
-    """A configuration from a YAML file, or from the preset ``prefix + config``, with overrides."""
-    path = Path(config) if Path(config).suffix else preset(f"{prefix}{config}")
-    return load_config(schema, path, [*sets, *([f"data.path={data}"] if data else [])])
-
-
-def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
-    """A guard that fits the backend's model and revision; anything else is refused."""
-    if bool(spec.guard) == bool(spec.path):
-        raise ValueError(f"guard {spec.name!r}: give either guard (a name) or path, not both")
-    if spec.path:
-        return FrozenGuard.from_pretrained(
-            guard_folder(spec.path), model_digest=backend.digest, shape=backend.source.shape
+    def data_digest(self) -> str:
+        """Sha256 of what attackers are fitted on and what is measured."""
+        if self.hop is not None:
+            return data_digest(*self.hop.sides)
+        return digest(
+            [
+                [r.text for s in side for a in s.agents for r in a.records]
+                for graph in self.graphs
+                for side in graph.sides
+            ]
         )
-    cls = guard_class(spec.guard)
-    if cls.trained:
-        raise ValueError(f"guard {spec.name!r}: {spec.guard!r} is trained; give path to its folder")
-    module = cls.build(KVShape(*backend.source.shape), len(CATEGORIES), dict(spec.options))
-    return FrozenGuard(module)
+
+    def figures(self, journal: Journal, folder: RunFolder) -> dict[str, Any]:
+        """What is particular to the kind; what the journal lacks is done now."""
+        runner = Runner(self.setup, journal)
+        if isinstance(self.plan, MultihopConfig):
+            return GraphRun(runner, self.plan, self.graphs, folder).figures()
+        assert self.hop is not None
+        figures = hop_figures(HopRun(runner, self.plan, self.hop))
+        check_headline(figures["results"], journal.attempts(), self.plan)
+        test = self.hop.sides[1]
+        return {
+            "model": {"name": self.plan.model, "shape": list(self.setup.model.source.shape)},
+            "data": {
+                "source": self.plan.data.source,
+                "train_records": len(self.hop.sides[0]),
+                "test_records": len(test),
+                "secrets": sum(len(r.secrets()) for r in test),
+                "task_questions": sum(q.task for r in test for q in r.questions),
+            },
+            **figures,
+        }
 
 
-def fit_plain_guards(
-    guards: dict[str, FrozenGuard], backend: HFBackend, records: Sequence[TokenRecord]
-) -> None:
-    """Channel statistics for guards without weights of their own: Gaussian noise is per channel.
-    Erasers, on their own or as a part, learn their concepts from the records."""
-    plain = [g for g in guards.values() if not g.module.trained]
-    if plain:
-        raw = backend.source.prefill([r.ids for r in records[:256]])
-        for guard in plain:
-            if any(isinstance(part, ErasureGuard) for part in guard.module.modules()):
-                fit_erasure(guard.module, records, backend.source)
-            guard.module.fit_statistics(raw)
-
-
-def attack_factory(backend: HFBackend, broken_at: float | None) -> AttackFactory:
-    """Builds attacks from specs; ``broken_at`` ends the fitting of one that has already won."""
-
-    def make(
-        spec: AttackSpec, warm: Attack | None, early: bool, guard: FrozenGuard | None
-    ) -> Attack:
-        cls = attack_class(spec.attack)
-        options: dict[str, Any] = dict(spec.options)
-        fit = options.pop("fit", None)
-        attack = cls.build(options)
-        if fit is not None or early:
-            config: Any = attack.config
-            if hasattr(config, "fit"):
-                changes = {**(fit or {}), **({"stop_at": 0.97} if early and broken_at else {})}
-                attack.config = replace(config, fit=replace(config.fit, **changes))
-        if isinstance(attack, DecoderAttack) and isinstance(warm, DecoderAttack):
-            attack.warm = warm
-        attack.equip(
-            Knowledge(backend.source, backend.decode, guard, backend.encoder.prompt,
-                      backend.encoder.ids, sample_value)
-        )  # fmt: skip
-        return attack
-
-    return make
-
-
-def hops_for(data: DataConfig) -> tuple[list[Hop], list[Hop]]:
-    """Attackers' and victims' hops; no scenario is in both."""
-    if data.source == "generator":
-        # coined names: attackers and guards have to read tokens, not to recognise names
-        wanted = (
-            ("coined", data.train_records, data.seed),
-            ("test", data.test_records, data.seed + 1),
-        )
-        train, test = (
-            load_hops(
-                "generator",
-                path=None,
-                seed=seed,
-                split=split,
-                n=n,
-                min_fields=data.min_fields,
-                max_fields=data.max_fields,
-            )[:n]
-            for split, n, seed in wanted
-        )
-        return train, test
-    path = Path(data.path) if data.path else None
-    hops = load_hops(
-        data.source,
-        path=path,
-        seed=data.seed,
-        split="test",
-        n=None,
-        min_fields=data.min_fields,
-        max_fields=data.max_fields,
-    )
-    share = data.train_records / (data.train_records + data.test_records)
-    train, test = split_hops(hops, share, data.seed)
-    return train[: data.train_records], test[: data.test_records]
-
-
-def setup(config: EvalConfig, say: Callable[[str], None], device: str | None = None) -> Setup:
+def load(plan: AnyPlan, say: Say = lambda text: None, device: str | None = None) -> Evaluation:
     """Loads everything a run needs. Raises ``ValueError`` in one line for anything missing."""
-    backend = load_backend(config.model, device)
-    guards = {g.name: load_guard(g, backend) for g in config.guards}
-    encoder = backend.encoder.asking(VALUE_ONLY) if config.by_reply else backend.encoder
-    train, test = (encoder.encode(hops) for hops in hops_for(config.data))
+    return (
+        _load_graphs(plan, say, device)
+        if isinstance(plan, MultihopConfig)
+        else _load_hop(plan, say, device)
+    )
+
+
+def _load_hop(plan: EvalConfig, say: Say, device: str | None) -> Evaluation:
+    model = load_backend(plan.model, device)
+    guards = {g.name: load_guard(g, model) for g in plan.guards}
+    encoder = model.encoder.asking(VALUE_ONLY) if plan.by_reply else model.encoder
+    train, test = (encoder.encode(hops) for hops in hops_for(plan.data))
     if not train or not test:
         raise ValueError(
-            f"{config.data.source}: {len(train)} train and {len(test)} test records; "
+            f"{plan.data.source}: {len(train)} train and {len(test)} test records; "
             "both must be above 0"
         )
-    fit_plain_guards(guards, backend, train)
-    return Setup(
-        config,
-        backend.source,
-        backend.special,
-        backend.decode,
-        train,
-        test,
-        guards,
-        attack_factory(backend, config.broken_at),
-        "said" if config.by_reply else "exact",
-        say,
-    )
+    fit_plain_guards(guards, model, train)
+    scoring: Scoring = "said" if plan.by_reply else "exact"
+    hop = HopSegments(model, guards, (train, test), plan.data, scoring=scoring)
+    return Evaluation(Setup(plan, model, guards, say), plan, hop)
+
+
+def _load_graphs(plan: MultihopConfig, say: Say, device: str | None) -> Evaluation:
+    for a in plan.attacks:
+        attack_class(a.attack)
+        if a.lists:
+            raise ValueError(
+                f"attack {a.name!r} chooses from lists of candidates, which has another floor than "
+                "the attacks over several hops: leave it out here, and run it hop by hop"
+            )
+    model = load_backend(plan.model, device)
+    guards = {g.label: load_guard(g, model) for g in plan.guards}
+    fit_plain_guards(guards, model, _some_records(plan, model))
+    graphs = tuple(GraphSegments(model, guards, spec, plan.data) for spec in plan.topologies)
+    return Evaluation(Setup(plan, model, guards, say), plan, None, graphs)
+
+
+def _some_records(plan: MultihopConfig, model: HFBackend) -> list[TokenRecord]:
+    """What the agents of the first topology read."""
+    topology = topology_of(plan.topologies[0])
+    some = scenarios_of(topology, plan.data, "coined", 64)
+    plain = run_agents(HFAgents(model, "kv"), topology, some, model.encoder, ask=False)
+    return [r for hop in plain.received.values() for r in hop.records]
 
 
 def evaluate(
-    config: EvalConfig,
+    plan: AnyPlan,
     out: Path,
     command: str,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
+    *,
     device: str | None = None,
     progress: Callable[[int], None] = lambda units: None,
 ) -> dict[str, Any]:
@@ -186,57 +139,71 @@ def evaluate(
     holds a run with another configuration.
     """
     folder = RunFolder(out)
-    folder.check(config)  # before the model is loaded
-    check_fresh(config)
-    made = setup(config, say, device)
-    now = run_manifest(command, list(config.seeds), config)
-    guards = {name: guard.digest for name, guard in made.guards.items()}
-    now["hashes"] |= {"data": data_digest(made.train, made.test), "guards": guards}
-    manifest = folder.start(config, now)
-    made.timing.update(folder.timing())
+    folder.check(plan)  # before the model is loaded
+    check_fresh(plan)
+    made = load(plan, say, device)
+    now = run_manifest(command, list(plan.seeds), plan)
+    guards = {name: guard.digest for name, guard in made.setup.guards.items()}
+    now["hashes"] |= {"data": made.data_digest(), "guards": guards}
+    folder.start(plan, now)
+    timing = made.hop.timing if made.hop else {}
+    timing.update(folder.timing())
 
     def after() -> None:
-        nonlocal manifest
-        manifest = folder.resumed(now)
-        folder.save_timing(made.timing)
+        folder.resumed(now)
+        if made.hop:
+            folder.save_timing(timing)
         progress(len(journal))
 
     with RunJournal(folder.journal_file, after) as journal:
         progress(len(journal))
-        report = report_of(made, journal, manifest=lambda: manifest)
+        report = report_of(made, journal, folder)
     write_report(report, out)
     return report
 
 
-def report_of(
-    made: Setup, journal: Journal, manifest: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
+def from_journal(folder: RunFolder, device: str | None = None) -> dict[str, Any]:
+    """The report of a finished run; nothing is fitted.
+
+    Raises ``ValueError`` naming what is missing.
+    """
+    if folder.manifest() is None:
+        raise ValueError(
+            f"{folder.path}: no manifest.json, so nobody knows where the figures come from; write "
+            f"it with `lcguard eval resume {folder.path}`"
+        )
+    made = load(folder.config(), device=device)
+    if made.hop:
+        made.hop.timing.update(folder.timing())
+    journal = FinishedJournal(folder.journal_file)
+    with journal:
+        report = report_of(made, journal, folder)
+    missing = journal.missing
+    if missing:
+        first = ", ".join(str(missing[0][k]) for k in ("kind", "guard", "policy", "attack", "seed"))
+        raise ValueError(
+            f"{folder.path}: {len(missing)} units are missing, such as ({first}); end the run with "
+            f"`lcguard eval resume {folder.path}`"
+        )
+    return report
+
+
+def report_of(made: Evaluation, journal: Journal, folder: RunFolder) -> dict[str, Any]:
     """The report of a run; what its journal lacks is done now."""
-    config = made.config
-    figures = run_all(Runner(made, journal))
+    figures = made.figures(journal, folder)
     attempts = journal.attempts()
-    check_headline(figures["results"], attempts, config)
-    errors = sum(a.outcome is Outcome.ERROR for a in attempts)
-    over = errors > config.error_budget
-    where = manifest()
+    errors, budget = sum(a.outcome is Outcome.ERROR for a in attempts), made.plan.error_budget
+    where = folder.manifest() or {}
     sources = {m["hashes"]["source"] for m in [where, *where.get("resumed", [])]}
-    warnings = [OVER.format(errors, config.error_budget)] if over else []
+    warnings = [OVER.format(errors, budget)] if errors > budget else []
     warnings += [CHANGED] if len(sources) > 1 else []
     return {
-        "title": config.title,
+        "title": made.plan.title,
         **where,
-        "model": {"name": config.model, "shape": list(made.source.shape)},
-        "data": {
-            "source": config.data.source,
-            "train_records": len(made.train),
-            "test_records": len(made.test),
-            "secrets": sum(len(r.secrets()) for r in made.test),
-            "task_questions": sum(q.task for r in made.test for q in r.questions),
-        },
         "journal": {"units": len(journal), "attempts": len(attempts)},
-        "errors": {"attempts": errors, "budget": config.error_budget, "exceeded": over},
+        "errors": {"attempts": errors, "budget": budget, "exceeded": errors > budget},
         **figures,
-        "notes": [*warnings, *NOTES],
+        "notes": [*warnings, *(NOTES if made.hop else GRAPH_NOTES)],
     }
 
 
@@ -255,4 +222,14 @@ NOTES = (
     "It is not a privacy figure; it stands here to show how far it can lie.",
     "Floor: the same attack fitted and scored on segments of other records. Ceiling: on raw KV.",
     "Utility: share of task questions answered exactly, greedy decoding, from the segment alone.",
+)
+GRAPH_NOTES = (
+    "ASR: best of the attacks fitted from scratch after the guard was frozen, on guarded runs of "
+    "the attackers' own scenarios; mean over categories, exact match.",
+    "Edge: the receiver of one hop. Graph: somebody who reads every segment; a secret counts once "
+    "any segment gives it away. Gap: graph minus the worst edge.",
+    "Composed: a secret of two parts held by two agents; by one edge the other part is guessed "
+    "blind.",
+    "Latency against text counts reading alone, not the writing of text messages, on long "
+    "contexts; below 1 is faster than text.",
 )

@@ -1,105 +1,95 @@
-"""From an orchestrated run to attack pairs: single segments of all links, and joint ones."""
+"""What crosses the hops of a topology, as evaluation asks for it.
+
+An attacker publishes records of his own through the frozen guard and fits on what comes out; a
+victim's segments are what he is judged by. ``Segments`` is one topology with both sides' records:
+``hop_segments`` over a chain of two agents, ``graph_segments`` over any graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
+from lcguard.evaluation.outcomes import Kind
+from lcguard.evaluation.plan import GuardSpec, PolicySpec
+from lcguard.protocols import AttackData
+from lcguard.records import TokenQuestion, TokenRecord
 
-from lcguard.agents.orchestrator import Received, Trace
-from lcguard.agents.scenarios.generator import GeneratorConfig
-from lcguard.agents.scenarios.graph import make_graph_scenario
-from lcguard.agents.scenarios.types import Scenario
-from lcguard.agents.topology import Link, Topology, chain, hierarchy
-from lcguard.evaluation.multihop_plan import GraphData, TopologySpec
-from lcguard.protocols import AttackData, KVBatch
-from lcguard.records import TokenRecord
-from lcguard.training.dataset import Special, attack_data
-from lcguard.training.joint import join_data
+Side = Literal[0, 1]
+ATTACKER: Side = 0
+VICTIM: Side = 1
 
 
-def topology_of(spec: TopologySpec) -> Topology:
-    """Raises ``ValueError`` for unknown agents, cycles and the like."""
-    if spec.kind == "chain":
-        made = chain(spec.agents, spec.name)
-    elif spec.kind == "hierarchy":
-        made = hierarchy(spec.agents, spec.name)
-    else:
-        links = tuple(Link(x.source, x.audience, x.forbid, x.derive) for x in spec.links)
-        agents = tuple(dict.fromkeys(a for x in links for a in (x.source, x.audience)))
-        made = Topology(spec.name, agents, links)
-    return Topology(made.name, made.agents, made.links, spec.relay)
-
-
-def scenarios_of(
-    topology: Topology, data: GraphData, split: str, n: int, seed: int = 0
-) -> list[Scenario]:
-    """``n`` generated scenarios; ``split`` ``coined`` for attackers, ``test`` for victims."""
-    config = GeneratorConfig(
-        data.seed + seed, split, data.min_fields, data.max_fields, data.filler, 0.0
-    )
-    return [make_graph_scenario(config, i, topology) for i in range(n)]
+def noise_seed(seed: int, side: Side) -> int:
+    """The victims' noise is not the attackers'."""
+    return seed * 1_000_003 + side * 500_009
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What attackers get of one run, and whose secrets each row holds."""
+class Observed:
+    """What attackers get of one side's segments, and whose secrets each row holds."""
 
     single: AttackData
     """Every segment of every link, as if received alone: B = links x scenarios."""
     records: tuple[TokenRecord, ...]
     """Of the rows of ``single``."""
-    joint: AttackData
-    """All distinct segments of a scenario behind each other: B = scenarios."""
-    owners: tuple[tuple[TokenRecord, ...], ...]
+    joint: AttackData | None = None
+    """All distinct segments of a scenario behind each other: B = scenarios. None over one hop."""
+    owners: tuple[tuple[TokenRecord, ...], ...] = ()
     """Of the rows of ``joint``, part by part."""
 
 
-def seen(trace: Trace, special: Special) -> Seen:
-    """The pairs of a trace. Raises ``ValueError`` for a text handoff, which has no KV."""
-    hops = list(trace.received.values())
-    records = [r for hop in hops for r in hop.records]
-    kv = KVBatch.stack([x.kv() for hop in hops for x in hop.references])
-    single = attack_data(records, kv, special)
-    meta = {**single.meta, "on": _consumed(hops)}
-    single = AttackData(
-        single.kv, single.context_ids, single.secrets,
-        [f"{r.record_id}@{r.edge}" for r in records], single.mask, meta,
-    )  # fmt: skip
-    distinct = _distinct(hops)
-    parts = [
-        attack_data(hop.records, KVBatch.stack([x.kv() for x in hop.references]), special)
-        for hop in distinct
-    ]
-    joint = join_data(parts, [_part_name(hop, distinct) for hop in distinct], trace.scenarios)
-    owners = tuple(tuple(hop.records[i] for hop in distinct) for i in range(len(trace.scenarios)))
-    return Seen(single, tuple(records), joint, owners)
+@dataclass(frozen=True)
+class Answer:
+    """A question to an audience about what was handed to it."""
+
+    record: TokenRecord
+    question: TokenQuestion
+    name: str
+    """Tells the record's questions apart."""
+    kind: Kind
+    right: bool
+    score: float | None = None
 
 
-def _distinct(hops: Sequence[Received]) -> list[Received]:
-    """One hop for each stored segment: the same segment to a second audience adds nothing."""
-    found: dict[str, Received] = {}
-    for hop in hops:
-        found.setdefault(hop.references[0].key, hop)
-    return list(found.values())
+class Segments(ABC):
+    """One topology with the attackers' and the victims' records on it."""
 
+    name: str
+    """Of the topology."""
+    replies: bool = False
+    """True where an answer counts by what it says, not by exact match of the bare value."""
 
-def _part_name(hop: Received, hops: Sequence[Received]) -> str:
-    """The holder; with the audience where it publishes under more than one policy."""
-    twice = sum(h.link.source == hop.link.source for h in hops) > 1
-    return hop.link.name if twice else hop.link.source
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a unit of the journal hangs on beside the plan."""
 
+    @abstractmethod
+    def prepare(self, guard: GuardSpec | None, policy: PolicySpec | None, seed: int) -> None:
+        """Makes here what forked children are to share."""
 
-def _consumed(hops: Sequence[Received]) -> KVBatch:
-    """What the sender of each row had read before, with no valid token where that was nothing."""
-    first = hops[0].references[0].kv()
-    nothing = KVBatch(
-        first.keys[..., :1, :], first.values[..., :1, :], torch.zeros_like(first.valid[:, :1])
-    )
-    rows = [
-        KVBatch.join([x.kv() for x in row]) if row else nothing
-        for hop in hops
-        for row in hop.consumed
-    ]
-    return KVBatch.stack(rows)
+    @abstractmethod
+    def observed(
+        self, guard: GuardSpec | None, policy: PolicySpec | None, seed: int, side: Side
+    ) -> Observed:
+        """One side's segments behind a guard; None is no guard, or each record's own policy."""
+
+    @abstractmethod
+    def answers(
+        self, guard: GuardSpec | None, policy: PolicySpec | None, seed: int
+    ) -> Iterator[Answer]:
+        """The victims' audiences, questioned."""
+
+    @abstractmethod
+    def unguarded(self) -> AttackData:
+        """Ordinary pairs of the attackers' own on raw KV: what a warm start is fitted on."""
+
+    def secrets(
+        self, guard: GuardSpec | None, policy: PolicySpec | None, seed: int
+    ) -> Mapping[str, TokenRecord]:
+        """The victims' records by the row of ``Observed.single`` that they are."""
+        seen = self.observed(guard, policy, seed, VICTIM)
+        return dict(zip(seen.single.record_ids, seen.records, strict=True))

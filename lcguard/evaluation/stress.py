@@ -7,9 +7,7 @@ configuration, and as such it is written beside the figures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -44,17 +42,10 @@ def stressed(config: EvalConfig, layers: int | None = None) -> EvalConfig:
 
 def stronger(spec: AttackSpec) -> AttackSpec:
     """More steps for whatever is fitted by steps, twice the width for what decodes."""
-    default: Any = attack_class(spec.attack).Config()
-    options: dict[str, Any] = dict(spec.options)
-    clean = dict(spec.clean_fit)
-    fit = options.get("fit", {})
-    if hasattr(default, "fit") and isinstance(fit, Mapping):
-        steps = int(fit.get("steps", default.fit.steps))
-        options["fit"] = {**fit, "steps": steps * STEPS}
-        if spec.warm:
-            clean["steps"] = int(clean.get("steps", default.fit.steps)) * STEPS
-    if spec.attack == "decoder":
-        options["width"] = int(options.get("width", default.width)) * WIDTH
+    cls = attack_class(spec.attack)
+    options, clean = cls.stressed(spec.options, STEPS, WIDTH), dict(spec.clean_fit)
+    if spec.warm and cls.starts_from:
+        clean = cls.stressed({"fit": clean}, STEPS, WIDTH)["fit"]
     return replace(spec, options=options, clean_fit=clean)
 
 

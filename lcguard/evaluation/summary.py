@@ -1,4 +1,4 @@
-"""From a run's attempts to the report: who recovered what, beside the floor and the ceiling."""
+"""From the attempts on one hop to its figures: who recovered what, beside floor and ceiling."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ import torch
 from lcguard.evaluation.lists import list_figures
 from lcguard.evaluation.outcomes import Attempt
 from lcguard.evaluation.plan import GuardSpec, PolicySpec
-from lcguard.evaluation.runner import EDGE, Runner, on_lists
-from lcguard.evaluation.schedule import (
-    INJECTION,
-    Case,
-    blind_lists,
-    fit_ahead,
-    floor_attack,
-    list_seeds,
-    policy_case,
-)
+from lcguard.evaluation.runner import EDGE
+from lcguard.evaluation.schedule import Challenge, HopRun
+from lcguard.evaluation.segments import ATTACKER, VICTIM
 from lcguard.evaluation.statistics import (
     any_of_k,
     asr,
@@ -35,65 +28,53 @@ from lcguard.records import TokenRecord, masks
 from lcguard.training.dataset import with_policy
 
 
-def run_all(runner: Runner) -> dict[str, Any]:
+def hop_figures(run: HopRun) -> dict[str, Any]:
     """Runs what is missing and returns the report's figures."""
-    c = runner.s.config
-    if not c.guards or all(a.lists for a in c.attacks):
+    plan = run.plan
+    if not plan.guards or all(a.lists for a in plan.attacks):
         raise ValueError(
             "the evaluation names no guards or no attacks that write values; give at least one of "
             "each"
         )
-    fit_ahead(runner)
-    floor = _per_seed(c.seeds, lambda s: runner.attack(None, None, floor_attack(c), s, "floor"))
-    vanilla = _per_seed(c.seeds[:1], lambda s: runner.utility(None, None, s))
+    run.fit_ahead()
     ceiling: list[Attempt] = []
     rows = []
-    for spec in sorted(c.guards, key=lambda g: g.guard != "identity"):  # the ceiling first
-        row, attempts = guard_row(runner, spec, floor, vanilla)
+    for spec in sorted(plan.guards, key=lambda g: g.guard != "identity"):  # the ceiling first
+        attempts = run.attacked(Challenge(spec, None, plan.attacks))
+        row = guard_row(run, spec, attempts)
         if spec.guard == "identity":
             ceiling = attempts
         rows.append(row)
-        runner.s.say(_line(row))
+        run.runner.s.say(_line(row))
     top = best_attack(ceiling).value if ceiling else None
     by_category = asr_by_category(ceiling) if ceiling else {}
     for row in rows:
         row["ceiling"] = top
         for name, entry in row["asr_by_category"].items():
             entry["ceiling"] = by_category[name]["asr"] if name in by_category else None
-    report: dict[str, Any] = {"results": rows}
-    report["policies"] = [policy_row(runner, p, floor) for p in c.policies]
-    report["derived"] = [] if c.derived is None else derived_rows(runner, c.derived)
-    report["length_channel"] = _length_channel(rows)
-    report["explained"] = explain(runner, c.explain)
-    return report
+    return {
+        "results": rows,
+        "policies": [policy_row(run, p) for p in plan.policies],
+        "derived": [] if plan.derived is None else derived_rows(run, plan.derived),
+        "length_channel": _length_channel(rows),
+        "explained": explain(run),
+    }
 
 
-def guard_row(
-    runner: Runner, spec: GuardSpec, floor: Sequence[Attempt], vanilla: Sequence[Attempt]
-) -> tuple[dict[str, Any], list[Attempt]]:
+def guard_row(run: HopRun, spec: GuardSpec, attempts: Sequence[Attempt]) -> dict[str, Any]:
     """One guard's line of the main table."""
-    c, guard = runner.s.config, runner.s.guards[spec.name]
-    utility, attempts, injected = [], [], []
-    for seed in c.seeds:
-        utility += runner.utility(spec, None, seed)
-        if c.injection:
-            injected += runner.attack(spec, None, INJECTION, seed)
-        attempts += runner.run_guard(spec, None, seed, c.attacks)
-    useful = rate(utility, "utility")
-    before = rate(vanilla, "utility")
-    best = best_attack(attempts)
-    blind = mean_over_categories(floor)
+    plan, guard, timing = run.plan, run.runner.s.guards[spec.name], run.hops.timing
+    utility, vanilla, floor = run.utility(spec), run.utility(None), run.floor()
+    injected = run.injected(spec) if plan.injection else []
+    best, blind = best_attack(attempts), mean_over_categories(floor)
     floors = asr_by_category(floor)
-    chosen = [a for a in attempts if a.attack == best.name]
     categories: dict[str, Any] = {
         name: {**entry, "floor": floors[name]["asr"] if name in floors else None}
-        for name, entry in asr_by_category(chosen).items()
+        for name, entry in asr_by_category([a for a in attempts if a.attack == best.name]).items()
     }
-    row = {
+    return {
         "guard": spec.name,
-        "utility": useful,
-        "utility_vanilla": before,
-        "utility_relative": useful / before if useful is not None and before else None,
+        **utility_figures(utility, vanilla),
         "utility_kept": kept(utility, vanilla),
         "utility_teacher_forced": _mean(a.score for a in utility if a.kind == "utility"),
         "allowed_accuracy": rate(utility, "allowed"),
@@ -111,7 +92,7 @@ def guard_row(
             for name, e in best.by_attack.items()
         },
         "asr_injection": mean_over_categories(injected).value if injected else None,
-        "likelihood": likelihood(runner, Case(spec, None, c.attacks)),
+        "likelihood": list_figures(*run.chosen_from_lists(Challenge(spec, None, plan.attacks))),
         "floor": blind.value,
         "floor_ci": blind.ci,
         "advantage": best.value - blind.value
@@ -121,40 +102,26 @@ def guard_row(
         "counts": counts(attempts),
         "asr_by_category": categories,
         "latency_ms": {
-            "prefill": runner.s.timing.get("prefill", {}).get("ms"),
-            "guard": runner.s.timing.get(spec.name, {}).get("ms"),
+            "prefill": timing.get("prefill", {}).get("ms"),
+            "guard": timing.get(spec.name, {}).get("ms"),
         },
         "certificate": guard.card.certificate,
         "claim": guard.card.claim,
         "guard_digest": guard.digest,
     }
-    return row, attempts
 
 
-def likelihood(runner: Runner, case: Case) -> dict[str, Any]:
-    """What those who choose from lists recover; empty where no such attack is asked for."""
-    fits = on_lists(*case, seeds=list_seeds(runner, case))
-    attempts = [a for group in runner.fit(fits) for a in group]
-    blind = [a for group in runner.fit(blind_lists(runner.s.config)) for a in group]
-    categories = {a.category for a in attempts}
-    return list_figures(attempts, [a for a in blind if a.category in categories])
-
-
-def policy_row(runner: Runner, policy: PolicySpec, floor: Sequence[Attempt]) -> dict[str, Any]:
+def policy_row(run: HopRun, policy: PolicySpec) -> dict[str, Any]:
     """The chosen guard under another policy."""
-    c = runner.s.config
-    spec, attacked, attacks = policy_case(runner, policy)
-    attempts, utility, vanilla = [], [], []
-    for seed in c.seeds:
-        utility += runner.utility(spec, policy, seed)
-        if policy.forbid:
-            attempts += runner.run_guard(spec, attacked, seed, attacks)
-    vanilla += runner.utility(None, policy, c.seeds[0])
+    challenge = run.challenge(policy)
+    attempts = run.attacked(challenge) if policy.forbid else []
+    utility, vanilla = run.utility(challenge.guard, policy), run.utility(None, policy)
     best = best_attack(attempts) if attempts else None
-    blind = mean_over_categories([a for a in floor if a.category in policy.forbid])
+    blind = mean_over_categories([a for a in run.floor() if a.category in policy.forbid])
+    listed = list_figures(*run.chosen_from_lists(challenge)) if policy.forbid else {}
     row: dict[str, Any] = {
         "policy": policy.name,
-        "guard": spec.name,
+        "guard": challenge.guard.name,
         "forbidden": list(policy.forbid),
         "utility": rate(utility, "utility"),
         "utility_vanilla": rate(vanilla, "utility"),
@@ -164,51 +131,44 @@ def policy_row(runner: Runner, policy: PolicySpec, floor: Sequence[Attempt]) -> 
         "asr_forbidden_ci": best.ci if best else None,
         "asr_forbidden_by_attack": {k: e.value for k, e in best.by_attack.items()} if best else {},
         "floor": blind.value if policy.forbid else None,
-        "likelihood": likelihood(runner, Case(spec, attacked, attacks)) if policy.forbid else {},
+        "likelihood": listed,
         "counts": counts(attempts),
     }
-    runner.s.say(
+    run.runner.s.say(
         f"policy {policy.name}: ASR {_f(row['asr_forbidden'])}, floor {_f(row['floor'])}, "
         f"allowed {_f(row['allowed_accuracy'])}"
     )
     return row
 
 
-def derived_rows(runner: Runner, policy: PolicySpec) -> list[dict[str, Any]]:
+def derived_rows(run: HopRun, policy: PolicySpec) -> list[dict[str, Any]]:
     """Derived answers whose source is forbidden: are they right, and is the exact value safe?
 
     The exact value's ASR stands beside the best guess of somebody who knows the derived value:
     the most frequent training value of that field and band.
     """
-    c = runner.s.config
-    spec, _, attacks = policy_case(runner, policy)
-    train, test = runner.records(policy)
-    guess = _band_guesses(train)
-    rows = []
-    attempts, utility = [], []
-    for seed in c.seeds:
-        utility += runner.utility(spec, policy, seed)
-        attempts += runner.run_guard(spec, policy, seed, attacks)
-    vanilla = runner.utility(None, policy, c.seeds[0])
+    challenge = run.challenge(policy)
+    guess = _band_guesses(run.hops.records(policy, ATTACKER))
+    attempts = run.attacked(Challenge(challenge.guard, policy, challenge.attacks))
+    utility, vanilla = run.utility(challenge.guard, policy), run.utility(None, policy)
     banded = {
-        (r.record_id, f"{secret.field}/{i}"): (span.band, secret.ids)
-        for r in test
-        for i, (span, secret) in enumerate(
-            zip([s for s in r.spans if s.secret], r.secrets(), strict=True)
-        )
-        if span.band is not None
+        (r.record_id, f"{s.field}/{s.start}"): (s, r.ids[s.start : s.end])
+        for r in run.hops.records(policy, VICTIM)
+        for s in r.spans
+        if s.secret and s.band is not None
     }
+    rows = []
     for category in policy.derive:
         hit = [
-            guess.get((key[1].split("/")[0], band)) == ids
-            for key, (band, ids) in banded.items()
-            if _category(test, key) == category
+            guess.get((span.field, span.band or "")) == ids
+            for span, ids in banded.values()
+            if span.category == category
         ]
         exact = [a for a in attempts if a.category == category and (a.record, a.field) in banded]
         best = best_attack(exact) if exact else None
         rows.append(
             {
-                "guard": spec.name,
+                "guard": challenge.guard.name,
                 "policy": policy.name,
                 "question": "derived value of a forbidden " + category + " field",
                 "source_category": category,
@@ -223,11 +183,6 @@ def derived_rows(runner: Runner, policy: PolicySpec) -> list[dict[str, Any]]:
     return rows
 
 
-def _category(records: Sequence[TokenRecord], key: tuple[str, str]) -> str | None:
-    record = next(r for r in records if r.record_id == key[0])
-    return record.secrets()[int(key[1].split("/")[1])].category
-
-
 def _band_guesses(records: Sequence[TokenRecord]) -> dict[tuple[str, str], tuple[int, ...]]:
     seen: dict[tuple[str, str], dict[tuple[int, ...], int]] = {}
     for r in records:
@@ -239,31 +194,26 @@ def _band_guesses(records: Sequence[TokenRecord]) -> dict[tuple[str, str], tuple
     return {k: max(v, key=lambda i: v[i]) for k, v in seen.items()}
 
 
-def explain(runner: Runner, n: int) -> list[dict[str, Any]]:
+def explain(run: HopRun) -> list[dict[str, Any]]:
     """Contexts with the share of each token that the policy guard withheld."""
-    spec = next((g for g in runner.s.config.guards if g.name == runner.s.config.policy_guard), None)
-    if spec is None or n == 0:
+    plan, model = run.plan, run.runner.s.model
+    spec = next((g for g in plan.guards if g.name == plan.policy_guard), None)
+    if spec is None:
         return []
-    guard, out = runner.s.guards[spec.name], []
-    for record in runner.s.test[:n]:
-        for policy in runner.s.config.policies[-1:] or [None]:
-            view = with_policy([record], policy.forbid)[0] if policy else record
-            out.append(explain_record(runner, guard, view, policy.name if policy else EDGE))
+    guard, out = run.runner.s.guards[spec.name], []
+    policy = plan.policies[-1] if plan.policies else None
+    for record in run.hops.sides[VICTIM][: plan.explain]:
+        view = with_policy([record], policy.forbid)[0] if policy else record
+        kv = model.source.prefill([view.ids])
+        out.append(
+            {
+                "title": view.record_id,
+                "guard": guard.name,
+                "policy": policy.name if policy else EDGE,
+                "tokens": explain_tokens(guard, view, kv, masks([view]), model.decode),
+            }
+        )
     return out
-
-
-def explain_record(
-    runner: Runner, guard: FrozenGuard, record: TokenRecord, policy: str
-) -> dict[str, Any]:
-    """One context, token by token."""
-    return {
-        "title": record.record_id,
-        "guard": guard.name,
-        "policy": policy,
-        "tokens": explain_tokens(
-            guard, record, runner.s.source.prefill([record.ids]), masks([record]), runner.s.decode
-        ),
-    }
 
 
 def explain_tokens(
@@ -290,6 +240,18 @@ def explain_tokens(
     ]
 
 
+def utility_figures(
+    utility: Sequence[Attempt], vanilla: Sequence[Attempt]
+) -> dict[str, float | None]:
+    """Of task questions, with a guard and without, and the one over the other."""
+    useful, before = rate(utility, "utility"), rate(vanilla, "utility")
+    return {
+        "utility": useful,
+        "utility_vanilla": before,
+        "utility_relative": useful / before if useful is not None and before else None,
+    }
+
+
 def rate(attempts: Sequence[Attempt], kind: str) -> float | None:
     """Share of questions of a kind that were answered right; None where none was asked."""
     return asr([a for a in attempts if a.kind == kind])
@@ -311,10 +273,6 @@ def _gap(floor: Sequence[Attempt], attempts: Sequence[Attempt]) -> float | None:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None
-
-
-def _per_seed(seeds: Sequence[int], run: Callable[[int], list[Attempt]]) -> list[Attempt]:
-    return [a for seed in seeds for a in run(seed)]
 
 
 def _length_channel(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,27 +1,22 @@
-"""The tables of a report, once for Markdown and HTML; every figure is read from the dict."""
+"""The tables of a report, once for Markdown and HTML; every figure is read from the report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lcguard.evaluation.intervals import zero_success_caveat
+from lcguard.evaluation.results import Counts, GuardRow, Report
 from lcguard.evaluation.verdict import (
     LIST,
     NOT_MEASURED,
     RULE,
     count,
     figure,
-    from_list,
-    interval,
-    mapping,
-    number,
     percent,
     percent_ci,
-    records,
-    utility_share,
     verdict,
 )
 
@@ -36,242 +31,267 @@ class Table:
     note: str = ""
 
 
-def overview(report: Mapping[str, Any]) -> Table:
+Lines = Callable[[GuardRow], list[tuple[str, ...]]]
+
+
+def _per_guard(
+    report: Report, title: str, headers: Sequence[str], lines: Lines, note: str = ""
+) -> Table:
+    """A table with the guard's name first; ``lines`` are the other cells of a guard's rows."""
+    rows = [(row.guard, *line) for row in report.results for line in lines(row)]
+    return Table(title, ("Guard", *headers), rows, note)
+
+
+def overview(report: Report) -> Table:
     """The table that opens the report."""
-    table = Table(
-        "At a glance",
-        (
-            "Guard",
-            "Can the receiver still do its job?",
-            "What a fresh attacker recovers",
-            "If it knew nothing (floor)",
-            f"Who enumerates {LIST} candidates",
-            "Verdict",
-        ),
-        note=f"Rule: {RULE}",
-    )
-    for row in records(report.get("results")):
-        judged, share = verdict(row), utility_share(row)
+
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        judged, share = verdict(row), row.utility_share
         job = NOT_MEASURED if share is None else f"{share:.1%} of unguarded"
-        if number(row.get("utility")) is not None:
-            job += f" ({figure(row['utility'])} against {figure(row.get('utility_vanilla'))})"
-        asr = percent_ci(row.get("asr_fresh"), row.get("asr_fresh_ci"))
+        if row.utility is not None:
+            job += f" ({figure(row.utility)} against {figure(row.utility_vanilla)})"
+        fresh = percent_ci(row.asr_fresh, row.asr_fresh_ci)
+        listed = percent_ci(row.listed.asr, row.listed.ci)
+        return [(job, fresh, percent(row.floor), listed, f"{judged.word}: {judged.reason}")]
+
+    headers = (
+        "Can the receiver still do its job?",
+        "What a fresh attacker recovers",
+        "If it knew nothing (floor)",
+        f"Who enumerates {LIST} candidates",
+        "Verdict",
+    )
+    return _per_guard(report, "At a glance", headers, lines, f"Rule: {RULE}")
+
+
+def details(report: Report) -> list[Table]:
+    """All other tables, those without rows included: the writers say so."""
+    makers = (_attackers, _attempts, _by_attack, _by_category, _lists, _cost, _certificates)
+    return [make(report) for make in (*makers, _policies, _derived, _length_channel)]
+
+
+def _attackers(report: Report) -> Table:
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        fresh = percent_ci(row.asr_fresh, row.asr_fresh_ci)
+        rest = (row.advantage, row.any_of_k, row.asr_injection, row.floor, row.ceiling)
+        return [(percent(row.asr_train), fresh, *map(percent, rest))]
+
+    headers = (
+        "Training-time ASR",
+        "Fresh ASR",
+        "Advantage over floor",
+        "Any of k",
+        "Prompt injection",
+        "Floor",
+        "Ceiling (no guard)",
+    )
+    note = (
+        "Fresh: trained from scratch after the guard was frozen, knowing it. Any of k: share "
+        "of secrets that at least one attack or seed recovered. Intervals at 95%."
+    )
+    title = "Attackers, from the one the guard was trained against to the strongest"
+    return _per_guard(report, title, headers, lines, note)
+
+
+def _outcomes(found: Counts | None) -> tuple[str, ...]:
+    c = found or Counts()
+    return tuple(map(count, (c.success, c.resisted, c.error, c.not_applicable)))
+
+
+def _attempts(report: Report) -> Table:
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        c, caveat = row.counts, None
+        if c is not None and c.success is not None and c.resisted is not None:
+            caveat = zero_success_caveat(c.success, c.success + c.resisted)
+        return [(*_outcomes(c), caveat or "none")]
+
+    headers = ("Success", "Resisted", "Error", "Not applicable", "Caveat")
+    note = "ASR = success / (success + resisted). Errors never count for the guard."
+    return _per_guard(report, "Attempts", headers, lines, note)
+
+
+def _by_attack(report: Report) -> Table:
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        return [
+            (
+                name,
+                percent_ci(found.asr, found.ci),
+                percent(found.token_accuracy),
+                figure(found.ce_gap_nats, "nats"),
+            )
+            for name, found in row.asr_fresh_by_attack.items()
+        ]
+
+    headers = ("Attack", "ASR", "Token accuracy", "Cross-entropy gap")
+    return _per_guard(report, "Fresh attackers one by one", headers, lines)
+
+
+def _by_category(report: Report) -> Table:
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        return [
+            (
+                name,
+                percent(found.asr),
+                *(
+                    f"{ci[0]:.1%} to {ci[1]:.1%}" if ci else NOT_MEASURED
+                    for ci in (found.wilson, found.bootstrap)
+                ),
+                percent(found.floor),
+                percent(found.ceiling),
+                count(found.n),
+            )
+            for name, found in row.asr_by_category.items()
+        ]
+
+    headers = ("Category", "ASR", "Wilson", "Bootstrap", "Floor", "Ceiling", "n")
+    return _per_guard(report, "Fresh ASR per category", headers, lines)
+
+
+def _lists(report: Report) -> Table:
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        length = figure(row.likelihood.length_nats, "nats")
+        return [
+            (
+                size,
+                percent_ci(found.asr, found.ci),
+                percent(found.floor),
+                percent(found.blind),
+                figure(found.rank_median),
+                figure(found.nats, "nats"),
+                length,
+                percent(found.shorter),
+                count(found.n),
+            )
+            for size, found in row.likelihood.sizes.items()
+        ]
+
+    headers = (
+        "Candidates",
+        "ASR",
+        "Chance",
+        "Blind",
+        "Median rank",
+        "Gained",
+        "By the length alone",
+        "Lists that are shorter",
+        "n",
+    )
+    note = (
+        "By the exact likelihood of the segment, knowing model, guard and the rest of the "
+        "record. Chance: 1 over the candidates really in the list, all of the true value's length. "
+        "Blind: the same attack on segments of other records. Gained: nats over the prior."
+    )
+    title = "The optimal attacker, who chooses from a list of candidates"
+    return _per_guard(report, title, headers, lines, note)
+
+
+def _cost(report: Report) -> Table:
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        times = (figure(row.latency_ms.get(key), "ms") for key in ("prefill", "guard"))
+        return [(*times, percent(row.bytes_share), row.note or "none")]
+
+    return _per_guard(
+        report, "Cost", ("Prefill", "Guard itself", "Bytes that travel", "Note"), lines
+    )
+
+
+def _certificates(report: Report) -> Table:
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        found = row.certificate
+        if found is None:
+            return []
+        limit = percent(found.asr_ceiling)
+        nats = (
+            found.mean_nats,
+            found.upper_nats,
+            found.p99_nats,
+            found.max_nats,
+            found.entropy_nats,
+        )
+        limit = f"vacuous ({limit})" if found.vacuous else limit
+        return [(*map(figure, nats), limit, count(found.n_pairs))]
+
+    headers = (
+        "Mean",
+        "Upper bound of the mean",
+        "99th percentile",
+        "Largest",
+        "Entropy of the secret",
+        "ASR no attacker exceeds",
+        "Pairs",
+    )
+    title = "Certificates: what one draw of the segment can tell at most"
+    note = "Figures in nats. A vacuous certificate rules nothing out."
+    return _per_guard(report, title, headers, lines, note)
+
+
+def _policies(report: Report) -> Table:
+    headers = (
+        "Policy",
+        "Forbidden",
+        "Utility",
+        "Allowed answers",
+        "Forbidden recovered",
+        "Floor",
+        f"Who enumerates {LIST} candidates (chance)",
+        "Attempts (success / resisted / error / n.a.)",
+    )
+    table = Table("Policies", headers)
+    for row in report.policies:
+        listed = NOT_MEASURED
+        if row.listed.model_fields_set:
+            asr = percent_ci(row.listed.asr, row.listed.ci)
+            listed = f"{asr} ({percent(row.listed.floor)})"
+        allowed = percent(row.allowed_accuracy_vanilla)
         table.rows.append(
             (
-                str(row.get("guard", "?")),
-                job,
-                asr,
-                percent(row.get("floor")),
-                percent_ci(from_list(row).get("asr"), from_list(row).get("ci")),
-                f"{judged.word}: {judged.reason}",
+                row.policy,
+                ", ".join(row.forbidden) or "nothing",
+                f"{percent(row.utility)} (unguarded: {percent(row.utility_vanilla)})",
+                f"{percent(row.allowed_accuracy)} (unguarded: {allowed})",
+                percent_ci(row.asr_forbidden, row.asr_forbidden_ci),
+                percent(row.floor),
+                listed,
+                " / ".join(_outcomes(row.counts)) if row.counts else NOT_MEASURED,
             )
         )
     return table
 
 
-def details(report: Mapping[str, Any]) -> list[Table]:
-    """All other tables, those without rows included: the writers say so."""
-    results = records(report.get("results"))
-    tables = [_attackers(results), _attempts(results), _by_attack(results), _by_category(results)]
-    tables.append(_lists(results))
-    tables += [_cost(results), _certificates(results), _policies(report), _derived(report)]
-    return [*tables, _length_channel(report)]
-
-
-def _attackers(results: list[Mapping[str, Any]]) -> Table:
-    table = Table(
-        "Attackers, from the one the guard was trained against to the strongest",
-        (
-            "Guard",
-            "Training-time ASR",
-            "Fresh ASR",
-            "Advantage over floor",
-            "Any of k",
-            "Prompt injection",
-            "Floor",
-            "Ceiling (no guard)",
-        ),
-        note="Fresh: trained from scratch after the guard was frozen, knowing it. Any of k: share "
-        "of secrets that at least one attack or seed recovered. Intervals at 95%.",
+def _derived(report: Report) -> Table:
+    headers = (
+        "Guard",
+        "Policy",
+        "Question",
+        "From",
+        "Right",
+        "Right, unguarded",
+        "Exact value recovered",
+        "Best guess given the derived answer",
     )
-    for row in results:
-        keys = ("advantage", "any_of_k", "asr_injection", "floor", "ceiling")
-        fresh = percent_ci(row.get("asr_fresh"), row.get("asr_fresh_ci"))
-        cells = [str(row.get("guard", "?")), percent(row.get("asr_train")), fresh]
-        table.rows.append((*cells, *(percent(row.get(k)) for k in keys)))
+    table = Table("Derived answers that stay allowed while the exact value is hidden", headers)
+    for row in report.derived:
+        names = (row.guard, row.policy, row.question, row.source_category)
+        shares = (row.accuracy, row.accuracy_vanilla, row.asr_exact, row.asr_exact_best_guess)
+        table.rows.append((*names, *map(percent, shares)))
     return table
 
 
-def _attempts(results: list[Mapping[str, Any]]) -> Table:
-    headers = ("Guard", "Success", "Resisted", "Error", "Not applicable", "Caveat")
-    note = "ASR = success / (success + resisted). Errors never count for the guard."
-    table = Table("Attempts", headers, note=note)
-    for row in results:
-        found = mapping(row.get("counts"))
-        keys = ("success", "resisted", "error", "not_applicable")
-        won, lost = number(found.get("success")), number(found.get("resisted"))
-        caveat = None
-        if won is not None and lost is not None:
-            caveat = zero_success_caveat(int(won), int(won + lost))
-        cells = (str(row.get("guard", "?")), *(count(found.get(k)) for k in keys))
-        table.rows.append((*cells, caveat or "none"))
-    return table
-
-
-def _by_attack(results: list[Mapping[str, Any]]) -> Table:
-    headers = ("Guard", "Attack", "ASR", "Token accuracy", "Cross-entropy gap")
-    table = Table("Fresh attackers one by one", headers)
-    for row in results:
-        for name, given in mapping(row.get("asr_fresh_by_attack")).items():
-            found = given if isinstance(given, Mapping) else {"asr": given}
-            cells = (str(row.get("guard", "?")), str(name))
-            asr = percent_ci(found.get("asr"), found.get("ci"))
-            gap = figure(found.get("ce_gap_nats"), "nats")
-            table.rows.append((*cells, asr, percent(found.get("token_accuracy")), gap))
-    return table
-
-
-def _by_category(results: list[Mapping[str, Any]]) -> Table:
-    headers = ("Guard", "Category", "ASR", "Wilson", "Bootstrap", "Floor", "Ceiling", "n")
-    table = Table("Fresh ASR per category", headers)
-    for row in results:
-        for name, given in mapping(row.get("asr_by_category")).items():
-            found = mapping(given)
-            cells = [str(row.get("guard", "?")), str(name), percent(found.get("asr"))]
-            for key in ("wilson", "bootstrap"):
-                ci = interval(found.get(key))
-                cells.append(f"{ci[0]:.1%} to {ci[1]:.1%}" if ci else NOT_MEASURED)
-            cells += [percent(found.get("floor")), percent(found.get("ceiling"))]
-            table.rows.append((*cells, count(found.get("n"))))
-    return table
-
-
-def _lists(results: list[Mapping[str, Any]]) -> Table:
-    table = Table(
-        "The optimal attacker, who chooses from a list of candidates",
-        (
-            "Guard",
-            "Candidates",
-            "ASR",
-            "Chance",
-            "Blind",
-            "Median rank",
-            "Gained",
-            "By the length alone",
-            "Lists that are shorter",
-            "n",
-        ),
-        note="By the exact likelihood of the segment, knowing model, guard and the rest of the "
-        "record. Chance: 1 over the candidates really in the list, all of the true value's length. "
-        "Blind: the same attack on segments of other records. Gained: nats over the prior.",
-    )
-    for row in results:
-        found = mapping(row.get("likelihood"))
-        length = figure(found.get("length_nats"), "nats")
-        for size, given in found.items():
-            if not isinstance(given, Mapping):
-                continue
-            cells = [
-                str(row.get("guard", "?")),
-                size,
-                percent_ci(given.get("asr"), given.get("ci")),
-            ]
-            cells += [percent(given.get("floor")), percent(given.get("blind"))]
-            cells += [figure(given.get("rank_median")), figure(given.get("nats"), "nats"), length]
-            cells += [percent(given.get("shorter")), count(given.get("n"))]
-            table.rows.append(tuple(cells))
-    return table
-
-
-def _cost(results: list[Mapping[str, Any]]) -> Table:
-    table = Table("Cost", ("Guard", "Prefill", "Guard itself", "Bytes that travel", "Note"))
-    for row in results:
-        ms = mapping(row.get("latency_ms"))
-        times = (figure(ms.get("prefill"), "ms"), figure(ms.get("guard"), "ms"))
-        cells = (*times, percent(row.get("bytes_share")), str(row.get("note") or "none"))
-        table.rows.append((str(row.get("guard", "?")), *cells))
-    return table
-
-
-def _certificates(results: list[Mapping[str, Any]]) -> Table:
-    table = Table(
-        "Certificates: what one draw of the segment can tell at most",
-        (
-            "Guard",
-            "Mean",
-            "Upper bound of the mean",
-            "99th percentile",
-            "Largest",
-            "Entropy of the secret",
-            "ASR no attacker exceeds",
-            "Pairs",
-        ),
-        note="Figures in nats. A vacuous certificate rules nothing out.",
-    )
-    keys = ("mean_nats", "upper_nats", "p99_nats", "max_nats", "entropy_nats")
-    for row in results:
-        found = mapping(row.get("certificate"))
-        if not found:
-            continue
-        limit = percent(found.get("asr_ceiling"))
-        if found.get("vacuous"):
-            limit = f"vacuous ({limit})"
-        cells = [str(row.get("guard", "?")), *(figure(found.get(k)) for k in keys)]
-        table.rows.append((*cells, limit, count(found.get("n_pairs"))))
-    return table
-
-
-def _policies(report: Mapping[str, Any]) -> Table:
-    headers = ("Policy", "Forbidden", "Utility", "Allowed answers", "Forbidden recovered", "Floor",
-               f"Who enumerates {LIST} candidates (chance)")  # fmt: skip
-    table = Table("Policies", (*headers, "Attempts (success / resisted / error / n.a.)"))
-    for row in records(report.get("policies")):
-        forbidden = row.get("forbidden")
-        names = ", ".join(map(str, forbidden)) if isinstance(forbidden, list | tuple) else ""
-        pairs = []
-        for key in ("utility", "allowed_accuracy"):
-            own, vanilla = percent(row.get(key)), percent(row.get(f"{key}_vanilla"))
-            pairs.append(f"{own} (unguarded: {vanilla})")
-        found = mapping(row.get("counts"))
-        kinds = ("success", "resisted", "error", "not_applicable")
-        tried = " / ".join(count(found.get(k)) for k in kinds) if found else NOT_MEASURED
-        asr = percent_ci(row.get("asr_forbidden"), row.get("asr_forbidden_ci"))
-        cells = (str(row.get("policy", "?")), names or "nothing", *pairs, asr)
-        picked = from_list(row)
-        asr = percent_ci(picked.get("asr"), picked.get("ci"))
-        listed = f"{asr} ({percent(picked.get('floor'))})" if picked else NOT_MEASURED
-        table.rows.append((*cells, percent(row.get("floor")), listed, tried))
-    return table
-
-
-def _derived(report: Mapping[str, Any]) -> Table:
-    headers = ("Guard", "Policy", "Question", "From", "Right", "Right, unguarded")
-    table = Table(
-        "Derived answers that stay allowed while the exact value is hidden",
-        (*headers, "Exact value recovered", "Best guess given the derived answer"),
-    )
-    keys = ("accuracy", "accuracy_vanilla", "asr_exact", "asr_exact_best_guess")
-    for row in records(report.get("derived")):
-        names = (str(row.get(k, "?")) for k in ("guard", "policy", "question", "source_category"))
-        table.rows.append((*names, *(percent(row.get(k)) for k in keys)))
-    return table
-
-
-def _length_channel(report: Mapping[str, Any]) -> Table:
+def _length_channel(report: Report) -> Table:
     note = "The number of tokens is itself a message: an exact guard still shows it."
-    table = Table("Length channel", ("Setting", "ASR"), note=note)
-    for key, value in mapping(report.get("length_channel")).items():
-        table.rows.append((str(key).replace("_", " "), percent(value)))
-    return table
+    rows = [(k.replace("_", " "), percent(v)) for k, v in (report.length_channel or {}).items()]
+    return Table("Length channel", ("Setting", "ASR"), rows, note)
 
 
-def provenance(report: Mapping[str, Any]) -> Table:
+def provenance(report: Report) -> Table:
     """Where the figures come from: everything that is no result."""
     table = Table("Provenance", ("What", "Value"))
+    given = report.plain()
     shown = ("created", "command", "git", "seeds", "model", "data", "hardware", "packages")
-    known = {"title", "results", "policies", "derived", "length_channel", "explained", "notes"}
-    for key in (*shown, *(k for k in report if k not in known and k not in shown)):
-        value = report.get(key)
+    figures = {"results", "policies", "derived", "length_channel", "explained", "curves"}
+    known = {"title", "notes", *figures}
+    for key in (*shown, *(k for k in given if k not in known and k not in shown)):
+        value = given.get(key)
         if value is None or value == {} or value == []:
             text = NOT_MEASURED
         elif isinstance(value, Mapping):

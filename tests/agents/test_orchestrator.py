@@ -17,9 +17,9 @@ from lcguard.agents.scenarios.graph import make_graph_scenario
 from lcguard.agents.scenarios.types import Scenario
 from lcguard.agents.topology import Link, Topology, chain, hierarchy
 from lcguard.categories import CATEGORIES
+from lcguard.evaluation.graph_segments import observe
+from lcguard.evaluation.load import load_guard
 from lcguard.evaluation.plan import GuardSpec
-from lcguard.evaluation.segments import seen
-from lcguard.evaluation.setup import load_guard
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import KVBatch
 
@@ -136,8 +136,8 @@ class TestRun:
             assert one.key == two.key
             assert torch.equal(one.kv().values, two.kv().values)
         # two receivers who compare notes hold one draw of the noise, not two
-        joint = seen(trace, model.special).joint
-        assert joint.meta["parts"] == 1
+        joint = observe(trace, model.special).joint
+        assert joint.parts == 1
 
     def test_noise_follows_the_seed(self, model: HFBackend, gate: FrozenGuard) -> None:
         def made(seed: int) -> KVBatch:

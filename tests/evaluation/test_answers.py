@@ -11,8 +11,8 @@ from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.evaluation.answers import said_right
+from lcguard.evaluation.hop_segments import is_task
 from lcguard.evaluation.plan import EvalConfig
-from lcguard.evaluation.runner import is_task
 from lcguard.protocols import KVBatch
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lcguard.commands.evaluation import judge
-from lcguard.evaluation.fail_if import METRICS, parse_gate
+from lcguard.evaluation.fail_if import METRICS, parse_fail_if
 
 
 def row(guard: str, **changes: Any) -> dict[str, Any]:
@@ -52,22 +52,24 @@ REPORT = {
     ],
 )  # fmt: skip
 def test_expressions(text: str, lines: list[str]) -> None:
-    assert parse_gate(text).violations(REPORT) == lines
+    assert parse_fail_if(text).violations(REPORT) == lines
 
 
 def test_likelihood_gates() -> None:
-    assert parse_gate("gate.likelihood>0.05").violations(REPORT) == ["gate: likelihood 0.06 > 0.05"]
-    assert parse_gate("gate.likelihood_upper>0.1").violations(REPORT) == [
+    assert parse_fail_if("gate.likelihood>0.05").violations(REPORT) == [
+        "gate: likelihood 0.06 > 0.05"
+    ]
+    assert parse_fail_if("gate.likelihood_upper>0.1").violations(REPORT) == [
         "gate: likelihood_upper 0.12 > 0.1"
     ]
-    assert parse_gate("gate.likelihood_upper>0.15").violations(REPORT) == []
+    assert parse_fail_if("gate.likelihood_upper>0.15").violations(REPORT) == []
     unseen = {"results": [row("gate", likelihood={})]}
-    assert "not measured" in parse_gate("likelihood_upper>0.15").violations(unseen)[0]
+    assert "not measured" in parse_fail_if("likelihood_upper>0.15").violations(unseen)[0]
 
 
 def test_advantage_is_taken_from_what_it_is_made_of() -> None:
     changed = {"results": [row("gate", advantage=None)]}
-    assert parse_gate("advantage>0.005").violations(changed) == ["gate: advantage 0.01 > 0.005"]
+    assert parse_fail_if("advantage>0.005").violations(changed) == ["gate: advantage 0.01 > 0.005"]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -75,7 +77,7 @@ def test_advantage_is_taken_from_what_it_is_made_of() -> None:
 def test_what_was_not_measured_is_violated(metric: str, sign: str) -> None:
     """Whichever way the comparison points."""
     empty = dict.fromkeys(row("gate")) | {"guard": "gate"}
-    (line,) = parse_gate(f"{metric}{sign}0.5").violations({"results": [empty]})
+    (line,) = parse_fail_if(f"{metric}{sign}0.5").violations({"results": [empty]})
     assert "gate" in line
     assert "not measured" in line
 
@@ -88,18 +90,18 @@ def test_several_hops() -> None:
         for t, g, asr in (("chain", "gate", 0.1), ("tree", "gate", 0.3), ("tree", "none", 0.9))
     ]  # fmt: skip
     report = {"results": rows}
-    assert parse_gate("gate.asr_upper>0.35").violations(report) == [
+    assert parse_fail_if("gate.asr_upper>0.35").violations(report) == [
         "tree gate per-agent: asr_upper 0.4 > 0.35"
     ]
-    assert len(parse_gate("gate.advantage>0.05").violations(report)) == 2
-    assert len(parse_gate("asr>0.2").violations(report)) == 2
-    assert parse_gate("gate.asr>0.5 or errors>1").violations(report) == []
-    (line, *_) = parse_gate("gate.injection>0.5").violations(report)
+    assert len(parse_fail_if("gate.advantage>0.05").violations(report)) == 2
+    assert len(parse_fail_if("asr>0.2").violations(report)) == 2
+    assert parse_fail_if("gate.asr>0.5 or errors>1").violations(report) == []
+    (line, *_) = parse_fail_if("gate.injection>0.5").violations(report)
     assert "not measured" in line
 
 
 def test_a_report_without_guards_is_violated() -> None:
-    assert parse_gate("asr>0.5").violations({"results": []})
+    assert parse_fail_if("asr>0.5").violations({"results": []})
 
 
 @pytest.mark.parametrize(
@@ -121,14 +123,14 @@ def test_a_report_without_guards_is_violated() -> None:
 )
 def test_what_cannot_be_read_is_refused(text: str, says: str) -> None:
     with pytest.raises(ValueError, match="asr_upper") as caught:
-        parse_gate(text)
+        parse_fail_if(text)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_guard_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match="identity, gate, redact-fixed-length"):
-        parse_gate("gates.asr>0.5").violations(REPORT)
+        parse_fail_if("gates.asr>0.5").violations(REPORT)
 
 
 LEAVES = st.builds(
@@ -155,12 +157,12 @@ class Values:
 @given(EXPRESSIONS)
 def test_it_means_what_the_same_words_mean_in_python(text: str) -> None:
     expected = bool(eval(text, {"__builtins__": {}}, {"gate": Values}))
-    assert bool(parse_gate(text).violations(REPORT)) is expected
+    assert bool(parse_fail_if(text).violations(REPORT)) is expected
 
 
 def judged(report: dict[str, Any], *gates: str) -> tuple[int, list[str]]:
     out = io.StringIO()
-    code = judge(report, [parse_gate(g) for g in gates], Console(file=out))
+    code = judge(report, [parse_fail_if(g) for g in gates], Console(file=out))
     return code, out.getvalue().splitlines()
 
 

@@ -26,10 +26,9 @@ from lcguard.config import dump_config, load_config
 from lcguard.evaluation.compare import compare
 from lcguard.evaluation.folder import RunFolder
 from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
-from lcguard.evaluation.kinds import planned_units
 from lcguard.evaluation.outcomes import Attempt, Journal
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec
-from lcguard.evaluation.setup import PRESETS
+from lcguard.evaluation.presets import PRESETS
 from lcguard.evaluation.stress import stressed
 from lcguard.training.dataset import attack_data
 from tests.fixtures import World
@@ -460,7 +459,7 @@ def test_the_bar_is_for_people(
 
 
 def test_units_are_counted_before_they_are_made(home: Path) -> None:
-    assert planned_units(load_config(EvalConfig, home / "tiny.yaml")) == UNITS
+    assert load_config(EvalConfig, home / "tiny.yaml").units == UNITS
 
 
 def test_stress_makes_every_attack_stronger(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from lcguard.evaluation.hop_segments import HopSegments
 from lcguard.evaluation.outcomes import Journal, read_attempts
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec, PolicySpec
-from lcguard.evaluation.runner import Runner
-from lcguard.evaluation.setup import evaluate, setup
+from lcguard.evaluation.run import evaluate, load
+from lcguard.evaluation.runner import Case, Runner
 
 TINY = EvalConfig(
     title="tiny",
@@ -112,21 +113,25 @@ def test_explained_contexts_shade_the_secrets(report: tuple[dict[str, Any], Path
     assert all(0 <= t["withheld"] <= 1 for t in shown["tokens"])
 
 
-def test_an_attack_fitted_on_test_records_is_refused(tmp_path: Path) -> None:
-    made = setup(ONE_GUARD, lambda text: None)
-    made.train = made.train + made.test[:1]
-    with Journal(tmp_path / "attempts.jsonl") as journal, pytest.raises(ValueError, match="both"):
-        Runner(made, journal)
+def test_an_attack_fitted_on_test_records_is_refused() -> None:
+    made = load(ONE_GUARD)
+    assert made.hop is not None
+    train, test = made.hop.sides
+    with pytest.raises(ValueError, match="both"):
+        HopSegments(made.setup.model, made.setup.guards, (train + test[:1], test), ONE_GUARD.data)
 
 
 def test_changed_options_are_not_taken_from_the_journal(tmp_path: Path) -> None:
     """A unit is done only for the very same attack."""
-    made = setup(ONE_GUARD, lambda text: None)
+    made = load(ONE_GUARD)
+    assert made.hop is not None
+    cheap = Case(
+        made.hop, TINY.guards[0], attack=AttackSpec("probe", "probe", {"fit": {"steps": 2}})
+    )
     with Journal(tmp_path / "attempts.jsonl") as journal:
-        runner = Runner(made, journal)
-        spec, cheap = TINY.guards[0], AttackSpec("probe", "probe", {"fit": {"steps": 2}})
-        weak = runner.attack(spec, None, cheap, 0)
-        strong = runner.attack(spec, None, TINY.attacks[0], 0)
+        runner = Runner(made.setup, journal)
+        (weak,) = runner.fit([cheap])
+        (strong,) = runner.fit([replace(cheap, attack=TINY.attacks[0])])
     assert sum(a.outcome == "success" for a in weak) < sum(a.outcome == "success" for a in strong)
 
 

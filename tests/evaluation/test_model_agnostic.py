@@ -18,7 +18,7 @@ from lcguard.agents.backends.hf import load_backend
 from lcguard.attacks.base import names
 from lcguard.categories import CATEGORIES
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
-from lcguard.evaluation.setup import evaluate, setup
+from lcguard.evaluation.run import evaluate, load
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from tests.fixtures import World, tiny_model
 from tests.matrix import ATTACKS, GUARDS
@@ -105,7 +105,7 @@ def run(
         broken_at=None,
         explain=0,
     )
-    return Run(config, evaluate(config, folder / "run", "test", print, "cpu"))
+    return Run(config, evaluate(config, folder / "run", "test", print, device="cpu"))
 
 
 def test_report_has_every_guard_and_attack(run: Run) -> None:
@@ -140,4 +140,4 @@ def test_a_guard_of_another_model_is_refused(run: Run, tmp_path: Path, world: Wo
     for name in TRAINED:
         spec = next(g for g in run.config.guards if g.name == name)
         with pytest.raises(ValueError, match=r"was made for model weights .* train a guard for"):
-            setup(replace(run.config, model=other, guards=(spec,)), lambda text: None, "cpu")
+            load(replace(run.config, model=other, guards=(spec,)), lambda text: None, "cpu")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from lcguard.config import ConfigError, load_config
+from lcguard.evaluation.graph_segments import topology_of
 from lcguard.evaluation.multihop_plan import MultihopConfig, TopologySpec
-from lcguard.evaluation.multihop_report import evaluate_multihop
-from lcguard.evaluation.segments import topology_of
-from lcguard.evaluation.setup import load_plan
+from lcguard.evaluation.presets import load_plan
+from lcguard.evaluation.run import evaluate
 from tests.paths import ROOT
 
 CONFIG = ROOT / "scripts" / "configs" / "multihop.yaml"
@@ -60,7 +60,7 @@ def whole(
     plan: MultihopConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("run")
-    evaluate_multihop(plan, out, "test")
+    evaluate(plan, out, "test")
     return out, json.loads((out / "report.json").read_text())
 
 
@@ -122,8 +122,8 @@ def test_an_interrupted_run_ends_in_the_same_report(
 
     for limit in (2, 5, 9):
         with pytest.raises(Stop):
-            evaluate_multihop(plan, tmp_path, "test", progress=after(limit))
-    evaluate_multihop(plan, tmp_path, "test")
+            evaluate(plan, tmp_path, "test", progress=after(limit))
+    evaluate(plan, tmp_path, "test")
     again = json.loads((tmp_path / "report.json").read_text())
     # measured once a run, so another run has its own
     for row in again["results"] + whole[1]["results"]:
@@ -133,7 +133,7 @@ def test_an_interrupted_run_ends_in_the_same_report(
     assert again["curves"] == whole[1]["curves"]
     changed = replace(plan, seeds=(4,))
     with pytest.raises(ValueError, match="holds a run with another configuration: seeds"):
-        evaluate_multihop(changed, tmp_path, "test")
+        evaluate(changed, tmp_path, "test")
 
 
 def test_the_shipped_plan_names_what_the_benchmark_is_about() -> None:
@@ -177,11 +177,11 @@ def test_unknown_guards_and_cycles_end_before_anything_is_written(
          "guards=[{name: identity, guard: identity}]", "attacks=[{name: probe, attack: probe}]"],
     )  # fmt: skip
     with pytest.raises(ValueError, match="topology 'x' has a cycle"):
-        evaluate_multihop(loop, tmp_path / "a", "test")
+        evaluate(loop, tmp_path / "a", "test")
     odd = replace(plan, attacks=(replace(plan.attacks[0], attack="guess"),), curves=type(
         plan.curves)(), once=())  # fmt: skip
     with pytest.raises(ValueError, match="attack 'guess' is unknown"):
-        evaluate_multihop(odd, tmp_path / "b", "test")
+        evaluate(odd, tmp_path / "b", "test")
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
     assert TopologySpec("c", "chain", 2).agents == 2

@@ -19,7 +19,7 @@ from lcguard.agents.nano.load import guard_path
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES, DERIVABLE
 from lcguard.commands.train import TrainRun, run_training
-from lcguard.evaluation.setup import DataConfig
+from lcguard.evaluation.plan import DataConfig
 from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard, weights_digest
 from lcguard.guards.gate import GateGuard
