@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lcguard.commands.script import run_script
-from lcguard.evaluation.verdict import LIST, verdict
+from lcguard.evaluation.results import LIST
+from lcguard.evaluation.verdict import verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -29,7 +29,8 @@ from lcguard.evaluation.segments import (
 )
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import AttackData, KVBatch
-from lcguard.training.dataset import Special, attack_data
+from lcguard.tokens import Special
+from lcguard.training.dataset import attack_data
 from lcguard.training.joint import join_data
 
 

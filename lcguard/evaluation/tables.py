@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcguard.evaluation.intervals import zero_success_caveat
-from lcguard.evaluation.results import Counts, GuardRow, Report
+from lcguard.evaluation.results import LIST, Counts, GuardRow, Report
 from lcguard.evaluation.verdict import (
-    LIST,
     NOT_MEASURED,
     RULE,
     count,
@@ -42,8 +41,9 @@ def _per_guard(
     return Table(title, ("Guard", *headers), rows, note)
 
 
-def overview(report: Report) -> Table:
+def overview(found: Report | Mapping[str, Any]) -> Table:
     """The table that opens the report."""
+    report = Report.of(found)
 
     def lines(row: GuardRow) -> list[tuple[str, ...]]:
         judged, share = verdict(row), row.utility_share
@@ -279,8 +279,10 @@ def _derived(report: Report) -> Table:
 
 def _length_channel(report: Report) -> Table:
     note = "The number of tokens is itself a message: an exact guard still shows it."
-    rows = [(k.replace("_", " "), percent(v)) for k, v in (report.length_channel or {}).items()]
-    return Table("Length channel", ("Setting", "ASR"), rows, note)
+    table = Table("Length channel", ("Setting", "ASR"), note=note)
+    for key, value in (report.length_channel or {}).items():
+        table.rows.append((key.replace("_", " "), percent(value)))
+    return table
 
 
 def provenance(report: Report) -> Table:
