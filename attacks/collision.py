@@ -72,8 +72,9 @@ class CollisionAttack(BaseAttack):
         vocab = source.model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(seed)
         own = [[t for t in row if t != IGNORE] for row in pairs.context_ids.tolist()]
-        counts = torch.bincount(torch.tensor([t for row in own for t in row]).long(),
-                                minlength=vocab)  # fmt: skip
+        counts = torch.bincount(
+            torch.tensor([t for row in own for t in row]).long(), minlength=vocab
+        )
         self._prior = (counts.float() + 0.5).log().to(source.device)
         rows = [i for i, ids in enumerate(own) if len(ids) > 1][: c.calibration]
         contexts = [own[i][:32] for i in rows]
@@ -154,10 +155,11 @@ class CollisionAttack(BaseAttack):
         chosen = chosen[: c.max_records]
         on = data.on
         found = [
-            self.read(data.kv[i : i + 1], data.mask[[i]], None if on is None else on[i : i + 1],
-                      ends[i])
+            self.read(
+                data.kv[i : i + 1], data.mask[[i]], None if on is None else on[i : i + 1], ends[i]
+            )
             for i in chosen
-        ]  # fmt: skip
+        ]
         return guesses(data, chosen, found)
 
 
@@ -188,9 +190,10 @@ class _Trail:
         self._family.look(ids)
         after = self._seen
         after = KVBatch(
-            after.keys[..., self._at + 1 :, :], after.values[..., self._at + 1 :, :],
+            after.keys[..., self._at + 1 :, :],
+            after.values[..., self._at + 1 :, :],
             after.valid[:, self._at + 1 :],
-        )  # fmt: skip
+        )
         mean = self._foresight.expected(
             self._family.entries(), self._mask, self._family.before(), after
         )

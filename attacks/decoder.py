@@ -93,8 +93,9 @@ class DecoderAttack(ScheduledAttack):
         channels = self.inputs(pairs.subset([0])).shape[-1]
         vocab = self.config.vocab or pairs.special.vocab
         # one entry more: a field that the training pairs never had
-        self.net = Network(channels, vocab, len(self.fields) + 1, self.config.width,
-                           self.config.blocks).to(pairs.kv.keys.device)  # fmt: skip
+        self.net = Network(
+            channels, vocab, len(self.fields) + 1, self.config.width, self.config.blocks
+        ).to(pairs.kv.keys.device)
         sample = pairs.subset(range(min(256, len(pairs))))
         self.net.reader.fit_statistics(self.inputs(sample)[sample.kv.trim().valid])
 
@@ -246,8 +247,11 @@ class DecoderAttack(ScheduledAttack):
         for part in _batches(data, 64):
             nll, accuracy, _ = self._score(part)
             guesses = self._greedy(part)
-            flat = [(r, s) for r, secrets in zip(part.record_ids, part.secrets, strict=True)
-                    for s in secrets]  # fmt: skip
+            flat = [
+                (r, s)
+                for r, secrets in zip(part.record_ids, part.secrets, strict=True)
+                for s in secrets
+            ]
             out += [
                 Guess(record, s.category, s.field, guess, float(nll[i]), float(accuracy[i]))
                 for i, ((record, s), guess) in enumerate(zip(flat, guesses, strict=True))

@@ -51,9 +51,12 @@ class Foresight:
         return torch.einsum("tlkc,lkcd->tlkd", z, inverse)[:, self.layers]
 
     def expected(
-        self, tokens: KVBatch, mask: Mask, before: KVBatch | None = None,
+        self,
+        tokens: KVBatch,
+        mask: Mask,
+        before: KVBatch | None = None,
         after: KVBatch | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The mean of what each of N single entries becomes: ``[N, L', 2, C]``.
 
         Args:
@@ -130,7 +133,7 @@ def _position_wise(module: GuardModule, own: KVBatch) -> bool:
     everything = torch.ones(1, n, dtype=torch.bool, device=z.device)
     mask = Mask(everything, ~everything)
     together = module.rewrite(z, some.valid, mask).mean[0]
-    alone = module.rewrite(
-        z[0][:, None], some.valid[0][:, None], _repeat(mask, z.shape[1])
-    ).mean[:, 0]  # fmt: skip
+    alone = module.rewrite(z[0][:, None], some.valid[0][:, None], _repeat(mask, z.shape[1])).mean[
+        :, 0
+    ]
     return torch.allclose(together, alone, atol=1e-3, rtol=1e-3)

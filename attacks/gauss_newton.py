@@ -118,9 +118,10 @@ class GaussNewtonAttack(BaseAttack):
         c, on = self.config, data.on
         lengths = data.kv.valid.sum(1).tolist()
         chosen = [
-            i for i, n in enumerate(lengths)
+            i
+            for i, n in enumerate(lengths)
             if data.secrets[i] and (c.max_tokens is None or n <= c.max_tokens)
-        ][: c.max_records]  # fmt: skip
+        ][: c.max_records]
         found = [
             self.read(data.kv[[i]], data.mask[[i]], None if on is None else on[[i]]) for i in chosen
         ]
@@ -140,9 +141,10 @@ class GaussNewtonAttack(BaseAttack):
                     behind, source.rotary, source.config, suffix_tokens=len(embeddings)
                 )
             source.model.base_model(
-                inputs_embeds=embeddings[None].to(source.dtype), past_key_values=cache,
+                inputs_embeds=embeddings[None].to(source.dtype),
+                past_key_values=cache,
                 use_cache=True,
-            )  # fmt: skip
+            )
             return foresight.segment(cache_to_kv(cache, source.rotary, start=n), mask)
 
         return send

@@ -201,8 +201,9 @@ class GradientPredictionAttack(BaseAttack):
         total, count = 0.0, 0
         for part in self._parts(self._cut(data)):
             kv = part.kv.trim()
-            for embeds, _, g, valid in self._descend(part.kv, part.mask, "predicted",
-                                                     self.config.steps):  # fmt: skip
+            for embeds, _, g, valid in self._descend(
+                part.kv, part.mask, "predicted", self.config.steps
+            ):
                 _, true = self.true_gradient(embeds, kv, part.mask)
                 cosine = F.cosine_similarity(g[valid].float(), true[valid].float(), dim=-1)
                 total, count = total + float(cosine.sum()), count + len(cosine)

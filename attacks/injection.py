@@ -91,9 +91,12 @@ class InjectionAttack(BaseAttack):
         return self.known.prompt(text)
 
     def _said(
-        self, kv: KVBatch, prompts: Sequence[Sequence[int]], data: AttackData,
+        self,
+        kv: KVBatch,
+        prompts: Sequence[Sequence[int]],
+        data: AttackData,
         allowed: Tensor | None,
-    ) -> list[tuple[int, ...]]:  # fmt: skip
+    ) -> list[tuple[int, ...]]:
         return self.known.source.generate(
             kv, prompts, self.config.max_tokens, data.special.end_id, allowed
         )

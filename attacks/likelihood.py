@@ -123,9 +123,14 @@ class LikelihoodAttack(BaseAttack):
         return [n for n in self.config.lists if long or n <= 1000]
 
     def rank(
-        self, data: AttackData, row: int, which: int, target: Tensor, sizes: Sequence[int],
+        self,
+        data: AttackData,
+        row: int,
+        which: int,
+        target: Tensor,
+        sizes: Sequence[int],
         draws: int = 1,
-    ) -> Guess:  # fmt: skip
+    ) -> Guess:
         """One secret of one record; ``target`` as ``observed`` gives it, or a mean of ``draws`` of
         them: the likelihood of several draws is that of their mean."""
         record, secret = _records(data)[row], data.secrets[row][which]
@@ -147,9 +152,13 @@ class LikelihoodAttack(BaseAttack):
                 best = values[int(top[chance[top].argmax()])]
         length = self._candidates.length_nats(rng, secret)
         return Guess(
-            data.record_ids[row], secret.category, secret.field, best, lists=ranked,
+            data.record_ids[row],
+            secret.category,
+            secret.field,
+            best,
+            lists=ranked,
             length_nats=length,
-        )  # fmt: skip
+        )
 
     def _draw(self, record: TokenRecord, which: int, secret: Secret, size: int) -> list[Ids]:
         rng = random.Random(f"list/{self._seed}/{record.record_id}/{which}")

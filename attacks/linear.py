@@ -123,8 +123,9 @@ class LinearAttack(BaseAttack):
             guess = part.argmax(1)
             nll = -float(part[np.arange(len(s.ids)), list(s.ids)].sum())
             hits = float(np.mean(guess == np.asarray(s.ids)))
-            out.append(Guess(*name, tuple(guess.tolist()), nll if math.isfinite(nll) else None,
-                             hits))  # fmt: skip
+            out.append(
+                Guess(*name, tuple(guess.tolist()), nll if math.isfinite(nll) else None, hits)
+            )
         return out
 
 

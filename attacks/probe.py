@@ -59,8 +59,13 @@ class ProbeAttack(ScheduledAttack):
             for group in optimizer.param_groups:
                 group["lr"] = c.fit.lr * c.fit.rate(step)
             # half of each batch is secret positions, or the frequent filler would crowd them out
-            rows = torch.cat([p[torch.randint(len(p), (half,), generator=rng)]
-                              for p in (inside, outside) if len(p)])  # fmt: skip
+            rows = torch.cat(
+                [
+                    p[torch.randint(len(p), (half,), generator=rng)]
+                    for p in (inside, outside)
+                    if len(p)
+                ]
+            )
             loss = F.cross_entropy(self.net(x[rows]), y[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -84,8 +89,16 @@ class ProbeAttack(ScheduledAttack):
                 logp = self.net(here).log_softmax(-1)
                 guess = logp.argmax(-1)
                 nll = -logp.gather(1, true[:, None]).sum()
-                out.append(Guess(record, s.category, s.field, tuple(guess.tolist()), float(nll),
-                                 float((guess == true).float().mean())))  # fmt: skip
+                out.append(
+                    Guess(
+                        record,
+                        s.category,
+                        s.field,
+                        tuple(guess.tolist()),
+                        float(nll),
+                        float((guess == true).float().mean()),
+                    )
+                )
         return out
 
 

@@ -169,10 +169,12 @@ class TriggerAttack(ScheduledAttack):
         rows = table[part.context_ids.clamp_min(0).to(table.device)]
         soft = table[list(trigger)].clone().requires_grad_()
         first = [lead(context_of(part, i), self.special) for i in range(len(part))]
-        embeds = torch.stack([
-            torch.cat((row[:k], soft, row[k + len(trigger) :]))
-            for row, k in zip(rows, first, strict=True)
-        ])  # fmt: skip
+        embeds = torch.stack(
+            [
+                torch.cat((row[:k], soft, row[k + len(trigger) :]))
+                for row, k in zip(rows, first, strict=True)
+            ]
+        )
         valid = (part.context_ids != IGNORE).to(table.device)
         with torch.enable_grad():
             kv = guarded_mean(known.guard, soft_prefill(known.source, embeds, valid), part.mask)
@@ -232,8 +234,12 @@ class TriggerAttack(ScheduledAttack):
 def _cross_entropy(reader: ProbeAttack, data: AttackData) -> Tensor:
     """Of the true tokens under the reader, nats a token, differentiable in the KV."""
     assert reader.net is not None
-    spots = [(i, at, t) for i, row in enumerate(data.secrets) for s in row
-             for at, t in zip(range(*s.positions), s.ids, strict=False)]  # fmt: skip
+    spots = [
+        (i, at, t)
+        for i, row in enumerate(data.secrets)
+        for s in row
+        for at, t in zip(range(*s.positions), s.ids, strict=False)
+    ]
     rows, at, true = (torch.tensor(column) for column in zip(*spots, strict=True))
     features = data.kv.features()[rows, at].float()
     return F.cross_entropy(reader.net(features), true.to(features.device))

@@ -273,9 +273,12 @@ def policy_schema() -> None:
 
 
 def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
     line: str | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """A warning of ours without the place in the code that found it."""
     if category.__module__.startswith("lcguard."):
         return f"lcguard: warning: {message}\n"

@@ -45,9 +45,20 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 def test_train_then_explain(tmp_path: Path) -> None:
     done = lcguard(
-        "train", "gate", "--out", "run", "--set", "train.steps=2", "--set", "train.batch=4",
-        "--set", "data.train_records=60", "--set", "data.test_records=20", cwd=tmp_path,
-    )  # fmt: skip
+        "train",
+        "gate",
+        "--out",
+        "run",
+        "--set",
+        "train.steps=2",
+        "--set",
+        "train.batch=4",
+        "--set",
+        "data.train_records=60",
+        "--set",
+        "data.test_records=20",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     card = json.loads((tmp_path / "run" / "guard" / "lcguard_config.json").read_text())
     assert card["certificate"]["n_pairs"] == 20
@@ -80,7 +91,7 @@ def test_explain_shows_what_the_gate_withholds(tmp_path: Path) -> None:
         (("explain", "--forbid", "salary", "x"), "salary"),
         (("explain", "--guard", "nano:none", "x"), "none"),
     ],
-)  # fmt: skip
+)
 def test_wrong_input(args: tuple[str, ...], says: str, tmp_path: Path) -> None:
     line = one_line(lcguard(*args, cwd=tmp_path))
     assert says in line

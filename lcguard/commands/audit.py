@@ -17,9 +17,12 @@ _BUSY_TIMEOUT_S = 5.0
 
 
 def verify_command(
-    path: Path, key: bytes, head: str | None = None, at_least: int | None = None,
+    path: Path,
+    key: bytes,
+    head: str | None = None,
+    at_least: int | None = None,
     say: Callable[[str], None] = print,
-) -> int:  # fmt: skip
+) -> int:
     """Says what ``audit_verify.verify`` found; 0 where the trail is whole, else 1.
 
     Raises ``ValueError`` in one line where the file cannot be read or ``head`` is none.
@@ -41,10 +44,16 @@ def verify_command(
 
 
 def show_command(
-    path: Path, *, last: int = 50, tenant: str | None = None, event: str | None = None,
-    request_id: str | None = None, handle: str | None = None, as_json: bool = False,
+    path: Path,
+    *,
+    last: int = 50,
+    tenant: str | None = None,
+    event: str | None = None,
+    request_id: str | None = None,
+    handle: str | None = None,
+    as_json: bool = False,
     say: Callable[[str], None] = print,
-) -> int:  # fmt: skip
+) -> int:
     """Says the last rows that match, oldest first; they are not verified. Always 0.
 
     Raises ``ValueError`` in one line where the file cannot be read.
@@ -55,9 +64,13 @@ def show_command(
         with closing(open_reader(path, _BUSY_TIMEOUT_S)) as connection, reading(path):
             connection.text_factory = lambda data: data.decode("utf-8", "replace")
             rows = recent(
-                connection, last=last, tenant=tenant, event=event, request_id=request_id,
+                connection,
+                last=last,
+                tenant=tenant,
+                event=event,
+                request_id=request_id,
                 handle=handle,
-            )  # fmt: skip
+            )
     except DatabaseError as error:
         raise ValueError(str(error)) from None
     for row in rows:
@@ -68,9 +81,18 @@ def show_command(
 def _line(row: dict[str, Any]) -> str:
     edge = f"{row['source']} -> {row['audience']}" if row["source"] or row["audience"] else ""
     parts = (
-        row["seq"], _time(row["at_ms"]), row["event"], row["verdict"], row["tenant"], row["agent"],
-        edge, row["handle"], row["guard"], row["request_id"], row["reason"],
-    )  # fmt: skip
+        row["seq"],
+        _time(row["at_ms"]),
+        row["event"],
+        row["verdict"],
+        row["tenant"],
+        row["agent"],
+        edge,
+        row["handle"],
+        row["guard"],
+        row["request_id"],
+        row["reason"],
+    )
     # Cleaned again: whoever can alter the file must not steer the terminal of its reader.
     return "  ".join(text for part in parts if (text := plain(str(part), REASON_CHARS)))
 

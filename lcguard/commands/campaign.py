@@ -161,10 +161,16 @@ class Campaign:
             if "handle" not in made:
                 self._fault(one, f"published nothing: {made}")
                 return
-            self.sender.keep(Segment(
-                made["handle"], made["grant"], made["audience"], made["n_tokens"],
-                raw=not made["forbid"], origins=one.origins,
-            ))  # fmt: skip
+            self.sender.keep(
+                Segment(
+                    made["handle"],
+                    made["grant"],
+                    made["audience"],
+                    made["n_tokens"],
+                    raw=not made["forbid"],
+                    origins=one.origins,
+                )
+            )
 
     def _fault(self, one: Asked, what: str) -> None:
         self.report.faults.append(f"{one.kind} of {one.agent}, {one.options}: {what}")
@@ -184,8 +190,10 @@ def _params(one: Asked) -> Any:
     )
 
     options = dict(one.options)
-    for name, kind in (("structured_outputs", StructuredOutputsParams),
-                       ("repetition_detection", RepetitionDetectionParams)):  # fmt: skip
+    for name, kind in (
+        ("structured_outputs", StructuredOutputsParams),
+        ("repetition_detection", RepetitionDetectionParams),
+    ):
         if name in options:
             options[name] = kind(**options[name])
     if "output_kind" in options:
@@ -216,9 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory(prefix="lcguard-campaign-") as folder:
         llm = GuardedLLM.build(
-            str(model_path()), policy=POLICY, guards={"gate": "nano:gate"},
-            store=f"file://{folder}", **ENGINE,
-        )  # fmt: skip
+            str(model_path()),
+            policy=POLICY,
+            guards={"gate": "nano:gate"},
+            store=f"file://{folder}",
+            **ENGINE,
+        )
         start = time.monotonic()
         report = Campaign(llm.engine, texts_of(load_backend("nano").encoder), given.seed).run(
             given.requests
@@ -231,10 +242,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 ENGINE: dict[str, Any] = {
-    "dtype": "float32", "block_size": 32, "max_model_len": 1024, "max_num_batched_tokens": 256,
-    "max_num_seqs": 32, "max_logprobs": -1, "enable_prefix_caching": True, "enforce_eager": True,
-    "num_gpu_blocks_override": 110, "seed": 0,
-}  # fmt: skip
+    "dtype": "float32",
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 32,
+    "max_logprobs": -1,
+    "enable_prefix_caching": True,
+    "enforce_eager": True,
+    "num_gpu_blocks_override": 110,
+    "seed": 0,
+}
 """Few blocks, so that requests are preempted and cached blocks are evicted."""
 
 if __name__ == "__main__":

@@ -17,15 +17,24 @@ POLICY: dict[str, Any] = {
     "version": 1,
     "edges": [
         *({"source": "*", "audience": a, "forbid": [], "guard": "identity"} for a in BARE),
-        *({"source": "*", "audience": a, "forbid": ["health", "person"], "guard": "gate"}
-          for a in GUARDED),
+        *(
+            {"source": "*", "audience": a, "forbid": ["health", "person"], "guard": "gate"}
+            for a in GUARDED
+        ),
     ],
-}  # fmt: skip
+}
 N_TEXTS, VOCABULARY = 24, 2048
-INTERNAL = frozenset({
-    "skip_clone", "output_text_buffer_length", "_eos_token_id", "_all_stop_token_ids",
-    "_watermarking_skipped", "_bad_words_token_ids", "extra_args",
-})  # fmt: skip
+INTERNAL = frozenset(
+    {
+        "skip_clone",
+        "output_text_buffer_length",
+        "_eos_token_id",
+        "_all_stop_token_ids",
+        "_watermarking_skipped",
+        "_bad_words_token_ids",
+        "extra_args",
+    }
+)
 """Fields that vLLM sets itself, and the one that carries the handoff."""
 READING: dict[str, Callable[[random.Random], Any]] = {
     "prompt_logprobs": lambda r: r.choice([0, 1, 5, 20, -1]),
@@ -65,7 +74,7 @@ ANSWER: dict[str, Callable[[random.Random], Any]] = {
     "structured_outputs": lambda r: {"choice": ["yes", "no"]},
     "repetition_detection": lambda r: {"max_pattern_size": 3, "min_count": 2},
     "thinking_token_budget": lambda r: 4,
-}  # fmt: skip
+}
 """Options that shape the answer alone."""
 HANDOFF: dict[str, Callable[[random.Random], Any]] = {
     "n": lambda r: r.choice([1, 2, 3]),

@@ -94,9 +94,13 @@ class Screened(NamedTuple):
 
 
 def screen(
-    train: AttackData, test: AttackData, attack: str = "probe", *, seed: int = 0,
+    train: AttackData,
+    test: AttackData,
+    attack: str = "probe",
+    *,
+    seed: int = 0,
     level: float = 0.95,
-) -> Screened:  # fmt: skip
+) -> Screened:
     """Fits a fresh attack on ``train``, and counts whole values of ``test`` that it gets exactly.
 
     Raises ``ValueError`` for an attack that is not for canaries, or where nothing could be scored.
@@ -117,9 +121,8 @@ def _recovered(train: AttackData, test: AttackData, attack: str, seed: int) -> t
     guesses = fitted.recover(words.rename(test))
     truth = [s.ids for row in test.secrets for s in row]
     tried = [
-        words.back(g.ids) == ids
-        for g, ids in zip(guesses, truth, strict=True) if g.ids is not None
-    ]  # fmt: skip
+        words.back(g.ids) == ids for g, ids in zip(guesses, truth, strict=True) if g.ids is not None
+    ]
     return sum(tried), len(tried)
 
 
@@ -161,9 +164,11 @@ class Canaries:
             # the guard does not know the edge's name: what leaks there leaks here
             leader, figures = known[key]
             return {
-                **figures, "policy_digest": first[0].policy_digest, "shared_with": leader,
+                **figures,
+                "policy_digest": first[0].policy_digest,
+                "shared_with": leader,
                 "seconds": round(time.monotonic() - started, 1),
-            }  # fmt: skip
+            }
         train = fitting_records(self.encoder, edge.forbid, job.train_records, job.seed)
         rest = self.planter.plant(edge.names, [*test[1:], *train])
         plants = [*first, *rest]
@@ -171,17 +176,27 @@ class Canaries:
         self._checked(edge, plants)
         n = len(test)
         found = screen(
-            self._pairs(train, plants[n:]), self._pairs(test, plants[:n]), job.attack,
-            seed=job.seed, level=job.level,
-        )  # fmt: skip
+            self._pairs(train, plants[n:]),
+            self._pairs(test, plants[:n]),
+            job.attack,
+            seed=job.seed,
+            level=job.level,
+        )
         figures = {
-            **found._asdict(), "attack": job.attack, "guard": rule.guard,
-            "guard_digest": rule.guard_digest, "policy_digest": first[0].policy_digest,
+            **found._asdict(),
+            "attack": job.attack,
+            "guard": rule.guard,
+            "guard_digest": rule.guard_digest,
+            "policy_digest": first[0].policy_digest,
             "seconds": round(time.monotonic() - started, 1),
-        }  # fmt: skip
+        }
         name = "/".join(edge.names.values())
-        print(f"{name}: {len(plants)} records planted in {planted_s:.1f} s, "
-              f"{figures['seconds']} s in all", file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"{name}: {len(plants)} records planted in {planted_s:.1f} s, "
+            f"{figures['seconds']} s in all",
+            file=sys.stderr,
+            flush=True,
+        )
         known[key] = name, figures
         return figures
 

@@ -54,9 +54,14 @@ class Planter:
     """Publishes on behalf of any agent, with the canary's key."""
 
     def __init__(
-        self, base_url: str, token: str, model: str, encoder: Encoder, store: SegmentStore,
+        self,
+        base_url: str,
+        token: str,
+        model: str,
+        encoder: Encoder,
+        store: SegmentStore,
         key: bytes,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Raises ``ValueError`` for an address that is none, or a store that nobody shares."""
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -99,10 +104,15 @@ class Planter:
         """The field ``lcguard.published`` of the answer."""
         spans = [s.positions for s in record.secrets()]
         secrets = {str(self._encoder.tokenizer.decode(list(record.ids[a:b]))) for a, b in spans}
-        answer = self._ask({
-            "model": self._model, "prompt": list(record.ids), "max_tokens": 1, "temperature": 0,
-            "lcguard": {"publish": {**edge, "secrets": sorted(secrets)}},
-        })  # fmt: skip
+        answer = self._ask(
+            {
+                "model": self._model,
+                "prompt": list(record.ids),
+                "max_tokens": 1,
+                "temperature": 0,
+                "lcguard": {"publish": {**edge, "secrets": sorted(secrets)}},
+            }
+        )
         try:
             made = answer["lcguard"]["published"]
             return {k: made[k] for k in ("handle", "guard", "forbid", "derive")}

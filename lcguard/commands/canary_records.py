@@ -70,9 +70,13 @@ def _join(first: Hop, second: Hop) -> Hop:
     text = a.text + "\n"
     moved = (replace(s, start=s.start + len(text), end=s.end + len(text)) for s in b.spans)
     record = Record(
-        f"{a.record_id}+{b.record_id}", a.record_type, a.vertical, text + b.text,
-        (*a.spans, *moved), (),
-    )  # fmt: skip
+        f"{a.record_id}+{b.record_id}",
+        a.record_type,
+        a.vertical,
+        text + b.text,
+        (*a.spans, *moved),
+        (),
+    )
     return replace(first, record=record)
 
 

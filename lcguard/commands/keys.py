@@ -36,10 +36,15 @@ _HEAD = "# API keys, without their secrets. `lcguard keys` rewrites this file: c
 
 
 def new_key(
-    path: str | Path, agent: str, tenant: str = "default", role: Role = "agent", *,
-    expires_at: datetime | None = None, models: Sequence[str] | None = None,
+    path: str | Path,
+    agent: str,
+    tenant: str = "default",
+    role: Role = "agent",
+    *,
+    expires_at: datetime | None = None,
+    models: Sequence[str] | None = None,
     limits: Limits | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Adds a key, making the file if need be; returns its text, which nothing else knows.
 
     ``expires_at`` has a time zone. Raises ``KeyringError``, and changes nothing then.
@@ -54,13 +59,16 @@ def new_key(
         secret = new_secret()
         key_id = next(i for i in iter(new_id, "") if i not in {key["id"] for key in keys})
         entry: dict[str, Any] = {
-            "id": key_id, "tenant": tenant, "agent": agent, "role": role,
+            "id": key_id,
+            "tenant": tenant,
+            "agent": agent,
+            "role": role,
             "created_at": _text(datetime.now(UTC)),
             "expires_at": None if expires_at is None else _text(expires_at),
             "models": None if models is None else list(models),
             "limits": _given(vars(limits or Limits())) or None,
             "sha256": secret_digest(secret).hex(),
-        }  # fmt: skip
+        }
         _write(real, [*keys, _given(entry)])
     return key_text(key_id, secret)
 
@@ -95,9 +103,15 @@ def key_table(entries: Sequence[KeyEntry], now: datetime | None = None) -> Table
             ends += " (expired)"
         limits = ", ".join(f"{k}={v}" for k, v in _given(vars(e.limits)).items())
         table.add_row(
-            e.id, e.tenant, e.agent, e.role, _text(e.created_at), ends,
-            ", ".join(e.models or ("all",)), limits or "none",
-        )  # fmt: skip
+            e.id,
+            e.tenant,
+            e.agent,
+            e.role,
+            _text(e.created_at),
+            ends,
+            ", ".join(e.models or ("all",)),
+            limits or "none",
+        )
     return table
 
 

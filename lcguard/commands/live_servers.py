@@ -83,9 +83,13 @@ def free_port() -> int:
 def _spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Any:
     with private_log(log) as out:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(environment),
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=dict(environment),
             start_new_session=True,
-        )  # fmt: skip
+        )
 
 
 class Site:
@@ -119,9 +123,11 @@ class Site:
         plan = EnginePlan(settings, str(model_path()), "nano", policy, self.store, None, log)
         key = secrets.token_urlsafe(16)
         environment = self.environment | {
-            "VLLM_API_KEY": key, "VLLM_PLUGINS": "lcguard", "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_API_KEY": key,
+            "VLLM_PLUGINS": "lcguard",
+            "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
-        }  # fmt: skip
+        }
         command = plan.command(port)
         if not self.door:
             at = command.index("--middleware")

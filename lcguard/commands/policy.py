@@ -11,9 +11,12 @@ from lcguard.handoff.policy_review import never, unserved, why
 
 
 def check_command(
-    path: Path, hop: tuple[str, str] | None, keys: Path | None,
-    say: Callable[[str], None], warn: Callable[[str], None],
-) -> None:  # fmt: skip
+    path: Path,
+    hop: tuple[str, str] | None,
+    keys: Path | None,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
     """Says what the file holds and, for a hop, which edge decides it.
 
     Raises ``PolicyError`` or ``KeyringError`` for a file that cannot be used.

@@ -30,8 +30,12 @@ def progress(
     )
     # No thread and no redirection: attacks run in forked children, which would inherit its locks.
     with Progress(
-        *columns, console=console, transient=True, auto_refresh=False,
-        redirect_stdout=False, redirect_stderr=False,
-    ) as bar:  # fmt: skip
+        *columns,
+        console=console,
+        transient=True,
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as bar:
         task = bar.add_task("units", total=total)
         yield say, lambda units: bar.update(task, completed=units, refresh=True)

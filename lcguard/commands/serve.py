@@ -139,10 +139,15 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
         if Path(model).is_dir():
             check_readable(Path(model))
         plan = EnginePlan(
-            replace(settings.engine, args=args), model, name,
-            str(settings.policy), settings.store, settings.store_max_bytes,
-            state.resolve() / "vllm.log", settings.store_timeout_s,
-        )  # fmt: skip
+            replace(settings.engine, args=args),
+            model,
+            name,
+            str(settings.policy),
+            settings.store,
+            settings.store_max_bytes,
+            state.resolve() / "vllm.log",
+            settings.store_timeout_s,
+        )
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -168,13 +173,19 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
 
     app = make_app(opened)
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level="warning", access_log=False,
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
         http=TimedHttp.with_timeouts(
             settings.limits.body_timeout_s, settings.limits.write_timeout_s
-        ), lifespan="on",
+        ),
+        lifespan="on",
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
-        server_header=False, date_header=False,
-    )  # fmt: skip
+        server_header=False,
+        date_header=False,
+    )
     server, log = _Server(config, deployment), logging.getLogger("uvicorn.error")
 
     def unsaid(record: logging.LogRecord) -> bool:

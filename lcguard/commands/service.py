@@ -66,10 +66,14 @@ def keys_new(
     limits = Limits(requests_per_min, tokens_per_min, concurrency)
     for agent in agents:
         text = new_key(
-            state / "keys.yaml", agent, tenant, role,
-            expires_at=expires.replace(tzinfo=UTC) if expires else None, models=models,
+            state / "keys.yaml",
+            agent,
+            tenant,
+            role,
+            expires_at=expires.replace(tzinfo=UTC) if expires else None,
+            models=models,
             limits=limits,
-        )  # fmt: skip
+        )
         name = "".join(c if c.isalnum() else "_" for c in agent).upper()
         typer.echo(f"export {name}_KEY={text}")
 
@@ -83,8 +87,9 @@ def keys_list(state: State = STATE) -> None:
 
 
 @keys_app.command("revoke")
-def keys_revoke(key_id: Annotated[str, typer.Argument(help="From keys list.")],
-                state: State = STATE) -> None:  # fmt: skip
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(help="From keys list.")], state: State = STATE
+) -> None:
     """Take a key back; a running server refuses it within a second."""
     from lcguard.commands.keys import revoke
 
@@ -159,6 +164,12 @@ def audit_show(
     from lcguard.commands.serve import load_settings
 
     show_command(
-        load_settings(state, config, [], None).database, last=last, tenant=tenant, event=event,
-        request_id=request_id, handle=handle, as_json=as_json, say=typer.echo,
-    )  # fmt: skip
+        load_settings(state, config, [], None).database,
+        last=last,
+        tenant=tenant,
+        event=event,
+        request_id=request_id,
+        handle=handle,
+        as_json=as_json,
+        say=typer.echo,
+    )

@@ -26,9 +26,12 @@ _BATCH = 32
 
 @torch.no_grad()
 def said_right(
-    source: ModelSource, decode: Callable[[Sequence[int]], str], records: Sequence[TokenRecord],
-    kv: KVBatch, wanted: Wanted = lambda r, q: True,
-) -> list[list[bool]]:  # fmt: skip
+    source: ModelSource,
+    decode: Callable[[Sequence[int]], str],
+    records: Sequence[TokenRecord],
+    kv: KVBatch,
+    wanted: Wanted = lambda r, q: True,
+) -> list[list[bool]]:
     """Per record and wanted question: does the greedy reply say the answer?
 
     Args:

@@ -115,9 +115,15 @@ def _frontier(figure: Any, rows: Sequence[GuardRow], width: int) -> bool:
         axes.plot(x, y, MARK[word], color=WORD[word], ms=10, mec=PAPER, mew=0.8, clip_on=False)
         label = short(row.guard, 20 if wide else 12)
         axes.annotate(
-            label, (edge, spot), (5, 0), textcoords="offset points", va="center",
-            color=WORD[word], weight="bold", annotation_clip=False,
-        )  # fmt: skip
+            label,
+            (edge, spot),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            color=WORD[word],
+            weight="bold",
+            annotation_clip=False,
+        )
     percent_axis(axes.xaxis)
     percent_axis(axes.yaxis)
     axes.locator_params(axis="x", nbins=6 if wide else 4)
@@ -151,9 +157,14 @@ def _dumbbell(figure: Any, rows: Sequence[GuardRow], width: int) -> bool:
         axes.plot(fresh, y, "o", ms=10, color=colour, mec=PAPER, mew=1, clip_on=False)
         label = f"{fresh:.1%}" if train is not None or not wide else f"{fresh:.1%} (fresh only)"
         axes.annotate(
-            label, (max(fresh, train or 0.0), y), (10, 0), textcoords="offset points",
-            va="center", color=colour, annotation_clip=False,
-        )  # fmt: skip
+            label,
+            (max(fresh, train or 0.0), y),
+            (10, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            annotation_clip=False,
+        )
     names = [short(r.guard, 20 if wide else 12) for r in shown]
     axes.set_yticks(range(len(shown)), names, color=INK)
     percent_axis(axes.xaxis)

@@ -21,9 +21,18 @@ from typing import Any
 from lcguard.evaluation.outcomes import digest
 
 PACKAGES = (
-    "lcguard", "torch", "transformers", "accelerate", "safetensors", "numpy", "scikit-learn",
-    "matplotlib", "pydantic", "triton", "vllm",
-)  # fmt: skip
+    "lcguard",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "matplotlib",
+    "pydantic",
+    "triton",
+    "vllm",
+)
 
 _ROOT = Path(__file__).resolve().parents[1]
 _URL = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s'\"]+", re.IGNORECASE)

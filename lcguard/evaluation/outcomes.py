@@ -29,9 +29,16 @@ if sys.platform != "win32":
 __all__ = ["KINDS", "Attempt", "Journal", "Kind", "Outcome", "digest", "read_attempts"]
 
 Kind = Literal[
-    "attack", "likelihood", "floor", "ceiling", "train", "injection", "utility", "allowed",
+    "attack",
+    "likelihood",
+    "floor",
+    "ceiling",
+    "train",
+    "injection",
+    "utility",
+    "allowed",
     "derived",
-]  # fmt: skip
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -112,8 +119,17 @@ class Attempt:
 
 
 _IDENTITY = (
-    "scenario", "edge", "record", "guard", "policy", "attack", "seed", "category", "field", "kind",
-)  # fmt: skip
+    "scenario",
+    "edge",
+    "record",
+    "guard",
+    "policy",
+    "attack",
+    "seed",
+    "category",
+    "field",
+    "kind",
+)
 
 
 @dataclass

@@ -11,8 +11,17 @@ from datetime import datetime
 
 from lcguard.normalise import occurrences, skeleton
 
-_DATES = ("%Y-%m-%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%d %B %Y", "%B %d, %Y", "%b %d, %Y",
-          "%d %b %Y", "%Y/%m/%d")  # fmt: skip
+_DATES = (
+    "%Y-%m-%d",
+    "%d.%m.%Y",
+    "%m/%d/%Y",
+    "%d/%m/%Y",
+    "%d %B %Y",
+    "%B %d, %Y",
+    "%b %d, %Y",
+    "%d %b %Y",
+    "%Y/%m/%d",
+)
 """Notations of a date. Of two that read the same digits otherwise, the first is believed."""
 
 

@@ -16,8 +16,13 @@ WIDE, NARROW = 720, 350
 # Stand-in colour -> CSS variable of the page. Each must occur nowhere else.
 INK, MUTED, GRID, ZONE = "#1b1d21", "#5b616a", "#dfe1e4", "#d9efe9"
 PAPER = "#fdfdfb"
-WORD = {"protects": "#0a7561", "leaks": "#c0341d", "useless": "#8a6205", "inconclusive": "#3f5f9e",
-        "not measured": "#5b616b"}  # fmt: skip
+WORD = {
+    "protects": "#0a7561",
+    "leaks": "#c0341d",
+    "useless": "#8a6205",
+    "inconclusive": "#3f5f9e",
+    "not measured": "#5b616b",
+}
 MARK = {"protects": "o", "leaks": "^", "useless": "s", "inconclusive": "v", "not measured": "D"}
 _THEME = {
     INK: "--ink",
@@ -121,12 +126,26 @@ def legend(figure: Any, keys: list[tuple[str, str, str]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], ls="", marker=mark, mfc=fill, mec=INK if fill == PAPER else fill,
-               ms=9 if mark != "|" else 12, mew=1.8 if mark in "|D" or fill == PAPER else 0,
-               label=label)
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker=mark,
+            mfc=fill,
+            mec=INK if fill == PAPER else fill,
+            ms=9 if mark != "|" else 12,
+            mew=1.8 if mark in "|D" or fill == PAPER else 0,
+            label=label,
+        )
         for mark, fill, label in keys
-    ]  # fmt: skip
+    ]
     figure.legend(
-        handles=handles, loc="upper left", ncols=len(keys), frameon=False, labelcolor=MUTED,
-        borderaxespad=0.2, handletextpad=0.2, columnspacing=1.2,
-    )  # fmt: skip
+        handles=handles,
+        loc="upper left",
+        ncols=len(keys),
+        frameon=False,
+        labelcolor=MUTED,
+        borderaxespad=0.2,
+        handletextpad=0.2,
+        columnspacing=1.2,
+    )

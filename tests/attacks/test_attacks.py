@@ -55,8 +55,9 @@ def form(n: int, seed: int) -> list[TokenRecord]:
             spans.append(TokenSpan(len(ids), len(ids) + 3, name, "account", None, True))
             ids += [rng.randrange(10, 18) for _ in range(3)]
         name = f"{seed}-{i}"
-        out.append(TokenRecord(name, name, "a->b", "form", "v", tuple(ids), tuple(spans), (),
-                               CATEGORIES))  # fmt: skip
+        out.append(
+            TokenRecord(name, name, "a->b", "form", "v", tuple(ids), tuple(spans), (), CATEGORIES)
+        )
     return out
 
 

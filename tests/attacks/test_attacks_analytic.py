@@ -29,8 +29,10 @@ SPECIAL = Special(1, 3, VOCAB)
 def record(name: str, ids: Sequence[int]) -> TokenRecord:
     """Two secrets of three tokens, one in the middle and one at the end."""
     n = len(ids)
-    spans = (TokenSpan(n // 2, n // 2 + 3, "pin", "account", None, True),
-             TokenSpan(n - 3, n, "code", "account", None, True))  # fmt: skip
+    spans = (
+        TokenSpan(n // 2, n // 2 + 3, "pin", "account", None, True),
+        TokenSpan(n - 3, n, "code", "account", None, True),
+    )
     return TokenRecord(name, name, "a->b", "form", "v", tuple(ids), spans, (), CATEGORIES)
 
 
@@ -41,9 +43,12 @@ def texts(n: int, length: int, seed: int, vocab: int = VOCAB) -> list[TokenRecor
 
 
 def data_of(
-    source: ModelSource, records: Sequence[TokenRecord], guard: FrozenGuard | None = None,
-    special: Special = SPECIAL, seed: int = 0,
-) -> AttackData:  # fmt: skip
+    source: ModelSource,
+    records: Sequence[TokenRecord],
+    guard: FrozenGuard | None = None,
+    special: Special = SPECIAL,
+    seed: int = 0,
+) -> AttackData:
     kv = source.prefill([r.ids for r in records])
     if guard is not None:
         kv = guard_all(guard, records, kv, source, special, seed=seed)

@@ -59,9 +59,12 @@ def attack_of(world: World, guard: FrozenGuard | None, **options: Any) -> Likeli
 
 
 def guesses(
-    world: World, guard: FrozenGuard | None, n: int, records: Sequence[TokenRecord] = (),
+    world: World,
+    guard: FrozenGuard | None,
+    n: int,
+    records: Sequence[TokenRecord] = (),
     **options: Any,
-) -> list[Guess]:  # fmt: skip
+) -> list[Guess]:
     attack = attack_of(world, guard, **options).fit(data_of(world, world.records[:8], guard))
     return attack.recover(data_of(world, records or world.others[:n], guard, 1))
 
@@ -96,8 +99,10 @@ def test_the_posterior_is_calibrated(world: World, noise: float) -> None:
 
 
 def test_noise_that_no_guard_states_is_measured(world: World) -> None:
-    parts = [{"guard": "erasure", "options": {"values": 1}},
-             {"guard": "gaussian", "options": {"noise": 0.3}}]  # fmt: skip
+    parts = [
+        {"guard": "erasure", "options": {"values": 1}},
+        {"guard": "gaussian", "options": {"noise": 0.3}},
+    ]
     guard = guard_of(world, "compose", fit=True, parts=parts)
     attack = attack_of(world, guard).fit(data_of(world, world.records[:8], guard))
     assert attack.noise == pytest.approx(0.3, rel=0.3)
@@ -234,9 +239,20 @@ def test_the_length_alone_is_counted_apart(world: World) -> None:
 
 def attempt(field: str, category: str, ranks: dict[str, tuple[int, int]]) -> Attempt:
     lists = {n: {"size": size, "rank": rank, "nats": 0.5} for n, (size, rank) in ranks.items()}
-    return Attempt("s", "a->b", field, "gate", "edge", "likelihood", 0, category, field,
-                   "likelihood", Outcome.RESISTED, extra={"lists": lists, "length_nats": 0.3},
-                   )  # fmt: skip
+    return Attempt(
+        "s",
+        "a->b",
+        field,
+        "gate",
+        "edge",
+        "likelihood",
+        0,
+        category,
+        field,
+        "likelihood",
+        Outcome.RESISTED,
+        extra={"lists": lists, "length_nats": 0.3},
+    )
 
 
 def test_figures_by_list() -> None:

@@ -94,9 +94,12 @@ def test_linear_without_its_library(pairs: AttackData, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"solver": "magic"}, "solver 'magic' is unknown; known: ridge, logistic"),
-     ({"max_tokens": 3}, "max_tokens=3 must be 20 or more"), ({"alpha": 0.0}, "alpha=0.0 above 0")],
-)  # fmt: skip
+    [
+        ({"solver": "magic"}, "solver 'magic' is unknown; known: ridge, logistic"),
+        ({"max_tokens": 3}, "max_tokens=3 must be 20 or more"),
+        ({"alpha": 0.0}, "alpha=0.0 above 0"),
+    ],
+)
 def test_linear_refuses_impossible_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LinearAttack.build(options)

@@ -16,17 +16,26 @@ from lcguard.evaluation.fail_if import METRICS, parse_fail_if
 
 def row(guard: str, **changes: Any) -> dict[str, Any]:
     return {
-        "guard": guard, "utility": 0.9, "utility_relative": 0.98, "asr_fresh": 0.04,
-        "asr_fresh_ci": [0.01, 0.07], "asr_injection": 0.02, "floor": 0.03, "advantage": 0.01,
+        "guard": guard,
+        "utility": 0.9,
+        "utility_relative": 0.98,
+        "asr_fresh": 0.04,
+        "asr_fresh_ci": [0.01, 0.07],
+        "asr_injection": 0.02,
+        "floor": 0.03,
+        "advantage": 0.01,
         "counts": {"success": 4, "resisted": 96, "error": 2, "not_applicable": 0},
         "likelihood": {"100": {"asr": 0.06, "ci": [0.03, 0.12], "floor": 0.02}},
-    } | changes  # fmt: skip
+    } | changes
 
 
 REPORT = {
-    "results": [row("identity", asr_fresh=0.9, asr_fresh_ci=[0.8, 0.95]), row("gate"),
-                row("redact-fixed-length", utility=0.5)]
-}  # fmt: skip
+    "results": [
+        row("identity", asr_fresh=0.9, asr_fresh_ci=[0.8, 0.95]),
+        row("gate"),
+        row("redact-fixed-length", utility=0.5),
+    ]
+}
 
 
 @pytest.mark.parametrize(
@@ -42,15 +51,17 @@ REPORT = {
         ("asr>0.5", ["identity: asr 0.9 > 0.5"]),
         # the same guard must do both
         ("asr>0.5 and utility<0.6", []),
-        ("asr>0.5 and redact-fixed-length.utility<0.6",
-         ["identity: asr 0.9 > 0.5", "redact-fixed-length: utility 0.5 < 0.6"]),
+        (
+            "asr>0.5 and redact-fixed-length.utility<0.6",
+            ["identity: asr 0.9 > 0.5", "redact-fixed-length: utility 0.5 < 0.6"],
+        ),
         # `and` binds closer than `or`
         ("gate.asr>0 or gate.asr>1 and gate.asr>1", ["gate: asr 0.04 > 0"]),
         ("(gate.asr>0 or gate.asr>1) and gate.asr>1", []),
         ("gate.injection>0.5 or gate.floor>0.5", []),
         ("gate.advantage>-1", ["gate: advantage 0.01 > -1"]),
     ],
-)  # fmt: skip
+)
 def test_expressions(text: str, lines: list[str]) -> None:
     assert parse_fail_if(text).violations(REPORT) == lines
 
@@ -85,10 +96,18 @@ def test_what_was_not_measured_is_violated(metric: str, sign: str) -> None:
 def test_several_hops() -> None:
     """A guard has a row for every topology; the graph's ASR is what counts."""
     rows = [
-        {"topology": t, "guard": g, "variant": "per-agent", "utility": 0.9, "floor": 0.01,
-         "asr_graph": asr, "asr_graph_ci": [asr, asr + 0.1], "errors": 1}
+        {
+            "topology": t,
+            "guard": g,
+            "variant": "per-agent",
+            "utility": 0.9,
+            "floor": 0.01,
+            "asr_graph": asr,
+            "asr_graph_ci": [asr, asr + 0.1],
+            "errors": 1,
+        }
         for t, g, asr in (("chain", "gate", 0.1), ("tree", "gate", 0.3), ("tree", "none", 0.9))
-    ]  # fmt: skip
+    ]
     report = {"results": rows}
     assert parse_fail_if("gate.asr_upper>0.35").violations(report) == [
         "tree gate per-agent: asr_upper 0.4 > 0.35"
@@ -171,7 +190,8 @@ def test_exit_codes() -> None:
     assert judged(REPORT) == (0, [])
     assert judged(REPORT, "asr>0.99", "gate.asr>0.5") == (0, [])
     assert judged(REPORT, "gate.asr>0.03", "asr>0.5") == (
-        3, ["violated: gate: asr 0.04 > 0.03", "violated: identity: asr 0.9 > 0.5"],
-    )  # fmt: skip
+        3,
+        ["violated: gate: asr 0.04 > 0.03", "violated: identity: asr 0.9 > 0.5"],
+    )
     assert judged(failed) == (4, ["errors: 6 attempts ended in an error, the budget is 5"])
     assert judged(failed, "asr>0.5")[0] == 3

@@ -102,8 +102,9 @@ def test_killed_and_resumed_ends_in_the_same_report(home: Path, tmp_path: Path) 
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "lcguard.cli", "eval", "run", "tiny.yaml", "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as this process
-    child = subprocess.Popen(command, cwd=home, env=env, stderr=subprocess.DEVNULL,
-                             start_new_session=True)  # fmt: skip
+    child = subprocess.Popen(
+        command, cwd=home, env=env, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         journal = out / "attempts.jsonl"
         while child.poll() is None and not (journal.exists() and count_units(journal)):
@@ -132,8 +133,15 @@ def test_what_a_run_leaves_behind(home: Path) -> None:
     )
     manifest, report = read(run / "manifest.json"), read(run / "report.json")
     assert set(manifest) == {
-        "created", "command", "seeds", "git", "python", "packages", "hardware", "hashes",
-    }  # fmt: skip
+        "created",
+        "command",
+        "seeds",
+        "git",
+        "python",
+        "packages",
+        "hardware",
+        "hashes",
+    }
     assert set(manifest["hashes"]) == {"config", "source", "data", "guards"}
     assert {k: report[k] for k in manifest} == manifest
     assert report["journal"]["units"] == UNITS
@@ -393,14 +401,20 @@ def test_compare(home: Path, copy: Path) -> None:
 def test_compare_counts_what_is_gone_and_tells_noise() -> None:
     def report(**guards: tuple[float | None, float]) -> dict[str, Any]:
         rows = [
-            {"guard": g, "utility": 0.9, "asr_fresh": v,
-             "asr_fresh_ci": None if v is None else [v - e, v + e]}
+            {
+                "guard": g,
+                "utility": 0.9,
+                "asr_fresh": v,
+                "asr_fresh_ci": None if v is None else [v - e, v + e],
+            }
             for g, (v, e) in guards.items()
-        ]  # fmt: skip
+        ]
         return {"results": rows}
 
-    found = compare(report(a=(0.1, 0.1), b=(0.1, 0.01), c=(0.1, 0.1), d=(0.1, 0.1)),
-                    report(a=(0.2, 0.1), b=(0.2, 0.01), c=(None, 0.0), e=(0.9, 0.1)))  # fmt: skip
+    found = compare(
+        report(a=(0.1, 0.1), b=(0.1, 0.01), c=(0.1, 0.1), d=(0.1, 0.1)),
+        report(a=(0.2, 0.1), b=(0.2, 0.01), c=(None, 0.0), e=(0.9, 0.1)),
+    )
     by_name = {g.guard: g for g in found.guards}
     assert (by_name["a"].worse, by_name["a"].moves["asr"].overlap) == (True, True)
     assert (by_name["b"].worse, by_name["b"].moves["asr"].overlap) == (True, False)
@@ -435,16 +449,22 @@ def test_list_tells_finished_from_interrupted(home: Path, copy: Path) -> None:
 
 def test_list_shows_what_is_registered(tmp_path: Path) -> None:
     shown = lcguard("eval", "list", "--attacks", "--guards", "--presets", cwd=tmp_path).stdout
-    for word in ("white-box", "arXiv 2508.09442", "redact", "lcguard train gate-finish",
-                 "lcguard eval run main"):  # fmt: skip
+    for word in (
+        "white-box",
+        "arXiv 2508.09442",
+        "redact",
+        "lcguard train gate-finish",
+        "lcguard eval run main",
+    ):
         assert word in shown
 
 
 # -- progress and stress
 
 
-@pytest.mark.parametrize(("terminal", "ci", "bar"), [(True, "", True), (True, "1", False),
-                                                     (False, "", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("terminal", "ci", "bar"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
 def test_the_bar_is_for_people(
     terminal: bool, ci: str, bar: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,8 +521,9 @@ def test_a_probe_of_one_layer_reads_that_layer_alone(world: World) -> None:
     train, test = pairs(world.records), pairs(world.others)
     score = {}
     for layer in (0, 1):
-        attack = ProbeAttack.build({"layers": [layer], "width": 96,
-                                    "fit": {"steps": 150, "batch": 512, "warmup": 10}})  # fmt: skip
+        attack = ProbeAttack.build(
+            {"layers": [layer], "width": 96, "fit": {"steps": 150, "batch": 512, "warmup": 10}}
+        )
         guesses = attack.fit(train).recover(test)
         score[layer] = torch.tensor([g.token_accuracy or 0.0 for g in guesses]).mean().item()
     assert score[0] > 0.5

@@ -24,10 +24,21 @@ from tests.paths import ROOT
 
 def attempt(**change: Any) -> Attempt:
     base: dict[str, Any] = {
-        "scenario": "s", "edge": "a->b", "record": "r0", "guard": "gate", "policy": "p",
-        "attack": "probe", "seed": 0, "category": "salary", "field": "amount", "kind": "attack",
-        "outcome": Outcome.RESISTED, "score": 0.25, "nll_nats": 3.5, "extra": {"k": (1, 2)},
-    }  # fmt: skip
+        "scenario": "s",
+        "edge": "a->b",
+        "record": "r0",
+        "guard": "gate",
+        "policy": "p",
+        "attack": "probe",
+        "seed": 0,
+        "category": "salary",
+        "field": "amount",
+        "kind": "attack",
+        "outcome": Outcome.RESISTED,
+        "score": 0.25,
+        "nll_nats": 3.5,
+        "extra": {"k": (1, 2)},
+    }
     return Attempt(**(base | change))
 
 

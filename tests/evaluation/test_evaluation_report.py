@@ -49,48 +49,126 @@ class Page(HTMLParser):
 
 
 def row(guard: str, share: float, train: float | None, fresh: float) -> dict[str, Any]:
-    category = {"asr": fresh, "wilson": [0.0, 0.9], "bootstrap": [0.01, 0.8], "floor": 0.03,
-                "ceiling": 0.83, "n": 120}  # fmt: skip
+    category = {
+        "asr": fresh,
+        "wilson": [0.0, 0.9],
+        "bootstrap": [0.01, 0.8],
+        "floor": 0.03,
+        "ceiling": 0.83,
+        "n": 120,
+    }
     return {
-        "guard": guard, "utility": 0.9 * share, "utility_vanilla": 0.9, "utility_relative": share,
-        "asr_train": train, "asr_fresh": fresh, "asr_fresh_ci": [fresh - 0.01, fresh + 0.01],
-        "asr_fresh_by_attack": {"decoder": fresh, "probe": {"asr": 0.012, "ci": [0.0, 0.0371],
-                                "token_accuracy": 0.117, "ce_gap_nats": 1.23}},
-        "asr_injection": 0.019, "floor": 0.03, "ceiling": 0.83, "advantage": fresh - 0.03,
-        "likelihood": {"100": {"asr": fresh, "ci": [fresh - 0.011, fresh + 0.013], "floor": 0.0123,
-                               "blind": 0.0234, "rank_median": 47.0, "nats": 0.345, "n": 140,
-                               "shorter": 0.0456}, "length_nats": 1.12},
-        "any_of_k": 0.0823, "asr_by_category": {"salary": category, "iban": {"asr": None}},
+        "guard": guard,
+        "utility": 0.9 * share,
+        "utility_vanilla": 0.9,
+        "utility_relative": share,
+        "asr_train": train,
+        "asr_fresh": fresh,
+        "asr_fresh_ci": [fresh - 0.01, fresh + 0.01],
+        "asr_fresh_by_attack": {
+            "decoder": fresh,
+            "probe": {
+                "asr": 0.012,
+                "ci": [0.0, 0.0371],
+                "token_accuracy": 0.117,
+                "ce_gap_nats": 1.23,
+            },
+        },
+        "asr_injection": 0.019,
+        "floor": 0.03,
+        "ceiling": 0.83,
+        "advantage": fresh - 0.03,
+        "likelihood": {
+            "100": {
+                "asr": fresh,
+                "ci": [fresh - 0.011, fresh + 0.013],
+                "floor": 0.0123,
+                "blind": 0.0234,
+                "rank_median": 47.0,
+                "nats": 0.345,
+                "n": 140,
+                "shorter": 0.0456,
+            },
+            "length_nats": 1.12,
+        },
+        "any_of_k": 0.0823,
+        "asr_by_category": {"salary": category, "iban": {"asr": None}},
         "counts": {"success": 31, "resisted": 689, "error": 0, "not_applicable": 12},
-        "latency_ms": {"prefill": 31.2, "guard": 1.84}, "bytes_share": 0.713,
-        "certificate": {"mean_nats": 0.41, "upper_nats": 0.52, "p99_nats": 2.1, "max_nats": 4.4,
-                        "entropy_nats": 6.9, "asr_ceiling": 0.222, "vacuous": True, "n_pairs": 512},
+        "latency_ms": {"prefill": 31.2, "guard": 1.84},
+        "bytes_share": 0.713,
+        "certificate": {
+            "mean_nats": 0.41,
+            "upper_nats": 0.52,
+            "p99_nats": 2.1,
+            "max_nats": 4.4,
+            "entropy_nats": 6.9,
+            "asr_ceiling": 0.222,
+            "vacuous": True,
+            "n_pairs": 512,
+        },
         "note": "a note",
-    }  # fmt: skip
+    }
 
 
 def full() -> dict[str, Any]:
     return {
-        "title": "A run", "created": "2030-01-01T00:00:00Z", "command": "lcguard eval run x.yaml",
-        "git": {"revision": "abc123", "dirty": False}, "seeds": [0, 1, 2],
-        "hardware": {"cpu": "c", "gpu": None}, "packages": {"numpy": "2"},
-        "model": {"name": "nano"}, "data": {"records": 240},
-        "results": [row("identity", 1.0, None, 0.83), row("residual", 0.99, 0.04, 0.61),
-                    row("gate", 0.981, 0.03, 0.047), row("mute", 0.3, 0.03, 0.03)],
-        "policies": [{"policy": "billing", "forbidden": ["diagnosis"], "utility": 0.911,
-                      "utility_vanilla": 0.922, "allowed_accuracy": 0.955,
-                      "allowed_accuracy_vanilla": 0.966, "asr_forbidden": 0.041,
-                      "asr_forbidden_ci": [0.02, 0.06], "floor": 0.033, "counts": None}],
-        "derived": [{"guard": "gate", "policy": "billing", "question": "band?",
-                     "source_category": "salary", "accuracy": 0.931, "accuracy_vanilla": 0.972,
-                     "asr_exact": 0.021, "asr_exact_best_guess": 0.052}],
+        "title": "A run",
+        "created": "2030-01-01T00:00:00Z",
+        "command": "lcguard eval run x.yaml",
+        "git": {"revision": "abc123", "dirty": False},
+        "seeds": [0, 1, 2],
+        "hardware": {"cpu": "c", "gpu": None},
+        "packages": {"numpy": "2"},
+        "model": {"name": "nano"},
+        "data": {"records": 240},
+        "results": [
+            row("identity", 1.0, None, 0.83),
+            row("residual", 0.99, 0.04, 0.61),
+            row("gate", 0.981, 0.03, 0.047),
+            row("mute", 0.3, 0.03, 0.03),
+        ],
+        "policies": [
+            {
+                "policy": "billing",
+                "forbidden": ["diagnosis"],
+                "utility": 0.911,
+                "utility_vanilla": 0.922,
+                "allowed_accuracy": 0.955,
+                "allowed_accuracy_vanilla": 0.966,
+                "asr_forbidden": 0.041,
+                "asr_forbidden_ci": [0.02, 0.06],
+                "floor": 0.033,
+                "counts": None,
+            }
+        ],
+        "derived": [
+            {
+                "guard": "gate",
+                "policy": "billing",
+                "question": "band?",
+                "source_category": "salary",
+                "accuracy": 0.931,
+                "accuracy_vanilla": 0.972,
+                "asr_exact": 0.021,
+                "asr_exact_best_guess": 0.052,
+            }
+        ],
         "length_channel": {"redact": 0.094, "redact_fixed_length": None, "floor": 0.03},
-        "explained": [{"title": "Summary", "guard": "gate", "policy": "billing", "tokens": [
-            {"text": "Patient", "withheld": 0.02, "category": None},
-            {"text": " Maria", "withheld": 0.97, "category": "person_name"},
-            {"text": " ok\n", "withheld": None}]}],
-        "notes": ["one note"], "extra_key": "kept",
-    }  # fmt: skip
+        "explained": [
+            {
+                "title": "Summary",
+                "guard": "gate",
+                "policy": "billing",
+                "tokens": [
+                    {"text": "Patient", "withheld": 0.02, "category": None},
+                    {"text": " Maria", "withheld": 0.97, "category": "person_name"},
+                    {"text": " ok\n", "withheld": None},
+                ],
+            }
+        ],
+        "notes": ["one note"],
+        "extra_key": "kept",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +183,12 @@ def no_html(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def listed(asr: float, upper: float) -> dict[str, Any]:
     """Who chooses from 100 candidates, at a chance of 0.01."""
-    return {"likelihood": {"100": {"asr": asr, "ci": [0.0, upper], "floor": 0.01},
-                           "10": {"asr": 0.9, "ci": [0.8, 1.0], "floor": 0.1}}}  # fmt: skip
+    return {
+        "likelihood": {
+            "100": {"asr": asr, "ci": [0.0, upper], "floor": 0.01},
+            "10": {"asr": 0.9, "ci": [0.8, 1.0], "floor": 0.1},
+        }
+    }
 
 
 @pytest.mark.parametrize(
@@ -160,8 +242,10 @@ def test_write_report_writes_three_forms(tmp_path: Path, html: str) -> None:
     report = full()
     paths = write_report(report, tmp_path / "deep" / "out")
     assert sorted(p.name for p in paths["json"].parent.iterdir()) == [
-        "report.html", "report.json", "report.md",
-    ]  # fmt: skip
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     assert json.loads(paths["json"].read_text()) == report
     assert paths["html"].read_text() == html  # equal reports, equal bytes
 
@@ -188,12 +272,49 @@ def test_every_figure_stands_in_both_texts(html: str) -> None:
     for text in (to_markdown(full()), html):
         plain = re.sub(r"<[^>]*>", " ", text).replace("\\", "")
         for shown in (
-            "98.1%", "4.7%", "3.7%", "5.7%", "83.0%", "8.2%", "1.9%", "31", "689", "12", "11.7%",
-            "1.23 nats", "1.2%", "31.2 ms", "1.84 ms", "71.3%", "0.410", "0.520", "22.2%", "512",
-            "91.1%", "92.2%", "95.5%", "96.6%", "4.1%", "93.1%", "97.2%", "2.1%", "5.2%", "9.4%",
-            "0.345 nats", "47.0", "1.12 nats", "2.3%", "4.6%",
-            "abc123", "a note", "one note", "kept", "vacuous", "0, 1, 2", "not measured",
-        ):  # fmt: skip
+            "98.1%",
+            "4.7%",
+            "3.7%",
+            "5.7%",
+            "83.0%",
+            "8.2%",
+            "1.9%",
+            "31",
+            "689",
+            "12",
+            "11.7%",
+            "1.23 nats",
+            "1.2%",
+            "31.2 ms",
+            "1.84 ms",
+            "71.3%",
+            "0.410",
+            "0.520",
+            "22.2%",
+            "512",
+            "91.1%",
+            "92.2%",
+            "95.5%",
+            "96.6%",
+            "4.1%",
+            "93.1%",
+            "97.2%",
+            "2.1%",
+            "5.2%",
+            "9.4%",
+            "0.345 nats",
+            "47.0",
+            "1.12 nats",
+            "2.3%",
+            "4.6%",
+            "abc123",
+            "a note",
+            "one note",
+            "kept",
+            "vacuous",
+            "0, 1, 2",
+            "not measured",
+        ):
             assert shown in plain, shown
 
 
@@ -246,8 +367,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     report["results"][0] |= {"guard": EVIL, "note": EVIL}
     report["results"][1]["asr_by_category"] = {EVIL: {"asr": 0.1}, "$x_y$": {"asr": 0.2}}
     report["results"][1]["asr_fresh_by_attack"] = {EVIL: 0.2}
-    report["explained"][0]["tokens"] = [{"text": EVIL, "withheld": w, "category": EVIL}
-                                        for w in (0.1, 0.9, None)]  # fmt: skip
+    report["explained"][0]["tokens"] = [
+        {"text": EVIL, "withheld": w, "category": EVIL} for w in (0.1, 0.9, None)
+    ]
     paths = write_report(report, tmp_path)
     html, markdown = (paths[k].read_text(encoding="utf-8") for k in ("html", "md"))
     page = Page(html)

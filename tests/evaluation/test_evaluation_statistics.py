@@ -28,9 +28,17 @@ OUTCOMES = st.sampled_from(list(Outcome))
 
 def attempt(outcome: str | Outcome, record: int = 0, **change: Any) -> Attempt:
     base: dict[str, Any] = {
-        "scenario": "s", "edge": "a->b", "record": f"r{record}", "guard": "gate", "policy": "p",
-        "attack": "probe", "seed": 0, "category": "salary", "field": "amount", "kind": "attack",
-    }  # fmt: skip
+        "scenario": "s",
+        "edge": "a->b",
+        "record": f"r{record}",
+        "guard": "gate",
+        "policy": "p",
+        "attack": "probe",
+        "seed": 0,
+        "category": "salary",
+        "field": "amount",
+        "kind": "attack",
+    }
     return Attempt(**(base | change), outcome=Outcome(outcome))
 
 

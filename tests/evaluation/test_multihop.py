@@ -68,9 +68,10 @@ def test_a_row_for_every_guard_and_graph(whole: tuple[Path, dict[str, Any]]) -> 
     out, report = whole
     rows = {(r["topology"], r["guard"], r["variant"]): r for r in report["results"]}
     assert set(rows) == {
-        (t, *g) for t in ("chain-3", "fan")
+        (t, *g)
+        for t in ("chain-3", "fan")
         for g in (("identity", "per-agent"), ("gate", "full-system"))
-    }  # fmt: skip
+    }
     raw = rows["chain-3", "identity", "per-agent"]
     assert raw["utility"] == raw["utility_vanilla"] > 0.9
     assert raw["asr_graph"] == raw["asr_edge_max"] == 1.0
@@ -172,14 +173,22 @@ def test_unknown_guards_and_cycles_end_before_anything_is_written(
     plan: MultihopConfig, tmp_path: Path
 ) -> None:
     loop = load_config(
-        MultihopConfig, None,
-        ["topologies=[{name: x, links: [{source: a, audience: b}, {source: b, audience: a}]}]",
-         "guards=[{name: identity, guard: identity}]", "attacks=[{name: probe, attack: probe}]"],
-    )  # fmt: skip
+        MultihopConfig,
+        None,
+        [
+            "topologies=[{name: x, links: [{source: a, audience: b}, {source: b, audience: a}]}]",
+            "guards=[{name: identity, guard: identity}]",
+            "attacks=[{name: probe, attack: probe}]",
+        ],
+    )
     with pytest.raises(ValueError, match="topology 'x' has a cycle"):
         evaluate(loop, tmp_path / "a", "test")
-    odd = replace(plan, attacks=(replace(plan.attacks[0], attack="guess"),), curves=type(
-        plan.curves)(), once=())  # fmt: skip
+    odd = replace(
+        plan,
+        attacks=(replace(plan.attacks[0], attack="guess"),),
+        curves=type(plan.curves)(),
+        once=(),
+    )
     with pytest.raises(ValueError, match="attack 'guess' is unknown"):
         evaluate(odd, tmp_path / "b", "test")
     assert not (tmp_path / "a").exists()
