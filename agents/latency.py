@@ -32,14 +32,6 @@ class Latency:
     context_tokens: int
     runs: int
 
-    @property
-    def guarded_vs_text(self) -> float:
-        return self.guarded_ms / self.text_ms
-
-    @property
-    def kv_vs_text(self) -> float:
-        return self.kv_ms / self.text_ms
-
 
 def latency(
     model: HFBackend, topology: Topology, guard: Guard, runs: int = 5, context_tokens: int = 512

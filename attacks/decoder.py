@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -286,8 +286,3 @@ def aligned(ids: Tensor, width: int) -> Tensor:
 
 def _batches(data: AttackData, size: int) -> list[AttackData]:
     return [data.subset(range(i, min(i + size, len(data)))) for i in range(0, len(data), size)]
-
-
-def longer(config: DecoderAttack.Config, factor: int) -> DecoderAttack.Config:
-    """The same attack with more steps."""
-    return replace(config, fit=replace(config.fit, steps=config.fit.steps * factor))

@@ -7,7 +7,7 @@ conjugate gradients need J v and J^T u alone. Each iterate is snapped to the tok
 point the same way; the text that explains the segment best is kept, and one that explains it to
 rounding ends the search. Of a guard with noise, g is the mean. The idea is that of inverting a
 bijection in a few Gauss-Newton steps (arXiv 2605.13470): a bijective guard is an encoding, not an
-erasure, and ``lcguard.attacks.rank`` shows which it is.
+erasure.
 
 A step costs ``iterations`` forward and backward passes over a record. Records beyond
 ``max_records`` or longer than ``max_tokens`` are not attempted: they get no guesses and are in no

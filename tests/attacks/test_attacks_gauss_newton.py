@@ -1,4 +1,4 @@
-"""Gauss-Newton inversion: bijections fall in a few steps, constants do not; the rank says which."""
+"""Gauss-Newton inversion: bijections fall in a few steps, constants do not."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from lcguard.agents.backends.hf import load_backend
 from lcguard.attacks.base import Knowledge
 from lcguard.attacks.gauss_newton import GaussNewtonAttack
-from lcguard.attacks.rank import rank_profile
 from lcguard.categories import CATEGORIES
-from lcguard.guards.base import GuardModule, KVShape, Rewrite, guard_class
+from lcguard.guards.base import GuardModule, KVShape, Rewrite
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.source import ModelSource
 from lcguard.training.dataset import attack_data, blind
@@ -149,44 +148,3 @@ def test_what_is_not_attempted_is_not_scored(llama: ModelSource) -> None:
 def test_refuses_what_cannot_be(llama: ModelSource, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} 0"):
         attack_of(llama, **options).fit(data_of(llama, texts(2, 8, 0)))
-
-
-# -- rank
-
-
-def test_bijections_have_full_rank_and_erasures_have_not(llama: ModelSource) -> None:
-    shape = KVShape(*llama.shape)
-    kv, n = llama.prefill([texts(1, 9, 1)[0].ids]), KVShape(*llama.shape).channels
-    full = {
-        "identity": guard_of("identity", llama),
-        "cloak": guard_of("cloak", llama, key="5a" * 32, block=3),
-        "residual": guard_of("residual", llama, bottleneck=4),
-        "linear": linear(llama),
-    }
-    for guard in full.values():
-        profile = rank_profile(guard, kv, forbid_all(1), [0, 5])
-        assert profile.rank == [n, n]
-    one = rank_profile(full["cloak"], kv, forbid_all(1), [4]).singular
-    torch.testing.assert_close(one, torch.ones_like(one), atol=1e-3, rtol=0)
-    assert rank_profile(linear(llama, keep=10), kv, forbid_all(1), [2]).rank == [10]
-    shut = guard_class("gate").build(shape, len(CATEGORIES), {"width": 32, "blocks": 1})
-    with torch.no_grad():
-        shut.gate.weight.zero_()
-        shut.gate.bias.fill_(20.0)
-    closed = rank_profile(FrozenGuard(shut), kv, forbid_all(1), [2, 3])
-    assert closed.rank == closed.above_noise == [0, 0]
-
-
-def test_noise_drowns_what_rank_counts(llama: ModelSource) -> None:
-    kv = llama.prefill([texts(1, 6, 1)[0].ids])
-    profile = rank_profile(guard_of("gaussian", llama, noise=2.0), kv, forbid_all(1), [1])
-    assert profile.rank == [KVShape(*llama.shape).channels]
-    assert profile.above_noise == [0]
-
-
-def test_rank_refuses_what_cannot_be(llama: ModelSource) -> None:
-    guard, kv = guard_of("identity", llama), llama.prefill([[5, 6], [7, 8]])
-    with pytest.raises(ValueError, match="2 segments: give one"):
-        rank_profile(guard, kv, forbid_all(2), [0])
-    with pytest.raises(ValueError, match="token 2 is not in a segment of 2"):
-        rank_profile(guard, kv[:1], forbid_all(1), [2])
