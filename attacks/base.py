@@ -65,7 +65,8 @@ class BaseAttack:
     name: ClassVar[str] = ""
     goal: ClassVar[str] = ""
     access: ClassVar[Access] = "white-box"
-    source: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    """The paper or the idea that it is after."""
     fitted: ClassVar[bool] = True
     """False for attacks without parameters of their own."""
     reads_joint: ClassVar[bool] = False
@@ -199,8 +200,8 @@ def register(name: str) -> Callable[[A], A]:
     def wrap(cls: A) -> A:
         if not cls.__module__.startswith("lcguard."):
             _load_built_in()  # first, so that nobody is before them in taking their names
-        if not (cls.goal and cls.source):
-            raise ValueError(f"attack {name!r} must state its goal and source")
+        if not (cls.goal and cls.reference):
+            raise ValueError(f"attack {name!r} must state its goal and reference")
         if name in _REGISTRY and _REGISTRY[name] is not cls:
             raise ValueError(f"attack name {name!r} is taken by {_REGISTRY[name].__qualname__}")
         cls.name = name

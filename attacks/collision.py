@@ -34,7 +34,7 @@ from lcguard.records import IGNORE
 @register("collision")
 class CollisionAttack(BaseAttack):
     goal = "find the text whose guarded segment is the one observed"
-    source = "arXiv 2508.09442, through the guard"
+    reference = "arXiv 2508.09442, through the guard"
     fitted: ClassVar[bool] = False
 
     @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lcguard.protocols import AttackData
 @register("composition")
 class CompositionAttack(DecoderAttack):
     goal = "recover forbidden values from all segments of a path or graph together"
-    source = "arXiv 2605.22786 (Full-System) and 2509.14284, as a decoder over joint segments"
+    reference = "arXiv 2605.22786 (Full-System) and 2509.14284, as a decoder over joint segments"
     reads_joint = True
 
     @dataclass(frozen=True)

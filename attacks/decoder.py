@@ -40,7 +40,7 @@ class Targets(NamedTuple):
 @register("decoder")
 class DecoderAttack(ScheduledAttack):
     goal = "recover forbidden values verbatim from a guarded segment"
-    source = "arXiv 2605.22786, strengthened"
+    reference = "arXiv 2605.22786, strengthened"
     starts_from = "decoder"
 
     @dataclass(frozen=True)

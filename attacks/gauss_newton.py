@@ -39,7 +39,7 @@ Map = Callable[[Tensor], Tensor]
 @register("gauss_newton")
 class GaussNewtonAttack(BaseAttack):
     goal = "solve for the embeddings whose guarded segment is the one observed"
-    source = "after arXiv 2605.13470, through the guard and the model"
+    reference = "after arXiv 2605.13470, through the guard and the model"
     fitted: ClassVar[bool] = False
 
     @dataclass(frozen=True)

@@ -35,7 +35,7 @@ _SHARPNESS = 20.0
 @register("gradient_prediction")
 class GradientPredictionAttack(BaseAttack):
     goal = "rebuild the sender's tokens by descent along predicted gradients, forward passes only"
-    source = "arXiv 2605.14868"
+    reference = "arXiv 2605.14868"
 
     @dataclass(frozen=True)
     class Config:

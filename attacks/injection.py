@@ -22,7 +22,7 @@ from lcguard.protocols import AttackData, Guess, KVBatch
 @register("injection")
 class InjectionAttack(BaseAttack):
     goal = "have the receiver's own model answer questions about forbidden fields"
-    source = "arXiv 2508.09442"
+    reference = "arXiv 2508.09442"
     fitted: ClassVar[bool] = False
     replies: ClassVar[bool] = True
 

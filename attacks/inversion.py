@@ -110,7 +110,7 @@ def projections(source: ModelSource, rows: Rows) -> tuple[Tensor, Tensor]:
 @register("inversion")
 class InversionAttack(BaseAttack):
     goal = "solve the first layer's projections for each forbidden token"
-    source = "arXiv 2508.09442"
+    reference = "arXiv 2508.09442"
     fitted: ClassVar[bool] = False
 
     @dataclass(frozen=True)

@@ -42,7 +42,7 @@ ROUNDING = 1e-3
 @register("likelihood")
 class LikelihoodAttack(BaseAttack):
     goal = "name the value of a list under which the observed segment is most likely"
-    source = "own; Neyman and Pearson's test through model and guard"
+    reference = "own; Neyman and Pearson's test through model and guard"
     fitted: ClassVar[bool] = False
 
     @dataclass(frozen=True)

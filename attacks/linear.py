@@ -32,7 +32,7 @@ _UNIFORM = 0.01
 @register("linear")
 class LinearAttack(BaseAttack):
     goal = "read each forbidden token linearly off the guarded entry at its own position"
-    source = "linear probing, scikit-learn; positions known"
+    reference = "linear probing, scikit-learn; positions known"
 
     @dataclass(frozen=True)
     class Config:

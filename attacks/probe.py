@@ -23,7 +23,7 @@ from lcguard.records import IGNORE
 @register("probe")
 class ProbeAttack(ScheduledAttack):
     goal = "read each forbidden token off the guarded entry at its own position"
-    source = "standard probing; positions known"
+    reference = "standard probing; positions known"
 
     @dataclass(frozen=True)
     class Config(ScheduledAttack.Config):

@@ -41,7 +41,7 @@ from lcguard.records import IGNORE
 @register("trigger")
 class TriggerAttack(ScheduledAttack):
     goal = "make the sender read a message that opens the guard, then read the forbidden tokens"
-    source = "arXiv 1908.07125, on KV"
+    reference = "arXiv 1908.07125, on KV"
 
     @dataclass(frozen=True)
     class Config(ScheduledAttack.Config):

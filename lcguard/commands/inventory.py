@@ -141,11 +141,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def attack_table() -> Table:
-    table = Table("attack", "goal", "access", "fitted", "source", "from")
+    table = Table("attack", "goal", "access", "fitted", "reference", "from")
     for name in attack_names():
         cls = attack_class(name)
         origin = "built in" if cls.__module__.startswith("lcguard.") else cls.__module__
-        table.add_row(name, cls.goal, cls.access, "yes" if cls.fitted else "no", cls.source, origin)
+        fitted = "yes" if cls.fitted else "no"
+        table.add_row(name, cls.goal, cls.access, fitted, cls.reference, origin)
     return table
 
 

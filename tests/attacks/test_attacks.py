@@ -101,7 +101,7 @@ class TestEveryAttack:
         assert isinstance(attack, Attack)
         assert attack.name == name
         assert attack.access in ("white-box", "grey-box", "black-box")
-        assert all(isinstance(t, str) and len(t) > 5 for t in (attack.goal, attack.source))
+        assert all(isinstance(t, str) and len(t) > 5 for t in (attack.goal, attack.reference))
 
     def test_options_round_trip(self, name: str) -> None:
         attack = attack_class(name).build(ATTACKS[name])
@@ -422,9 +422,9 @@ def test_attacks_without_metadata_are_refused() -> None:
     class Mute(BaseAttack):
         goal = "something"
 
-    with pytest.raises(ValueError, match="must state its goal and source"):
+    with pytest.raises(ValueError, match="must state its goal and reference"):
         register("mute")(Mute)
-    Mute.source = "somewhere"
+    Mute.reference = "somewhere"
     with pytest.raises(ValueError, match="attack name 'decoder' is taken by DecoderAttack"):
         register("decoder")(Mute)
     with pytest.raises(ValueError, match="attack 'mute' is unknown; known attacks: c"):

@@ -13,7 +13,7 @@ from lcguard.protocols import AttackData, Guess
 class PriorAttack(BaseAttack):
     goal = "name the most frequent value of each forbidden field"
     access = "black-box"
-    source = "counting"
+    reference = "counting"
 
     @dataclass(frozen=True)
     class Config:
