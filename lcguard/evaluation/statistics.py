@@ -217,6 +217,13 @@ def _category_mean(
         return np.asarray((per_group * held).sum(-1) / held.sum(-1), dtype=np.float64)
 
     value = float(statistic(np.ones((1, shape[0])))[0])
-    constant = bool(np.ptp(won) == 0)
-    ci = percentile_interval(statistic, value, constant, shape[0], seed, n_boot, level)
+    ci = percentile_interval(
+        statistic,
+        value,
+        constant=bool(np.ptp(won) == 0),
+        n_clusters=shape[0],
+        seed=seed,
+        n_boot=n_boot,
+        level=level,
+    )
     return Estimate(value, ci, len(used), shape[0])
