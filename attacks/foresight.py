@@ -8,8 +8,6 @@ such as a cloak whose key he holds, is undone. Without a guard, channels weigh a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -30,8 +28,9 @@ class Foresight:
             raise ValueError(f"guard {guard.name!r} shows no weights: give a FrozenGuard")
         module = None if guard is None else guard.module
         self.layers = slice(None) if layer is None else slice(layer, layer + 1 or None)
-        self._inverse: Any = getattr(module, "unlock", None) if undo else None
-        self.module: GuardModule | None = None if self._inverse else module
+        locked = undo and module is not None and module.locks
+        self._locked = module if locked else None
+        self.module: GuardModule | None = None if locked else module
         z = _channels(own)[own.valid]  # [N, L, 2, C]
         self._center, self._scale = z.mean(0), z.std(0).clamp_min(1e-4)
         self._cached: tuple[bytes, Tensor, Tensor] | None = None
@@ -40,7 +39,7 @@ class Foresight:
 
     def undone(self, kv: KVBatch) -> KVBatch:
         """The segment without what can simply be inverted."""
-        return self._inverse(kv) if self._inverse else kv
+        return kv if self._locked is None else self._locked.unlock(kv)
 
     def observed(self, kv: KVBatch, mask: Mask) -> Tensor:
         """One segment (B = 1), undone, in units of the guard's noise: ``[T, L', 2, C]``."""

@@ -65,6 +65,9 @@ class GuardModule(nn.Module):
     """True where a record under a policy that forbids nothing passes without noise."""
     finds_secrets: ClassVar[bool] = False
     """True where ``marks`` finds what to hide; otherwise the guard is told, or hides all alike."""
+    locks: ClassVar[bool] = False
+    """True for a guard of the wire alone, which the receiver undoes with a key by ``unlock``; its
+    tokens change places."""
     placeholder: Placeholder = "neutral"
     """What stands for a replaced value, for guards that send a twin: a neutral token for each of
     its own, a run of fixed length, or its category's name in brackets."""
@@ -104,6 +107,10 @@ class GuardModule(nn.Module):
 
     def options(self) -> dict[str, Any]:
         return asdict(self.config)
+
+    def unlock(self, kv: KVBatch) -> KVBatch:
+        """What an entitled receiver reads of a segment."""
+        return kv
 
     @torch.no_grad()
     def fit_statistics(self, kv: KVBatch) -> None:

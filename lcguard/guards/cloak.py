@@ -31,6 +31,7 @@ VARIABLE = "LCGUARD_CLOAK_KEY"
 @register("cloak")
 class CloakGuard(GuardModule):
     trained = False
+    locks = True
     claim = (
         "Hides the segment on the wire from those without the key. Nothing is claimed against the "
         "receiving agent, who holds it and sees everything, nor against one who has seen raw and "

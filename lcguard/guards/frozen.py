@@ -92,12 +92,11 @@ class FrozenGuard:
     @property
     def keeps_tokens(self) -> bool:
         """Whether each row of what is sent is one token's: not where tokens change places."""
-        return not any(hasattr(m, "unlock") for m in self._modules())
+        return not any(m.locks for m in self._modules())
 
     def opened(self, kv: KVBatch) -> KVBatch:
         """What an entitled audience reads: a guard for the wire alone is undone with its key."""
-        unlock = getattr(self.module, "unlock", None)
-        return kv if unlock is None else unlock(kv)
+        return self.module.unlock(kv)
 
     @torch.no_grad()
     def __call__(
