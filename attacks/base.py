@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from lcguard.protocols import AttackData, Guard, Guess
@@ -173,19 +174,6 @@ def _value(cls: type[BaseAttack], default: Any, key: str, value: Any) -> Any:
     return replace(inner, **value)  # type: ignore[type-var]
 
 
-BUILT_IN = (
-    "collision",
-    "composition",
-    "decoder",
-    "gauss_newton",
-    "gradient_prediction",
-    "injection",
-    "inversion",
-    "likelihood",
-    "linear",
-    "probe",
-    "trigger",
-)
 _REGISTRY: dict[str, type[BaseAttack]] = {}
 BROKEN: dict[str, str] = {}
 """Plugins that cannot be used: entry point to the reason, in one line."""
@@ -212,8 +200,9 @@ def register(name: str) -> Callable[[A], A]:
 
 
 def _load_built_in() -> None:
-    for module in BUILT_IN:
-        import_module(f"lcguard.attacks.{module}")
+    """Every file beside this one: an attack is known by its file alone."""
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        import_module(f"lcguard.attacks.{file.stem}")
 
 
 def load_all() -> None:
