@@ -123,6 +123,8 @@ def test_policy_commands(tmp_path: Path) -> None:
     assert "forbids" in one_line(lcguard("policy", "check", str(good), cwd=tmp_path))
     schema = lcguard("policy", "schema", cwd=tmp_path)
     assert json.loads(schema.stdout)["type"] == "object"
+    schema = lcguard("eval", "schema", cwd=tmp_path)
+    assert "results" in json.loads(schema.stdout)["properties"]
 
 
 def test_as_a_process(tmp_path: Path) -> None:

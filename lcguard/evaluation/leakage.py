@@ -85,16 +85,16 @@ def measure(
         [replace(a, kind="attack", edge=GRAPH, key="") for a in floor], compositions, kept
     )
     return Leakage(
-        by_edge,
-        by_path,
-        graph,
-        edge_max,
-        _minus(graph.value, edge_max),
-        one,
-        all_of,
-        _minus(all_of, one),
-        mean_over_categories(guesses).value if guesses else None,
-        len({(a.scenario, a.field) for a in composed}),
+        by_edge=by_edge,
+        by_path=by_path,
+        graph=graph,
+        edge_max=edge_max,
+        gap=_minus(graph.value, edge_max),
+        composed_edge_max=one,
+        composed_graph=all_of,
+        composed_gap=_minus(all_of, one),
+        composed_floor=mean_over_categories(guesses).value if guesses else None,
+        n_composed=len({(a.scenario, a.field) for a in composed}),
     )
 
 

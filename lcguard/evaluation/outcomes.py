@@ -53,7 +53,7 @@ class Outcome(StrEnum):
     """The question does not arise (a guard that has no training-time attacker, say)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attempt:
     """One question put to one segment, and what came of it."""
 

@@ -240,17 +240,17 @@ def test_the_length_alone_is_counted_apart(world: World) -> None:
 def attempt(field: str, category: str, ranks: dict[str, tuple[int, int]]) -> Attempt:
     lists = {n: {"size": size, "rank": rank, "nats": 0.5} for n, (size, rank) in ranks.items()}
     return Attempt(
-        "s",
-        "a->b",
-        field,
-        "gate",
-        "edge",
-        "likelihood",
-        0,
-        category,
-        field,
-        "likelihood",
-        Outcome.RESISTED,
+        scenario="s",
+        edge="a->b",
+        record=field,
+        guard="gate",
+        policy="edge",
+        attack="likelihood",
+        seed=0,
+        category=category,
+        field=field,
+        kind="likelihood",
+        outcome=Outcome.RESISTED,
         extra={"lists": lists, "length_nats": 0.3},
     )
 

@@ -26,7 +26,7 @@ from lcguard.config import dump_config, load_config
 from lcguard.evaluation.compare import compare
 from lcguard.evaluation.folder import RunFolder
 from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
-from lcguard.evaluation.outcomes import Attempt, Journal
+from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec
 from lcguard.evaluation.presets import PRESETS
 from lcguard.evaluation.stress import stressed
@@ -189,6 +189,21 @@ def test_other_records_under_the_same_configuration_are_refused(copy: Path) -> N
     change(copy / "manifest.json", lambda m: m["hashes"].update(data="0" * 64))
     line = one_line(lcguard("eval", "resume", str(copy), cwd=copy))
     assert "other records" in line
+
+
+def test_a_journal_of_another_format_is_refused(copy: Path) -> None:
+    """Its units would be taken for ones that are still to do."""
+    journal = copy / "attempts.jsonl"
+    lines = journal.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if "content" in line)
+    commit = json.loads(lines[first])
+    commit["content"]["detail"].pop("format")
+    journal.write_text("\n".join([*lines[:first], json.dumps(commit), *lines[first + 1 :]]) + "\n")
+    before = journal.read_bytes()
+    for command in ("resume", "report"):
+        line = one_line(lcguard("eval", command, str(copy), cwd=copy))
+        assert "another version of lcguard" in line
+    assert journal.read_bytes() == before
 
 
 def test_other_code_is_told(copy: Path) -> None:
@@ -356,7 +371,19 @@ def test_shipped_presets_are_fresh() -> None:
 
 def test_the_headline_is_from_an_attack_of_this_run() -> None:
     def attempt(kind: Any) -> Attempt:
-        return Attempt("s", "a>b", "r", "gate", "edge", "mine", 0, "health", "f/0", kind, "success")  # type: ignore[arg-type]
+        return Attempt(
+            scenario="s",
+            edge="a>b",
+            record="r",
+            guard="gate",
+            policy="edge",
+            attack="mine",
+            seed=0,
+            category="health",
+            field="f/0",
+            kind=kind,
+            outcome=Outcome.SUCCESS,
+        )
 
     row = {"guard": "gate", "asr_fresh_best": "mine"}
     check_headline([row], [attempt("attack")], spec())

@@ -201,8 +201,10 @@ from lcguard.evaluation.outcomes import Attempt, Journal
 
 def attempts(i):
     return [
-        Attempt("s", "a->b", f"r{j}", "gate", "p", "probe", i, "salary", f"f{j}", "attack",
-                "success" if (i + j) % 3 == 0 else "resisted", score=j / 50, extra={"j": j})
+        Attempt(scenario="s", edge="a->b", record=f"r{j}", guard="gate", policy="p",
+                attack="probe", seed=i, category="salary", field=f"f{j}", kind="attack",
+                outcome="success" if (i + j) % 3 == 0 else "resisted", score=j / 50,
+                extra={"j": j})
         for j in range(50)
     ]
 

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from lcguard.evaluation.charts import charts
+from lcguard.evaluation.main_table import main_table
 from lcguard.evaluation.manifest import clean_command, run_manifest
 from lcguard.evaluation.report import to_html, to_markdown, write_report
+from lcguard.evaluation.results import Report, report_schema
 from lcguard.evaluation.tables import overview
 from lcguard.evaluation.verdict import figure, percent, verdict
+from tests.paths import ROOT
 
 EVIL = "<script>alert(1)</script>\"' onload=x ![i](https://x.example/a) |\u202e\ud800"
 
@@ -447,3 +450,26 @@ def test_manifest_says_where_figures_come_from() -> None:
 )
 def test_commands_are_fit_to_publish(given: str, shown: str) -> None:
     assert clean_command(given) == shown
+
+
+@pytest.mark.parametrize("name", ["main", "multihop", "agentleak"])
+def test_committed_results_are_reports(name: str) -> None:
+    """Nothing of them is lost or unknown, and both kinds can be shown."""
+    given = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    report = Report.of(given)
+    assert report.plain() == given
+    assert not report.model_extra
+    assert not any(row.model_extra for row in report.results)
+    assert report.over_graphs is (name == "multihop")
+    assert main_table(report).rows
+    assert report.title is not None
+    assert report.title.split(":")[0] in to_markdown(report).replace("\\", "")
+
+
+def test_the_schema_names_what_readers_of_a_report_rely_on() -> None:
+    schema = report_schema()
+    row = schema["$defs"]["GuardRow"]["properties"]
+    wanted = {"guard", "utility", "utility_vanilla", "asr_fresh", "asr_fresh_by_attack", "floor"}
+    assert wanted | {"ceiling", "asr_graph"} <= set(row)
+    assert schema["properties"]["schema_version"]["default"] == 1
+    assert all("null" in json.dumps(row[name]) for name in ("asr_fresh", "floor", "utility"))

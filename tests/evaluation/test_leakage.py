@@ -25,17 +25,17 @@ def attempt(
     kind: Kind = "attack",
 ) -> Attempt:
     return Attempt(
-        scenario,
-        edge,
-        f"{scenario}-{agent}",
-        "g",
-        "edge",
-        attack,
-        seed,
-        category,
-        f"{field}/3",
-        kind,
-        Outcome.SUCCESS if won else Outcome.RESISTED,
+        scenario=scenario,
+        edge=edge,
+        record=f"{scenario}-{agent}",
+        guard="g",
+        policy="edge",
+        attack=attack,
+        seed=seed,
+        category=category,
+        field=f"{field}/3",
+        kind=kind,
+        outcome=Outcome.SUCCESS if won else Outcome.RESISTED,
     )
 
 
