@@ -70,7 +70,7 @@ def _environment() -> Environment:
         "css": Markup(CSS),
         "not_measured": NOT_MEASURED,
         "in_brackets": _in_brackets,
-        "lines": lambda text: Markup("↵\n").join(text.split("\n")),
+        "lines": lambda text: Markup("↵\n").join(map(_visible, text.split("\n"))),
         "percent": lambda share: f"{share:.0%}",
         "withheld": _withheld,
     }
