@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+SCHEMA_VERSION = 1
 LIST = "100"
 """The list of candidates that a verdict looks at."""
 
@@ -338,7 +339,7 @@ class Errors(Part):
 class Report(Part):
     """A whole report, its manifest included."""
 
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
     title: str | None = None
     created: str | None = None
     command: str | None = None

@@ -25,6 +25,7 @@ from lcguard.evaluation.outcomes import Journal, Outcome
 from lcguard.evaluation.plan import EvalConfig
 from lcguard.evaluation.presets import AnyPlan
 from lcguard.evaluation.report import write_report
+from lcguard.evaluation.results import SCHEMA_VERSION, Report
 from lcguard.evaluation.runner import Runner, Setup
 from lcguard.evaluation.schedule import HopRun
 from lcguard.evaluation.summary import hop_figures
@@ -197,7 +198,8 @@ def report_of(made: Evaluation, journal: Journal, folder: RunFolder) -> dict[str
     sources = {m["hashes"]["source"] for m in [where, *where.get("resumed", [])]}
     warnings = [OVER.format(errors, budget)] if errors > budget else []
     warnings += [CHANGED] if len(sources) > 1 else []
-    return {
+    found = {
+        "schema_version": SCHEMA_VERSION,
         "title": made.plan.title,
         **where,
         "journal": {"units": len(journal), "attempts": len(attempts)},
@@ -205,6 +207,7 @@ def report_of(made: Evaluation, journal: Journal, folder: RunFolder) -> dict[str
         **figures,
         "notes": [*warnings, *(NOTES if made.hop else GRAPH_NOTES)],
     }
+    return Report.of(found).plain()
 
 
 OVER = (
