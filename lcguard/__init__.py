@@ -1,7 +1,16 @@
 """LCGuard: guards for the KV caches that LLM agents hand to each other.
 
-Names of the public API load on first use, so that ``import lcguard`` (and with it ``lcguard
---help`` or a policy check) does not pay for importing torch.
+The public API, by what one does with it:
+
+- ``load_agent``, ``load_guard``: a model on transformers, and a guard that fits it
+- ``Guard``, ``Guarded``, ``KVBatch``: what a guard is, gives back and rewrites
+- ``KVSegment``: guarded KV as it crosses a hop, with a signed manifest
+- ``GuardedLLM``, ``AsyncGuardedLLM``: the same inside vLLM
+- ``Policy``, ``load_policy``, ``PolicyError``, ``CATEGORIES``: who may learn what
+- ``evaluate``, ``Attack``: what still leaks
+
+Names load on first use, so that ``import lcguard`` (and with it ``lcguard --help`` or a policy
+check) does not pay for importing torch.
 """
 
 from __future__ import annotations
@@ -10,38 +19,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lcguard.categories import CATEGORIES, DERIVABLE
-    from lcguard.handoff.policy import Edge, Policy, PolicyError, load_policy
-    from lcguard.protocols import Attack, Guard, Guarded, KVBatch, Mask
+    from lcguard.categories import CATEGORIES
+    from lcguard.commands.api import evaluate, load_agent, load_guard
+    from lcguard.handoff.policy import Policy, PolicyError, load_policy
+    from lcguard.protocols import Attack, Guard, Guarded, KVBatch
+    from lcguard.segment import KVSegment
+    from lcguard.vllm.llm import AsyncGuardedLLM, GuardedLLM
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "CATEGORIES": "lcguard.categories",
-    "DERIVABLE": "lcguard.categories",
+    "AsyncGuardedLLM": "lcguard.vllm.llm",
     "Attack": "lcguard.protocols",
-    "Edge": "lcguard.handoff.policy",
     "Guard": "lcguard.protocols",
     "Guarded": "lcguard.protocols",
+    "GuardedLLM": "lcguard.vllm.llm",
     "KVBatch": "lcguard.protocols",
-    "Mask": "lcguard.protocols",
+    "KVSegment": "lcguard.segment",
     "Policy": "lcguard.handoff.policy",
     "PolicyError": "lcguard.handoff.policy",
+    "evaluate": "lcguard.commands.api",
+    "load_agent": "lcguard.commands.api",
+    "load_guard": "lcguard.commands.api",
     "load_policy": "lcguard.handoff.policy",
 }
 
 __all__ = [
     "CATEGORIES",
-    "DERIVABLE",
+    "AsyncGuardedLLM",
     "Attack",
-    "Edge",
     "Guard",
     "Guarded",
+    "GuardedLLM",
     "KVBatch",
-    "Mask",
+    "KVSegment",
     "Policy",
     "PolicyError",
     "__version__",
+    "evaluate",
+    "load_agent",
+    "load_guard",
     "load_policy",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from transformers.utils import logging as hf_logging
 from lcguard.agents.models import model_location
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.cache import check_supported
+from lcguard.handoff.redaction import redact
 from lcguard.hub import local_folder, quiet_hub, why_not_loaded
 from lcguard.model_digest import checkpoint_digest
 from lcguard.model_files import ModelFolderError, check_texts, check_weights, refuse_packed
+from lcguard.protocols import KVBatch
 from lcguard.rope import UnsupportedModelError
 from lcguard.source import ModelSource
+from lcguard.token_text import TokenTexts
 from lcguard.tokens import Special
 
 
@@ -39,6 +43,27 @@ class HFBackend:
 
     def decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids)))
+
+    def read(self, text: str, hide: Sequence[str] = ()) -> KVBatch:
+        """KV ``[1, L, H, T, D]`` of a context as this agent reads it before a question.
+
+        ``hide``: values that are read as neutral tokens instead, wherever they stand in the text
+        and in every spelling: the twin that guard ``redact`` sends. Raises ``RedactionError`` for
+        one that is not in the text.
+        """
+        ids = list(self.encoder.context(text))
+        if hide:
+            found = redact(TokenTexts(self.tokenizer).of(ids), ids, self.tokenizer, hide)
+            for start, end in found.spans:
+                ids[start:end] = [self.special.neutral_id] * (end - start)
+        return self.source.prefill([ids])
+
+    def answer(self, kv: KVBatch, question: str, max_tokens: int = 24) -> str:
+        """Greedy answer to a question after a context of which only ``kv``, one record, is
+        known."""
+        asked = self.encoder.prompt(question)
+        (ids,) = self.source.generate(kv, [asked], max_tokens, self.special.end_id)
+        return self.decode(ids).strip()
 
 
 def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:

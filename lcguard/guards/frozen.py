@@ -22,6 +22,7 @@ from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.model_digest import add_tensor
 from lcguard.noise import new_noise_key
 from lcguard.protocols import Guarded, KVBatch, Mask
+from lcguard.records import mask_of
 
 CARD, WEIGHTS = "lcguard_config.json", "guard.safetensors"
 FORMAT = 1
@@ -102,17 +103,29 @@ class FrozenGuard:
     def __call__(
         self,
         kv: KVBatch,
-        mask: Mask,
+        mask: Mask | None = None,
         *,
+        forbid: Sequence[str] | None = None,
+        derive: Sequence[str] = (),
         keys: Sequence[bytes] | None = None,
         twin: KVBatch | None = None,
     ) -> Guarded:
-        """Rewrites a batch of segments, with noise from ``keys``: one a segment, a fresh secret
-        one each where None.
+        """Rewrites a batch of segments.
 
-        Raises ``GuardError`` for KV of another shape, a mask over other categories, a missing twin
-        or output that is not finite: a failed guard never lets raw KV through.
+        Args:
+            mask: what is forbidden of each segment; or give ``forbid`` and ``derive`` for all.
+            forbid: categories to hide; None hides all of them.
+            derive: forbidden categories whose derived value (a band) may pass.
+            keys: where noise comes from, one a segment; a fresh secret one each where None.
+            twin: for guards with ``needs_twin``, KV of the text without what is forbidden.
+
+        Raises ``GuardError`` for KV of another shape, unknown categories, a missing twin or output
+        that is not finite: a failed guard never lets raw KV through.
         """
+        if mask is None:
+            mask = _same_mask(len(kv), CATEGORIES if forbid is None else forbid, derive)
+        elif forbid is not None or derive:
+            raise GuardError("mask and forbid both say what to hide: give one")
         _, layers, heads, _, dim = kv.keys.shape
         if (layers, heads, dim) != tuple(self.module.shape):
             raise GuardError(
@@ -223,6 +236,12 @@ class FrozenGuard:
             first = str(error).splitlines()[0]
             raise GuardError(f"{folder.name}/{WEIGHTS} cannot be used: {first}") from error
         return cls(module, card)
+
+
+def _same_mask(n: int, forbid: Sequence[str], derive: Sequence[str]) -> Mask:
+    if unknown := {*forbid, *derive} - {*CATEGORIES}:
+        raise GuardError(f"unknown categories {sorted(unknown)}; known: {', '.join(CATEGORIES)}")
+    return mask_of([forbid] * n, [derive] * n)
 
 
 def saved_class(name_or_path: str | os.PathLike[str]) -> type[GuardModule]:
