@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
-from lcguard.commands.evaluation import load_evaluation
-from lcguard.evaluation.kinds import kind_for
+from lcguard.evaluation.load import load_guard as load_spec
 from lcguard.evaluation.plan import GuardSpec
-from lcguard.evaluation.setup import load_guard as load_spec
+from lcguard.evaluation.presets import load_evaluation
+from lcguard.evaluation.run import evaluate as run
 from lcguard.guards import FrozenGuard, names
 
 
@@ -75,5 +75,4 @@ def evaluate(
     words = ["lcguard", "eval", "run", str(config), "--out", str(out)]
     words += [word for change in sets for word in ("--set", change)]
     words += ["--data", str(data)] if data is not None else []
-    run = kind_for(plan).evaluate
-    return run(plan, Path(out), shlex.join(words), say, device, lambda units: None)
+    return run(plan, Path(out), shlex.join(words), say, device=device)

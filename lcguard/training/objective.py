@@ -4,7 +4,7 @@
         + c log1p(pair leak / s) + d twin distance + e withheld share - beta L_rec
 
 Pair leak, in nats: ``||m(raw) - m(raw')||^2 / (2 sigma^2)``, with raw' the same context whose
-forbidden secrets are resampled, through the whole guard (our own; evidence in the README). It
+forbidden secrets are resampled, through the whole guard (our own; evidence in docs/results.md). It
 bounds what one draw of the segment tells about the secrets; the certificate takes it on the grid
 that the means are rounded to, which has no gradient. ``log1p`` keeps a large leak from
 drowning the receiver's loss. The adversarial term is the minimax of arXiv 2605.22786.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,9 +24,9 @@ from lcguard.manifest import Manifest
 from lcguard.protocols import KVBatch
 from lcguard.records import mask_of
 from lcguard.segment import KVSegment, segments_to_cache
+from tests.docs.blocks import block
 from tests.engine import KEY, Engine, logprobs, make_engine, needs_vllm, question, records, tokens
 from tests.fixtures import forbid_all
-from tests.paths import ROOT
 
 pytestmark = [
     needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore"),
@@ -492,15 +491,14 @@ def test_a_stored_segment_names_everything_but_the_text(engine: Engine) -> None:
         assert engine.agent.decode(secret.ids).strip() not in manifest.encode().decode()
 
 
-def test_the_readmes_ten_lines_run(
+def test_the_wrappers_ten_lines_run(
     engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lcguard.vllm.llm import GuardedLLM
 
-    text = (ROOT / "README.md").read_text()
-    (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "GuardedLLM" in b]
+    code = block("docs/vllm.md", "GuardedLLM.build(")
     monkeypatch.setattr(GuardedLLM, "build", lambda *args, **options: engine.llm)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "docs/vllm.md", "exec"), {"__name__": "__main__"})
     complaint, number = capsys.readouterr().out.splitlines()
     assert "back pain" in complaint
     assert "912-55-1029" not in number

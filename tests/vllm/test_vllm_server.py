@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI server with the connector, as the README starts it, and the openai client."""
+"""vLLM's own OpenAI server with the connector, as docs/vllm.md starts it, and the openai client."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from lcguard.agents.nano.load import model_path
 from lcguard.handoff.keys import new_key
 from lcguard.handoff.policy import parse_policy
 from lcguard.store import open_store
+from tests.docs.blocks import block
 from tests.engine import KEY, fit_twin, needs_vllm, policy, question, records
-from tests.paths import ROOT
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -75,10 +75,10 @@ def consume(made: dict[str, Any], agent: str = "") -> dict[str, Any]:
     return {"consume": {"agent": agent or made["audience"], "segments": [segment]}}
 
 
-def readme_edges() -> list[dict[str, Any]]:
-    """Of the policy that the README starts this server with."""
-    text = (ROOT / "README.md").read_text()
-    (config,) = re.findall(r"--kv-transfer-config '(.*?)'\n", text, re.S)
+def documented_edges() -> list[dict[str, Any]]:
+    """Of the policy that docs/vllm.md starts this server with."""
+    code = block("docs/vllm.md", "vllm.entrypoints.openai.api_server")
+    (config,) = re.findall(r"--kv-transfer-config '(.*?)'\n", code, re.S)
     edges = json.loads(config)["kv_connector_extra_config"]["policy"]["edges"]
     return list(edges)
 
@@ -98,7 +98,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             "store": f"file://{folder / 'store'}",
-            "policy": policy() | {"edges": [*policy()["edges"], *readme_edges()]},
+            "policy": policy() | {"edges": [*policy()["edges"], *documented_edges()]},
             "guards": {"gate": "nano:gate", "twin": str(folder / "twin")},
         },
     }
@@ -349,15 +349,13 @@ def test_a_server_with_another_key_cannot_read_these_segments(server: Server) ->
         store.load(store.handles()[0], bytes.fromhex(new_key()))
 
 
-def test_the_readmes_client_runs_word_for_word(
+def test_the_documented_client_runs_word_for_word(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    (code,) = [b for b in blocks if "OpenAI(" in b and "kv_transfer_params" in b]
+    code = block("docs/vllm.md", "OpenAI(base_url=")
     address = server.url.removeprefix("http://").split("/")[0]
     assert "127.0.0.1:8000" in code
     names: dict[str, Any] = {}
-    exec(compile(code.replace("127.0.0.1:8000", address), "README.md", "exec"), names)
+    exec(compile(code.replace("127.0.0.1:8000", address), "docs/vllm.md", "exec"), names)
     names["client"].close()
     assert "back pain" in capsys.readouterr().out

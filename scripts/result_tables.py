@@ -1,0 +1,429 @@
+"""Writes the tables of README.md and docs/results.md from ``benchmarks/results``.
+
+python scripts/result_tables.py            # print
+python scripts/result_tables.py --write    # rewrite what stands between the markers
+python scripts/result_tables.py --check    # exit 1 where other figures stand there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lcguard.commands.script import run_script
+from lcguard.evaluation.results import LIST
+from lcguard.evaluation.verdict import verdict
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
+Row = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Any], str]]
+"""Heading -> what stands under it for one row of a report."""
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def interval(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f" [{pair[0]:.3f}, {pair[1]:.3f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
+
+
+def by(columns: Columns, rows: Sequence[Any]) -> str:
+    if not rows:
+        return "Not in these results."
+    return table([*columns], [[show(row) for show in columns.values()] for row in rows])
+
+
+def cell(key: str, digits: int = 3) -> Callable[[Row], str]:
+    """A figure, with its interval where there is one."""
+    return lambda row: figure(row[key], digits) + interval(row.get(f"{key}_ci"))
+
+
+def plain(key: str) -> Callable[[Row], str]:
+    return lambda row: figure(row[key])
+
+
+def text(key: str) -> Callable[[Row], str]:
+    return lambda row: str(row[key])
+
+
+def of(key: str, whole: str) -> Callable[[Row], str]:
+    """A figure, and what it is without a guard."""
+    return lambda row: f"{figure(row[key])} of {figure(row[whole])}"
+
+
+def listed(size: str) -> Callable[[Row], str]:
+    """What the optimal attacker recovers who chooses from a list; the interval of the headline."""
+
+    def of_row(row: Row) -> str:
+        found = row.get("likelihood", {}).get(size)
+        if found is None:
+            return "-"
+        ci = interval(found["ci"]) if size == LIST else ""
+        return f"{figure(found['asr'])}{ci} ({figure(found['floor'])})"
+
+    return of_row
+
+
+def verdict_of(row: Row) -> str:
+    return verdict(row).word
+
+
+UTILITY = {"utility": of("utility", "utility_vanilla")}
+GUARDS: Columns = {
+    "guard": text("guard"),
+    **UTILITY,
+    "training-time ASR": cell("asr_train"),
+    "fresh ASR [95%]": cell("asr_fresh"),
+    "best attack": text("asr_fresh_best"),
+    "injection": cell("asr_injection"),
+    "floor": plain("floor"),
+    "ceiling": cell("ceiling"),
+    "recovered / resisted": lambda r: f"{r['counts']['success']} / {r['counts']['resisted']}",
+    "likelihood@10 (chance)": listed("10"),
+    f"likelihood@{LIST} [95%] (chance)": listed(LIST),
+    "verdict": verdict_of,
+}
+HEADLINE = {
+    "identity": "none (raw KV)",
+    "gate": "`gate`, finds what the policy forbids",
+    "redact": "`redact`, told what to hide (the default)",
+}
+
+
+def guards(report: Row) -> str:
+    """The main table of a report."""
+    return by(GUARDS, report["results"])
+
+
+def headline(report: Row) -> str:
+    """Three rows of it, for the README."""
+    columns: Columns = {
+        "guard": lambda r: HEADLINE[r["guard"]],
+        "task answers right": UTILITY["utility"],
+        "secrets recovered, best fresh attack [95%]": cell("asr_fresh"),
+        f"value picked from {LIST} (chance)": listed(LIST),
+        "verdict": verdict_of,
+    }
+    rows = {r["guard"]: r for r in report["results"]}
+    return by(columns, [rows[name] for name in HEADLINE])
+
+
+def likelihood(report: Row) -> str:
+    """The optimal attacker, list by list."""
+    columns: Columns = {
+        "guard": text("guard"),
+        "candidates": lambda r: f"{r['size']:,}",
+        "right [95%]": lambda r: figure(r["asr"]) + interval(r["ci"]),
+        "chance": cell("floor"),
+        "blind": cell("blind"),
+        "median rank": lambda r: f"{r['rank_median']:g}",
+        "nats gained": cell("nats", 2),
+        "secrets": text("n"),
+    }
+    rows = [
+        {"guard": r["guard"], "size": int(size), **found}
+        for r in report["results"]
+        for size, found in r.get("likelihood", {}).items()
+        if size.isdigit()
+    ]
+    return by(columns, rows)
+
+
+def draws(report: Row) -> str:
+    """Several draws of one record, averaged."""
+    head = ("draws of one record", *(f"right of {int(n):,} [95%]" for n in report["lists"]))
+    rows = [
+        (str(n), *(figure(x["asr"]) + interval(x["ci"]) for x in by_size.values()))
+        for n, by_size in report["draws"].items()
+    ]
+    chance = ("chance", *(figure(x["floor"]) for x in report["draws"]["1"].values()))
+    return table(head, [*rows, chance])
+
+
+def policies(report: Row) -> str:
+    """One gate under several policies."""
+    columns: Columns = {
+        "policy of the gate": lambda p: f"forbid {p['policy']}",
+        "task": of("utility", "utility_vanilla"),
+        "allowed secrets": of("allowed_accuracy", "allowed_accuracy_vanilla"),
+        "fresh ASR on forbidden [95%]": cell("asr_forbidden"),
+        "floor": plain("floor"),
+    }
+    return by(columns, report["policies"])
+
+
+def derived(report: Row) -> str:
+    """Derived answers to values that may not be told."""
+    columns: Columns = {
+        "derived value allowed, exact value forbidden": text("source_category"),
+        "derived answers right": of("accuracy", "accuracy_vanilla"),
+        "fresh ASR of the exact value [95%]": cell("asr_exact"),
+        "best guess knowing the derived value": cell("asr_exact_best_guess"),
+    }
+    return by(columns, report["derived"])
+
+
+def certificate(report: Row) -> str:
+    """What the certified guards' segments can tell at most."""
+    columns: Columns = {
+        "guard": text("guard"),
+        "pair leak, mean": lambda c: f"{c['mean_nats']:.2f} nats",
+        "95% upper bound": cell("upper_nats", 2),
+        "median": cell("median_nats", 2),
+        "99%": cell("p99_nats", 1),
+        "largest": cell("max_nats", 1),
+        "unguarded, same noise": cell("raw_nats", 0),
+        "ASR ceiling": lambda c: "vacuous" if c["vacuous"] else figure(c["asr_ceiling"], 2),
+        "pairs": text("n_pairs"),
+    }
+    found = [r for r in report["results"] if r.get("certificate")]
+    return by(columns, [{"guard": r["guard"], **r["certificate"]} for r in found])
+
+
+def nano(report: Row) -> str:
+    rows = [(k, figure(v), str(report["questions"][k])) for k, v in report["accuracy"].items()]
+    return table(("questions", "exact match", "asked"), rows)
+
+
+def search(report: Row) -> str:
+    """Every setting of the published guard that was tried."""
+    columns: Columns = {
+        "width": text("bottleneck"),
+        **{name: text(name) for name in ("beta", "steps", "lag", "objective")},
+        "utility": cell("utility"),
+        "training-time ASR": cell("asr_train"),
+        "fresh ASR": lambda r: figure(max(r["asr_fresh"].values())),
+    }
+    return by(columns, report["runs"])
+
+
+def ms(value: float) -> str:
+    return f"{value:.1f} ms"
+
+
+def handoff(report: Row) -> str:
+    """Time to first token of the receiver, and what the sender spends."""
+    columns: Columns = {
+        "context": lambda r: f"{r['tokens']:,} tokens",
+        "text": lambda r: ms(r["ttft_ms"]["text"]),
+        "vanilla KV": lambda r: ms(r["ttft_ms"]["vanilla"]),
+        "guarded KV": lambda r: ms(r["ttft_ms"]["guarded"]),
+        "guarded / vanilla": cell("guarded_over_vanilla", 2),
+        "publish vanilla": lambda r: ms(r["publish_ms"]["vanilla"]),
+        "publish guarded": lambda r: ms(r["publish_ms"]["guarded"]),
+    }
+    return by(columns, report["rows"])
+
+
+def proxy(report: Row) -> str:
+    """Latency and throughput by both ways, and of a bare relay."""
+    loaded, alone = report["paired_at_concurrency"], report["paired_alone"]
+    bare, rps = report["floor_at_concurrency"], report["throughput_rps"]
+    ours, direct = report["streams"]["proxy"], report["streams"]["direct"]
+    share = f"{report['throughput_share']:.3f} ({rps['proxy']:.1f} of {rps['direct']:.1f}"
+    gaps = f"{ms(ours['gap_p50_ms'])} ({ms(direct['gap_p50_ms'])})"
+    pieces = f"{ours['pieces']:.1f} ({direct['pieces']:.1f})"
+    several, single = loaded["extra_p50_ms"], alone["extra_p50_ms"]
+    rows = (
+        (f"{report['concurrency']} at a time", several, bare["extra_p50_ms"]),
+        ("one at a time", single, report["floor_alone"]["extra_p50_ms"]),
+    )
+    return table(
+        ("", "proxy", "floor"),
+        [
+            *((f"added latency, p50, {when}", ms(a), ms(b)) for when, a, b in rows),
+            ("throughput over direct", f"{share} requests/s)", "-"),
+            ("gap between pieces of a stream, p50 (direct)", gaps, "-"),
+            ("pieces of a stream (direct)", pieces, "-"),
+        ],
+    )
+
+
+def soak(report: Row) -> str:
+    """Requests, memory, latency and the audit."""
+    memory, audit, latency = report["memory"], report["audit"], report["latency"]
+    failed = f"{report['n_5xx']} answered 5xx ({report['n_5xx_without_reason']} without a reason)"
+    grown = f"{memory['slope_mib_per_min']:+.2f} MiB a minute over the second half"
+    quarters = (
+        f"{memory['first_quarter_mib']:.0f} MiB in the first quarter, "
+        f"{memory['last_quarter_mib']:.0f} in the last"
+    )
+    lost = f"{audit['lost']} lost of {sum(audit['told'].values()):,} that clients were told of"
+    times = (
+        f"{kind} {latency[kind]['p50_ms']:.0f} / {latency[kind]['p99_ms']:.0f} ms"
+        for kind in ("chat", "publish", "consume")
+    )
+    rows = (
+        ("requests", f"{report['requests']:,}, {failed}"),
+        ("memory of the proxy", f"{quarters}; {grown}"),
+        ("open files", f"{memory['files_first']} at the start, {memory['files_last']} at the end"),
+        ("audit", f"{audit['rows']:,} rows, whole; {lost}"),
+        ("latency, p50 / p99", ", ".join(times)),
+    )
+    return table(("", "seen"), rows)
+
+
+def multihop(report: Row) -> str:
+    """Guards over several hops."""
+    columns: Columns = {
+        **{name: text(name) for name in ("topology", "guard", "variant")},
+        **UTILITY,
+        "ASR, worst edge": cell("asr_edge_max"),
+        "ASR, graph [95%]": cell("asr_graph"),
+        "best attack": text("asr_graph_best"),
+        "floor": plain("floor"),
+        "gap": cell("gap"),
+        "composed ASR, edge -> graph": lambda r: (
+            f"{figure(r['composed']['edge_max'])} -> {figure(r['composed']['graph'])}"
+        ),
+        "latency / text": cell("latency_vs_text", 2),
+    }
+    return by(columns, report["results"])
+
+
+def attackers(report: Row) -> str:
+    """What every attack recovers of unguarded KV, and of the gate's, on the first topology."""
+    rows = [r for r in report["results"] if r["topology"] == report["results"][0]["topology"]]
+    shown = [r for r in rows if r["guard"] in ("identity", "gate")]
+    names = sorted({n for r in shown for n in r["asr_graph_by_attack"]})
+    head = ("attack", *(f"{r['guard']}, {r['variant']}" for r in shown))
+    body = [(n, *(figure(r["asr_graph_by_attack"].get(n)) for r in shown)) for n in names]
+    return table(head, body)
+
+
+def hops(report: Row) -> str:
+    """Leakage against hops."""
+    columns: Columns = {
+        "guard": text("guard"),
+        "hop": text("hops"),
+        **UTILITY,
+        "ASR at this hop": cell("asr_edge"),
+        "ASR up to it": cell("asr_path"),
+    }
+    return by(columns, [p for p in report["curves"]["hops"] if p["hops"] in (1, 2, 4, 8)])
+
+
+def agents(report: Row) -> str:
+    """Leakage against agents."""
+    columns: Columns = {
+        "guard": text("guard"),
+        "agents": text("agents"),
+        **UTILITY,
+        "ASR, graph": cell("asr_graph"),
+        "composed ASR (secrets)": lambda p: (
+            f"{figure(p['asr_composed'])} ({p['composed_secrets']})"
+        ),
+    }
+    return by(columns, report["curves"]["agents"])
+
+
+class Source(NamedTuple):
+    """A file of results: how it is made, and the tables that are made of it."""
+
+    command: str
+    tables: Mapping[str, Callable[[Any], str]]
+
+
+SOURCES = {
+    "main": Source(
+        "lcguard eval run main --out runs/main",
+        {
+            "headline": headline,
+            "main": guards,
+            "likelihood": likelihood,
+            "policies": policies,
+            "derived": derived,
+            "certificate": certificate,
+        },
+    ),
+    "agentleak": Source(
+        "lcguard eval run agentleak --data PATH --out runs/agentleak", {"agentleak": guards}
+    ),
+    "draws": Source(
+        "python scripts/measure_draws.py --secrets 4 --out benchmarks/results/draws.json",
+        {"draws": draws},
+    ),
+    "residual_search": Source("python scripts/search_residual.py", {"residual_search": search}),
+    "handoff": Source(
+        "python scripts/bench_handoff.py --repeats 11 --out benchmarks/results/handoff.json",
+        {"handoff": handoff},
+    ),
+    "proxy": Source(
+        "python scripts/bench_proxy.py --concurrency 32 --out benchmarks/results/proxy.json",
+        {"proxy": proxy},
+    ),
+    "soak": Source(
+        "python scripts/soak.py --concurrency 32 --minutes 10 --out benchmarks/results/soak.json",
+        {"soak": soak},
+    ),
+    "multihop": Source(
+        "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
+        {"multihop": multihop, "attackers": attackers, "hops": hops, "agents": agents},
+    ),
+    "nano": Source("python scripts/train_nano.py --check agents/nano/model", {"nano": nano}),
+}
+
+
+def sections() -> dict[str, str]:
+    """Marker name -> table and where it comes from; results that were not made are left out."""
+    out: dict[str, str] = {}
+    for name, source in SOURCES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        report = json.loads(path.read_text())
+        for marker, make in source.tables.items():
+            made = f"From `benchmarks/results/{path.name}`, made by `{source.command}`."
+            out[marker] = f"{make(report)}\n\n{made}"
+    return out
+
+
+def fill(page: str, tables: Mapping[str, str]) -> str:
+    """A page with the tables between its ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+
+    Raises ``ValueError`` for a marker that no table belongs to.
+    """
+
+    def put(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in tables:
+            raise ValueError(f"<!-- {name} -->: no results for it in {RESULTS.name}/")
+        return f"<!-- {name} -->\n{tables[name]}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", put, page, flags=re.S)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    tables = sections()
+    if not (args.write or args.check):
+        print("\n\n".join(f"{name}\n\n{body}" for name, body in tables.items()))
+        return 0
+    stale = 0
+    for page in PAGES:
+        before = page.read_text()
+        after = fill(before, tables)
+        stale += before != after
+        if args.write:
+            page.write_text(after)
+    return int(args.check and stale > 0)
+
+
+if __name__ == "__main__":
+    run_script(main)
