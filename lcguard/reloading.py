@@ -22,9 +22,14 @@ class ReloadingFile(Generic[T]):
     """
 
     def __init__(
-        self, path: str | Path, parse: Callable[[Path], T], *, every_s: float = 1.0,
-        clock: Callable[[], float] = time.monotonic, absent: T | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        path: str | Path,
+        parse: Callable[[Path], T],
+        *,
+        every_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+        absent: T | None = None,
+    ) -> None:
         self.path, self._parse, self._every_s, self._clock = Path(path), parse, every_s, clock
         self._lock = threading.Lock()
         self._mark = self._stat()
@@ -68,3 +73,8 @@ class ReloadingFile(Generic[T]):
         except OSError:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def in_force(value: T | ReloadingFile[T]) -> T:
+    """The content of a file that is followed, or what never changes."""
+    return value.current() if isinstance(value, ReloadingFile) else value

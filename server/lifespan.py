@@ -24,9 +24,9 @@ from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.database.writer import Database, DatabaseError
 from lcguard.server.detection.span_finder import SpanFinder
 from lcguard.server.engine import Engine, EnginePlan
-from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.health.clocks import Clocks
+from lcguard.server.health.conditions import Conditions
 from lcguard.server.health.readiness import Readiness, Watch
 from lcguard.server.health.selftest import GuardFiles, SelfTest
 from lcguard.server.leakage.canaries import CanaryRunner
@@ -38,7 +38,7 @@ from lcguard.server.limits.concurrency import Gate
 from lcguard.server.limits.key_limits import KeyLimits, Limits
 from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
-from lcguard.store import open_store
+from lcguard.store import SegmentStore, open_store
 from lcguard.store.line import StoreLine
 
 WATCH_S = 4.0
@@ -80,161 +80,137 @@ def policy_of(settings: ServerSettings) -> ReloadingFile[Policy]:
     return ReloadingFile(settings.policy, PolicyReader(), absent=Policy(version=1, edges=()))
 
 
+@dataclass(frozen=True)
+class _Storage:
+    """Where segments lie, what was done with them, and what they lost."""
+
+    store: SegmentStore
+    line: StoreLine
+    database: Database
+    audit: AuditLog
+    meter: LeakageMeter
+
+
 @asynccontextmanager
 async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
     """The running proxy. Raises ``ValueError`` and ``RuntimeError`` for what cannot be opened."""
-    s = deployment.settings
     async with AsyncExitStack() as stack:
-        policy = policy_of(s)
-        keyring = Keyring(s.keys)
-        store = open_store(s.store, max_bytes=s.store_max_bytes, timeout_s=s.store_timeout_s)
-        stack.callback(store.close)
-        line = StoreLine(s.store_timeout_s)
-        stack.callback(line.close)
-        database = Database(s.database, busy_timeout_s=s.database_timeout_s)
-        stack.callback(database.close)
-        audit = AuditLog(database, deployment.key)
-        c = s.canaries
-        meter = LeakageMeter(deployment.state / "leakage.json", c.threshold, c.interval_s)
-        url, api_key = s.upstream.url, os.environ.get(s.upstream.api_key_env, "")
-        if deployment.plan is not None:
-            deployment.engine = engine = Engine(deployment.plan, deployment.key, deployment.say)
-            url, api_key = engine.url, engine.api_key
-            await engine.start()
-            stack.push_async_callback(engine.stop)
-        upstream = Upstream(s.upstream, url, api_key)
-        await upstream.start()
-        stack.push_async_callback(upstream.close)
-        test = SelfTest(
-            upstream, deployment.name, store, line, deployment.key, lambda: authority.policy
-        )
-        clocks = Clocks(upstream, store, line)
-        files = GuardFiles(s.engine.guards)
-        blocked: dict[str, str] = {}
-        spans = SpanFinder(upstream, deployment.model, s.limits.redact_timeout_s)
-        stack.callback(spans.close)
-        authority = Authority(
-            policy,
-            store,
-            line,
-            deployment.key,
-            audit,
-            meter,
-            spans,
-            lambda: next(iter(blocked.values()), ""),
-        )
-        proxy = Proxy(
-            s,
-            deployment.key,
-            deployment.name,
-            upstream,
-            keyring,
-            database,
-            audit,
-            store,
-            line,
-            meter,
-            authority,
-            Settlement(store, line, deployment.key, audit),
-            deployment.readiness,
-            KeyLimits(Limits(concurrency=s.limits.key_concurrency)),
-            Gate(s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s),
-        )
-        proxy.policy_error = lambda: policy.error
-        proxy.context = lambda: test.context
-        proxy.certificates = certificates(s.engine.guards)
-        starts = 0
+        policy = policy_of(deployment.settings)
+        keyring = Keyring(deployment.settings.keys)
+        storage = open_storage(deployment, stack)
+        upstream = await open_upstream(deployment, stack)
+        conditions = open_conditions(deployment, policy, storage, upstream)
+        proxy = open_proxy(deployment, stack, policy, keyring, storage, upstream, conditions)
+        watch = Watch(deployment.readiness, conditions.checks(), WATCH_S)
+        await proxy.audit.append(Entry("start", policy_digest=proxy.authority.policy.digest))
+        work = [watch.run(), _announce(deployment), _sweeps(proxy), note_changes(proxy)]
+        if deployment.settings.canaries.enabled and deployment.canary_command:
+            proxy.canaries = canary_runner(deployment, proxy)
+            work.append(_canaries(deployment.readiness, proxy.canaries))
+        stack.push_async_callback(_stop, proxy, [asyncio.ensure_future(w) for w in work])
+        yield proxy
 
-        async def engine_lives() -> str:
-            nonlocal starts
-            engine = deployment.engine
-            if engine is not None:
-                if engine.starts != starts:
-                    starts = engine.starts
-                    test.forget()
-                if engine.failure:
-                    raise ProxyError(503, engine.failure, code="engine")
-            try:
-                detail = await test.engine()
-            except ProxyError:
-                if engine is not None:
-                    engine.check_start()
-                raise
-            if engine is not None:
-                engine.answered = True
-            return detail
 
-        async def guards_intact() -> str:
-            try:
-                detail = await asyncio.to_thread(files.check, test.digests)
-            except ProxyError as error:
-                blocked["guards"] = error.message
-                raise
-            blocked.pop("guards", None)
-            return detail
+def open_storage(deployment: Deployment, stack: AsyncExitStack) -> _Storage:
+    """The segment store, the SQLite file and what canaries found."""
+    s = deployment.settings
+    store = open_store(s.store, max_bytes=s.store_max_bytes, timeout_s=s.store_timeout_s)
+    stack.callback(store.close)
+    line = StoreLine(s.store_timeout_s)
+    stack.callback(line.close)
+    database = Database(s.database, busy_timeout_s=s.database_timeout_s)
+    stack.callback(database.close)
+    meter = LeakageMeter(
+        deployment.state / "leakage.json", s.canaries.threshold, s.canaries.interval_s
+    )
+    return _Storage(store, line, database, AuditLog(database, deployment.key), meter)
 
-        async def door_shut() -> str:
-            try:
-                detail = await test.door()
-            except ProxyError as error:
-                if error.code == "door":
-                    blocked["door"] = error.message
-                raise
-            blocked.pop("door", None)
-            return detail
 
-        async def policy_good() -> str:
-            if error := proxy.policy_error():
-                raise ProxyError(503, f"{error}; the one before is in force", code="policy")
-            return f"digest {authority.policy.digest[:12]}"
+async def open_upstream(deployment: Deployment, stack: AsyncExitStack) -> Upstream:
+    """The connections to vLLM, which is started where the deployment has a plan for it."""
+    settings = deployment.settings.upstream
+    url, api_key = settings.url, os.environ.get(settings.api_key_env, "")
+    if deployment.plan is not None:
+        deployment.engine = engine = Engine(deployment.plan, deployment.key, deployment.say)
+        url, api_key = engine.url, engine.api_key
+        await engine.start()
+        stack.push_async_callback(engine.stop)
+    upstream = Upstream(settings, url, api_key)
+    await upstream.start()
+    stack.push_async_callback(upstream.close)
+    return upstream
 
-        async def audit_works() -> str:
-            await database.write(lambda connection: None)
-            return f"{(await asyncio.to_thread(audit.head)).count} rows"
 
-        async def store_works() -> str:
-            await line.run(store.check)
-            return "a write, a read and a delete were done"
+def open_conditions(
+    deployment: Deployment, policy: ReloadingFile[Policy], storage: _Storage, upstream: Upstream
+) -> Conditions:
+    """What has to hold before anyone is served."""
+    store, line = storage.store, storage.line
+    return Conditions(
+        SelfTest(upstream, deployment.name, store, line, deployment.key, policy.current),
+        Clocks(upstream, store, line),
+        GuardFiles(deployment.settings.engine.guards),
+        policy,
+        storage.audit,
+        store,
+        line,
+        deployment.engine,
+    )
 
-        watch = Watch(
-            deployment.readiness,
-            {
-                "engine": engine_lives,
-                "door": door_shut,
-                "store": store_works,
-                "clocks": clocks.check,
-                "guards": test.guards,
-                "guard_files": guards_intact,
-                "policy": policy_good,
-                "audit": audit_works,
-            },
-            WATCH_S,
-        )
-        await audit.append(Entry("start", policy_digest=authority.policy.digest))
-        tasks = [
-            asyncio.ensure_future(t)
-            for t in (
-                watch.run(),
-                _announce(deployment),
-                _sweeps(proxy),
-                note_changes(proxy),
-            )
-        ]
-        if c.enabled and deployment.canary_command:
-            job = canary_job(proxy, deployment.model, lambda: deployment.url)
-            runner = CanaryRunner(
-                deployment.canary_command, job, meter, c.interval_s, c.timeout_s, proxy.edge_changed
-            )
-            proxy.canaries = runner
-            tasks.append(asyncio.ensure_future(_canaries(deployment.readiness, runner)))
-        try:
-            yield proxy
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            with suppress(DatabaseError):
-                await audit.append(Entry("stop"))
+
+def open_proxy(
+    deployment: Deployment,
+    stack: AsyncExitStack,
+    policy: ReloadingFile[Policy],
+    keyring: Keyring,
+    storage: _Storage,
+    upstream: Upstream,
+    conditions: Conditions,
+) -> Proxy:
+    """The proxy around all of them."""
+    s, key, store, line = deployment.settings, deployment.key, storage.store, storage.line
+    audit, meter = storage.audit, storage.meter
+    spans = SpanFinder(upstream, deployment.model, s.limits.redact_timeout_s)
+    stack.callback(spans.close)
+    return Proxy(
+        settings=s,
+        key=key,
+        model=deployment.name,
+        upstream=upstream,
+        keyring=keyring,
+        database=storage.database,
+        audit=audit,
+        store=store,
+        line=line,
+        meter=meter,
+        authority=Authority(
+            policy, store, line, key, audit, meter, spans, conditions.publishing_blocked
+        ),
+        settlement=Settlement(store, line, key, audit),
+        readiness=deployment.readiness,
+        limits=KeyLimits(Limits(concurrency=s.limits.key_concurrency)),
+        gate=Gate(s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s),
+        policy_error=lambda: policy.error,
+        context=lambda: conditions.selftest.context,
+        certificates=certificates(s.engine.guards),
+    )
+
+
+def canary_runner(deployment: Deployment, proxy: Proxy) -> CanaryRunner:
+    """The schedule of canaries, which publish through this very proxy."""
+    c = deployment.settings.canaries
+    job = canary_job(proxy, deployment.model, lambda: deployment.url)
+    return CanaryRunner(
+        deployment.canary_command, job, proxy.meter, c.interval_s, c.timeout_s, proxy.edge_changed
+    )
+
+
+async def _stop(proxy: Proxy, tasks: Sequence[asyncio.Future[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    with suppress(DatabaseError):
+        await proxy.audit.append(Entry("stop"))
 
 
 def certificates(folders: Mapping[str, str]) -> dict[str, float]:

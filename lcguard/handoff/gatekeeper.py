@@ -27,7 +27,7 @@ from lcguard.handoff.lineage import LineageError, check_current, check_guard, on
 from lcguard.handoff.policy import Edge, Policy, PolicyError
 from lcguard.handoff.request import Consume, Handoff, Publish
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.reloading import ReloadingFile
+from lcguard.reloading import ReloadingFile, in_force
 from lcguard.rope import canonical
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
 from lcguard.vllm.draws import Content, content_of
@@ -121,7 +121,7 @@ class Gatekeeper:
     @property
     def policy(self) -> Policy:
         """The policy in force."""
-        return self._policy.current() if isinstance(self._policy, ReloadingFile) else self._policy
+        return in_force(self._policy)
 
     def plan(
         self, handoff: Handoff, prompt: Sequence[int] | None, *,

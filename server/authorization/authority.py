@@ -21,7 +21,7 @@ from lcguard.handoff.names import split_tenant
 from lcguard.handoff.policy import Policy, PolicyError
 from lcguard.handoff.request import Publish as EnginePublish
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.reloading import ReloadingFile
+from lcguard.reloading import ReloadingFile, in_force
 from lcguard.server.access.keyring import Identity
 from lcguard.server.audit.trail import AuditLog, Entry
 from lcguard.server.authorization.approved_handoff import (
@@ -72,7 +72,7 @@ class Authority:
     @property
     def policy(self) -> Policy:
         """The policy in force."""
-        return self._policy.current() if isinstance(self._policy, ReloadingFile) else self._policy
+        return in_force(self._policy)
 
     async def open(
         self,
