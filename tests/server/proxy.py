@@ -46,8 +46,13 @@ POLICY = {
         _to("named", ["health", "government_id"], guard="redact"),
         _to("measured", ALL, length_bucket=1),
         _to("shut", [], guard="identity"),
-        _to("shut-redacted", ["government_id"], guard="identity", on_leak="redact",
-            detect="presidio"),
+        _to(
+            "shut-redacted",
+            ["government_id"],
+            guard="identity",
+            on_leak="redact",
+            detect="presidio",
+        ),
         _to("padded", [], guard="identity", fixed_length=True),
         _to("changing", [], guard="identity"),
         _to("partner", ALL),
@@ -66,7 +71,7 @@ POLICY = {
         {"tenant": "unwritten", "source": "*", "audience": "*", "forbid": ALL},
         _to("*", ALL),
     ],
-}  # fmt: skip
+}
 """What the agent consumes under is its name; the last rule holds for all others."""
 
 
@@ -101,9 +106,11 @@ class Front:
     ) -> httpx.Response:
         """A chat of one message."""
         body: dict[str, Any] = {
-            "model": "nano", "max_tokens": 16, "temperature": 0,
+            "model": "nano",
+            "max_tokens": 16,
+            "temperature": 0,
             "messages": [{"role": "user", "content": text}],
-        }  # fmt: skip
+        }
         if handoff is not None:
             body["lcguard"] = handoff
         return self.http.post("/v1/chat/completions", json=body | more, headers=dict(who))
@@ -118,9 +125,13 @@ class Front:
     ) -> httpx.Response:
         """A note as a system message, published."""
         return self.chat(
-            who, "", {"publish": {"audience": audience} | publish}, max_tokens=1,
-            messages=[{"role": "system", "content": note}], add_generation_prompt=False,
-        )  # fmt: skip
+            who,
+            "",
+            {"publish": {"audience": audience} | publish},
+            max_tokens=1,
+            messages=[{"role": "system", "content": note}],
+            add_generation_prompt=False,
+        )
 
     def handle(self, who: Mapping[str, str], audience: str, note: str = NOTE, **more: Any) -> str:
         """Of a note that was published."""
@@ -150,8 +161,8 @@ def error(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, str(answer.json()["error"]["code"])
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 30.0) -> Any:
-    """The first true value."""
+def wait_for(what: Callable[[], Any], timeout_s: float = 120.0) -> Any:
+    """The first true value; the deadline only ends what hangs."""
     until = time.monotonic() + timeout_s
     while not (found := what()):
         assert time.monotonic() < until, "it did not come about in time"

@@ -56,9 +56,13 @@ class Client:
     acknowledged: list[str] = field(default_factory=list)
 
     def request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None,
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
         timeout_s: float = 120.0,
-    ) -> Answer:  # fmt: skip
+    ) -> Answer:
         """One request on a connection of its own; ``body`` as JSON, or as the bytes it is."""
         with closing(self._connection(timeout_s)) as connection:
             self._send(connection, method, path, body, headers)
@@ -98,9 +102,13 @@ class Client:
         return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
 
     def _send(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any,
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: Any,
         headers: dict[str, str] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         own = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
@@ -111,8 +119,14 @@ class Client:
 
 def asked(prompt: Any, handoff: Any = None, max_tokens: int = 2, **more: Any) -> dict[str, Any]:
     """The body of a text completion of exactly ``max_tokens``."""
-    body = {"model": "nano", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
-            "ignore_eos": True, **more}  # fmt: skip
+    body = {
+        "model": "nano",
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        **more,
+    }
     return body | ({"lcguard": handoff} if handoff is not None else {})
 
 
@@ -149,15 +163,25 @@ def engine_of(proxy: Running) -> tuple[int, str]:
 
 
 def n_running(engine_url: str) -> int:
-    """Requests that vLLM computes or has in its line now, by its own metrics."""
+    """Requests that vLLM computes or has in its line now."""
+    return int(sum(_figures(engine_url, "num_requests_(?:running|waiting)", 2)))
+
+
+def n_generated(engine_url: str) -> int:
+    """Tokens that vLLM has generated since it started."""
+    return int(sum(_figures(engine_url, "generation_tokens_total", 1)))
+
+
+def _figures(engine_url: str, name: str, at_least: int) -> list[float]:
+    """Of vLLM's own metrics."""
     asked = urllib.request.Request(
         engine_url + "/metrics", headers={"Authorization": f"Bearer {_engine_key(engine_url)}"}
     )
-    with urllib.request.urlopen(asked, timeout=30) as answer:
+    with urllib.request.urlopen(asked, timeout=120) as answer:
         text = answer.read().decode()
-    found = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} ([0-9.]+)$", text, re.M)
-    assert len(found) >= 2, "vLLM's metrics have other names"
-    return int(sum(map(float, found)))
+    found = re.findall(rf"^vllm:{name}\{{.*\}} ([0-9.e+]+)$", text, re.M)
+    assert len(found) >= at_least, "vLLM's metrics have other names"
+    return list(map(float, found))
 
 
 def _engine_key(engine_url: str) -> str:

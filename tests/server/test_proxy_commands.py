@@ -49,17 +49,37 @@ def ok(folder: Path, *words: str) -> str:
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
-    out = ok(tmp_path, "keys", "new", "intake", "front-desk", "--tenant", "acme",
-             "--expires", "2999-01-31", "--model", "nano", "--requests-per-min", "60",
-             "--tokens-per-min", "1000", "--concurrency", "2")  # fmt: skip
+    out = ok(
+        tmp_path,
+        "keys",
+        "new",
+        "intake",
+        "front-desk",
+        "--tenant",
+        "acme",
+        "--expires",
+        "2999-01-31",
+        "--model",
+        "nano",
+        "--requests-per-min",
+        "60",
+        "--tokens-per-min",
+        "1000",
+        "--concurrency",
+        "2",
+    )
     lines = out.splitlines()
     assert [re.sub(r"=lcg_\w{12}_[\w-]{43}$", "", x) for x in lines] == [
-        "export INTAKE_KEY", "export FRONT_DESK_KEY",
-    ]  # fmt: skip
+        "export INTAKE_KEY",
+        "export FRONT_DESK_KEY",
+    ]
     first, second = load_keys(tmp_path / "keys.yaml").keys
     assert (first.tenant, first.agent, first.role, first.models) == (
-        "acme", "intake", "agent", ("nano",),
-    )  # fmt: skip
+        "acme",
+        "intake",
+        "agent",
+        ("nano",),
+    )
     limits = first.limits
     assert (limits.requests_per_min, limits.tokens_per_min, limits.concurrency) == (60, 1000, 2)
     assert first.expires_at is not None
@@ -108,7 +128,9 @@ def void(_: object) -> None:
 CASES: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "unknown key": (write("server.yaml", "prot: 1\n"), [], "prot"),
     "unknown nested key": (
-        write("server.yaml", "limits: {max_que: 1}\n"), [], "limits.max_que",
+        write("server.yaml", "limits: {max_que: 1}\n"),
+        [],
+        "limits.max_que",
     ),
     "wrong value": (write("server.yaml", "drain_s: soon\n"), [], "drain_s"),
     "no YAML": (write("server.yaml", "port: [\n"), [], "not valid YAML"),
@@ -119,12 +141,13 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "broken leakage state": (write("leakage.json", "{"), [], "leakage.json"),
     "unknown store": (write("server.yaml", "store: ftp://x\n"), [], "ftp"),
     "open upstream": (
-        write("server.yaml", "{}\n"), ["--set", "upstream.url=http://10.1.2.3:8000"],
+        write("server.yaml", "{}\n"),
+        ["--set", "upstream.url=http://10.1.2.3:8000"],
         "10.1.2.3:8000' is beyond this machine and has no key",
     ),
     "no upstream": (write("server.yaml", "{}\n"), ["--set", "upstream.url=vllm"], "'vllm'"),
     "readable key": (write("deployment.key", "00" * 32), [], "chmod 600"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -165,8 +188,20 @@ def test_audit_verify_finds_an_altered_row(tmp_path: Path) -> None:
     """On a real trail: the proxy writes its start, even where no vLLM answers."""
     ok(tmp_path, "keys", "new", "intake")
     key = new_key()
-    command = [sys.executable, "-m", "lcguard.cli", "serve", "--dir", str(tmp_path), "--port", "0",
-               "--upstream", UPSTREAM, "--set", "canaries.enabled=false"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lcguard.cli",
+        "serve",
+        "--dir",
+        str(tmp_path),
+        "--port",
+        "0",
+        "--upstream",
+        UPSTREAM,
+        "--set",
+        "canaries.enabled=false",
+    ]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {KEY_VARIABLE: key}
     )

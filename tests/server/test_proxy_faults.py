@@ -45,12 +45,12 @@ from tests.server.proxy_client import (
     asked,
     audit_rows,
     engine_of,
+    n_generated,
     n_running,
     until,
 )
 
-pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.slow,
-              pytest.mark.filterwarnings("ignore")]  # fmt: skip
+pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 NOTE = "Employee record. The name is Quella Brandt. Job title: Analyst. SSN: 941-22-7310."
 LONG = 3000
@@ -64,9 +64,12 @@ N_MALFORMED = 2000
 
 
 def rules(forbid: tuple[str, ...] = CATEGORIES) -> dict[str, Any]:
-    return {"version": 1, "edges": [
-        {"source": "*", "audience": "*", "forbid": list(forbid), "guard": "gate"},
-    ]}  # fmt: skip
+    return {
+        "version": 1,
+        "edges": [
+            {"source": "*", "audience": "*", "forbid": list(forbid), "guard": "gate"},
+        ],
+    }
 
 
 @dataclass
@@ -167,9 +170,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     site = Site(folder, rules())
     keys = [site.key("intake"), site.key("billing")]
     with site.proxy(
-        engine={"guards": {"gate": str(guard)}, "restarts": 2}, store_max_bytes=STORE_BYTES,
-        limits={"body_timeout_s": BODY_TIMEOUT_S}, database_timeout_s=1.0,
-    ) as proxy:  # fmt: skip
+        engine={"guards": {"gate": str(guard)}, "restarts": 2},
+        store_max_bytes=STORE_BYTES,
+        limits={"body_timeout_s": BODY_TIMEOUT_S},
+        database_timeout_s=1.0,
+    ) as proxy:
         yield Drill(site, proxy, guard, *(Client(proxy.url, key) for key in keys))
 
 
@@ -193,6 +198,7 @@ def test_raw_kv_is_told_from_guarded(drill: Drill) -> None:
 def test_vllm_stops_for_a_client_that_hangs_up(drill: Drill, stream: bool) -> None:
     _, engine = engine_of(drill.proxy)
     before = {r["seq"] for r in audit_rows(drill.database)}
+    n_before = n_generated(engine)
     handoff = {"publish": {"audience": "billing"}}
     if stream:
         with drill.publisher.stream(NOTE, handoff, LONG) as events:
@@ -202,7 +208,8 @@ def test_vllm_stops_for_a_client_that_hangs_up(drill: Drill, stream: bool) -> No
         hung = _send_whole(drill, asked(NOTE, handoff, LONG))
         until(lambda: n_running(engine) == 1, WAIT_S, "vLLM computes")
         hung.close()
-    until(lambda: n_running(engine) == 0, 10.0, "vLLM stops")
+    until(lambda: n_running(engine) == 0, WAIT_S, "vLLM stops")
+    assert n_generated(engine) - n_before < LONG, "vLLM went on to the end"
 
     def new(event: str) -> list[str]:
         rows = audit_rows(drill.database, "event = ?", event)
@@ -414,10 +421,11 @@ def test_a_locked_database_stops_handoffs_and_nothing_else(drill: Drill) -> None
     with closing(sqlite3.connect(drill.database, isolation_level=None, timeout=30)) as other:
         other.execute("BEGIN EXCLUSIVE")
         try:
-            started = time.monotonic()
-            assert "locked" in refused(drill.publisher.publish(NOTE), 503)
+            # both give up, rather than wait for the lock, which is held until the end
+            assert "locked by another process for 1 s" in refused(
+                drill.publisher.publish(NOTE), 503
+            )
             assert "locked" in refused(drill.audience.consume(handle), 503)
-            assert time.monotonic() - started < WAIT_S / 2
             assert drill.publisher.ask(NOTE).status == 200
             drill.until_unready("audit")
         finally:
@@ -427,20 +435,39 @@ def test_a_locked_database_stops_handoffs_and_nothing_else(drill: Drill) -> None
 
 
 JUNK = (
-    b"", b"5", b"null", b"[]", b"\xff\xfe", b"{", b'{"a":' * 5000, b"[" * 100000, b'"' * 999,
-    b'{"prompt": NaN}', b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
-    *(b'{"model": "nano", "prompt": "a", "max_tokens": 2, ' + rest + b"}" for rest in (
-        b'"top_k": 99999999999999999999999', b'"temperature": 1e999', b'"logit_bias": {"5": 1e999}',
-        b'"seed": -99999999999999999999', b'"n": 99999999', b'"stop": ["\\ud800"]',
-        b'"allowed_token_ids": [99999999999999999999]', b'"structured_outputs": {"regex": "(((("}',
-        b'"lcguard": {"publish": {"audience": "\\ud800"}}', b'"lcguard": {"publish": 5}',
-        b'"lcguard": {"consume": ["../../../../etc/passwd"]}', b'"kv_transfer_params": {}',
-        b'"lcguard": {"publish": {"audience": "billing"}}, "prompt": [-1]',
-        b'"lcguard": {"publish": {"audience": "billing", "ttl_s": 1e-300}}',
-        b'"lcguard": {"publish": {"audience": "billing"}}, "max_tokens": 0',
-        b'"lcguard": {"publish": {"audience": "billing"}}, "n": 3',
-    )),
-)  # fmt: skip
+    b"",
+    b"5",
+    b"null",
+    b"[]",
+    b"\xff\xfe",
+    b"{",
+    b'{"a":' * 5000,
+    b"[" * 100000,
+    b'"' * 999,
+    b'{"prompt": NaN}',
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    *(
+        b'{"model": "nano", "prompt": "a", "max_tokens": 2, ' + rest + b"}"
+        for rest in (
+            b'"top_k": 99999999999999999999999',
+            b'"temperature": 1e999',
+            b'"logit_bias": {"5": 1e999}',
+            b'"seed": -99999999999999999999',
+            b'"n": 99999999',
+            b'"stop": ["\\ud800"]',
+            b'"allowed_token_ids": [99999999999999999999]',
+            b'"structured_outputs": {"regex": "(((("}',
+            b'"lcguard": {"publish": {"audience": "\\ud800"}}',
+            b'"lcguard": {"publish": 5}',
+            b'"lcguard": {"consume": ["../../../../etc/passwd"]}',
+            b'"kv_transfer_params": {}',
+            b'"lcguard": {"publish": {"audience": "billing"}}, "prompt": [-1]',
+            b'"lcguard": {"publish": {"audience": "billing", "ttl_s": 1e-300}}',
+            b'"lcguard": {"publish": {"audience": "billing"}}, "max_tokens": 0',
+            b'"lcguard": {"publish": {"audience": "billing"}}, "n": 3',
+        )
+    ),
+)
 
 
 def test_malformed_requests(drill: Drill) -> None:
@@ -490,9 +517,10 @@ def _send_many(
             case.body.setdefault("max_tokens", 1)  # some are answered after all
         try:
             got = case.call(
-                base_url=drill.proxy.url, timeout=WAIT_S,
+                base_url=drill.proxy.url,
+                timeout=WAIT_S,
                 headers={"Authorization": f"Bearer {drill.publisher.key}"},
-            )  # fmt: skip
+            )
         except (InvalidHeader, InvalidURL):  # none that can be sent
             return
         headers = {k.lower(): v[0] for k, v in got.headers.items()}
@@ -502,9 +530,12 @@ def _send_many(
 
     # Schemathesis leaves the key out of every fourth, which says nothing of what is behind it
     generated = settings(
-        max_examples=int(1.6 * n) + 1, phases=[Phase.generate], database=None, deadline=None,
+        max_examples=int(1.6 * n) + 1,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     generated(given(case=operation.as_strategy(generation_mode=mode))(send))()
 
 

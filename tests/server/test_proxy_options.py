@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -84,9 +83,9 @@ OPTIONS = {
     "limits.redact_timeout_s": "test_cpu_worker.py::"
     "test_the_loop_goes_on_and_nobody_waits_past_the_deadline",
     "limits.key_concurrency": "test_proxy_slots.py::test_a_key_has_a_limit_without_saying_one",
-    "limits.max_concurrency": "test_max_concurrency_max_queue_and_queue_timeout_s",
-    "limits.max_queue": "test_max_concurrency_max_queue_and_queue_timeout_s",
-    "limits.queue_timeout_s": "test_max_concurrency_max_queue_and_queue_timeout_s",
+    "limits.max_concurrency": "test_proxy_slots.py::test_the_line_before_vllm_has_an_end",
+    "limits.max_queue": "test_proxy_slots.py::test_the_line_before_vllm_has_an_end",
+    "limits.queue_timeout_s": "test_proxy_slots.py::test_who_waits_too_long_for_a_place_is_refused",
     "canaries.enabled": "test_canaries_run_where_they_are_enabled",
     "canaries.interval_s": _CANARIES,
     "canaries.timeout_s": _CANARIES,
@@ -182,13 +181,22 @@ def tight(site: Site, engine: Running, tmp_path_factory: pytest.TempPathFactory)
     save_state(folder / "leakage.json", {e.name: e for e in shut})
     (folder / "book").mkdir()
     with front_of(
-        with_key(site, "OTHER_KEY", engine.api_key), None, folder, host="0.0.0.0",
-        keys="people/keys.yaml", database="book/audit.sqlite", metrics_auth=False,
-        database_timeout_s=0.2, canaries={"enabled": False, "threshold": 0.35},
+        with_key(site, "OTHER_KEY", engine.api_key),
+        None,
+        folder,
+        host="0.0.0.0",
+        keys="people/keys.yaml",
+        database="book/audit.sqlite",
+        metrics_auth=False,
+        database_timeout_s=0.2,
+        canaries={"enabled": False, "threshold": 0.35},
         upstream={"url": engine.url, "api_key_env": "OTHER_KEY"},
-        limits={"max_body_bytes": 20000, "max_output_tokens": FOREVER, "body_timeout_s": 1,
-                "max_concurrency": 1, "max_queue": 1, "queue_timeout_s": 2},
-    ) as found:  # fmt: skip
+        limits={
+            "max_body_bytes": 20000,
+            "max_output_tokens": FOREVER,
+            "body_timeout_s": 4,
+        },
+    ) as found:
         yield found
 
 
@@ -207,8 +215,8 @@ def first_reason(front: Front) -> str:
         with_reason = [c["detail"] for c in front.ready()["checks"].values() if not c["ok"]]
         return with_reason[0] if with_reason and "not checked" not in with_reason[0] else ""
 
-    wait_for(lambda: front.running.get("/livez")[0] == 200, 60)
-    return str(wait_for(look, 60))
+    wait_for(lambda: front.running.get("/livez")[0] == 200)
+    return str(wait_for(look))
 
 
 @contextmanager
@@ -276,19 +284,19 @@ def test_no_client_makes_edges_of_names_it_thinks_of(front: Front) -> None:
 def test_a_locked_database_refuses_handoffs_after_database_timeout_s(
     front: Front, tight: Front
 ) -> None:
-    taken = {}
-    for proxy, path in ((front, "lcguard.sqlite"), (tight, "book/audit.sqlite")):
+    for proxy, path, after in (
+        (front, "lcguard.sqlite", "for 2 s"),  # the default
+        (tight, "book/audit.sqlite", "for 0.2 s"),
+    ):
         who = proxy.auth("intake")
         with closing(sqlite3.connect(proxy.running.log.parent / path)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            start = time.perf_counter()
-            assert error(proxy.publish(who, "open")) == (503, "unavailable")
-            taken[path] = time.perf_counter() - start
+            refused = proxy.publish(who, "open")
+            assert error(refused) == (503, "unavailable")
+            assert after in refused.json()["error"]["message"]
             assert proxy.chat(who, "hello").status_code == 200  # no handoff: nothing to record
             connection.rollback()
         assert proxy.publish(who, "open").status_code == 200
-    assert taken["lcguard.sqlite"] >= 2.0  # the default
-    assert taken["book/audit.sqlite"] < taken["lcguard.sqlite"]
 
 
 def test_a_proxy_with_another_store_than_the_engine_is_not_ready(
@@ -363,7 +371,7 @@ def test_a_running_stream_ends_whole_within_drain_s(
             except httpx.RemoteProtocolError:
                 assert not whole
         assert data.endswith(b"data: [DONE]\n\n") is whole
-        assert proxy.running.process.wait(20) == 0
+        assert proxy.running.process.wait(120) == 0
 
 
 def test_max_body_bytes(tight: Front) -> None:
@@ -385,33 +393,12 @@ def test_body_timeout_s_for_head_and_body(tight: Front) -> None:
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
         f"Authorization: {tight.auth('intake')['Authorization']}\r\n"
     )
-    with socket.create_connection(address, timeout=30) as slow:
+    with socket.create_connection(address, timeout=120) as slow:
         slow.sendall(f"{head}\r\n{{".encode())
         assert b" 408 " in slow.recv(4096)
-    with socket.create_connection(address, timeout=30) as slow:
+    with socket.create_connection(address, timeout=120) as slow:
         slow.sendall(head.encode())  # without its empty line
         assert slow.recv(4096) == b""
-
-
-def test_max_concurrency_max_queue_and_queue_timeout_s(tight: Front) -> None:
-    who = tight.auth("intake")
-    answers: list[httpx.Response] = []
-    with stream(tight, who):
-        threads = [
-            threading.Thread(target=lambda: answers.append(tight.chat(who, "hello")))
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert [error(a) for a in answers] == [(429, "limited")] * 2
-    assert all(int(a.headers["retry-after"]) >= 1 for a in answers)
-    full, late = (a.json()["error"]["message"] for a in answers)  # the refused one comes first
-    assert "1 requests are running and 1 waiting" in full
-    assert "no place came free within 2 s" in late
-    # the stream was left: its place is free again
-    wait_for(lambda: tight.chat(who, "hello").status_code == 200)
 
 
 def test_canaries_run_where_they_are_enabled(
@@ -437,10 +424,13 @@ def test_lcguard_serve_starts_the_engine_that_its_options_describe(tmp_path: Pat
     settings: dict[str, Any] = {
         "store_max_bytes": 200_000,
         "engine": {
-            "model": str(model_path()), "served_model_name": "small", "args": args,
-            "guards": {"gate": "nano:gate", "residual": "nano:residual"}, "nice": 7,
+            "model": str(model_path()),
+            "served_model_name": "small",
+            "args": args,
+            "guards": {"gate": "nano:gate", "residual": "nano:residual"},
+            "nice": 7,
         },
-    }  # fmt: skip
+    }
     own.key("nobody")
     with own.proxy(**settings) as running:
         before = os.getpriority(os.PRIO_PROCESS, running.process.pid)
@@ -493,7 +483,7 @@ def test_start_timeout_s_and_restarts(tmp_path: Path) -> None:
     own.key("nobody")
     settings = {"engine": {"start_timeout_s": 0.5, "restarts": 1}}
     with own.proxy(ready=False, **settings) as running:
-        wait_for(lambda: "2 times in 600 s" in running.log.read_text(), 60)
+        wait_for(lambda: "2 times in 600 s" in running.log.read_text())
         assert "vLLM ended with -9: it did not" in running.log.read_text()
         assert running.log.read_text().count("starting it again") == 1
         front = Front(own, running)
@@ -660,12 +650,15 @@ def test_max_draws_of_one_record(front: Front) -> None:
     talk = [{"role": "system", "content": f"Board: {NOTE.replace('Ada', 'Eva')}"}]
     for turn in range(4):
         publish = {"publish": {"audience": "averager"}}
-        made = front.chat(intake, "", publish, max_tokens=1, messages=talk,
-                          add_generation_prompt=False)  # fmt: skip
+        made = front.chat(
+            intake, "", publish, max_tokens=1, messages=talk, add_generation_prompt=False
+        )
         handle = made.json()["lcguard"]["published"]["handle"]
         assert front.ask(who, ASK_COMPLAINT, handle).status_code == 200
-        talk += [{"role": "user", "content": f"Question {turn}?"},
-                 {"role": "assistant", "content": "not stated"}]  # fmt: skip
+        talk += [
+            {"role": "user", "content": f"Question {turn}?"},
+            {"role": "assistant", "content": "not stated"},
+        ]
     # without noise there is nothing to average
     handles = [front.handle(intake, "open", f"Note {i}: {NOTE}") for i in range(4)]
     for handle in handles:
@@ -712,9 +705,7 @@ def test_a_changed_policy_refuses_what_was_published_before(site: Site, front: F
     changed = {"source": "*", "audience": "changing", "forbid": ["government_id"], "guard": "gate"}
     try:
         rewrite(site.policy, POLICY | {"edges": [*edges, changed]})
-        wait_for(
-            lambda: error_of(front.ask(who, ASK_SSN, handle)) == (403, "policy_changed")
-        )  # fmt: skip
+        wait_for(lambda: error_of(front.ask(who, ASK_SSN, handle)) == (403, "policy_changed"))
         assert SSN in front.answer(front.auth("open"), ASK_SSN, stays)
         # the engine follows the same file
         made = wait_for(
@@ -747,9 +738,9 @@ def test_a_new_key_works_and_a_revoked_one_does_not_without_a_restart(front: Fro
     keys = front.site.folder / "keys.yaml"
     text = front.site.key("temp")
     header = {"Authorization": f"Bearer {text}"}
-    wait_for(lambda: front.chat(header, "hello").status_code == 200, 10)
+    wait_for(lambda: front.chat(header, "hello").status_code == 200)
     revoke(keys, text.split("_")[1])
-    wait_for(lambda: error_of(front.chat(header, "hello")) == (401, "unauthorized"), 10)
+    wait_for(lambda: error_of(front.chat(header, "hello")) == (401, "unauthorized"))
     assert front.http.get("/lcguard/v1/contract", headers=header).status_code == 401
 
 
@@ -805,7 +796,8 @@ def test_a_stream_that_is_left_is_not_free(front: Front) -> None:
     who = front.auth("temp", limits=Limits(tokens_per_min=FOREVER + 500))
     with stream(front, who) as answer:
         next(answer.iter_raw())
-    time.sleep(0.5)  # the proxy learns of it
+    admin = front.auth("root", role="admin")
+    wait_for(lambda: "\nlcguard_in_flight 0.0\n" in front.http.get("/metrics", headers=admin).text)
     assert error(front.chat(who, "hello", max_tokens=1000)) == (429, "limited")
 
 

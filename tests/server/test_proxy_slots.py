@@ -127,7 +127,7 @@ def test_a_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
 
 
 def test_a_reading_client_has_its_place_until_total_timeout_s(tmp_path: Path) -> None:
-    limits, upstream = {"max_concurrency": 1, "queue_timeout_s": 600}, {"total_timeout_s": 3}
+    limits, upstream = {"max_concurrency": 1, "queue_timeout_s": 600}, {"total_timeout_s": 8}
     with front_of(tmp_path, limits=limits, upstream=upstream) as front:
         seen: list[Any] = []
         with front.one.stream("x") as events:
@@ -146,6 +146,39 @@ def test_a_key_has_a_limit_without_saying_one(tmp_path: Path) -> None:
         assert refused.status == 429
         assert "2 requests running already" in refused.reason
         assert front.other.ask("x").status == 200
+
+
+def test_the_line_before_vllm_has_an_end(tmp_path: Path) -> None:
+    """One place, and one that waits for it: the third is refused, told by the order of events."""
+    limits = {"max_concurrency": 1, "max_queue": 1, "queue_timeout_s": 600}
+    statuses: list[int] = []
+    with front_of(tmp_path, metrics_auth=False, limits=limits) as front:
+        waiting = threading.Thread(target=lambda: statuses.append(front.other.ask("x").status))
+
+        def queued() -> bool:
+            return b"\nlcguard_queued 1.0\n" in front.running.get("/metrics")[1]
+
+        with front.one.stream("x") as events:
+            next(events)
+            waiting.start()
+            until(queued, WAIT_S, "a request waits")
+            refused = front.one.ask("x")
+            assert refused.status == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert "1 requests are running and 1 waiting" in refused.reason
+            assert statuses == []
+        waiting.join(WAIT_S)
+        assert statuses == [200]  # the stream was left: its place is free again
+
+
+def test_who_waits_too_long_for_a_place_is_refused(tmp_path: Path) -> None:
+    limits = {"max_concurrency": 1, "max_queue": 1, "queue_timeout_s": 0.5}
+    with front_of(tmp_path, limits=limits) as front, front.one.stream("x") as events:
+        next(events)
+        refused = front.other.ask("x")
+        assert refused.status == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "no place came free within 0.5 s" in refused.reason
 
 
 def test_a_stopped_store_keeps_nobody_else_waiting(tmp_path: Path) -> None:

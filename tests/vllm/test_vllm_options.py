@@ -151,7 +151,7 @@ def test_a_publish_that_a_string_would_stop_tells_its_handle_or_is_refused(engin
     handle = new_handle()  # as the proxy does: it knows the name
     ask({"publish": publish()["publish"] | {"handle": handle}})
     # it answers at once: the store is written beside the engine, no longer than its deadline
-    wait_for(lambda: handle in engine.worker.store.handles(), timeout_s=10.0)
+    wait_for(lambda: handle in engine.worker.store.handles())
 
 
 @pytest.mark.parametrize("wrong", ["lcguard", 7, ["lcguard"], 0.5])

@@ -77,11 +77,18 @@ def test_the_engine_takes_no_handoff_that_the_proxy_did_not_sign(
     """Even with the engine's key: it says who may ask vLLM, not what the policy lets pass."""
     before = sorted((site.folder / "segments").glob("*"))
     body = {
-        "model": "nano", "prompt": "The SSN is 912-55-1029.", "max_tokens": 1,
-        "kv_transfer_params": {"lcguard": {"publish": {
-            "source": "default/intake", "audience": "default/open",
-        }}},
-    }  # fmt: skip
+        "model": "nano",
+        "prompt": "The SSN is 912-55-1029.",
+        "max_tokens": 1,
+        "kv_transfer_params": {
+            "lcguard": {
+                "publish": {
+                    "source": "default/intake",
+                    "audience": "default/open",
+                }
+            }
+        },
+    }
     key = {"Authorization": f"Bearer {engine.api_key}"}
     answer = httpx.post(engine.url + path, json=body, headers=key, timeout=60)
     assert answer.status_code == 403, answer.text

@@ -45,9 +45,14 @@ def path(tmp_path: Path) -> Path:
 
 def entry(**more: Any) -> dict[str, Any]:
     return {
-        "id": "abcdefghijkl", "tenant": "acme", "agent": "billing", "role": "agent",
-        "created_at": "2026-01-31T12:00:00Z", "sha256": "0" * 64, **more,
-    }  # fmt: skip
+        "id": "abcdefghijkl",
+        "tenant": "acme",
+        "agent": "billing",
+        "role": "agent",
+        "created_at": "2026-01-31T12:00:00Z",
+        "sha256": "0" * 64,
+        **more,
+    }
 
 
 def file(*entries: dict[str, Any]) -> dict[str, Any]:
@@ -95,12 +100,20 @@ def test_nobody_else_gets_in(path: Path) -> None:
     malformed = {
         reason(ring, header)
         for header in (
-            text, f"Basic {text}", f"Bearer {text}x", f"Bearer {text[:-1]}", f"Bearer\n{text}",
-            f"Bearer {text}\n", f"Bearer {text[:4]}{text[4:16].upper()}é{text[16:]}",
-            "Bearer lcg_" + "\u0131" * 12 + "_" + "A" * 43, "Bearer \udc80", "Bearer ",
-            f"Bearer {text}, Bearer {text}", "Bearer " + "x" * 100_000,
+            text,
+            f"Basic {text}",
+            f"Bearer {text}x",
+            f"Bearer {text[:-1]}",
+            f"Bearer\n{text}",
+            f"Bearer {text}\n",
+            f"Bearer {text[:4]}{text[4:16].upper()}é{text[16:]}",
+            "Bearer lcg_" + "\u0131" * 12 + "_" + "A" * 43,
+            "Bearer \udc80",
+            "Bearer ",
+            f"Bearer {text}, Bearer {text}",
+            "Bearer " + "x" * 100_000,
         )
-    }  # fmt: skip
+    }
     assert len(malformed) == 1
     assert text[17:] not in wrong + malformed.pop()
 
@@ -172,10 +185,17 @@ def test_looked_at_once_a_second(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    ["", "version: 1\nkeys: [", "version: 1\nkeys: []\nadmin: true\n", "? [a]\n: b\n",
-     "[" * 3000, "version: 2\nkeys: []\n", None],
+    [
+        "",
+        "version: 1\nkeys: [",
+        "version: 1\nkeys: []\nadmin: true\n",
+        "? [a]\n: b\n",
+        "[" * 3000,
+        "version: 2\nkeys: []\n",
+        None,
+    ],
     ids=["empty", "syntax", "unknown", "list as key", "deep", "version", "deleted"],
-)  # fmt: skip
+)
 def test_a_broken_file_changes_nothing_and_is_reported(path: Path, broken: str | None) -> None:
     text, clock = new_key(path, "billing"), Clock()
     good = path.read_text()
@@ -261,7 +281,7 @@ def test_nothing_starts_without_a_good_file(path: Path, text: str | None) -> Non
         ({"version": "1", "keys": []}, "version"),
         ({"version": 1, "keys": {"a": 1}}, "keys"),
     ],
-)  # fmt: skip
+)
 def test_malformed_entries_are_refused_by_name(data: dict[str, Any], said: str) -> None:
     with pytest.raises(KeyringError, match=said) as refused:
         parse_keys(data)
@@ -283,12 +303,18 @@ def test_an_error_shows_no_secret_put_in_the_wrong_place(name: str, prefix: str)
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"agent": "a b"}, {"agent": "*"}, {"tenant": ""}, {"tenant": "../x"}, {"role": "canary"},
-        {"models": []}, {"limits": Limits(concurrency=0)},
-        {"expires_at": datetime(2099, 1, 1)}, {"expires_at": datetime(2020, 1, 1, tzinfo=UTC)},
+        {"agent": "a b"},
+        {"agent": "*"},
+        {"tenant": ""},
+        {"tenant": "../x"},
+        {"role": "canary"},
+        {"models": []},
+        {"limits": Limits(concurrency=0)},
+        {"expires_at": datetime(2099, 1, 1)},
+        {"expires_at": datetime(2020, 1, 1, tzinfo=UTC)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_new_key_refuses_and_changes_nothing(path: Path, wrong: dict[str, Any]) -> None:
     kept = new_key(path, "kept")
     before = path.read_bytes()
@@ -307,9 +333,12 @@ def test_nothing_is_written_over_a_broken_file(path: Path) -> None:
 
 def test_every_field_of_the_other_keys_is_kept(path: Path) -> None:
     full = entry(
-        agent="full", role="auditor", expires_at="2030-01-01T00:00:00+02:00", models=["m"],
+        agent="full",
+        role="auditor",
+        expires_at="2030-01-01T00:00:00+02:00",
+        models=["m"],
         limits={"tokens_per_min": 5},
-    )  # fmt: skip
+    )
     path.write_text(yaml.safe_dump(file(full, entry(id="000000000000"))))
     before = load_keys(path).keys
     added = new_key(path, "billing")

@@ -57,11 +57,21 @@ for name in range(4):
 
 def entry(i: int) -> Entry:
     return Entry(
-        "consume", "blocked", tenant="acme", agent=f"agent-{i}", source="intake",
-        audience="billing", handle=f"handle-{i}", guard="gate", guard_digest="g" * 64,
-        policy_digest="p" * 64, reason=f"reason {i}", n_tokens=i, request_id=f"req-{i}",
+        "consume",
+        "blocked",
+        tenant="acme",
+        agent=f"agent-{i}",
+        source="intake",
+        audience="billing",
+        handle=f"handle-{i}",
+        guard="gate",
+        guard_digest="g" * 64,
+        policy_digest="p" * 64,
+        reason=f"reason {i}",
+        n_tokens=i,
+        request_id=f"req-{i}",
         at_ms=1_700_000_000_000 + i,
-    )  # fmt: skip
+    )
 
 
 def write(path: Path, n: int = N, key: bytes = KEY) -> Mark:
@@ -121,9 +131,23 @@ def test_chain_is_what_it_says(path: Path) -> None:
     key = hmac.new(KEY, b"lcguard audit key\0", hashlib.sha256).digest()
     before = "0" * 64
     for row in rows(path):
-        names = ("seq", "at_ms", "request_id", "event", "tenant", "agent", "source", "audience",
-                 "handle", "guard", "guard_digest", "policy_digest", "verdict", "reason",
-                 "n_tokens")  # fmt: skip
+        names = (
+            "seq",
+            "at_ms",
+            "request_id",
+            "event",
+            "tenant",
+            "agent",
+            "source",
+            "audience",
+            "handle",
+            "guard",
+            "guard_digest",
+            "policy_digest",
+            "verdict",
+            "reason",
+            "n_tokens",
+        )
         text = json.dumps(
             dict(zip(names, row, strict=False)), sort_keys=True, separators=(",", ":")
         )
@@ -133,17 +157,22 @@ def test_chain_is_what_it_says(path: Path) -> None:
 
 
 NEW_VALUES = {
-    "at_ms": 1, "n_tokens": 99, "event": "refused", "verdict": "allowed", "mac": "0" * 64,
-}  # fmt: skip
+    "at_ms": 1,
+    "n_tokens": 99,
+    "event": "refused",
+    "verdict": "allowed",
+    "mac": "0" * 64,
+}
 
 
 @pytest.mark.parametrize("seq", [1, 3, N])
 @pytest.mark.parametrize("column", [*COLUMNS[1:], "mac"])
 def test_edited_column(path: Path, column: str, seq: int) -> None:
     execute(
-        path, f"UPDATE audit SET {column} = :new WHERE seq = {seq}",
+        path,
+        f"UPDATE audit SET {column} = :new WHERE seq = {seq}",
         new=NEW_VALUES.get(column, "changed"),
-    )  # fmt: skip
+    )
     assert problems(path)[0] == f"row {seq}: altered, moved or forged"
     others = problems(path)[1:]
     # Rows that were left alone are not accused, but for the one that a false mac leads into.
@@ -153,9 +182,10 @@ def test_edited_column(path: Path, column: str, seq: int) -> None:
 def remake(select: str) -> tuple[str, ...]:
     """The same table without its constraints."""
     return (
-        f"CREATE TABLE other AS {select}", "DROP TABLE audit",
+        f"CREATE TABLE other AS {select}",
+        "DROP TABLE audit",
         "ALTER TABLE other RENAME TO audit",
-    )  # fmt: skip
+    )
 
 
 COPY = f"INSERT INTO audit SELECT {{seq}}, {', '.join(COLUMNS[1:])}, mac FROM audit WHERE seq = 2"
@@ -310,9 +340,11 @@ def test_damaged_pages(tmp_path: Path) -> None:
 
 
 VALUES = st.one_of(
-    st.text(max_size=20), st.binary(max_size=20), st.floats(allow_nan=False),
+    st.text(max_size=20),
+    st.binary(max_size=20),
+    st.floats(allow_nan=False),
     st.integers(-(2**63), 2**63 - 1),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150)
@@ -373,9 +405,21 @@ def test_entries_are_checked() -> None:
 def test_no_column_for_text_of_prompts() -> None:
     """A new column is a decision: this list is to be changed with it."""
     assert {f.name for f in fields(Entry)} == {
-        "at_ms", "request_id", "event", "tenant", "agent", "source", "audience", "handle", "guard",
-        "guard_digest", "policy_digest", "verdict", "reason", "n_tokens",
-    }  # fmt: skip
+        "at_ms",
+        "request_id",
+        "event",
+        "tenant",
+        "agent",
+        "source",
+        "audience",
+        "handle",
+        "guard",
+        "guard_digest",
+        "policy_digest",
+        "verdict",
+        "reason",
+        "n_tokens",
+    }
 
 
 def test_the_clock_stamps(tmp_path: Path) -> None:
@@ -412,9 +456,19 @@ def test_row_and_what_goes_with_it_are_one(tmp_path: Path) -> None:
         assert len(database.read(lambda c: c.execute("SELECT word FROM words").fetchall())) == 2
 
 
-@pytest.mark.parametrize("name", ["last deleted", "all deleted", "head dropped", "head count",
-                                  "head count of another type", "head hmac", "copied to the end",
-                                  "mac of another type"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "last deleted",
+        "all deleted",
+        "head dropped",
+        "head count",
+        "head count of another type",
+        "head hmac",
+        "copied to the end",
+        "mac of another type",
+    ],
+)
 def test_altered_end_is_not_gone_on_with(path: Path, name: str) -> None:
     statements, _ = TAMPERINGS[name]
     with Database(path) as database:
@@ -596,9 +650,10 @@ def test_show_command(path: Path) -> None:
 def test_show_command_of_an_altered_file(path: Path) -> None:
     """A reader's terminal is not steered, and a strange type is no crash."""
     execute(
-        path, "UPDATE audit SET reason = :text, at_ms = 9e300, agent = x'ff' WHERE seq = 5",
+        path,
+        "UPDATE audit SET reason = :text, at_ms = 9e300, agent = x'ff' WHERE seq = 5",
         text="\x1b]0;x\x07\nforged line",
-    )  # fmt: skip
+    )
     said: list[str] = []
     show_command(path, last=1, say=said.append)
     assert said[0].isprintable()

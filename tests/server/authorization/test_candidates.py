@@ -96,8 +96,10 @@ class Eyes:
         body = {"model": "nano", "prompt": text, "max_tokens": 1, "temperature": 0}
         publish = {"lcguard": {"publish": {"audience": self.agent}}}
         post = self.front.http.post
-        out |= answer(post("/v1/completions", json=body | publish | stream, headers=self.who),
-                      "streamed publish")  # fmt: skip
+        out |= answer(
+            post("/v1/completions", json=body | publish | stream, headers=self.who),
+            "streamed publish",
+        )
         out |= answer(post("/v1/completions", json=body, headers=self.who), "plain")
         named = {"lcguard": {"publish": {"audience": self.agent, "secrets": [text[:9]]}}}
         out |= answer(post("/v1/completions", json=body | named, headers=self.who), "refused")
@@ -177,8 +179,9 @@ def test_an_audience_sees_lengths_in_buckets(front: Front) -> None:
 
     assert visible(handles[0]) == visible(handles[1])
     filled = "word " * 880
-    ends = [visible(h, max_tokens=900, messages=[{"role": "user", "content": filled}])
-            for h in handles]  # fmt: skip
+    ends = [
+        visible(h, max_tokens=900, messages=[{"role": "user", "content": filled}]) for h in handles
+    ]
     assert ends[0] == ends[1]
 
 

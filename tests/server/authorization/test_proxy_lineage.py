@@ -38,9 +38,13 @@ def bob_to(front: Front, audience: str, *consumed: str, **more: Any) -> httpx.Re
     """A note of Bob's, on top of what he consumed."""
     handoff = {"consume": list(consumed)} if consumed else {}
     return front.chat(
-        kin(front, "bob"), "", handoff | {"publish": {"audience": audience} | more}, max_tokens=1,
-        messages=[{"role": "system", "content": "Desk: 4."}], add_generation_prompt=False,
-    )  # fmt: skip
+        kin(front, "bob"),
+        "",
+        handoff | {"publish": {"audience": audience} | more},
+        max_tokens=1,
+        messages=[{"role": "system", "content": "Desk: 4."}],
+        add_generation_prompt=False,
+    )
 
 
 # -- what travels
@@ -64,9 +68,11 @@ def test_the_gate_guards_what_travels(front: Front) -> None:
     assert own["policy_digest"] != made["policy_digest"]
     # and two hops on, where nobody names Alice: then everything is forbidden
     further = front.chat(
-        kin(front, "dave"), "x", {"consume": [made["handle"]], "publish": {"audience": "erin"}},
+        kin(front, "dave"),
+        "x",
+        {"consume": [made["handle"]], "publish": {"audience": "erin"}},
         max_tokens=1,
-    )  # fmt: skip
+    )
     assert error(further) == (403, "policy")
 
 
@@ -89,8 +95,12 @@ def test_the_engine_refuses_by_itself(engine: Running, front: Front, site: Site)
         publish = {"source": "kin/bob", "audience": f"kin/{audience}"}
         publish |= {"spans": []} if audience == "frank" else {}  # type: ignore[dict-item]
         order = signed_order(key, {"consume": consume, "publish": publish}, time.time())
-        body = {"model": "nano", "prompt": "Desk: 4.", "max_tokens": 1,
-                "kv_transfer_params": {"lcguard": order}}  # fmt: skip
+        body = {
+            "model": "nano",
+            "prompt": "Desk: 4.",
+            "max_tokens": 1,
+            "kv_transfer_params": {"lcguard": order},
+        }
         headers = {"Authorization": f"Bearer {engine.api_key}"}
         answer = httpx.post(engine.url + "/v1/completions", json=body, headers=headers, timeout=60)
         assert answer.status_code == (403 if why else 200), answer.text
@@ -127,12 +137,16 @@ def test_a_closed_edge_delivers_nothing_that_was_published_before(
         intake = front.auth("intake")
         handles = {a: front.handle(intake, a) for a in ("shut", "shut-redacted", "open")}
         keys = front.keys
-    save_state(tmp_path / "leakage.json", {
-        e.name: e for e in (
-            EdgeLeakage("default", "intake", name, since_s=1.0, state="closed", reason="a test")
-            for name in ("shut", "shut-redacted")
-        )
-    })  # fmt: skip
+    save_state(
+        tmp_path / "leakage.json",
+        {
+            e.name: e
+            for e in (
+                EdgeLeakage("default", "intake", name, since_s=1.0, state="closed", reason="a test")
+                for name in ("shut", "shut-redacted")
+            )
+        },
+    )
     with front_of(site, engine, tmp_path) as front:
         front.keys = keys
         for name in ("shut", "shut-redacted"):
@@ -150,9 +164,14 @@ def test_a_revocation_ends_what_is_being_answered(front: Front, cascade: bool) -
     intake, reader = front.auth("intake"), front.auth("open")
     handle, other = front.handle(intake, "open"), front.handle(intake, "open")
     body = {
-        "model": "nano", "prompt": ASK_SSN, "max_tokens": 3000, "ignore_eos": True,
-        "temperature": 0, "stream": True, "lcguard": {"consume": [other, handle]},
-    }  # fmt: skip
+        "model": "nano",
+        "prompt": ASK_SSN,
+        "max_tokens": 3000,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "lcguard": {"consume": [other, handle]},
+    }
     with front.http.stream("POST", "/v1/completions", json=body, headers=reader) as answer:
         pieces = answer.iter_lines()
         assert next(pieces).startswith("data: {")

@@ -163,15 +163,16 @@ def test_a_lost_transaction_fails_all_of_it(database: Database, ending: str) -> 
 def test_lock_of_another_process(database: Database, path: Path) -> None:
     locker = subprocess.Popen(
         [sys.executable, "-c", LOCKER, str(path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert locker.stdout is not None
         assert locker.stdout.readline() == "locked\n"
-        start = time.monotonic()
+        # it gives up, rather than wait for the lock, which is held until the end
         with pytest.raises(DatabaseError, match=r"locked by another process for 0\.3 s"):
             database.write_now(add("a"))
-        assert time.monotonic() - start < 30  # it gave up, rather than wait for the lock
         with pytest.raises(DatabaseError, match="locked"):
             Database(path, busy_timeout_s=0.1)
         assert words(database) == set()
@@ -257,8 +258,10 @@ def test_unwritable_disk_is_found_at_open(path: Path) -> None:
     for n_bytes in (0, 4096):
         done = subprocess.run(
             [sys.executable, "-c", LIMITED, str(path), str(n_bytes)],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"{path}: the disk refuses"), done.stdout
 

@@ -36,13 +36,13 @@ def test_what_the_engine_could_not_take_is_refused(raw: bytes, says: str) -> Non
 def test_the_widest_numbers_pass() -> None:
     body = b'{"seed": 9223372036854775807, "a": [-9223372036854775808, 1.5e308], "b": -0}'
     assert parse_object(body, {}) == {
-        "seed": 2**63 - 1, "a": [-(2**63), 1.5e308], "b": 0,
-    }  # fmt: skip
+        "seed": 2**63 - 1,
+        "a": [-(2**63), 1.5e308],
+        "b": 0,
+    }
 
 
-@pytest.mark.parametrize(
-    "headers", [{"content-type": "text/plain"}, {"content-encoding": "gzip"}]
-)  # fmt: skip
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-encoding": "gzip"}])
 def test_only_plain_json_is_read(headers: dict[str, str]) -> None:
     with pytest.raises(ProxyError) as refused:
         parse_object(b"{}", headers)

@@ -36,8 +36,13 @@ MINIMAL: dict[Endpoint, dict[str, Any]] = {
 }
 EVERY = [(e, name, field) for e in ENDPOINTS for name, field in FIELDS[e].items()]
 SAMPLE: dict[type, Any] = {
-    bool: True, int: 3, float: 0.5, str: "text", list: [{"role": "user"}], dict: {"a": 1},
-}  # fmt: skip
+    bool: True,
+    int: 3,
+    float: 0.5,
+    str: "text",
+    list: [{"role": "user"}],
+    dict: {"a": 1},
+}
 
 
 def asks(endpoint: Endpoint, name: str, field: Field) -> Any:
@@ -75,9 +80,14 @@ def test_every_parameter_of_openai_s_client_is_judged(endpoint: Endpoint) -> Non
 def test_what_openai_s_clients_send_unasked_is_no_error(handoff: bool) -> None:
     asked = {"messages": [{"role": "user", "content": "x"}]}
     more = {
-        "store": True, "metadata": {"run": "7"}, "verbosity": "low", "service_tier": "auto",
-        "prompt_cache_key": "a", "safety_identifier": "b", "modalities": ["text"],
-    }  # fmt: skip
+        "store": True,
+        "metadata": {"run": "7"},
+        "verbosity": "low",
+        "service_tier": "auto",
+        "prompt_cache_key": "a",
+        "safety_identifier": "b",
+        "modalities": ["text"],
+    }
     assert check("chat", asked | more, handoff, handoff) == asked
     for name, value in {"modalities": ["audio"], "functions": [], "prediction": {}}.items():
         assert refusal(asked | {name: value}).param == name
@@ -104,9 +114,11 @@ def test_every_field_of_vllm_s_requests_is_judged() -> None:
             assert (found.alias, found.validation_alias) == (None, None), name
             neutral = FIELDS[endpoint][name].neutral
             if neutral is not None:
-                assert found.default == neutral or (found.default, neutral) == (None, False) or (
-                    name == "suffix"
-                )  # fmt: skip
+                assert (
+                    found.default == neutral
+                    or (found.default, neutral) == (None, False)
+                    or (name == "suffix")
+                )
 
 
 @needs_vllm
@@ -116,13 +128,17 @@ def test_every_field_of_vllm_s_answers_is_judged() -> None:
     from vllm.entrypoints.openai.completion import protocol as text
 
     whole = (
-        chat.ChatCompletionResponse, chat.ChatCompletionStreamResponse,
-        text.CompletionResponse, text.CompletionStreamResponse,
-    )  # fmt: skip
+        chat.ChatCompletionResponse,
+        chat.ChatCompletionStreamResponse,
+        text.CompletionResponse,
+        text.CompletionStreamResponse,
+    )
     choices = (
-        chat.ChatCompletionResponseChoice, chat.ChatCompletionResponseStreamChoice,
-        text.CompletionResponseChoice, text.CompletionResponseStreamChoice,
-    )  # fmt: skip
+        chat.ChatCompletionResponseChoice,
+        chat.ChatCompletionResponseStreamChoice,
+        text.CompletionResponseChoice,
+        text.CompletionResponseStreamChoice,
+    )
     assert set(ANSWER) == {name for m in whole for name in m.model_fields} | {"lcguard", "error"}
     assert set(CHOICE) == {name for m in choices for name in m.model_fields}
     assert set(USAGE) == set(text.UsageInfo.model_fields)
@@ -147,10 +163,19 @@ def test_what_passes_is_a_request_to_vllm(endpoint: Endpoint) -> None:
 
     model: Any = ChatCompletionRequest if endpoint == "chat" else CompletionRequest
     body = {
-        **MINIMAL[endpoint], "model": "m", "temperature": 0, "max_tokens": 5, "n": 1, "seed": 3,
-        "stop": ["x"], "stream": True, "stream_options": {"include_usage": True},
-        "logit_bias": {"5": 1}, "structured_outputs": {"choice": ["a", "b"]}, "user": "u",
-    }  # fmt: skip
+        **MINIMAL[endpoint],
+        "model": "m",
+        "temperature": 0,
+        "max_tokens": 5,
+        "n": 1,
+        "seed": 3,
+        "stop": ["x"],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logit_bias": {"5": 1},
+        "structured_outputs": {"choice": ["a", "b"]},
+        "user": "u",
+    }
     passed = check(endpoint, body, consuming=True, publishing=True)
     request = model.model_validate(json.loads(json.dumps(passed)))
     for name in ("temperature", "stop", "seed", "stream", "logit_bias"):
@@ -292,11 +317,18 @@ def test_fields_of_the_other_endpoint_are_unknown() -> None:
         {"role": "user", "content": "x"},
         {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": ""}]},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {}}]},
-        {"role": "assistant", "content": "x", "refusal": None, "annotations": None, "audio": None,
-         "function_call": None, "reasoning": "y"},
+        {
+            "role": "assistant",
+            "content": "x",
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "reasoning": "y",
+        },
         {"role": "tool", "tool_call_id": "1", "content": "x"},
     ],
-)  # fmt: skip
+)
 def test_text_messages_pass_as_they_are(message: dict[str, Any]) -> None:
     for handoff in (False, True):
         body = {"messages": [message]}
@@ -319,10 +351,13 @@ def test_text_messages_pass_as_they_are(message: dict[str, Any]) -> None:
         {"type": "text"},
         {"text": "x"},
         {"type": ["text"], "text": "x"},
-        "x", None, 5, ["x"],
+        "x",
+        None,
+        5,
+        ["x"],
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_only_text_parts(part: Any) -> None:
     parts = [{"type": "text", "text": "x"}, part]
     error = refusal({"messages": [{"role": "user", "content": parts}]})
@@ -332,14 +367,18 @@ def test_only_text_parts(part: Any) -> None:
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
-        (None, "messages"), ([], "messages"), ("x", "messages"), ([5], "messages[0]"),
-        ([{"content": "x"}], "messages[0].role"), ([{"role": 5}], "messages[0].role"),
+        (None, "messages"),
+        ([], "messages"),
+        ("x", "messages"),
+        ([5], "messages[0]"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": 5}], "messages[0].role"),
         ([{"role": "user", "content": {"type": "text"}}], "messages[0].content"),
         ([{"role": "user", "contents": "x"}], "messages[0].contents"),
         ([{"role": "user", "audio": {"id": "x"}}], "messages[0].audio"),
         ([{"role": "user"}, {"role": "user", "image_url": "x"}], "messages[1].image_url"),
     ],
-)  # fmt: skip
+)
 def test_malformed_messages(messages: Any, param: str) -> None:
     assert refusal({"messages": messages}).param == param
 
@@ -362,9 +401,24 @@ def test_one_prompt_for_a_handoff() -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, "", [], [True], [1.0], [1, "x"], [[1], "x"], [[]], [[True]], [[[1]]], [None],
-               [{}], [[1, "x"]]], ids=str,
-)  # fmt: skip
+    "prompt",
+    [
+        None,
+        "",
+        [],
+        [True],
+        [1.0],
+        [1, "x"],
+        [[1], "x"],
+        [[]],
+        [[True]],
+        [[[1]]],
+        [None],
+        [{}],
+        [[1, "x"]],
+    ],
+    ids=str,
+)
 def test_prompts_of_anything_else(prompt: Any) -> None:
     assert refusal({"prompt": prompt}, "completions").param == "prompt"
 
@@ -382,7 +436,11 @@ def test_template_options_are_plain_values() -> None:
 
 _JSON = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(),
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(),
         st.sampled_from(["text", "user", "false", "1"]),
     ),
     lambda inner: st.one_of(
@@ -396,7 +454,7 @@ _JSON = st.recursive(
         ),
     ),
     max_leaves=12,
-)  # fmt: skip
+)
 _NAMES = st.sampled_from(sorted({*FIELDS["chat"], *FIELDS["completions"]}))
 
 
@@ -448,8 +506,12 @@ def test_an_answer_loses_what_the_client_must_not_have() -> None:
         assert set(left) == {n for n, c in table.items() if c == "passed"}
     assert not {"kv_transfer_params", "routed_experts"} & {*plain, *plain["choices"][0]}
     assert json.dumps(answer) == before
-    usage = {"prompt_tokens": 70, "completion_tokens": 2, "total_tokens": 72,
-             "prompt_tokens_details": {"cached_tokens": 61}}  # fmt: skip
+    usage = {
+        "prompt_tokens": 70,
+        "completion_tokens": 2,
+        "total_tokens": 72,
+        "prompt_tokens_details": {"cached_tokens": 61},
+    }
     assert clean({"usage": usage}, consuming=False) == {"usage": usage}
     counted = {"prompt_tokens": 73, "completion_tokens": 2, "total_tokens": 75}
     assert clean({"usage": usage}, consuming=True, unsaid_tokens=3) == {"usage": counted}

@@ -38,9 +38,12 @@ def test_the_stream_helper_s_final_completion_has_the_handle(front: Front, usage
     assert final.choices[0].finish_reason
     assert (final.usage is not None) is usage
     with client(front, "open").chat.completions.stream(
-        model="nano", max_tokens=16, temperature=0, messages=ASK,
+        model="nano",
+        max_tokens=16,
+        temperature=0,
+        messages=ASK,
         extra_body={"lcguard": {"consume": [made["handle"]]}},
-    ) as stream:  # fmt: skip
+    ) as stream:
         read: Any = stream.get_final_completion().choices[0].message
     assert COMPLAINT in read.content
     assert [s["handle"] for s in read.lcguard["consumed"]] == [made["handle"]]
@@ -58,10 +61,17 @@ def test_every_chunk_has_a_choice_to_read(front: Front) -> None:
 
 def test_several_answers_end_with_one_that_says_it(front: Front) -> None:
     handle = front.handle(front.auth("intake"), "open")
-    chunks = list(client(front, "open").chat.completions.create(
-        model="nano", max_tokens=4, temperature=1, messages=ASK, n=3, stream=True,
-        extra_body={"lcguard": {"consume": [handle]}},
-    ))  # fmt: skip
+    chunks = list(
+        client(front, "open").chat.completions.create(
+            model="nano",
+            max_tokens=4,
+            temperature=1,
+            messages=ASK,
+            n=3,
+            stream=True,
+            extra_body={"lcguard": {"consume": [handle]}},
+        )
+    )
     assert all(len(chunk.choices) == 1 for chunk in chunks)
     assert sum(bool(chunk.choices[0].finish_reason) for chunk in chunks) == 3
     said = [bool((chunk.model_extra or {}).get("lcguard")) for chunk in chunks]
@@ -86,9 +96,11 @@ def test_the_answer_s_id_names_the_segment_too(front: Front, stream: bool) -> No
     answer_id = list(made)[-1].id if stream else made.id
     assert COMPLAINT in front.answer(front.auth("open"), ASK[0]["content"], answer_id)
     text: Any = client(front, "intake").completions.create(
-        model="nano", prompt=NOTE, max_tokens=1,
+        model="nano",
+        prompt=NOTE,
+        max_tokens=1,
         extra_body={"lcguard": {"publish": {"audience": "open"}}},
-    )  # fmt: skip
+    )
     assert text.id == f"cmpl-{text.lcguard['published']['handle']}"
     refused = front.ask(front.auth("mallory"), ASK[0]["content"], text.id)
     assert refused.status_code == 403

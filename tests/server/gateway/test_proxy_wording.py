@@ -30,9 +30,12 @@ SAID: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "x"}], "structured_outputs": {"ssn": MARK}},
     {"messages": [{"role": "user", "content": "x"}], "logit_bias": {MARK: 5}},
     {"messages": [{"role": "user", "content": "x"}], "reasoning_effort": MARK},
-    {"messages": [{"role": "user", "content": MARK}], "add_generation_prompt": True,
-     "continue_final_message": True},
-]  # fmt: skip
+    {
+        "messages": [{"role": "user", "content": MARK}],
+        "add_generation_prompt": True,
+        "continue_final_message": True,
+    },
+]
 """Bodies that somebody refuses and may quote."""
 
 
@@ -68,8 +71,12 @@ def test_no_wording_of_others_in_audit_log_and_metrics(front: Front) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_vllms_refusal_of_a_prompt_is_audited_without_its_words(front: Front) -> None:
     """The row is there, with its code."""
-    body = {"model": "nano", "max_tokens": 1, **SAID[0],
-            "lcguard": {"publish": {"audience": "screened"}}}  # fmt: skip
+    body = {
+        "model": "nano",
+        "max_tokens": 1,
+        **SAID[0],
+        "lcguard": {"publish": {"audience": "screened"}},
+    }
     header = front.auth("intake") | {"x-request-id": "quoted-1"}
     got = front.http.post("/v1/chat/completions", json=body, headers=header)
     assert got.status_code == 400

@@ -20,9 +20,14 @@ def served(app: Any, use: Callable[[int], Awaitable[None]], write_s: float) -> N
 
     async def run() -> None:
         config = uvicorn.Config(
-            app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=1,
-            http=TimedHttp.with_timeouts(10.0, write_s), timeout_keep_alive=1,
-        )  # fmt: skip
+            app,
+            port=0,
+            log_level="warning",
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            http=TimedHttp.with_timeouts(10.0, write_s),
+            timeout_keep_alive=1,
+        )
         server = uvicorn.Server(config)
         task = asyncio.ensure_future(server.serve())
         while not server.started:
@@ -115,9 +120,14 @@ def test_what_is_left_of_a_finished_answer_does_not_keep_a_connection() -> None:
 
     async def run() -> None:
         config = uvicorn.Config(
-            app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=1,
-            http=Watched, timeout_keep_alive=1,
-        )  # fmt: skip
+            app,
+            port=0,
+            log_level="warning",
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            http=Watched,
+            timeout_keep_alive=1,
+        )
         server = uvicorn.Server(config)
         task = asyncio.ensure_future(server.serve())
         while not server.started:

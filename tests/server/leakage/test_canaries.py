@@ -173,14 +173,18 @@ class Site(ThreadingHTTPServer):
             self.refusals -= 1
             return 503, {"error": {"message": "busy"}}
         self.bodies.append(body)
-        kv = guard(
-            self.agent.source.prefill([body["prompt"]]), mask_of([CATEGORIES], [()])
-        ).kv  # fmt: skip
+        kv = guard(self.agent.source.prefill([body["prompt"]]), mask_of([CATEGORIES], [()])).kv
         handle = new_handle()
         segment = KVSegment.create(
-            kv.keys[0], kv.values[0], self.agent.source.config, model_id="nano",
-            source_agent="t/a", guard_digest=guard.digest, policy_digest="0" * 64, handle=handle,
-        )  # fmt: skip
+            kv.keys[0],
+            kv.values[0],
+            self.agent.source.config,
+            model_id="nano",
+            source_agent="t/a",
+            guard_digest=guard.digest,
+            policy_digest="0" * 64,
+            handle=handle,
+        )
         open_store(self.store).put(segment.sign(bytes.fromhex(KEY)))
         made = {"handle": handle, "guard": guard.name, "forbid": list(CATEGORIES), "derive": []}
         return 200, {"lcguard": {"published": made}}
@@ -225,22 +229,35 @@ def edge(audience: str, *forbid: str, **more: Any) -> dict[str, Any]:
 def work(job: Any) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {KEY_VARIABLE: KEY, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "lcguard.commands.canary"], input=json.dumps(job), env=environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-m", "lcguard.commands.canary"],
+        input=json.dumps(job),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.slow
 def test_the_worker_plants_screens_and_cleans_up(site: Site, tmp_path: Path) -> None:
     forbid = ("government_id", "health")
     job = {
-        "base_url": site.url, "token": "planted", "model": "nano", "served_model": "served",
-        "store": site.store, "train_records": 40, "test_records": 24, "seed": 7,
+        "base_url": site.url,
+        "token": "planted",
+        "model": "nano",
+        "served_model": "served",
+        "store": site.store,
+        "train_records": 40,
+        "test_records": 24,
+        "seed": 7,
         "edges": [
-            edge("identity", *forbid), edge("leaky", *forbid), edge("open"),
-            edge("nobody", *forbid), edge("gate", *forbid, guard="redact"),
+            edge("identity", *forbid),
+            edge("leaky", *forbid),
+            edge("open"),
+            edge("nobody", *forbid),
+            edge("gate", *forbid, guard="redact"),
         ],
-    }  # fmt: skip
+    }
     done = work(job)
     assert done.returncode == 0, done.stderr
     *lines, last = map(json.loads, done.stdout.splitlines())
@@ -274,9 +291,13 @@ def test_the_worker_plants_screens_and_cleans_up(site: Site, tmp_path: Path) -> 
 def test_jobs_that_cannot_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     good = {
-        "base_url": "http://127.0.0.1:9", "token": "planted", "model": "nano",
-        "store": f"file://{tmp_path}", "served_model": "nano", "edges": [],
-    }  # fmt: skip
+        "base_url": "http://127.0.0.1:9",
+        "token": "planted",
+        "model": "nano",
+        "store": f"file://{tmp_path}",
+        "served_model": "nano",
+        "edges": [],
+    }
     assert open_canaries(Job.model_validate(good)).results() == []
     for changed, message in (
         ({"store": "memory://x"}, "the store is within one process"),
@@ -296,11 +317,21 @@ def test_jobs_that_cannot_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def found(audience: str, recovered: int) -> dict[str, Any]:
     share = recovered / 100
     return {
-        "tenant": "t", "source": "a", "audience": audience, "n_secrets": 100,
-        "recovered": recovered, "asr": share, "asr_low": max(0.0, share - 0.1),
-        "asr_high": min(1.0, share + 0.1), "floor": 0.0, "attack": "probe", "seconds": 1.0,
-        "guard": "gate", "guard_digest": "g", "policy_digest": "p",
-    }  # fmt: skip
+        "tenant": "t",
+        "source": "a",
+        "audience": audience,
+        "n_secrets": 100,
+        "recovered": recovered,
+        "asr": share,
+        "asr_low": max(0.0, share - 0.1),
+        "asr_high": min(1.0, share + 0.1),
+        "floor": 0.0,
+        "attack": "probe",
+        "seconds": 1.0,
+        "guard": "gate",
+        "guard_digest": "g",
+        "policy_digest": "p",
+    }
 
 
 @dataclass
@@ -323,9 +354,14 @@ class Bench:
         self, code: str, timeout_s: float = 60, job: Callable[[], Any] | None = None, **more: Any
     ) -> CanaryRunner:
         return CanaryRunner(
-            [sys.executable, "-c", code], job or self.job, self.meter,
-            more.pop("interval_s", 3600), timeout_s, more.pop("on_change", self.changed), **more,
-        )  # fmt: skip
+            [sys.executable, "-c", code],
+            job or self.job,
+            self.meter,
+            more.pop("interval_s", 3600),
+            timeout_s,
+            more.pop("on_change", self.changed),
+            **more,
+        )
 
     def errors(self) -> list[str]:
         return [e.error for e in self.meter.snapshot()]
@@ -345,11 +381,29 @@ def says(*results: Any, more: str = "", code: int = 0) -> str:
     )
 
 
-async def until(true: Callable[[], Any], timeout_s: float = 30) -> None:
+async def until(true: Callable[[], Any], timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end, "it did not come about in time"
         await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def deadlines(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Timeout]:
+    """Those of the workers: none passes by itself, ``pass_now`` lets one pass."""
+    made: list[asyncio.Timeout] = []
+    real = asyncio.timeout
+
+    def timeout(delay_s: float | None) -> asyncio.Timeout:
+        made.append(real(None))
+        return made[-1]
+
+    monkeypatch.setattr(asyncio, "timeout", timeout)
+    return made
+
+
+def pass_now(deadline: asyncio.Timeout) -> None:
+    deadline.reschedule(asyncio.get_running_loop().time())
 
 
 async def stop(task: asyncio.Future[Any]) -> None:
@@ -398,10 +452,17 @@ def test_a_leak_closes_before_the_worker_ends(bench: Bench) -> None:
     asyncio.run(main())
 
 
-def test_what_a_late_worker_found_stays(bench: Bench) -> None:
+def test_what_a_late_worker_found_stays(bench: Bench, deadlines: list[asyncio.Timeout]) -> None:
     line = json.dumps({"result": found("b", 90)})
     runner = bench.runner(f"import time; print({line!r}, flush=True); time.sleep(600)", 5)
-    assert asyncio.run(runner.run_now()) is True
+
+    async def main() -> bool | None:
+        task = asyncio.ensure_future(runner.run_now())
+        await until(lambda: bench.changes)
+        pass_now(deadlines[0])
+        return await task
+
+    assert asyncio.run(main()) is True
     assert bench.changes == [("b", "open", "closed")]
     assert bench.errors() == ["", "the worker took more than 5 s"]
 
@@ -427,7 +488,7 @@ def test_those_that_waited_longest_go_first(bench: Bench) -> None:
         (says({"tenant": "t", "source": "a", "audience": "d", "asr": 0}), "left this edge out"),
         (says(code=3), "ended with 3"),
     ],
-)  # fmt: skip
+)
 def test_a_worker_that_fails_is_an_error_of_its_edges(
     bench: Bench, code: str, message: str
 ) -> None:
@@ -491,20 +552,20 @@ def nested(folder: Path, then: str) -> Iterator[tuple[str, Callable[[], list[int
     assert not [p for p in pids() if alive(p)]
 
 
-def test_a_worker_that_hangs_is_killed_with_its_children(bench: Bench, tmp_path: Path) -> None:
-    with nested(tmp_path, "time.sleep(600)") as (code, _):
+def test_a_worker_that_hangs_is_killed_with_its_children(
+    bench: Bench, tmp_path: Path, deadlines: list[asyncio.Timeout]
+) -> None:
+    with nested(tmp_path, "time.sleep(600)") as (code, pids):
         runner = bench.runner(code, timeout_s=5)
 
-        async def main() -> int:
-            ticks = 0
+        async def main() -> bool | None:
             task = asyncio.ensure_future(runner.run_now())
-            while not task.done():  # the loop runs on meanwhile
-                await asyncio.sleep(0.05)
-                ticks += 1
-            assert await task is False
-            return ticks
+            await until(pids)  # the loop runs on meanwhile
+            assert not task.done()
+            pass_now(deadlines[0])
+            return await task
 
-        assert asyncio.run(main()) > 20
+        assert asyncio.run(main()) is False
         assert bench.errors() == ["the worker took more than 5 s"] * 2
 
 
@@ -561,9 +622,11 @@ def test_a_failed_run_is_tried_again_before_the_interval(bench: Bench) -> None:
 def test_without_edges_it_looks_again_and_starts_nothing(bench: Bench) -> None:
     jobs = iter([{"edges": []}, {"edges": []}])
     runner = bench.runner(
-        says(found("b", 0), found("c", 0)), first_s=0, retry_s=0.01,
+        says(found("b", 0), found("c", 0)),
+        first_s=0,
+        retry_s=0.01,
         job=lambda: next(jobs, None) or bench.job(),
-    )  # fmt: skip
+    )
     run_for(runner, lambda: runner.runs >= 1)
     assert bench.jobs == 1
     assert bench.errors() == ["", ""]
@@ -633,10 +696,12 @@ def test_an_edge_under_another_rule_is_screened_again(bench: Bench) -> None:
 def test_looking_for_new_edges_survives_a_broken_job(bench: Bench) -> None:
     edges = [edge("b", "health")]
     runner = follower(bench, edges)
-    whole, broken = runner._job, False
+    whole, broken, tried = runner._job, False, 0
 
     def job() -> dict[str, Any]:
+        nonlocal tried
         if broken:
+            tried += 1
             raise ValueError("the database is busy")
         return whole()
 
@@ -648,7 +713,7 @@ def test_looking_for_new_edges_survives_a_broken_job(bench: Bench) -> None:
         await until(lambda: runner.runs == 1)
         broken = True
         edges.append(edge("c", "health"))
-        await asyncio.sleep(0.2)
+        await until(lambda: tried > 1)
         assert (runner.runs, task.done()) == (1, False)
         broken = False
         await until(lambda: screenings(bench) == {"b": 1, "c": 1})

@@ -45,12 +45,17 @@ def record(connection: sqlite3.Connection, text: Text | None, audience: str = "b
 @pytest.mark.parametrize(
     "same",
     [
-        NOTE, f" {NOTE}", NOTE.replace(". ", ".  "), NOTE.upper(), NOTE.replace(".", " !"),
-        f"Please read this again: {NOTE}", NOTE.replace("Chief", "The chief"),
+        NOTE,
+        f" {NOTE}",
+        NOTE.replace(". ", ".  "),
+        NOTE.upper(),
+        NOTE.replace(".", " !"),
+        f"Please read this again: {NOTE}",
+        NOTE.replace("Chief", "The chief"),
         "SSN: 912-55-1029. Chief complaint: back pain. The patient's name is Ada Long.",
         NOTE.replace("9", "\uff19"),
     ],
-)  # fmt: skip
+)
 def test_nearly_the_same_text_is_the_same_record(connection: sqlite3.Connection, same: str) -> None:
     assert record(connection, chat(NOTE)) == record(connection, chat(same))
 
@@ -58,10 +63,13 @@ def test_nearly_the_same_text_is_the_same_record(connection: sqlite3.Connection,
 @pytest.mark.parametrize(
     "other",
     [
-        NOTE.replace("1029", "1030"), NOTE.replace("Ada", "Eva"), NOTE.replace("back", "neck"),
-        "Nothing of it.", f"{NOTE} " + " ".join(f"word{i}" for i in range(9)),
+        NOTE.replace("1029", "1030"),
+        NOTE.replace("Ada", "Eva"),
+        NOTE.replace("back", "neck"),
+        "Nothing of it.",
+        f"{NOTE} " + " ".join(f"word{i}" for i in range(9)),
     ],
-)  # fmt: skip
+)
 def test_another_value_is_another_record(connection: sqlite3.Connection, other: str) -> None:
     assert record(connection, chat(NOTE)) != record(connection, chat(other))
 
@@ -107,14 +115,34 @@ def test_tokens_are_words_too(connection: sqlite3.Connection) -> None:
 
 
 def receive(
-    connection: sqlite3.Connection, handle: str, draw: str, record: str = "r",
-    max_draws: int | None = 2, at_s: float = NOW, audience: str = "billing", **more: Any,
-) -> None:  # fmt: skip
+    connection: sqlite3.Connection,
+    handle: str,
+    draw: str,
+    record: str = "r",
+    max_draws: int | None = 2,
+    at_s: float = NOW,
+    audience: str = "billing",
+    **more: Any,
+) -> None:
     if find(connection, handle) is None:
-        record_segment(connection, Segment(
-            handle, "acme", "intake", audience, at_s, at_s + 9e9, 7, "gate", "g" * 64, "p" * 64,
-            draw=draw, record=record, **more,
-        ))  # fmt: skip
+        record_segment(
+            connection,
+            Segment(
+                handle,
+                "acme",
+                "intake",
+                audience,
+                at_s,
+                at_s + 9e9,
+                7,
+                "gate",
+                "g" * 64,
+                "p" * 64,
+                draw=draw,
+                record=record,
+                **more,
+            ),
+        )
     reserve_draw(connection, "acme", audience, handle, max_draws, at_s)
 
 
@@ -126,9 +154,13 @@ def test_two_draws_of_a_record_and_no_third(connection: sqlite3.Connection) -> N
     assert e.value.frees_at_s == NOW + KEEP_RECEIVED_S
     # known draws, other records, other audiences, no noise, and the audience's own text
     for handle, draw, more in (
-        ("h1", "a", {}), ("h4", "b", {}), ("h5", "c", {"record": "s"}), ("h6", "", {}),
-        ("h7", "d", {"audience": "intake"}), ("h8", "c", {"audience": "x"}),
-    ):  # fmt: skip
+        ("h1", "a", {}),
+        ("h4", "b", {}),
+        ("h5", "c", {"record": "s"}),
+        ("h6", "", {}),
+        ("h7", "d", {"audience": "intake"}),
+        ("h8", "c", {"audience": "x"}),
+    ):
         receive(connection, handle, draw, at_s=NOW + 10, **more)
     receive(connection, "h9", "c", max_draws=None)
     # the oldest receipt is forgotten, and only then

@@ -29,11 +29,21 @@ def result(recovered: int, n: int = 200, **more: Any) -> dict[str, Any]:
     """A screening as the worker gives it."""
     low, high = wilson(recovered, n)
     base = {
-        "tenant": EDGE[0], "source": EDGE[1], "audience": EDGE[2], "n_secrets": n,
-        "recovered": recovered, "asr": recovered / n, "asr_low": low, "asr_high": high,
-        "floor": 0.0, "attack": "probe", "seconds": 1.5, "guard": "gate", "guard_digest": "g1",
+        "tenant": EDGE[0],
+        "source": EDGE[1],
+        "audience": EDGE[2],
+        "n_secrets": n,
+        "recovered": recovered,
+        "asr": recovered / n,
+        "asr_low": low,
+        "asr_high": high,
+        "floor": 0.0,
+        "attack": "probe",
+        "seconds": 1.5,
+        "guard": "gate",
+        "guard_digest": "g1",
         "policy_digest": "p1",
-    }  # fmt: skip
+    }
     return base | more
 
 
@@ -153,11 +163,21 @@ def test_an_edge_that_forbids_nothing_any_more_is_open(meter: LeakageMeter) -> N
 @pytest.mark.parametrize(
     "broken",
     [
-        {"asr": float("nan")}, {"asr_low": float("nan")}, {"asr": 0.0}, {"recovered": 300},
-        {"n_secrets": 0}, {"asr_low": 0.9}, {"asr_high": 1.1}, {"guard_digest": ""},
-        {"policy_digest": ""}, {"asr": None}, {"more": 1}, {"tenant": None}, {"skipped": "why"},
+        {"asr": float("nan")},
+        {"asr_low": float("nan")},
+        {"asr": 0.0},
+        {"recovered": 300},
+        {"n_secrets": 0},
+        {"asr_low": 0.9},
+        {"asr_high": 1.1},
+        {"guard_digest": ""},
+        {"policy_digest": ""},
+        {"asr": None},
+        {"more": 1},
+        {"tenant": None},
+        {"skipped": "why"},
     ],
-)  # fmt: skip
+)
 def test_inconsistent_results_are_refused(meter: LeakageMeter, broken: dict[str, Any]) -> None:
     """None of them may pass for clean."""
     meter.record(LEAK)

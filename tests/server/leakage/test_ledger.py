@@ -45,17 +45,29 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 def segment(handle: str, *parents: str, **more: Any) -> Segment:
     values: dict[str, Any] = {
-        "tenant": "acme", "source": "intake", "audience": "billing", "created_at_s": NOW,
-        "expires_at_s": NOW + 3600, "n_tokens": 7, "guard": "gate", "guard_digest": "g" * 64,
+        "tenant": "acme",
+        "source": "intake",
+        "audience": "billing",
+        "created_at_s": NOW,
+        "expires_at_s": NOW + 3600,
+        "n_tokens": 7,
+        "guard": "gate",
+        "guard_digest": "g" * 64,
         "policy_digest": "p" * 64,
-    }  # fmt: skip
+    }
     return Segment(handle, **{**values, **more}, parents=parents)
 
 
 def book(
-    database: Database, *handles: str, source: str = "intake", audience: str = "billing",
-    tenant: str = "acme", budget: int | None = 3, window_s: float = DAY, at_s: float = NOW,
-) -> None:  # fmt: skip
+    database: Database,
+    *handles: str,
+    source: str = "intake",
+    audience: str = "billing",
+    tenant: str = "acme",
+    budget: int | None = 3,
+    window_s: float = DAY,
+    at_s: float = NOW,
+) -> None:
     pairs = [(handle, source) for handle in handles]
     database.write_now(lambda c: reserve(c, tenant, audience, pairs, budget, window_s, at_s))
 
@@ -88,9 +100,13 @@ def test_segments_are_found_as_recorded(database: Database) -> None:
 
 def test_live(database: Database) -> None:
     put(
-        database, segment("old"), segment("new", created_at_s=NOW + 1),
-        segment("short", expires_at_s=NOW + 10), segment("gone"), segment("other", tenant="evil"),
-    )  # fmt: skip
+        database,
+        segment("old"),
+        segment("new", created_at_s=NOW + 1),
+        segment("short", expires_at_s=NOW + 10),
+        segment("gone"),
+        segment("other", tenant="evil"),
+    )
     database.write_now(lambda c: revoke(c, "gone", NOW, False))
     at = partial(lambda s, c: handles(live(c, "acme", s)))
     assert database.read(partial(at, NOW + 9.9)) == ["new", "old", "short"]
@@ -116,8 +132,10 @@ def test_budget_counts_distinct_segments_of_one_source(database: Database) -> No
     book(database, "d", tenant="other")
     book(database, "e", "f", budget=None)
     assert counts(database) == {
-        ("intake", "billing"): 5, ("lab", "billing"): 1, ("intake", "auditor"): 1,
-    }  # fmt: skip
+        ("intake", "billing"): 5,
+        ("lab", "billing"): 1,
+        ("intake", "auditor"): 1,
+    }
     assert counts(database, tenant="other") == {("intake", "billing"): 1}
 
 
@@ -142,8 +160,10 @@ def test_window(database: Database) -> None:
 
 @settings(max_examples=60)
 @given(
-    st.floats(0, 2e9), st.floats(1e-3, KEEP_RECEIVED_S), st.integers(1, 3),
-)  # fmt: skip
+    st.floats(0, 2e9),
+    st.floats(1e-3, KEEP_RECEIVED_S),
+    st.integers(1, 3),
+)
 def test_the_named_time_is_when_it_fits(now_s: float, window_s: float, budget: int) -> None:
     """To the last bit: a client that waits until then is not sent away once more."""
     connection = memory()
@@ -185,9 +205,14 @@ def test_budget_holds_under_concurrency(database: Database) -> None:
 
     async def consume(i: int) -> object:
         also = partial(
-            reserve, tenant="acme", audience="billing", handles=[(f"h{i}", "intake")], budget=5,
-            window_s=DAY, now_s=NOW,
-        )  # fmt: skip
+            reserve,
+            tenant="acme",
+            audience="billing",
+            handles=[(f"h{i}", "intake")],
+            budget=5,
+            window_s=DAY,
+            now_s=NOW,
+        )
         return await logs[i % 2].append(Entry("consume", handle=f"h{i}"), also)
 
     async def main() -> list[object]:
@@ -219,9 +244,15 @@ def test_revoke(database: Database) -> None:
 
 def test_cascade_reaches_everything_on_top(database: Database) -> None:
     put(
-        database, segment("a"), segment("b"), segment("c", "a", "b"), segment("d", "c"),
-        segment("e", "b"), segment("f", "d", "e"), segment("g"),
-    )  # fmt: skip
+        database,
+        segment("a"),
+        segment("b"),
+        segment("c", "a", "b"),
+        segment("d", "c"),
+        segment("e", "b"),
+        segment("f", "d", "e"),
+        segment("g"),
+    )
     assert database.write_now(lambda c: revoke(c, "a", NOW, True)) == ["a", "c", "d", "f"]
     assert database.read(lambda c: handles(live(c, "acme", NOW))) == ["b", "e", "g"]
 
@@ -229,9 +260,11 @@ def test_cascade_reaches_everything_on_top(database: Database) -> None:
 def test_cascade_passes_a_link_that_was_swept(database: Database) -> None:
     late = NOW + 10 * DAY
     put(
-        database, segment("a", expires_at_s=late), segment("b", "a"),
+        database,
+        segment("a", expires_at_s=late),
+        segment("b", "a"),
         segment("c", "b", expires_at_s=late),
-    )  # fmt: skip
+    )
     assert database.write_now(lambda c: sweep(c, NOW + 3 * DAY)) == 1
     assert database.read(lambda c: find(c, "b")) is None
     assert database.write_now(lambda c: revoke(c, "a", NOW + 3 * DAY, True)) == ["a", "c"]

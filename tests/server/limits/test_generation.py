@@ -64,9 +64,12 @@ def test_a_key_s_minute_bounds_what_is_not_stated() -> None:
 
 
 @given(
-    st.integers(1, 64), st.one_of(st.none(), st.integers(-3, 40)), st.integers(1, 20),
-    st.integers(1, 4000), st.one_of(st.none(), st.integers(1, 500)),
-)  # fmt: skip
+    st.integers(1, 64),
+    st.one_of(st.none(), st.integers(-3, 40)),
+    st.integers(1, 20),
+    st.integers(1, 4000),
+    st.one_of(st.none(), st.integers(1, 500)),
+)
 def test_nothing_generates_more_than_was_set_aside(
     n: int, stated: int | None, prompts: int, most: int, per_min: int | None
 ) -> None:

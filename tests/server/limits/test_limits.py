@@ -320,8 +320,11 @@ def test_a_crowd_with_cancels_and_timeouts_leaks_no_place(seed: int) -> None:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(r) for r in results} <= {
-            type(None), Limited, asyncio.CancelledError, ZeroDivisionError,
-        }  # fmt: skip
+            type(None),
+            Limited,
+            asyncio.CancelledError,
+            ZeroDivisionError,
+        }
         assert (gate.running, gate.waiting) == (0, 0)
         assert 0 < most <= 3
 

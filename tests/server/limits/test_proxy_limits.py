@@ -25,9 +25,11 @@ ENDLESS = {"ignore_eos": True, "max_tokens": None}
 def small(site: Site, engine: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """A proxy under which a request generates few tokens."""
     with front_of(
-        site, engine, tmp_path_factory.mktemp("small"),
+        site,
+        engine,
+        tmp_path_factory.mktemp("small"),
         limits={"max_output_tokens": MOST},
-    ) as found:  # fmt: skip
+    ) as found:
         yield found
 
 
@@ -44,8 +46,12 @@ def test_all_that_one_request_generates_counts(small: Front) -> None:
     assert generated(small.complete(who, ["a"] * 8, **ENDLESS)) == MOST
     halves = {"n": 2, "temperature": 1, "ignore_eos": True, "max_tokens": MOST // 2}
     assert generated(small.chat(who, "hello", **halves)) == MOST
-    for body in ({"n": 64, "max_tokens": MOST}, {"n": 64, "max_tokens": None},
-                 {"max_tokens": MOST + 1}, {"max_completion_tokens": MOST + 1}):  # fmt: skip
+    for body in (
+        {"n": 64, "max_tokens": MOST},
+        {"n": 64, "max_tokens": None},
+        {"max_tokens": MOST + 1},
+        {"max_completion_tokens": MOST + 1},
+    ):
         assert error(small.chat(who, "hello", **body)) == (400, "max_tokens"), body
     assert error(small.complete(who, ["a"] * 200)) == (400, "max_tokens")
     assert error(small.complete(who, ["a"] * 200, **ENDLESS)) == (400, "max_tokens")
