@@ -94,12 +94,7 @@ async def dashboard(request: Request) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProxyError)
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, int(-(-error.retry_after_s // 1))))
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, error.headers())
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -33,6 +34,15 @@ class ProxyError(Exception):
     def whole(self) -> str:
         """With the detail: for the client, and for errors of requests of our own."""
         return f"{self.message}: {self.detail}" if self.detail else self.message
+
+    def headers(self) -> dict[str, str]:
+        """What the client is told besides."""
+        out = {}
+        if self.retry_after_s is not None:
+            out["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            out["www-authenticate"] = "Bearer"
+        return out
 
     def body(self) -> dict[str, Any]:
         """What the client reads."""

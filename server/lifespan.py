@@ -34,7 +34,7 @@ from lcguard.server.leakage.canary_jobs import canary_job
 from lcguard.server.leakage.draw_budget import sweep_draws
 from lcguard.server.leakage.ledger import sweep
 from lcguard.server.leakage.meter import LeakageMeter
-from lcguard.server.limits.concurrency import Gate
+from lcguard.server.limits.concurrency import ConcurrencyLimit
 from lcguard.server.limits.key_limits import KeyLimits, Limits
 from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
@@ -189,7 +189,9 @@ def open_proxy(
         settlement=Settlement(store, line, key, audit),
         readiness=deployment.readiness,
         limits=KeyLimits(Limits(concurrency=s.limits.key_concurrency)),
-        gate=Gate(s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s),
+        concurrency=ConcurrencyLimit(
+            s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s
+        ),
         policy_error=lambda: policy.error,
         context=lambda: conditions.selftest.context,
         certificates=certificates(s.engine.guards),

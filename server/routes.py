@@ -17,7 +17,7 @@ from lcguard.server.access.keyring import Identity
 from lcguard.server.access.roles import Caller, Operator, Running
 from lcguard.server.audit.trail import Entry
 from lcguard.server.authorization.approved_handoff import gone, unavailable
-from lcguard.server.authorization.segment_view import described, knows_text, listed
+from lcguard.server.authorization.segment_view import knows_text, ledger_view, manifest_view
 from lcguard.server.dashboard.overview import edge_rows
 from lcguard.server.database.writer import DatabaseError
 from lcguard.server.errors import ProxyError
@@ -94,7 +94,7 @@ async def segments(proxy: Running, who: Caller) -> dict[str, Any]:
         proxy.database.read, lambda c: live(c, who.tenant, proxy.authority.clock())
     )
     found = proxy.authority.policy
-    return {"data": [listed(who, s, found) for s in rows if _may_see(who, s)]}
+    return {"data": [ledger_view(who, s, found) for s in rows if _may_see(who, s)]}
 
 
 @router.get("/lcguard/v1/segments/{handle}", tags=["lcguard"])
@@ -108,7 +108,10 @@ async def segment(handle: Handle, proxy: Running, who: Caller) -> dict[str, Any]
         raise unavailable(error) from None
     except SegmentError:
         raise gone(f"segment {handle[:6]}...") from None
-    return {**listed(who, row, proxy.authority.policy), "manifest": described(row, manifest)}
+    return {
+        **ledger_view(who, row, proxy.authority.policy),
+        "manifest": manifest_view(row, manifest),
+    }
 
 
 @router.delete("/lcguard/v1/segments/{handle}", tags=["lcguard"])
@@ -140,7 +143,7 @@ async def revoke_segment(
         )
     except DatabaseError as error:
         raise unavailable(error) from None
-    ended = proxy.readers.end(revoked)
+    ended = proxy.active_reads.end(revoked)
     kept = await _delete(proxy, revoked)
     return {"revoked": revoked, "ended_requests": ended, "still_in_store": kept}
 

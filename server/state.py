@@ -17,7 +17,7 @@ from lcguard.rope import canonical
 from lcguard.server.access.keyring import AuthError, Identity, Keyring
 from lcguard.server.audit.edge_counts import CANARY_TENANT, EdgeCounts
 from lcguard.server.audit.trail import AuditLog, Entry
-from lcguard.server.authorization.active_reads import Readers
+from lcguard.server.authorization.active_reads import ActiveReads
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.database.writer import Database, DatabaseError
@@ -27,7 +27,7 @@ from lcguard.server.health.metrics import Metrics
 from lcguard.server.health.readiness import Readiness
 from lcguard.server.leakage.canaries import CanaryRunner
 from lcguard.server.leakage.meter import EdgeLeakage, LeakageMeter
-from lcguard.server.limits.concurrency import Gate
+from lcguard.server.limits.concurrency import ConcurrencyLimit
 from lcguard.server.limits.key_limits import KeyLimits, Limited
 from lcguard.server.settings import ServerSettings
 from lcguard.store import SegmentStore
@@ -50,7 +50,7 @@ class AgentCount:
 
 
 @dataclass
-class Bill:
+class TokenUsage:
     """What a request took."""
 
     reserved: int
@@ -80,9 +80,9 @@ class Proxy:
     settlement: Settlement
     readiness: Readiness
     limits: KeyLimits
-    gate: Gate
+    concurrency: ConcurrencyLimit
     metrics: Metrics = field(default_factory=Metrics)
-    readers: Readers = field(default_factory=Readers)
+    active_reads: ActiveReads = field(default_factory=ActiveReads)
     agents: dict[tuple[str, str], AgentCount] = field(default_factory=dict)
     started_s: float = field(default_factory=time.time)
     counts: EdgeCounts = field(default_factory=EdgeCounts)
@@ -162,7 +162,7 @@ class Proxy:
             await self.audit.append(entry)
 
     @asynccontextmanager
-    async def admit(self, who: Identity, tokens: int) -> AsyncIterator[Bill]:
+    async def admit(self, who: Identity, tokens: int) -> AsyncIterator[TokenUsage]:
         """A place for one request, within the limits of its key and of the proxy.
 
         Raises ``ProxyError`` (413, 429).
@@ -173,21 +173,21 @@ class Proxy:
             admission = self.limits.admit(who.key_id, who.limits, tokens)
         except Limited as error:
             raise _limited(error) from None
-        bill, count = Bill(tokens), self._count(who)
+        usage, count = TokenUsage(tokens), self._count(who)
         with admission:
             try:
-                async with self.gate:
+                async with self.concurrency:
                     count.in_flight += 1
                     try:
-                        yield bill
+                        yield usage
                     finally:
                         count.in_flight -= 1
             except Limited as error:
                 raise _limited(error) from None
             finally:
-                admission.settle(bill.used_tokens)
-                self.metrics.tokens.inc(bill.used_tokens)
-                count.tokens += bill.used_tokens
+                admission.settle(usage.used_tokens)
+                self.metrics.tokens.inc(usage.used_tokens)
+                count.tokens += usage.used_tokens
 
     @contextmanager
     def watch(self, x: Exchange, route: str) -> Iterator[None]:
@@ -210,17 +210,17 @@ class Proxy:
                 count = self._count(x.who)
                 count.requests += 1
                 count.refused += bool(x.code)
-            if x.order is not None and not x.code:
-                self._handoff(x, x.order)
+            if x.approved is not None and not x.code:
+                self._handoff(x, x.approved)
 
-    def _handoff(self, x: Exchange, order: Any) -> None:
-        if order.consumed:
-            self.metrics.handoffs.labels("consumed").inc(len(order.consumed))
-        if order.edge is not None:
+    def _handoff(self, x: Exchange, approved: Any) -> None:
+        if approved.consumed:
+            self.metrics.handoffs.labels("consumed").inc(len(approved.consumed))
+        if approved.edge is not None:
             self.metrics.handoffs.labels("published").inc()
-            tenant, _, source = order.edge.source.partition("/")
+            tenant, _, source = approved.edge.source.partition("/")
             times = self.publish_ms.setdefault(
-                (tenant, source, order.edge.audience.partition("/")[2]), []
+                (tenant, source, approved.edge.audience.partition("/")[2]), []
             )
             times.append((time.perf_counter() - x.started_s) * 1000)
             del times[:-256]

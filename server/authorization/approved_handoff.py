@@ -22,7 +22,7 @@ GRANT_S = 600
 
 
 @dataclass
-class Order:
+class ApprovedHandoff:
     """A handoff that may happen, on its way through vLLM."""
 
     who: Identity
@@ -57,10 +57,10 @@ def signed_order(key: bytes, params: Mapping[str, Any], now_s: float) -> dict[st
     return {**params, "order": sign_order(key, handoff.text(), int(now_s) + GRANT_S)}
 
 
-def consumption(order: Order, m: Manifest, event: Event, reason: str = "") -> Entry:
+def consumption(approved: ApprovedHandoff, m: Manifest, event: Event, reason: str = "") -> Entry:
     """The audit's row for one consumed segment."""
     return _entry(
-        order,
+        approved,
         event,
         reason,
         source=split_tenant(m.source_agent)[1],
@@ -73,18 +73,18 @@ def consumption(order: Order, m: Manifest, event: Event, reason: str = "") -> En
 
 
 def publication(
-    order: Order, event: Event, manifest: Manifest | None = None, reason: str = ""
+    approved: ApprovedHandoff, event: Event, manifest: Manifest | None = None, reason: str = ""
 ) -> Entry:
     """The audit's row for what is published; ``manifest``: of what was stored."""
-    edge = order.edge
+    edge = approved.edge
     assert edge is not None
     return _entry(
-        order,
+        approved,
         event,
         reason,
         source=split_tenant(edge.source)[1],
         audience=split_tenant(edge.audience)[1],
-        handle=order.handle,
+        handle=approved.handle,
         guard=edge.guard,
         policy_digest=edge_digest(edge),
         guard_digest=manifest.guard_digest if manifest else "",
@@ -92,13 +92,13 @@ def publication(
     )
 
 
-def _entry(order: Order, event: Event, reason: str = "", **more: Any) -> Entry:
+def _entry(approved: ApprovedHandoff, event: Event, reason: str = "", **more: Any) -> Entry:
     verdict: Any = "error" if event in ("failed", "aborted") else "allowed"
     return Entry(
-        request_id=order.request_id,
+        request_id=approved.request_id,
         event=event,
-        tenant=order.who.tenant,
-        agent=order.who.agent,
+        tenant=approved.who.tenant,
+        agent=approved.who.agent,
         verdict=verdict,
         reason=reason,
         **more,

@@ -26,7 +26,7 @@ from lcguard.server.access.keyring import Identity
 from lcguard.server.audit.trail import AuditLog, Entry
 from lcguard.server.authorization.approved_handoff import (
     GRANT_S,
-    Order,
+    ApprovedHandoff,
     consumption,
     edge_name,
     gone,
@@ -36,7 +36,7 @@ from lcguard.server.authorization.approved_handoff import (
     unavailable,
 )
 from lcguard.server.authorization.rule_digest import rule_digest
-from lcguard.server.authorization.segment_view import tokens_for
+from lcguard.server.authorization.segment_view import shown_tokens_for
 from lcguard.server.crashes import unforeseen
 from lcguard.server.database.writer import DatabaseError
 from lcguard.server.detection.span_finder import Endpoint, SpanFinder
@@ -81,49 +81,49 @@ class Authority:
         endpoint: Endpoint,
         body: dict[str, Any],
         request_id: str,
-    ) -> Order:
-        """The order for vLLM, audited and charged to the composition budget.
+    ) -> ApprovedHandoff:
+        """The handoff for vLLM, audited and charged to the composition budget.
 
         Raises:
             ProxyError: 400 for a request that cannot be served, 403 for one that may not, 404 for
                 a segment that is not there, 503 where nobody can tell. It is in the audit.
         """
-        order = Order(who, request_id, {})
+        approved = ApprovedHandoff(who, request_id, {})
         try:
             if handoff.consume is not None:
-                await self._consume(order, handoff.consume)
-                body = {**body, "kv_transfer_params": {"lcguard": {**order.params}}}
+                await self._consume(approved, handoff.consume)
+                body = {**body, "kv_transfer_params": {"lcguard": {**approved.params}}}
             if handoff.publish is not None:
-                await self._publish(order, handoff.publish, endpoint, body)
-            order.params = signed_order(self.key, order.params, self.clock())
-            await self._allow_whole(order)
+                await self._publish(approved, handoff.publish, endpoint, body)
+            approved.params = signed_order(self.key, approved.params, self.clock())
+            await self._allow_whole(approved)
         except ProxyError as error:
-            await self._refused(order, handoff, error)
+            await self._refused(approved, handoff, error)
             raise
         except Exception as error:
             found = unforeseen("a handoff's check", error)
-            await self._refused(order, handoff, found)
+            await self._refused(approved, handoff, found)
             raise found from None
-        return order
+        return approved
 
-    async def _consume(self, order: Order, handles: Sequence[str]) -> None:
-        me = qualified(order.who.tenant, order.who.agent)
+    async def _consume(self, approved: ApprovedHandoff, handles: Sequence[str]) -> None:
+        me = qualified(approved.who.tenant, approved.who.agent)
         try:
-            order.consumed = await self.line.run(
+            approved.consumed = await self.line.run(
                 lambda: tuple(self.segment(h, me) for h in handles)
             )
         except StoreError as error:
             raise unavailable(error) from None
-        order.shown_tokens = tuple(
-            tokens_for(me, self.policy.for_edge(m.source_agent, me), m.n_tokens)
-            for m in order.consumed
+        approved.shown_tokens = tuple(
+            shown_tokens_for(me, self.policy.for_edge(m.source_agent, me), m.n_tokens)
+            for m in approved.consumed
         )
         until = int(self.clock() + GRANT_S)
-        order.params["consume"] = {
+        approved.params["consume"] = {
             "agent": me,
             "segments": [
                 {"handle": m.handle, "grant": make_grant(self.key, m.handle, me, until)}
-                for m in order.consumed
+                for m in approved.consumed
             ],
         }
 
@@ -174,9 +174,9 @@ class Authority:
         return manifest
 
     async def _publish(
-        self, order: Order, publish: Publish, endpoint: Endpoint, body: dict[str, Any]
+        self, approved: ApprovedHandoff, publish: Publish, endpoint: Endpoint, body: dict[str, Any]
     ) -> None:
-        who, canary = order.who, order.who.role == "canary"
+        who, canary = approved.who, approved.who.role == "canary"
         if not canary and (publish.source is not None or publish.tenant is not None):
             raise ProxyError(
                 400,
@@ -198,9 +198,9 @@ class Authority:
         )
         try:
             own = edge_of(self.policy, wish)
-            edge = edge_on_top(self.policy, own, order.consumed)
-            order.rule = rule_digest(self.policy.for_edge(source, audience))
-            order.edge = edge  # from here on the audit can name it
+            edge = edge_on_top(self.policy, own, approved.consumed)
+            approved.rule = rule_digest(self.policy.for_edge(source, audience))
+            approved.edge = edge  # from here on the audit can name it
             # a canary measures the guard itself: that is what opens a closed edge again
             if not canary and self.meter.verdict(*edge_name(edge)) == "closed":
                 if edge.on_leak != "redact":
@@ -212,20 +212,20 @@ class Authority:
                     )
                 wish = wish.model_copy(update={"guard": "redact"})
                 own = edge_of(self.policy, wish)
-                order.edge = edge = edge_on_top(self.policy, own, order.consumed)
-            check_on_top(edge, own, order.consumed)
+                approved.edge = edge = edge_on_top(self.policy, own, approved.consumed)
+            check_on_top(edge, own, approved.consumed)
             if own.declassify:
-                order.declassified = declassified(own, self.policy, order.consumed)
+                approved.declassified = declassified(own, self.policy, approved.consumed)
         except (HandoffError, LineageError, PolicyError) as error:
             raise ProxyError(getattr(error, "status", 400), str(error), code="policy") from None
-        order.handle = str(wish.handle)
+        approved.handle = str(wish.handle)
         if edge.max_draws is not None and not canary:
-            order.text = await asyncio.to_thread(text_of, self.key, publish.record, body)
+            approved.text = await asyncio.to_thread(text_of, self.key, publish.record, body)
         sent = wish.model_dump(mode="json", exclude_none=True)
         if edge.guard == "redact":
             found = await self.spans.find(endpoint, body, edge, publish.secrets)
             sent["spans"], sent["tokens"] = found.spans, found.digest
-            order.n_redacted = found.n_occurrences
+            approved.n_redacted = found.n_occurrences
         elif publish.secrets is not None and not canary:
             raise ProxyError(
                 400,
@@ -233,30 +233,30 @@ class Authority:
                 code="bad_handoff",
                 param="lcguard.publish.secrets",
             )
-        order.params["publish"] = sent
+        approved.params["publish"] = sent
 
-    async def _allow_whole(self, order: Order) -> None:
+    async def _allow_whole(self, approved: ApprovedHandoff) -> None:
         """``_allow``, not to be stopped half way: what the audit allowed has an end there, also
         where its client hangs up in this very moment."""
-        allowing = asyncio.ensure_future(self._allow(order))
+        allowing = asyncio.ensure_future(self._allow(approved))
         try:
             await asyncio.shield(allowing)
         except asyncio.CancelledError:
             await asyncio.wait([allowing])
             if allowing.exception() is None:
                 reason = "the client hung up"
-                rows = [consumption(order, m, "aborted", reason) for m in order.consumed]
-                if order.edge is not None:
-                    rows.append(publication(order, "aborted", reason=reason))
+                rows = [consumption(approved, m, "aborted", reason) for m in approved.consumed]
+                if approved.edge is not None:
+                    rows.append(publication(approved, "aborted", reason=reason))
                 with suppress(DatabaseError):
                     await self.audit.append_all(rows)
             raise
 
-    async def _allow(self, order: Order) -> None:
+    async def _allow(self, approved: ApprovedHandoff) -> None:
         """Charges the budget and writes the audit, both or neither."""
-        now, who = self.clock(), order.who
+        now, who = self.clock(), approved.who
         wanted = []
-        for manifest in order.consumed:
+        for manifest in approved.consumed:
             edge = self.policy.for_edge(manifest.source_agent, manifest.audience)
             wanted.append((manifest, edge))
 
@@ -275,13 +275,13 @@ class Authority:
                     connection, who.tenant, who.agent, manifest.handle, edge.max_draws, now
                 )
 
-        entries = [consumption(order, m, "consume") for m in order.consumed]
-        if order.edge is not None:
-            entries.append(publication(order, "publish"))
-        if order.declassified:
-            passed = ", ".join(order.declassified)
+        entries = [consumption(approved, m, "consume") for m in approved.consumed]
+        if approved.edge is not None:
+            entries.append(publication(approved, "publish"))
+        if approved.declassified:
+            passed = ", ".join(approved.declassified)
             entries.append(
-                publication(order, "declassified", reason=f"of what was consumed: {passed}")
+                publication(approved, "declassified", reason=f"of what was consumed: {passed}")
             )
         try:
             await self.audit.append_all(entries, book if wanted else None)
@@ -293,16 +293,18 @@ class Authority:
         except DatabaseError as error:
             raise unavailable(error) from None
 
-    async def _refused(self, order: Order, handoff: HandoffField, error: ProxyError) -> None:
+    async def _refused(
+        self, approved: ApprovedHandoff, handoff: HandoffField, error: ProxyError
+    ) -> None:
         """A refusal is audited too; where that fails it is still a refusal."""
         handles = handoff.consume or ("",)
         entry = Entry(
-            request_id=order.request_id,
+            request_id=approved.request_id,
             event="refused",
-            tenant=order.who.tenant,
-            agent=order.who.agent,
-            source=order.who.agent if handoff.publish else "",
-            audience=handoff.publish.audience if handoff.publish else order.who.agent,
+            tenant=approved.who.tenant,
+            agent=approved.who.agent,
+            source=approved.who.agent if handoff.publish else "",
+            audience=handoff.publish.audience if handoff.publish else approved.who.agent,
             handle=handles[0],
             verdict="blocked" if error.status < 500 else "error",
             reason=f"{error.code}: {error.message}",

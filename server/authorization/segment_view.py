@@ -45,12 +45,12 @@ def knows_text(who: Identity, source: str) -> bool:
     return who.role == "admin" or (who.role == "agent" and who.agent == source)
 
 
-def tokens_for(reader: str, edge: Edge, n_tokens: int) -> int:
+def shown_tokens_for(reader: str, edge: Edge, n_tokens: int) -> int:
     """A segment's length as agent ``reader`` may know it; names with their tenant."""
     return n_tokens if reader == edge.source else edge.shown_tokens(n_tokens)
 
 
-def listed(who: Identity, row: Segment, policy: Policy) -> dict[str, Any]:
+def ledger_view(who: Identity, row: Segment, policy: Policy) -> dict[str, Any]:
     """A row of the ledger."""
     edge = policy.for_edge(qualified(row.tenant, row.source), qualified(row.tenant, row.audience))
     full = knows_text(who, row.source)
@@ -68,7 +68,7 @@ def listed(who: Identity, row: Segment, policy: Policy) -> dict[str, Any]:
     return out | ({"parents": list(row.parents)} if full or who.role == "auditor" else {})
 
 
-def described(row: Segment, manifest: Manifest) -> dict[str, Any]:
+def manifest_view(row: Segment, manifest: Manifest) -> dict[str, Any]:
     """A manifest, without what only a holder of the tensors can use."""
     out = manifest.model_dump(mode="json", include=set(_MANIFEST))
     for name in ("source_agent", "audience"):

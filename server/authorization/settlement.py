@@ -17,7 +17,7 @@ from lcguard.handoff.names import split_tenant
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.server.audit.trail import AuditLog, Entry, Event
 from lcguard.server.authorization.approved_handoff import (
-    Order,
+    ApprovedHandoff,
     consumption,
     publication,
     unavailable,
@@ -31,7 +31,7 @@ from lcguard.store.line import StoreLine
 
 
 class Settlement:
-    """Ends the orders of one deployment."""
+    """Ends the handoffs of one deployment."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Settlement:
         self.store, self.line, self.key = store, line, key
         self.audit, self.clock = audit, clock
 
-    async def finish(self, order: Order) -> dict[str, Any]:
+    async def finish(self, approved: ApprovedHandoff) -> dict[str, Any]:
         """What was applied, for the client, after vLLM has answered; written to the audit.
 
         Raises ``ProxyError`` (502, 503) where the segment is not what was ordered: it is then
@@ -54,53 +54,54 @@ class Settlement:
         entries: list[Entry] = []
         manifest = None
         try:
-            if order.consumed:
+            if approved.consumed:
                 answer["consumed"] = [
-                    _shown(m, n) for m, n in zip(order.consumed, order.shown_tokens, strict=True)
+                    _shown(m, n)
+                    for m, n in zip(approved.consumed, approved.shown_tokens, strict=True)
                 ]
-                entries += [consumption(order, m, "consumed") for m in order.consumed]
-            if order.edge is not None:
-                manifest = await self.line.run(self._stored, order)
-                answer["published"] = self._describe(order, manifest)
-                entries.append(publication(order, "published", manifest))
-            await self.audit.append_all(entries, self._recorder(order, manifest))
+                entries += [consumption(approved, m, "consumed") for m in approved.consumed]
+            if approved.edge is not None:
+                manifest = await self.line.run(self._stored, approved)
+                answer["published"] = self._describe(approved, manifest)
+                entries.append(publication(approved, "published", manifest))
+            await self.audit.append_all(entries, self._recorder(approved, manifest))
         except (DatabaseError, LedgerError, StoreError) as error:
-            await self.fail(order, "failed", str(error))
+            await self.fail(approved, "failed", str(error))
             raise unavailable(error) from None
         except ProxyError as error:
-            await self.fail(order, "failed", error.message)
+            await self.fail(approved, "failed", error.message)
             raise
-        order.done = True
+        approved.done = True
         return answer
 
-    async def fail(self, order: Order, event: Event, reason: str) -> None:
+    async def fail(self, approved: ApprovedHandoff, event: Event, reason: str) -> None:
         """A handoff that did not come about (``failed``) or whose client left (``aborted``)."""
-        if order.done:
+        if approved.done:
             return
-        order.done = True
-        if order.handle:
+        approved.done = True
+        if approved.handle:
             # vLLM may be about to store it: nothing can be put there any more
             with suppress(StoreError, SegmentError):  # in no ledger: nobody can consume it
-                await self.line.run(self.store.retire, order.handle)
-        entries = [consumption(order, m, event, reason) for m in order.consumed]
-        if order.edge is not None:
-            entries.append(publication(order, event, reason=reason))
+                await self.line.run(self.store.retire, approved.handle)
+        entries = [consumption(approved, m, event, reason) for m in approved.consumed]
+        if approved.edge is not None:
+            entries.append(publication(approved, event, reason=reason))
         try:
             await self.audit.append_all(entries)
         except DatabaseError:
             # the row that allowed it is there; its missing end says that it did not come about
             pass
 
-    def _stored(self, order: Order) -> Manifest:
+    def _stored(self, approved: ApprovedHandoff) -> Manifest:
         """The manifest of what vLLM stored. Raises ``ProxyError`` unless it is what was ordered."""
-        edge = order.edge
+        edge = approved.edge
         assert edge is not None
         try:
-            manifest = self.store.manifest(order.handle)
+            manifest = self.store.manifest(approved.handle)
             manifest.check(
                 self.key,
                 expect={
-                    "handle": order.handle,
+                    "handle": approved.handle,
                     "audience": edge.audience,
                     "source_agent": edge.source,
                     "policy_digest": edge_digest(edge),
@@ -129,9 +130,9 @@ class Settlement:
             )
         return manifest
 
-    def _recorder(self, order: Order, manifest: Manifest | None) -> Any:
+    def _recorder(self, approved: ApprovedHandoff, manifest: Manifest | None) -> Any:
         # a canary's segment is in no ledger: nobody can consume it, not even its audience
-        if manifest is None or order.who.role == "canary":
+        if manifest is None or approved.who.role == "canary":
             return None
         tenant, source = split_tenant(manifest.source_agent)
         row = Segment(
@@ -142,10 +143,10 @@ class Settlement:
             created_at_s=self.clock(),
             expires_at_s=manifest.expires_at_s,
             n_tokens=manifest.n_tokens,
-            guard=order.edge.guard if order.edge else "",
+            guard=approved.edge.guard if approved.edge else "",
             guard_digest=manifest.guard_digest,
-            policy_digest=order.rule,
-            parents=tuple(m.handle for m in order.consumed),
+            policy_digest=approved.rule,
+            parents=tuple(m.handle for m in approved.consumed),
             draw=manifest.draw,
         )
 
@@ -153,14 +154,14 @@ class Settlement:
             record = ""
             if row.draw:
                 record = record_of(
-                    connection, row.tenant, row.source, row.audience, order.text, self.clock()
+                    connection, row.tenant, row.source, row.audience, approved.text, self.clock()
                 )
             record_segment(connection, replace(row, record=record))
 
         return write
 
-    def _describe(self, order: Order, manifest: Manifest) -> dict[str, Any]:
-        edge = order.edge
+    def _describe(self, approved: ApprovedHandoff, manifest: Manifest) -> dict[str, Any]:
+        edge = approved.edge
         assert edge is not None
         return {
             **_shown(manifest, manifest.n_tokens),
@@ -169,7 +170,7 @@ class Settlement:
             "guard": edge.guard,
             "forbid": list(edge.forbid),
             "derive": list(edge.derive),
-            **({} if order.n_redacted is None else {"redacted_spans": order.n_redacted}),
+            **({} if approved.n_redacted is None else {"redacted_spans": approved.n_redacted}),
         }
 
 

@@ -2,7 +2,9 @@
 
 The steps of Sugiyama, Tagawa and Toda (1981) in their simplest form: edges that close a cycle are
 turned round, a node's layer is its longest path from a start, an edge over several layers gets a
-stop in each, and sweeps by barycentre order every layer. Equal input gives the same layout.
+stop in each, and sweeps by barycentre order every layer. Equal input gives the same layout. By
+hand, since networkx neither turns cycles round nor leads long edges past boxes, and Graphviz is a
+program.
 """
 
 from __future__ import annotations

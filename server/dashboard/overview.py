@@ -191,8 +191,8 @@ def _overview(proxy: Proxy) -> DashboardView:
 def refresh_metrics(proxy: Proxy) -> None:
     """Brings the gauges up to date."""
     m = proxy.metrics
-    m.in_flight.set(proxy.gate.running)
-    m.queued.set(proxy.gate.waiting)
+    m.in_flight.set(proxy.concurrency.running)
+    m.queued.set(proxy.concurrency.waiting)
     for c in proxy.readiness.conditions.values():
         m.ready.labels(c.name).set(c.ok)
     m.audit_rows.set(proxy.audit.head().count)

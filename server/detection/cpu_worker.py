@@ -16,13 +16,13 @@ from lcguard.server.errors import ProxyError
 T = TypeVar("T")
 
 
-class Bench:
+class CpuWorker:
     """The thread."""
 
     def __init__(self, timeout_s: float, what: str) -> None:
         """``timeout_s``: of one piece, its time in the line included."""
         self.timeout_s, self._what = timeout_s, what
-        self._pool = ThreadPoolExecutor(1, "lcguard-bench")
+        self._pool = ThreadPoolExecutor(1, "lcguard-cpu")
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
         """What ``work`` returns or raises. Raises ``ProxyError`` (503) where it is too late."""

@@ -11,13 +11,13 @@ with markup, escapes and separators aside; what it finds is mapped back.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from lcguard.categories import Category
 from lcguard.escapes import unescaped
 from lcguard.evaluation.intervals import wilson
 from lcguard.handoff.policy import PolicyError
 from lcguard.normalise import Form, folded
+from lcguard.presidio import offline_presidio
 from lcguard.server.detection.official_numbers import official_numbers
 from lcguard.spelling import Range, merged
 
@@ -85,18 +85,11 @@ class Detector:
     def __init__(self) -> None:
         """Raises ``PolicyError`` where Presidio is not installed."""
         try:
-            import tldextract
-            from presidio_analyzer import RecognizerRegistry
+            self._registry = offline_presidio()
         except ImportError:
             raise PolicyError(
                 "detect: presidio needs Presidio: pip install 'lcguard[pii]'"
             ) from None
-        # its recogniser of e-mail addresses would fetch the list of public suffixes
-        setattr(tldextract, "extract", tldextract.TLDExtract(suffix_list_urls=()))  # noqa: B010
-
-        registry = RecognizerRegistry(supported_languages=["en"])
-        registry.load_predefined_recognizers(languages=["en"])
-        self._registry: Any = registry
 
     def find(self, text: str, forbid: tuple[Category, ...]) -> list[Range]:
         """Character ranges of what belongs to a forbidden category, in order, none overlapping."""

@@ -18,7 +18,7 @@ from lcguard.handoff.policy import Edge, PolicyError
 from lcguard.handoff.redaction import RedactionError, redact
 from lcguard.handoff.request import tokens_digest
 from lcguard.normalise import skeleton
-from lcguard.server.detection.cpu_worker import Bench
+from lcguard.server.detection.cpu_worker import CpuWorker
 from lcguard.server.detection.detector import Detector, vouched
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
@@ -56,11 +56,11 @@ class SpanFinder:
         """``model``: folder or hub repository with the tokenizer; empty where it is not known."""
         self.upstream, self.model = upstream, model
         # what is searched is bounded by the model's context, the search grows with it
-        self._bench = Bench(timeout_s, "looking for what to redact")
+        self._worker = CpuWorker(timeout_s, "looking for what to redact")
 
     def close(self) -> None:
         """What waits is not begun."""
-        self._bench.close()
+        self._worker.close()
 
     @cached_property
     def texts(self) -> TokenTexts:
@@ -103,9 +103,9 @@ class SpanFinder:
                 "hide in lcguard.publish.secrets, [] for none, or choose another guard for "
                 f"{edge.source} -> {edge.audience} in the policy"
             )
-        texts = await self._bench.run(lambda: self.texts)
+        texts = await self._worker.run(lambda: self.texts)
         ids = await self._tokens(texts, endpoint, body)
-        return await self._bench.run(self._spans, texts, ids, edge, secrets or ())
+        return await self._worker.run(self._spans, texts, ids, edge, secrets or ())
 
     async def _tokens(
         self, texts: TokenTexts, endpoint: Endpoint, body: dict[str, Any]

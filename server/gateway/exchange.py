@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from starlette.types import Message, Send
 
 from lcguard.server.access.keyring import Identity
-from lcguard.server.authorization.approved_handoff import Order
+from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.sse import event
 
@@ -26,7 +26,7 @@ class Exchange:
         self.first_byte_s: float | None = None
         self.status = 0
         self.who: Identity | None = None
-        self.order: Order | None = None
+        self.approved: ApprovedHandoff | None = None
         self.code = ""
 
     async def head(self, status: int, kind: str, more: Mapping[str, str]) -> None:
@@ -56,11 +56,8 @@ class Exchange:
         if self.status:
             await self.piece(event(error.body()), more=False)
             return
-        more = {"x-lcguard-verdict": "blocked" if error.status < 500 else "error"}
-        if error.retry_after_s is not None:
-            more["retry-after"] = str(max(1, int(-(-error.retry_after_s // 1))))
-        if error.status == 401:
-            more["www-authenticate"] = "Bearer"
+        verdict = "blocked" if error.status < 500 else "error"
+        more = {"x-lcguard-verdict": verdict, **error.headers()}
         if error.status in (408, 413):
             more["connection"] = "close"  # the rest of the body is not wanted
         await self.whole(error.status, "application/json", json.dumps(error.body()).encode(), more)

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 from starlette.types import Receive, Scope, Send
 
-from lcguard.server.authorization.approved_handoff import Order
+from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.crashes import unforeseen
 from lcguard.server.detection.span_finder import Endpoint
 from lcguard.server.errors import ProxyError
@@ -25,11 +25,11 @@ from lcguard.server.gateway.body import ClientGone, parse_object, read_body
 from lcguard.server.gateway.contract import ContractError, check, clean
 from lcguard.server.gateway.exchange import Exchange
 from lcguard.server.gateway.handoff_field import FIELD, parse_handoff
-from lcguard.server.gateway.outcome import said, with_applied
+from lcguard.server.gateway.outcome import outcome_headers, with_outcome
 from lcguard.server.gateway.streaming import Stream
 from lcguard.server.gateway.upstream import broken, reason_of
-from lcguard.server.limits.generation import bounded
-from lcguard.server.state import Bill, Proxy
+from lcguard.server.limits.generation import bounded_size
+from lcguard.server.state import Proxy, TokenUsage
 
 _TOTAL = re.compile(rb'"total_tokens":\s*(\d+)')
 _TOTAL_NAME = b'"total_tokens":'
@@ -96,25 +96,25 @@ class Relay:
             raise ProxyError(400, str(error), code="contract", param=error.param) from None
         limits, per_min = proxy.settings.limits, proxy.limits.of(who.limits).tokens_per_min
         proxy.check_model(who, body)
-        size = bounded(
+        size = bounded_size(
             self.endpoint, body, len(raw), limits.max_output_tokens, proxy.context(), per_min
         )
         handles = (handoff.consume or ()) if handoff else ()
-        with proxy.readers.reading(handles) as reading:
-            async with proxy.admit(who, size.total) as bill:
+        with proxy.active_reads.reading(handles) as reading:
+            async with proxy.admit(who, size.total) as usage:
                 body["cache_salt"] = proxy.salt(who)
                 try:
                     if handoff is not None:
                         _one_prompt(self.endpoint, body)
-                        x.order = await proxy.authority.open(
+                        x.approved = await proxy.authority.open(
                             who, handoff, self.endpoint, body, x.request_id
                         )
-                        body["kv_transfer_params"] = {"lcguard": x.order.params}
-                    await self._within(self._forward(x, body, bill))
+                        body["kv_transfer_params"] = {"lcguard": x.approved.params}
+                    await self._within(self._forward(x, body, usage))
                 except BaseException as error:
                     if isinstance(error, asyncio.CancelledError):
-                        bill.used_tokens = size.total  # an answer left before its end is not free
-                    await self._undo(x.order, error, reading.ended)
+                        usage.used_tokens = size.total  # an answer left before its end is not free
+                    await self._undo(x.approved, error, reading.ended)
                     raise
 
     async def _within(self, forwarded: Coroutine[Any, Any, None]) -> None:
@@ -128,9 +128,11 @@ class Relay:
                 504, f"the answer was not taken within {limit_s:g} s", code="upstream_timeout"
             ) from None
 
-    async def _undo(self, order: Order | None, error: BaseException, revoked: bool) -> None:
+    async def _undo(
+        self, approved: ApprovedHandoff | None, error: BaseException, revoked: bool
+    ) -> None:
         """Whatever ended it, the audit says that the handoff did not come about."""
-        if order is None:
+        if approved is None:
             return
         left = isinstance(error, asyncio.CancelledError) and not revoked
         reason = "the client hung up" if left else type(error).__name__
@@ -140,17 +142,17 @@ class Relay:
             reason = "a segment that it read was revoked"
         # not to be cancelled itself
         await asyncio.shield(
-            self.proxy.settlement.fail(order, "aborted" if left else "failed", reason)
+            self.proxy.settlement.fail(approved, "aborted" if left else "failed", reason)
         )
 
-    async def _forward(self, x: Exchange, body: dict[str, Any], bill: Bill) -> None:
-        """Relays vLLM's answer, and writes the tokens that it took on the bill."""
+    async def _forward(self, x: Exchange, body: dict[str, Any], usage: TokenUsage) -> None:
+        """Relays vLLM's answer, and writes down the tokens that it took."""
         passed = {
             k: v for k, form in _PASSED_ON.items() if form.fullmatch(v := x.headers.get(k, ""))
         }
-        if x.order is not None and x.order.handle:
+        if x.approved is not None and x.approved.handle:
             # becomes the answer's id, which every client shows
-            passed["x-request-id"] = x.order.handle
+            passed["x-request-id"] = x.approved.handle
         elif x.headers.get("x-request-id") == x.request_id:
             passed["x-request-id"] = x.request_id
         stream = Stream(x, self.proxy.settlement, body) if body.get("stream") else None
@@ -162,14 +164,14 @@ class Relay:
         try:
             kind = answer.headers.get("content-type", "application/json")
             if answer.status == 200:
-                bill.used_tokens = bill.reserved  # until it is counted, should it break off
+                usage.used_tokens = usage.reserved  # until it is counted, should it break off
             if stream is not None and kind.startswith("text/event-stream"):
                 counted = await stream.relay(answer, kind)
             else:
                 counted = await self._whole(x, answer, kind)
             if counted is not None:
                 # as the client is told: what is left of its tokens would tell the length otherwise
-                bill.used_tokens = counted + (x.order.unsaid_tokens if x.order else 0)
+                usage.used_tokens = counted + (x.approved.unsaid_tokens if x.approved else 0)
         finally:
             answer.close()  # where vLLM still computes, it stops
 
@@ -180,18 +182,18 @@ class Relay:
         except (TimeoutError, aiohttp.ClientError) as error:
             raise broken(error) from None
         x.upstream_s += time.perf_counter() - asked_s
-        _check_failed(x.order, answer.status, data)
+        _check_failed(x.approved, answer.status, data)
         counted, more = _counted(data), dict[str, str]()
-        if x.order is not None:
+        if x.approved is not None:
             if answer.status != 200:
                 await self.proxy.settlement.fail(
-                    x.order, "failed", f"vLLM answered {answer.status}"
+                    x.approved, "failed", f"vLLM answered {answer.status}"
                 )
             else:
-                applied = await self.proxy.settlement.finish(x.order)
-                whole = clean(json.loads(data), bool(x.order.consumed), x.order.unsaid_tokens)
-                data = json.dumps(with_applied(whole, applied), separators=(",", ":")).encode()
-                more = said(applied)
+                outcome = await self.proxy.settlement.finish(x.approved)
+                whole = clean(json.loads(data), bool(x.approved.consumed), x.approved.unsaid_tokens)
+                data = json.dumps(with_outcome(whole, outcome), separators=(",", ":")).encode()
+                more = outcome_headers(outcome)
         await x.whole(answer.status, kind, data, more)
         return counted
 
@@ -203,10 +205,10 @@ def _counted(data: bytes) -> int | None:
     return int(found[1]) if found else None
 
 
-def _check_failed(order: Order | None, status: int, data: bytes) -> None:
+def _check_failed(approved: ApprovedHandoff | None, status: int, data: bytes) -> None:
     """Raises ``ProxyError`` (502) for a failure of vLLM's, whatever status vLLM gives it: the
     client may send the same again."""
-    lost = order is not None and order.edge is not None and _NOT_STORED in data
+    lost = approved is not None and approved.edge is not None and _NOT_STORED in data
     if status >= 500 or (status != 200 and lost):
         raise ProxyError(
             502,

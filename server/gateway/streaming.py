@@ -10,12 +10,12 @@ from typing import Any
 
 import aiohttp
 
-from lcguard.server.authorization.approved_handoff import Order
+from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.contract import clean
 from lcguard.server.gateway.exchange import Exchange
-from lcguard.server.gateway.outcome import promised, with_applied
+from lcguard.server.gateway.outcome import stream_headers, with_outcome
 from lcguard.server.gateway.sse import DONE, Events, data_of, event
 from lcguard.server.gateway.upstream import broken
 
@@ -47,7 +47,7 @@ class Stream:
         """
         x = self._x
         more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        await x.head(answer.status, kind, more | (promised(x.order) if x.order else {}))
+        await x.head(answer.status, kind, more | (stream_headers(x.approved) if x.approved else {}))
         events = Events()
         try:
             async for piece in answer.content.iter_any():
@@ -63,10 +63,10 @@ class Stream:
 
     async def _passed(self, raw: bytes) -> list[bytes]:
         """What goes to the client for an event of vLLM's."""
-        order = self._x.order
+        approved = self._x.approved
         if raw.startswith(_ERROR):
-            if order is not None:
-                await self._settlement.fail(order, "failed", "vLLM broke off")
+            if approved is not None:
+                await self._settlement.fail(approved, "failed", "vLLM broke off")
             self._x.code = "upstream_error"
             return [*self._released(), raw]
         if raw == DONE:
@@ -75,7 +75,7 @@ class Stream:
                 return [*self._released(), raw]
             return [*await self._settled({}), raw]
         usage = _NO_CHOICES in raw
-        if order is None and not usage:
+        if approved is None and not usage:
             shown = raw
         else:
             found = data_of(raw)
@@ -86,12 +86,12 @@ class Stream:
                 self._counted = total if isinstance(total, int) else self._counted
                 before = [] if self._x.code else await self._settled(found)
                 return (
-                    [*before, event(_clean(order, found)) if order else raw]
+                    [*before, event(_clean(approved, found)) if approved else raw]
                     if self._shows_usage
                     else before
                 )
-            assert order is not None
-            shown = event(_clean(order, found))
+            assert approved is not None
+            shown = event(_clean(approved, found))
         out = self._released()
         if _ENDS_CHOICE in raw:
             self._held = shown
@@ -104,8 +104,8 @@ class Stream:
 
     async def _settled(self, usage: dict[str, Any]) -> list[bytes]:
         """The chunk that ended the answer, with what was applied."""
-        order, (held,) = self._x.order, self._released() or [b""]
-        if order is None or order.done:
+        approved, (held,) = self._x.approved, self._released() or [b""]
+        if approved is None or approved.done:
             fingerprint = usage.get("system_fingerprint")
             if not held or fingerprint is None or self._shows_usage:
                 return [held] if held else []
@@ -113,9 +113,9 @@ class Stream:
             return [event({**data_of(held), "system_fingerprint": fingerprint})]
         if not held:
             raise ProxyError(502, "vLLM ended no answer", code="upstream_broke_off")
-        applied = await self._settlement.finish(order)
-        return [event(with_applied(data_of(held), applied))]
+        outcome = await self._settlement.finish(approved)
+        return [event(with_outcome(data_of(held), outcome))]
 
 
-def _clean(order: Order, found: dict[str, Any]) -> dict[str, Any]:
-    return clean(found, bool(order.consumed), order.unsaid_tokens)
+def _clean(approved: ApprovedHandoff, found: dict[str, Any]) -> dict[str, Any]:
+    return clean(found, bool(approved.consumed), approved.unsaid_tokens)

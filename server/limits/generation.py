@@ -36,7 +36,7 @@ class Size:
         return self.prompt + self.output
 
 
-def bounded(
+def bounded_size(
     endpoint: Endpoint,
     body: dict[str, Any],
     n_bytes: int,

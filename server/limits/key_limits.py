@@ -2,7 +2,8 @@
 
 Token buckets that hold one minute's worth: a bucket of r per minute refills with r/60 per second
 and is full at r, so that a key may spend a minute's allowance at once and then r per minute. All
-state is computed when it is looked at; no task runs in the background.
+state is computed when it is looked at; no task runs in the background. By hand, since the buckets
+of the library `limits` know no debt, no giving back and no change of a limit that is in use.
 """
 
 from __future__ import annotations

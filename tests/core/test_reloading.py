@@ -139,7 +139,7 @@ def test_while_one_thread_reads_the_others_get_the_content_in_force(file: Path) 
     def parse(path: Path) -> int:
         if path.read_text() == "2":
             inside.set()
-            assert leave.wait(20)
+            assert leave.wait(60)
         return number(path)
 
     followed = ReloadingFile(file, parse, every_s=1, clock=clock)
@@ -147,10 +147,10 @@ def test_while_one_thread_reads_the_others_get_the_content_in_force(file: Path) 
     clock.now = 5
     reader = threading.Thread(target=followed.current)
     reader.start()
-    assert inside.wait(20)
+    assert inside.wait(60)
     assert followed.current() == 1  # at once: `leave` is not set
     leave.set()
-    reader.join(20)
+    reader.join(60)
     assert followed.current() == 2
 
 

@@ -107,7 +107,7 @@ def running_redis(folder: Path, *options: str) -> Iterator[tuple[int, subprocess
     try:
         for _ in range(500):
             try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                socket.create_connection(("127.0.0.1", port), timeout=60).close()
                 break
             except ConnectionRefusedError:
                 assert process.poll() is None, f"{program} ended with {process.returncode}"
@@ -115,7 +115,7 @@ def running_redis(folder: Path, *options: str) -> Iterator[tuple[int, subprocess
         yield port, process
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")

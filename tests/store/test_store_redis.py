@@ -271,7 +271,7 @@ def test_a_server_that_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
         def stopped(*arguments: Any) -> int:
             process.terminate()
-            process.wait(10)
+            process.wait(60)
             return commit(*arguments)
 
         monkeypatch.setattr(store, "_commit", stopped)

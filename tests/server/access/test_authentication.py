@@ -58,7 +58,7 @@ def test_all_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPatch, key: s
 @needs_vllm
 @pytest.mark.vllm
 def test_every_route_of_the_real_engine_is_shut(engine: Running) -> None:
-    with httpx.Client(base_url=engine.url, timeout=30) as http:
+    with httpx.Client(base_url=engine.url, timeout=120) as http:
         key = {"Authorization": f"Bearer {engine.api_key}"}
         paths = http.get("/openapi.json", headers=key).json()["paths"]
         assert {"/invocations", "/v1/completions", "/tokenize", "/version"} <= set(paths)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lcguard.server.detection.cpu_worker import Bench
+from lcguard.server.detection.cpu_worker import CpuWorker
 from lcguard.server.errors import ProxyError
 
 
@@ -20,14 +20,14 @@ def test_the_loop_goes_on_and_nobody_waits_past_the_deadline() -> None:
         return "late"
 
     async def run() -> None:
-        bench = Bench(0.05, "a search")
+        bench = CpuWorker(0.05, "a search")
         with pytest.raises(ProxyError, match=r"a search took longer than 0\.05 s") as late:
             await bench.run(hangs)
         assert (late.value.status, late.value.code) == (503, "busy")
         with pytest.raises(ProxyError):  # in the line behind it
             await bench.run(begun.append, "never")
         go.set()
-        patient = Bench(600, "a search")
+        patient = CpuWorker(600, "a search")
         assert await patient.run(lambda: 7) == 7
         with pytest.raises(ValueError, match="its own"):
             await patient.run(_fails)
@@ -46,7 +46,7 @@ def test_what_nobody_waits_for_is_not_begun() -> None:
     go, events = threading.Event(), list[str]()
 
     async def run() -> None:
-        bench = Bench(600, "a search")
+        bench = CpuWorker(600, "a search")
         first = asyncio.ensure_future(bench.run(lambda: go.wait() and events.append("first")))
         await asyncio.sleep(0)
         left = asyncio.ensure_future(bench.run(events.append, "left"))

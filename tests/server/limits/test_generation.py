@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.server.errors import ProxyError
-from lcguard.server.limits.generation import Size, bounded
+from lcguard.server.limits.generation import Size, bounded_size
 
 MOST = 32
 
@@ -21,7 +21,7 @@ def chat(**more: Any) -> dict[str, Any]:
 def size(body: dict[str, Any], most: int = MOST, **more: Any) -> Size:
     endpoint: Any = "chat" if "messages" in body else "completions"
     options: dict[str, Any] = {"context": None, "per_min": None} | more
-    return bounded(endpoint, body, 400, most, **options)
+    return bounded_size(endpoint, body, 400, most, **options)
 
 
 def test_a_request_that_states_no_maximum_gets_one() -> None:

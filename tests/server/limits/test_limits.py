@@ -1,4 +1,4 @@
-"""Limits of keys, and the gate before vLLM."""
+"""Limits of keys, and the places before vLLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcguard.server.limits.concurrency import Gate
+from lcguard.server.limits.concurrency import ConcurrencyLimit
 from lcguard.server.limits.key_limits import KeyLimits, Limited, Limits
 
 
@@ -205,7 +205,7 @@ def test_never_more_than_one_minute_ahead(steps: list[tuple[float, int, int]], r
         assert used <= rate * (1 + (clock.now_s - start_s) / 60) + surplus + 1e-6
 
 
-# ---- the gate
+# ---- places
 
 
 async def settle() -> None:
@@ -215,88 +215,88 @@ async def settle() -> None:
 
 def test_first_come_first_served() -> None:
     async def run() -> None:
-        gate, order = Gate(1, 10, 60), list[int]()
+        places, order = ConcurrencyLimit(1, 10, 60), list[int]()
 
         async def one(i: int) -> None:
-            async with gate:
+            async with places:
                 order.append(i)
                 await asyncio.sleep(0)
 
-        await gate.acquire()
+        await places.acquire()
         tasks = [asyncio.create_task(one(i)) for i in range(5)]
         await settle()
-        assert (gate.running, gate.waiting) == (1, 5)
-        gate.release()
+        assert (places.running, places.waiting) == (1, 5)
+        places.release()
         late = asyncio.create_task(one(5))  # a place is free, but it is promised already
         await asyncio.gather(*tasks, late)
         assert order == [0, 1, 2, 3, 4, 5]
-        assert (gate.running, gate.waiting) == (0, 0)
+        assert (places.running, places.waiting) == (0, 0)
 
     asyncio.run(run())
 
 
 def test_a_full_line_refuses_at_once() -> None:
     async def run() -> None:
-        gate = Gate(1, 1, 60)
-        await gate.acquire()
-        waiter = asyncio.create_task(gate.acquire())
+        places = ConcurrencyLimit(1, 1, 60)
+        await places.acquire()
+        waiter = asyncio.create_task(places.acquire())
         await settle()
         with pytest.raises(Limited, match="1 requests are running and 1 waiting") as refused:
-            await gate.acquire()
+            await places.acquire()
         assert (refused.value.status, refused.value.retry_after_s) == (429, 1)
-        gate.release()
+        places.release()
         await waiter
-        gate.release()
-        assert gate.running == 0
+        places.release()
+        assert places.running == 0
 
     asyncio.run(run())
 
 
 def test_who_waits_too_long_is_refused_and_leaves_the_line() -> None:
     async def run() -> None:
-        gate = Gate(1, 5, 0.02)
-        await gate.acquire()
+        places = ConcurrencyLimit(1, 5, 0.02)
+        await places.acquire()
         with pytest.raises(Limited, match=r"within 0\.02 s"):
-            await gate.acquire()
-        assert gate.waiting == 0
-        gate.release()
-        assert gate.running == 0
-        async with gate:
-            assert gate.running == 1
+            await places.acquire()
+        assert places.waiting == 0
+        places.release()
+        assert places.running == 0
+        async with places:
+            assert places.running == 1
 
     asyncio.run(run())
 
 
 def test_cancelled_while_waiting() -> None:
     async def run() -> None:
-        gate = Gate(1, 5, 60)
-        await gate.acquire()
-        gone, stays = asyncio.create_task(gate.acquire()), asyncio.create_task(gate.acquire())
+        places = ConcurrencyLimit(1, 5, 60)
+        await places.acquire()
+        gone, stays = asyncio.create_task(places.acquire()), asyncio.create_task(places.acquire())
         await settle()
         gone.cancel()
         await settle()
-        assert gate.waiting == 1
-        gate.release()
+        assert places.waiting == 1
+        places.release()
         await stays
-        gate.release()
-        assert (gate.running, gate.waiting) == (0, 0)
+        places.release()
+        assert (places.running, places.waiting) == (0, 0)
 
     asyncio.run(run())
 
 
 def test_cancelled_with_the_place_just_given() -> None:
     async def run() -> None:
-        gate = Gate(1, 5, 60)
-        await gate.acquire()
-        gone, stays = asyncio.create_task(gate.acquire()), asyncio.create_task(gate.acquire())
+        places = ConcurrencyLimit(1, 5, 60)
+        await places.acquire()
+        gone, stays = asyncio.create_task(places.acquire()), asyncio.create_task(places.acquire())
         await settle()
-        gate.release()  # the place is gone's
+        places.release()  # the place is gone's
         gone.cancel()  # who never runs again
         with pytest.raises(asyncio.CancelledError):
             await gone
-        await asyncio.wait_for(stays, 5)
-        gate.release()
-        assert (gate.running, gate.waiting) == (0, 0)
+        await asyncio.wait_for(stays, 60)
+        places.release()
+        assert (places.running, places.waiting) == (0, 0)
 
     asyncio.run(run())
 
@@ -304,12 +304,12 @@ def test_cancelled_with_the_place_just_given() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_crowd_with_cancels_and_timeouts_leaks_no_place(seed: int) -> None:
     async def run() -> None:
-        rng, gate, most = random.Random(seed), Gate(3, 20, 0.01), 0
+        rng, places, most = random.Random(seed), ConcurrencyLimit(3, 20, 0.01), 0
 
         async def one() -> None:
             nonlocal most
-            async with gate:
-                most = max(most, gate.running)
+            async with places:
+                most = max(most, places.running)
                 await asyncio.sleep(rng.random() * 0.004)
                 if rng.random() < 0.2:
                     raise ZeroDivisionError
@@ -325,13 +325,13 @@ def test_a_crowd_with_cancels_and_timeouts_leaks_no_place(seed: int) -> None:
             asyncio.CancelledError,
             ZeroDivisionError,
         }
-        assert (gate.running, gate.waiting) == (0, 0)
+        assert (places.running, places.waiting) == (0, 0)
         assert 0 < most <= 3
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("wrong", [(0, 1, 1), (1, -1, 1), (1, 1, 0)])
-def test_a_gate_that_lets_nobody_in_is_refused(wrong: tuple[int, int, float]) -> None:
+def test_a_limit_that_lets_nobody_in_is_refused(wrong: tuple[int, int, float]) -> None:
     with pytest.raises(ValueError, match="at least 1 place"):
-        Gate(*wrong)
+        ConcurrencyLimit(*wrong)
