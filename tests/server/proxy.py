@@ -20,6 +20,7 @@ from lcguard.commands.live_servers import Running, Site
 BLOCK_TOKENS = 32
 ENGINE_ARGS = ("--block-size", str(BLOCK_TOKENS), "--enable-prompt-tokens-details")
 NAME, COMPLAINT, SSN = "Ada Long", "back pain", "912-55-1029"
+ASK_COMPLAINT, ASK_SSN = "What is the chief complaint?", "What is the SSN?"
 NOTE = f"The patient's name is {NAME}. Chief complaint: {COMPLAINT}. SSN: {SSN}."
 ALL = list(CATEGORIES)
 

@@ -14,30 +14,33 @@ import signal
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from safetensors.torch import load_file
-from torch import Tensor
 
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.load import guard_path
 from lcguard.categories import CATEGORIES
-from lcguard.commands.live_servers import Running, Site
-from lcguard.disk import MANIFEST_FILE, TENSOR_FILE, read_manifest
-from lcguard.guards import FrozenGuard
+from lcguard.commands.live_servers import Site
 from lcguard.handoff.policy import load_policy
-from lcguard.server.audit.verify import verify
 from lcguard.store import FileStore
 from tests.engine import needs_vllm
+from tests.server.drill import (
+    BODY_TIMEOUT_S,
+    LONG,
+    NOTE,
+    START_S,
+    STORE_BYTES,
+    WAIT_S,
+    Drill,
+    refused,
+    rules,
+)
+from tests.server.malformed import JUNK, _send_many, _takes_input
 from tests.server.proxy_client import (
     DONE,
     Answer,
@@ -51,115 +54,7 @@ from tests.server.proxy_client import (
 )
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-
-NOTE = "Employee record. The name is Quella Brandt. Job title: Analyst. SSN: 941-22-7310."
-LONG = 3000
-"""Tokens of an answer that is still running when the fault comes."""
-STORE_BYTES = 2**20
-"""512 tokens of the nano agent."""
-BODY_TIMEOUT_S = 2.0
-WAIT_S = 60.0
-START_S = 300.0
 N_MALFORMED = 2000
-
-
-def rules(forbid: tuple[str, ...] = CATEGORIES) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "edges": [
-            {"source": "*", "audience": "*", "forbid": list(forbid), "guard": "gate"},
-        ],
-    }
-
-
-@dataclass
-class Drill:
-    """The deployment, seen from outside."""
-
-    site: Site
-    proxy: Running
-    guard: Path
-    """The guard's folder, which a test may damage."""
-    publisher: Client
-    audience: Client
-    digest: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.digest = FrozenGuard.from_pretrained(self.guard).digest
-
-    @property
-    def key(self) -> bytes:
-        return bytes.fromhex(self.site.environment["LCGUARD_KEY"])
-
-    @property
-    def store(self) -> Path:
-        return self.site.folder / "segments"
-
-    @property
-    def database(self) -> Path:
-        return self.site.folder / "lcguard.sqlite"
-
-    @cached_property
-    def raw_values(self) -> Tensor:
-        """``[H, V, D]``: the first layer's values depend on the token alone, so that raw KV is
-        told from guarded whatever the prompt was."""
-        source = load_backend("nano").source
-        return source.prefill([list(range(source.config.vocab_size))]).values[0, 0]
-
-    def is_raw(self, values: Tensor) -> Tensor:
-        """``[T]`` of a segment's ``values [L, H, T, D]``."""
-        # nearest other token: 0.9 away
-        apart = torch.cdist(
-            values[0].float(), self.raw_values, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        return (apart.amin(-1) < 0.2).any(0)
-
-    def readyz(self) -> tuple[int, str]:
-        status, data = self.proxy.get("/readyz")
-        return status, " ".join(json.loads(data)["reasons"]) if data else ""
-
-    def until_ready(self, timeout_s: float = WAIT_S) -> None:
-        until(lambda: self.readyz()[0] == 200, timeout_s, f"ready again: {self.readyz()}")
-
-    def until_unready(self, reason: str, timeout_s: float = WAIT_S) -> None:
-        def said() -> bool:
-            status, reasons = self.readyz()
-            return status == 503 and reason in reasons
-
-        until(said, timeout_s, f"503 with {reason!r}: {self.readyz()}")
-
-    def stored(self) -> list[str]:
-        """Handles in the store, and whatever is on its way there."""
-        found = self.store.iterdir() if self.store.is_dir() else ()
-        return [p.name for p in found if not (p / "retired").exists()]
-
-    def check(self) -> None:
-        """What holds after every fault."""
-        assert verify(self.database, self.key).problems == []
-        assert self.publisher.acknowledged
-        for handle in self.publisher.acknowledged:
-            events = [r["event"] for r in audit_rows(self.database, "handle = ?", handle)]
-            assert events[:2] == ["publish", "published"], (handle, events)
-        for folder in self.store.iterdir():
-            if not (folder / MANIFEST_FILE).exists():  # evicted meanwhile
-                continue
-            manifest = read_manifest(folder)
-            manifest.verify(self.key)
-            assert manifest.guard_digest == self.digest
-            assert not self.is_raw(load_file(folder / TENSOR_FILE)["values"]).any()
-
-    def works(self) -> None:
-        """A handoff from end to end."""
-        handle = self.publisher.publish(NOTE).handle
-        assert self.audience.consume(handle).status == 200
-
-
-def refused(answer: Answer, *statuses: int) -> str:
-    """The reason. A refusal hands nothing over."""
-    assert answer.status in statuses, answer
-    assert "x-lcguard-handle" not in answer.headers
-    assert "lcguard" not in answer.json
-    return answer.reason
 
 
 @pytest.fixture(scope="module")
@@ -434,42 +329,6 @@ def test_a_locked_database_stops_handoffs_and_nothing_else(drill: Drill) -> None
     drill.works()
 
 
-JUNK = (
-    b"",
-    b"5",
-    b"null",
-    b"[]",
-    b"\xff\xfe",
-    b"{",
-    b'{"a":' * 5000,
-    b"[" * 100000,
-    b'"' * 999,
-    b'{"prompt": NaN}',
-    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
-    *(
-        b'{"model": "nano", "prompt": "a", "max_tokens": 2, ' + rest + b"}"
-        for rest in (
-            b'"top_k": 99999999999999999999999',
-            b'"temperature": 1e999',
-            b'"logit_bias": {"5": 1e999}',
-            b'"seed": -99999999999999999999',
-            b'"n": 99999999',
-            b'"stop": ["\\ud800"]',
-            b'"allowed_token_ids": [99999999999999999999]',
-            b'"structured_outputs": {"regex": "(((("}',
-            b'"lcguard": {"publish": {"audience": "\\ud800"}}',
-            b'"lcguard": {"publish": 5}',
-            b'"lcguard": {"consume": ["../../../../etc/passwd"]}',
-            b'"kv_transfer_params": {}',
-            b'"lcguard": {"publish": {"audience": "billing"}}, "prompt": [-1]',
-            b'"lcguard": {"publish": {"audience": "billing", "ttl_s": 1e-300}}',
-            b'"lcguard": {"publish": {"audience": "billing"}}, "max_tokens": 0',
-            b'"lcguard": {"publish": {"audience": "billing"}}, "n": 3',
-        )
-    ),
-)
-
-
 def test_malformed_requests(drill: Drill) -> None:
     """Made from the OpenAPI document; between them, handoffs that must go on working."""
     import schemathesis
@@ -501,42 +360,6 @@ def test_malformed_requests(drill: Drill) -> None:
     assert sum(statuses.values()) - statuses.get(401, 0) >= N_MALFORMED, statuses
     assert statuses.get(400, 0) > N_MALFORMED / 2, statuses
     assert drill.readyz()[0] == 200
-
-
-def _takes_input(operation: Any) -> bool:
-    return bool(operation.body or operation.path_parameters or operation.query)
-
-
-def _send_many(
-    operation: Any, mode: Any, n: int, drill: Drill, seen: Callable[[Answer], None]
-) -> None:
-    from requests.exceptions import InvalidHeader, InvalidURL
-
-    def send(case: Any) -> None:
-        if isinstance(case.body, dict):
-            case.body.setdefault("max_tokens", 1)  # some are answered after all
-        try:
-            got = case.call(
-                base_url=drill.proxy.url,
-                timeout=WAIT_S,
-                headers={"Authorization": f"Bearer {drill.publisher.key}"},
-            )
-        except (InvalidHeader, InvalidURL):  # none that can be sent
-            return
-        headers = {k.lower(): v[0] for k, v in got.headers.items()}
-        if got.status_code == 200 and (handle := headers.get("x-lcguard-handle")):
-            drill.publisher.acknowledged.append(handle)
-        seen(Answer(got.status_code, headers, got.content))
-
-    # Schemathesis leaves the key out of every fourth, which says nothing of what is behind it
-    generated = settings(
-        max_examples=int(1.6 * n) + 1,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    generated(given(case=operation.as_strategy(generation_mode=mode))(send))()
 
 
 def test_vllm_is_killed_and_starts_again(drill: Drill) -> None:

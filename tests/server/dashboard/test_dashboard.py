@@ -2,137 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
 import time
-from base64 import b64decode
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("jinja2", reason="the dashboard needs jinja2: pip install lcguard[server]")
-pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install lcguard[server]")
-
-import uvicorn
-from fastapi import FastAPI, Request, Response
-
 from lcguard.server.dashboard.graph_layout import arrange
 from lcguard.server.dashboard.graph_svg import graph
 from lcguard.server.dashboard.leak_svg import leak_bar, scale_top
 from lcguard.server.dashboard.page import (
-    AgentRow,
-    AuditRow,
-    Check,
-    DashboardView,
-    EdgeRow,
-    Latency,
-    NextStep,
     Totals,
     headers,
     new_nonce,
     render,
 )
-
-NOW_S = 1_780_000_000.0
-LONG = "an-agent-whose-name-is-as-long-as-the-key-ring-allows-00"
-HOSTILE = "<img src=x onerror=alert(1)>"
-REFRESH_S = 0.2
-
-
-def edge(source: str, audience: str, **changes: Any) -> EdgeRow:
-    made = EdgeRow(
-        tenant="default",
-        source=source,
-        audience=audience,
-        guard="gate",
-        forbid=("government_id", "health"),
-        state="open",
-        published=140,
-        consumed=133,
-        asr=0.031,
-        asr_low=0.009,
-        asr_high=0.107,
-        floor=0.016,
-        n_secrets=64,
-        measured_at_s=NOW_S - 240,
-        history=(0.02, 0.05, 0.031),
-        publish_p50_ms=38.2,
-        publish_p95_ms=71.9,
-        nats=0.42,
-        budget=50,
-        received=7,
-    )
-    return replace(made, **changes)
-
-
-def closed(source: str, audience: str, **changes: Any) -> EdgeRow:
-    reason = "12 of 64 planted secrets were read off it"
-    return edge(
-        source,
-        audience,
-        state="closed",
-        asr=0.19,
-        asr_low=0.11,
-        asr_high=0.3,
-        reason=reason,
-        **changes,
-    )
-
-
-def unmeasured(source: str, audience: str) -> EdgeRow:
-    return EdgeRow("default", source, audience, "gate", ("health",), "open")
-
-
-def agent(name: str, tenant: str = "default", requests: int = 12) -> AgentRow:
-    return AgentRow(tenant, name, requests, 1, 0, 3456)
-
-
-FRESH = DashboardView(
-    model="nano",
-    version="0.1.0",
-    now_s=NOW_S,
-    uptime_s=90,
-    ready=True,
-    checks=(Check("upstream", True, "answers"),),
-    policy_digest="8f" * 32,
-    threshold=0.1,
-    next_steps=(NextStep("Give each agent a key.", "a command"),),
-)
-THREE = replace(
+from tests.server.dashboard.browsing import REFRESH_S, Open, Site
+from tests.server.dashboard.views import (
+    FORTY,
     FRESH,
-    agents=(agent("intake"), agent("billing"), agent("triage")),
-    edges=(edge("intake", "billing"), closed("intake", "triage"), unmeasured("triage", "billing")),
-    totals=Totals(2240, (("edge closed", 12), ("limit", 4))),
-    ttfb=Latency(182, 410),
-    recent=(AuditRow(NOW_S, "publish", "default", "intake", "intake", "triage", "blocked", "no"),),
+    HARD,
+    HOSTILE,
+    THREE,
+    VIEWS,
+    closed,
+    edge,
+    unmeasured,
 )
-_NAMES = [f"worker-{i:02d}" for i in range(40)]
-FORTY = replace(
-    FRESH,
-    agents=tuple(agent(name) for name in _NAMES),
-    edges=(
-        *(edge(_NAMES[i], _NAMES[(i + 1) % 40]) for i in range(40)),
-        *(edge(_NAMES[i], _NAMES[(i + 7) % 40], stale=True) for i in range(38)),
-        closed(_NAMES[38], _NAMES[5]),
-        closed(_NAMES[39], _NAMES[6], on_leak="redact"),
-    ),
-)
-HARD = replace(
-    FRESH,
-    ready=False,
-    checks=(Check("upstream", False, "connection refused"),),
-    policy_error="policy.yaml: edges.0.forbid: 'helth' is no category",
-    agents=(agent(LONG), agent(HOSTILE), agent("<script>alert(1)</script>", tenant=LONG)),
-    edges=(edge(LONG, HOSTILE), closed(HOSTILE, LONG + "'\""), edge("*", "a\u202eb\x07")),
-    recent=(AuditRow(NOW_S, "refused", "t", HOSTILE, LONG, LONG, "blocked", LONG + HOSTILE),),
-)
-VIEWS = {"fresh": FRESH, "three": THREE, "forty": FORTY, "hard": HARD}
+
+pytest.importorskip("jinja2", reason="the dashboard needs jinja2: pip install lcguard[server]")
+
+
+pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install lcguard[server]")
 
 
 # Without a browser.
@@ -215,109 +119,6 @@ def test_layout_follows_the_hops_and_turns_only_what_closes_a_cycle() -> None:
         arrange([(("a",), ("a",))])
 
 
-# In a browser.
-
-
-@dataclass
-class Site:
-    """A server whose view a test can change, stop and start."""
-
-    view: DashboardView = FRESH
-    status: int = 200
-    key: bytes = b""
-    """User and password, where the page asks for one."""
-    server: Any = None
-    thread: threading.Thread | None = None
-    port: int = 0
-
-    def start(self) -> None:
-        app = FastAPI()
-
-        @app.get("/dashboard")
-        def page(request: Request) -> Response:
-            if self.key and b64decode(request.headers.get("authorization", "")[6:]) != self.key:
-                # to the page's own refresh no challenge: the browser would open a dialog
-                first = request.headers.get("sec-fetch-dest") == "document"
-                challenge = {"www-authenticate": 'Basic realm="any user, a key"'}
-                return Response("", 401, challenge if first else {})
-            nonce = new_nonce()
-            text = render(self.view, nonce, REFRESH_S)
-            return Response(text, self.status, headers(nonce))
-
-        config = uvicorn.Config(app, "127.0.0.1", self.port, log_level="error", ws="none")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        deadline = time.monotonic() + 60
-        while not self.server.started:
-            assert time.monotonic() < deadline, "uvicorn did not start"
-            time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-
-    def stop(self) -> None:
-        assert self.thread is not None
-        self.server.should_exit = True
-        self.thread.join(60)
-        assert not self.thread.is_alive()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/dashboard"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright (dev extra)")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"no browser: install one of {', '.join(names)}")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    made = Site()
-    made.start()
-    yield made
-    made.stop()
-
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def visit(browser: Any, site: Site) -> Iterator[Open]:
-    """Opens the page; the test fails if the page complained or asked another host."""
-    contexts: list[Any] = []
-    problems: list[str] = []
-
-    def open_page(expect_problems: bool = False, at: str = "", **options: Any) -> Any:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        if not expect_problems:
-            page.on("console", lambda m: problems.append(m.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("dialog", lambda dialog: problems.append(f"dialog {dialog.message}"))
-        page.on("request", lambda r: problems.append(r.url) if not _ours(r.url, site) else None)
-        page.goto(site.url.replace("//", f"//{at}"))
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert problems == []
-
-
-def _ours(url: str, site: Site) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme == "data" or (parts.hostname, parts.port) == ("127.0.0.1", site.port)
-
-
 def until(page: Any, condition: str) -> None:
     """Playwright's own waiting evaluates text, which the page's policy forbids."""
     deadline = time.monotonic() + 120
@@ -327,6 +128,8 @@ def until(page: Any, condition: str) -> None:
 
 
 FITS = "document.scrollingElement.scrollWidth <= document.scrollingElement.clientWidth"
+
+
 # Text whose colour is less than 4.5 to 1 away from what lies behind it (WCAG AA).
 FAINT = """() => {
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);

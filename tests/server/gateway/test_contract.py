@@ -7,13 +7,11 @@ import json
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from openai.types import completion_create_params as text_params
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
 
-from lcguard.server.gateway.contract import ContractError, check, clean, describe, markdown, page
+from lcguard.server.gateway.contract import check, clean, describe, markdown, page
 from lcguard.server.gateway.contract_fields import (
     ANSWER,
     ANSWER_MEANING,
@@ -28,38 +26,9 @@ from lcguard.server.gateway.contract_fields import (
 )
 from tests.engine import needs_vllm
 from tests.paths import ROOT
+from tests.server.gateway.contract_cases import ENDPOINTS, MINIMAL, SAMPLE, asks, refusal
 
-ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions")
-MINIMAL: dict[Endpoint, dict[str, Any]] = {
-    "chat": {"messages": [{"role": "user", "content": "hello"}]},
-    "completions": {"prompt": "hello"},
-}
 EVERY = [(e, name, field) for e in ENDPOINTS for name, field in FIELDS[e].items()]
-SAMPLE: dict[type, Any] = {
-    bool: True,
-    int: 3,
-    float: 0.5,
-    str: "text",
-    list: [{"role": "user"}],
-    dict: {"a": 1},
-}
-
-
-def asks(endpoint: Endpoint, name: str, field: Field) -> Any:
-    """A value of the right type that asks for something."""
-    if name in MINIMAL[endpoint]:
-        return MINIMAL[endpoint][name]
-    return SAMPLE[min(field.types, key=lambda t: t.__name__)]
-
-
-def refusal(
-    body: Any, endpoint: Endpoint = "chat", consuming: bool = False, publishing: bool = False
-) -> ContractError:
-    with pytest.raises(ContractError) as refused:
-        check(endpoint, body, consuming, publishing)
-    assert refused.value.status == 400
-    assert "\n" not in refused.value.message
-    return refused.value
 
 
 # ---- complete for vLLM, and for OpenAI's clients
@@ -306,188 +275,6 @@ def test_unknown_fields_are_refused_with_the_nearest(name: str, hint: str) -> No
 def test_fields_of_the_other_endpoint_are_unknown() -> None:
     assert refusal({**MINIMAL["completions"], "top_logprobs": 0}, "completions")
     assert refusal({**MINIMAL["chat"], "prompt": "x"})
-
-
-# ---- prompts and messages
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"role": "user", "content": "x"},
-        {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": ""}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {}}]},
-        {
-            "role": "assistant",
-            "content": "x",
-            "refusal": None,
-            "annotations": None,
-            "audio": None,
-            "function_call": None,
-            "reasoning": "y",
-        },
-        {"role": "tool", "tool_call_id": "1", "content": "x"},
-    ],
-)
-def test_text_messages_pass_as_they_are(message: dict[str, Any]) -> None:
-    for handoff in (False, True):
-        body = {"messages": [message]}
-        assert check("chat", body, consuming=handoff, publishing=handoff) == body
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        {"type": "image_url", "image_url": {"url": "data:,"}},
-        {"image_url": "data:,"},
-        {"type": "text", "text": "x", "image_url": "data:,"},
-        {"type": "text", "text": "x", "uuid": "1"},
-        {"type": "prompt_embeds", "data": "AAAA"},
-        {"type": "input_audio", "input_audio": {}},
-        {"type": "video_url", "video_url": {"url": "x"}},
-        {"type": "file", "file": {}},
-        {"type": "input_text", "text": "x"},
-        {"type": "text", "text": 5},
-        {"type": "text"},
-        {"text": "x"},
-        {"type": ["text"], "text": "x"},
-        "x",
-        None,
-        5,
-        ["x"],
-    ],
-    ids=str,
-)
-def test_only_text_parts(part: Any) -> None:
-    parts = [{"type": "text", "text": "x"}, part]
-    error = refusal({"messages": [{"role": "user", "content": parts}]})
-    assert error.param == "messages[0].content[1]"
-
-
-@pytest.mark.parametrize(
-    ("messages", "param"),
-    [
-        (None, "messages"),
-        ([], "messages"),
-        ("x", "messages"),
-        ([5], "messages[0]"),
-        ([{"content": "x"}], "messages[0].role"),
-        ([{"role": 5}], "messages[0].role"),
-        ([{"role": "user", "content": {"type": "text"}}], "messages[0].content"),
-        ([{"role": "user", "contents": "x"}], "messages[0].contents"),
-        ([{"role": "user", "audio": {"id": "x"}}], "messages[0].audio"),
-        ([{"role": "user"}, {"role": "user", "image_url": "x"}], "messages[1].image_url"),
-    ],
-)
-def test_malformed_messages(messages: Any, param: str) -> None:
-    assert refusal({"messages": messages}).param == param
-
-
-def test_refusals_show_nothing_of_the_prompt() -> None:
-    for content in ({"secret4711": "secret4711"}, ["secret4711"], [{"type": "secret4711"}]):
-        error = refusal({"messages": [{"role": "user", "content": content}]})
-        assert "secret4711" not in error.message + str(error.param)
-
-
-def test_one_prompt_for_a_handoff() -> None:
-    for prompt in ("x", [1, 2, 3]):
-        body = {"prompt": prompt}
-        assert check("completions", body, consuming=True, publishing=True) == body
-    for many in (["x"], ["x", "y"], [[1], [2]], [[1]]):
-        body = {"prompt": many}
-        assert check("completions", body, consuming=False, publishing=False) == body
-        for consuming in (False, True):
-            assert refusal(body, "completions", consuming, not consuming).param == "prompt"
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        None,
-        "",
-        [],
-        [True],
-        [1.0],
-        [1, "x"],
-        [[1], "x"],
-        [[]],
-        [[True]],
-        [[[1]]],
-        [None],
-        [{}],
-        [[1, "x"]],
-    ],
-    ids=str,
-)
-def test_prompts_of_anything_else(prompt: Any) -> None:
-    assert refusal({"prompt": prompt}, "completions").param == "prompt"
-
-
-def test_template_options_are_plain_values() -> None:
-    options = {"enable_thinking": False, "budget": 5, "style": "x", "t": 0.5, "none": None}
-    body = {**MINIMAL["chat"], "chat_template_kwargs": options}
-    assert check("chat", body, consuming=True, publishing=True) == body
-    for value in ({}, [], {"chat_template": "x"}):
-        body = {**MINIMAL["chat"], "chat_template_kwargs": {"a": value}}
-        assert refusal(body).param == "chat_template_kwargs.a"
-
-
-# ---- anything at all
-
-_JSON = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(),
-        st.floats(),
-        st.text(),
-        st.sampled_from(["text", "user", "false", "1"]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.dictionaries(
-            st.one_of(
-                st.sampled_from(["role", "content", "type", "text", "tool_calls", "a"]), st.text()
-            ),
-            inner,
-            max_size=4,
-        ),
-    ),
-    max_leaves=12,
-)
-_NAMES = st.sampled_from(sorted({*FIELDS["chat"], *FIELDS["completions"]}))
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    endpoint=st.sampled_from(ENDPOINTS),
-    body=st.one_of(
-        _JSON,
-        st.dictionaries(_NAMES, _JSON, max_size=6),
-        st.dictionaries(_NAMES, _JSON, max_size=3).map(lambda d: {**MINIMAL["chat"], **d}),
-        st.dictionaries(_NAMES, _JSON, max_size=3).map(lambda d: {**MINIMAL["completions"], **d}),
-    ),
-    consuming=st.booleans(),
-    publishing=st.booleans(),
-)
-def test_any_body_passes_or_is_refused(
-    endpoint: Endpoint, body: Any, consuming: bool, publishing: bool
-) -> None:
-    refused, passed = None, dict[str, Any]()
-    try:
-        passed = check(endpoint, body, consuming, publishing)
-    except ContractError as error:
-        refused = error
-    if refused is not None:
-        # it goes to logs and clients as it is
-        assert (refused.message + str(refused.param)).isascii()
-        assert len(refused.message) < 400
-    for name in passed:
-        kind = FIELDS[endpoint][name].kind
-        assert kind not in ("dropped", "refused")
-        assert not (consuming and kind in ("refused_on_consume", "refused_on_handoff"))
-        assert not (publishing and kind in ("refused_on_publish", "refused_on_handoff"))
-        assert type(passed[name]) in FIELDS[endpoint][name].types
 
 
 # ---- answers

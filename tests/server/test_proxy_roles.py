@@ -1,0 +1,140 @@
+"""The proxy before a real vLLM: who sees, revokes and operates, and what the audit keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.engine import needs_vllm
+from tests.paths import ROOT
+from tests.server.proxy import ASK_SSN, COMPLAINT, NAME, SSN, Front, error, wait_for
+
+pytest_plugins = ("tests.server.proxy_fixtures",)
+pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+
+def test_who_lists_inspects_and_revokes(front: Front) -> None:
+    publisher, reader, stranger = (front.auth(a) for a in ("intake", "open", "clerk"))
+    auditor = front.auth("eve", role="auditor")
+    foreign = front.auth("eve", "acme", role="auditor")
+    admin = front.auth("root", "acme", role="admin")
+    handle = front.handle(publisher, "open")
+    path = f"/lcguard/v1/segments/{handle}"
+    for who, sees in ((publisher, True), (reader, True), (auditor, True), (stranger, False)):
+        listed = front.http.get("/lcguard/v1/segments", headers=who).json()["data"]
+        assert (handle in {s["handle"] for s in listed}) is sees
+        assert (front.http.get(path, headers=who).status_code == 200) is sees
+    shown = front.http.get(path, headers=reader).json()
+    assert shown["manifest"]["source_agent"] == "intake"
+    assert not {"hmac", "tensor_digests", "n_tokens"} & set(shown["manifest"])
+    assert error(front.http.get(path, headers=foreign)) == (404, "no_segment")
+    for who in (reader, auditor):
+        assert error(front.http.delete(path, headers=who)) == (403, "role")
+    assert error(front.http.delete(path, headers=stranger)) == (404, "no_segment")
+    assert front.http.delete(path, headers=admin).json()["revoked"] == [handle]
+    mine = front.handle(publisher, "open")
+    path = f"/lcguard/v1/segments/{mine}"
+    assert front.http.delete(path, headers=publisher).status_code == 200
+
+
+def test_the_policy_route_shows_what_concerns_the_caller(front: Front) -> None:
+    def edges(header: dict[str, str]) -> set[tuple[str, str]]:
+        found = front.http.get("/lcguard/v1/policy", headers=header).json()
+        return {(e["tenant"], e["audience"]) for e in found["edges"]}
+
+    every = edges(front.auth("root", role="admin"))
+    assert ("acme", "partner") in every
+    ours = edges(front.auth("intake"))
+    assert ours == {(tenant, audience) for tenant, audience in every if tenant == "*"}
+    acme = edges(front.auth("eve", "acme", role="auditor"))
+    assert acme == ours | {("acme", "partner")}
+
+
+def test_an_operators_routes_take_an_admins_key(front: Front) -> None:
+    edge = {"tenant": "default", "source": "intake", "audience": "open"}
+    path = "/lcguard/v1/leakage/reopen"
+    for role in ("agent", "auditor"):
+        refused = front.http.post(path, json=edge, headers=front.auth("x", role=role))
+        assert error(refused) == (403, "role")
+    unknown = front.http.post(path, json=edge, headers=front.auth("root", role="admin"))
+    assert error(unknown) == (404, "no_edge")
+
+
+def test_a_request_id_is_kept_and_found_in_the_audit(front: Front) -> None:
+    answer = front.http.post(
+        "/v1/completions",
+        json={
+            "model": "nano",
+            "prompt": "a",
+            "max_tokens": 1,
+            "lcguard": {"publish": {"audience": "open"}},
+        },
+        headers=front.auth("intake") | {"X-Request-Id": "order-77"},
+    )
+    assert answer.headers["x-request-id"] == "order-77"
+    rows = audit(front, "--request-id", "order-77")
+    assert [r["event"] for r in rows] == ["publish", "published"]
+    assert {r["handle"] for r in rows} == {answer.headers["x-lcguard-handle"]}
+
+
+def test_a_client_that_hangs_up_leaves_no_segment(front: Front) -> None:
+    body = {
+        "model": "nano",
+        "prompt": NAME,
+        "max_tokens": 2000,
+        "ignore_eos": True,
+        "stream": True,
+        "lcguard": {"publish": {"audience": "open"}},
+    }
+    header = front.auth("intake") | {"X-Request-Id": "left-early"}
+    with front.http.stream("POST", "/v1/completions", json=body, headers=header) as answer:
+        next(answer.iter_raw())
+    rows = wait_for(lambda: len(found := audit(front, "--request-id", "left-early")) == 2 and found)
+    assert [r["event"] for r in rows] == ["publish", "aborted"]
+    gone = front.ask(front.auth("open"), ASK_SSN, rows[0]["handle"])
+    assert error(gone) == (404, "no_segment")
+
+
+def audit(front: Front, *options: str) -> list[dict[str, Any]]:
+    """Rows of ``lcguard audit show``."""
+    command = [
+        sys.executable,
+        "-m",
+        "lcguard.cli",
+        "audit",
+        "show",
+        "--json",
+        "--dir",
+        str(front.site.folder),
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["two_agents.py", "langgraph_intake.py"])
+def test_the_examples_run(front: Front, name: str) -> None:
+    pytest.importorskip("langgraph" if "langgraph" in name else "openai")
+    keys = {
+        f"{a.upper()}_KEY": front.auth(a, "unwritten")["Authorization"].removeprefix("Bearer ")
+        for a in ("intake", "billing", "scheduling", "mallory")
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name)],
+        capture_output=True,
+        text=True,
+        env=os.environ | keys | {"LCGUARD_URL": f"{front.url}/v1"},
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len([x for x in lines if COMPLAINT in x]) == 1, done.stdout
+    assert SSN not in done.stdout
+    assert len([x for x in lines if "XXXX" in x]) == 1, done.stdout
+    if name == "two_agents.py":
+        assert lines[-1].startswith("mallory -> 403 segment ")
