@@ -11,10 +11,11 @@ WRITTEN = (SECRET, "912551029", "912\u201155\u20111029", "912 55 1029", "**912**
 TOOL = {
     "type": "function",
     "function": {
-        "name": "lookup", "description": "Finds a person.",
+        "name": "lookup",
+        "description": "Finds a person.",
         "parameters": {"type": "object", "properties": {"ssn": {"type": "string"}}},
     },
-}  # fmt: skip
+}
 
 
 def history(seed: int) -> dict[str, Any]:
@@ -61,10 +62,18 @@ class _Speaker:
 
     def text(self) -> str:
         written = self.rng.choice(WRITTEN)
-        return self.rng.choice((
-            f"My number is {written}.", "What is the status?", "", "é 日本 🙂\n- a\n- b",
-            f'{{"ssn": "{written}"}}', f"SSN_{written}_END", "Done.\n\n", "  spaced  ",
-        ))  # fmt: skip
+        return self.rng.choice(
+            (
+                f"My number is {written}.",
+                "What is the status?",
+                "",
+                "é 日本 🙂\n- a\n- b",
+                f'{{"ssn": "{written}"}}',
+                f"SSN_{written}_END",
+                "Done.\n\n",
+                "  spaced  ",
+            )
+        )
 
     def content(self) -> Any:
         """A text, or parts; a number may be split over two of them."""
@@ -79,8 +88,13 @@ def _said(rng: random.Random, say: _Speaker) -> dict[str, Any]:
     """An assistant's answer, as an SDK sends its own objects back."""
     out: dict[str, Any] = {"role": "assistant", "content": say.content()}
     if rng.random() < 0.3:
-        out |= {"refusal": None, "annotations": None, "audio": None, "function_call": None,
-                "tool_calls": rng.choice((None, []))}  # fmt: skip
+        out |= {
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "tool_calls": rng.choice((None, [])),
+        }
     if rng.random() < 0.3:
         out[rng.choice(("reasoning_content", "reasoning"))] = rng.choice((None, say.text()))
     return out
@@ -89,10 +103,13 @@ def _said(rng: random.Random, say: _Speaker) -> dict[str, Any]:
 def _tools(rng: random.Random, say: _Speaker) -> list[dict[str, Any]]:
     """Calls of tools, and what the tools answered."""
     calls = [
-        {"id": f"call_{i}", "type": "function",
-         "function": {"name": "lookup", "arguments": _arguments(rng, say)}}
+        {
+            "id": f"call_{i}",
+            "type": "function",
+            "function": {"name": "lookup", "arguments": _arguments(rng, say)},
+        }
         for i in range(rng.randint(1, 3))
-    ]  # fmt: skip
+    ]
     asked: dict[str, Any] = {"role": "assistant", "tool_calls": calls}
     if rng.random() < 0.7:
         asked["content"] = rng.choice((None, "", say.content()))
@@ -115,27 +132,50 @@ def _tools(rng: random.Random, say: _Speaker) -> list[dict[str, Any]]:
 def _arguments(rng: random.Random, say: _Speaker) -> Any:
     """As models write them: JSON, mostly."""
     value = {"ssn": say.text(), "n": rng.choice((1, 2.5, None, True, [1, "x"], {"a": {}}))}
-    return rng.choice((
-        json.dumps(value), json.dumps(value, ensure_ascii=False), json.dumps(json.dumps(value)),
-        "{}", "", "null", "[]", "42", '{"ssn": "912-55', "{'ssn': 1}",
-    ))  # fmt: skip
+    return rng.choice(
+        (
+            json.dumps(value),
+            json.dumps(value, ensure_ascii=False),
+            json.dumps(json.dumps(value)),
+            "{}",
+            "",
+            "null",
+            "[]",
+            "42",
+            '{"ssn": "912-55',
+            "{'ssn': 1}",
+        )
+    )
 
 
 def _spoil(rng: random.Random, body: dict[str, Any]) -> None:
     """Something that no framework should send, and some do."""
     message = rng.choice(body["messages"])
-    rng.choice((
-        lambda: message.update(content=None), lambda: message.update(role="alien"),
-        lambda: message.pop("content", None), lambda: body.update(tools=[]),
-        lambda: message.update(tool_calls=[{"id": "1"}]),
-        lambda: message.update(tool_calls=[None]),
-        lambda: message.update(tool_calls=[{"id": "1", "type": "function", "function": {
-            "name": "lookup", "arguments": {"ssn": SECRET}}}]),
-        lambda: message.update(tool_calls=[{"type": "custom", "custom": {}}]),
-        lambda: message.update(content="lone \ud800 surrogate"),
-        lambda: body.update(continue_final_message=True),
-        lambda: body.update(tools=[{"type": "function", "function": None}]),
-        lambda: body.update(tools=[5]), lambda: message.update(role=""),
-        lambda: message.update(content=[]), lambda: message.update(name=""),
-        lambda: body.update(documents=["text"]),
-    ))()  # fmt: skip
+    rng.choice(
+        (
+            lambda: message.update(content=None),
+            lambda: message.update(role="alien"),
+            lambda: message.pop("content", None),
+            lambda: body.update(tools=[]),
+            lambda: message.update(tool_calls=[{"id": "1"}]),
+            lambda: message.update(tool_calls=[None]),
+            lambda: message.update(
+                tool_calls=[
+                    {
+                        "id": "1",
+                        "type": "function",
+                        "function": {"name": "lookup", "arguments": {"ssn": SECRET}},
+                    }
+                ]
+            ),
+            lambda: message.update(tool_calls=[{"type": "custom", "custom": {}}]),
+            lambda: message.update(content="lone \ud800 surrogate"),
+            lambda: body.update(continue_final_message=True),
+            lambda: body.update(tools=[{"type": "function", "function": None}]),
+            lambda: body.update(tools=[5]),
+            lambda: message.update(role=""),
+            lambda: message.update(content=[]),
+            lambda: message.update(name=""),
+            lambda: body.update(documents=["text"]),
+        )
+    )()

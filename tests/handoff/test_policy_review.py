@@ -73,9 +73,10 @@ def test_what_is_explained_is_what_is_applied(
     hop = f"{tenant}/{source}", f"{tenant}/{audience}"
     applied = rules.for_edge(*hop)
     matching = [
-        i for i, (t, s, a) in enumerate(found)
+        i
+        for i, (t, s, a) in enumerate(found)
         if t in (tenant, ANY) and s in (source, ANY) and a in (audience, ANY)
-    ]  # fmt: skip
+    ]
     assert sorted(rules.matching(*hop)) == matching
     first = why(rules, *hop)[0]
     assert f"edges[{int(applied.ttl_s - 1)}]" in first if matching else "no edge" in first
@@ -164,9 +165,17 @@ def test_serve_warns_before_it_starts(tmp_path: Path) -> None:
     )
     new_key(tmp_path / "keys.yaml", "intake")
     done = CliRunner().invoke(
-        app, ["serve", "--dir", str(tmp_path), "--upstream", "http://127.0.0.1:9",
-              "--set", "store=ftp://nowhere"],
-    )  # fmt: skip
+        app,
+        [
+            "serve",
+            "--dir",
+            str(tmp_path),
+            "--upstream",
+            "http://127.0.0.1:9",
+            "--set",
+            "store=ftp://nowhere",
+        ],
+    )
     assert "ftp" in str(done.exception)
     assert "edges[0] (Intake -> *) never matches" in done.stderr
     assert "did you mean 'intake'?" in done.stderr
@@ -177,12 +186,12 @@ AGREED = {
     "slash": "version: 1\nedges:\n  - {source: acme/a, audience: b, forbid: []}\n",
     "unknown category": "version: 1\nedges:\n  - {source: a, audience: b, forbid: [helth]}\n",
     "ambiguous": "version: 1\nedges:\n  - {source: a, audience: '*', forbid: []}\n"
-                 "  - {source: '*', audience: b, forbid: []}\n",
+    "  - {source: '*', audience: b, forbid: []}\n",
     "aliases": "a: &a [x]\n" + "version: 1\nedges: &e [*e]\n",
     "no YAML": "version: [1",
     "not UTF-8": "version: 1 # \udce9",
     "empty": "",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", AGREED)

@@ -123,8 +123,9 @@ def test_numbers_that_are_no_tokens_are_refused(ids: list[int]) -> None:
 
 
 def test_signs_of_a_password_are_covered_with_it() -> None:
-    _, left = covered("byte-level BPE", "password: ~#P@$$w0rd!!, PIN $$$-!!-7, a 7", "#p@$$W0RD!!",
-                      "$$$-!!-7")  # fmt: skip
+    _, left = covered(
+        "byte-level BPE", "password: ~#P@$$w0rd!!, PIN $$$-!!-7, a 7", "#p@$$W0RD!!", "$$$-!!-7"
+    )
     assert left.replace(" ", "") == "password:~,PIN,a7"
 
 
@@ -161,9 +162,10 @@ def test_many_detected_values_are_covered_everywhere() -> None:
     numbers = [str(100_003 * i) for i in range(5, 90)]
     text = " ".join(f"{n[:3]}-{n[3:]} and {n};" for n in numbers)
     found, left = covered(
-        "byte-level BPE", text,
+        "byte-level BPE",
+        text,
         detect=lambda t: [(t.index(f" {n};") + 1, t.index(f" {n};") + 1 + len(n)) for n in numbers],
-    )  # fmt: skip
+    )
     assert found.n_occurrences == 2 * len(numbers)
     assert not any(c.isdigit() for c in left)
 

@@ -28,10 +28,24 @@ N = 20_000 if os.environ.get("LCGUARD_CAMPAIGN") else 400
 WHOLE = [s for s in SPELLINGS if s not in ("markdown", "code", "in a word")]
 """Spellings that put nothing around a value: places do."""
 PLACES = [
-    "{}", "SSN: {}.", "_{}_END", "x{}", "**{}**", "`{}`, and `{}`", "| a | {} | b |", "{}\n{}",
-    "She said: “{}”, twice: {}!", '{{"arguments": {{"value": "{}"}}}}', "<b>{}</b>", "?q={}&r=1",
-    "é{}", "(日本 {} 🙂)", "\u200b{}\u200b", "- {}\n- none\n", "long words before " * 40 + "{}",
-]  # fmt: skip
+    "{}",
+    "SSN: {}.",
+    "_{}_END",
+    "x{}",
+    "**{}**",
+    "`{}`, and `{}`",
+    "| a | {} | b |",
+    "{}\n{}",
+    "She said: “{}”, twice: {}!",
+    '{{"arguments": {{"value": "{}"}}}}',
+    "<b>{}</b>",
+    "?q={}&r=1",
+    "é{}",
+    "(日本 {} 🙂)",
+    "\u200b{}\u200b",
+    "- {}\n- none\n",
+    "long words before " * 40 + "{}",
+]
 _digits = st.integers(100, 10**9).map(str)
 _word = st.text(st.sampled_from("abcdefgéüßñoz"), min_size=3, max_size=8)
 values = st.one_of(
@@ -45,10 +59,16 @@ values = st.one_of(
     st.tuples(_word, _word).map(lambda t: f"{t[0]}.{t[1]}@example.org"),
     st.text(st.characters(categories=("L", "N"), max_codepoint=0x24FF), min_size=4, max_size=9),
 )
-cases = st.fixed_dictionaries({
-    "kind": st.sampled_from(KINDS), "value": values, "place": st.sampled_from(PLACES),
-    "spelling": st.sampled_from(WHOLE), "seed": st.integers(0, 2**32), "pieces": st.booleans(),
-})  # fmt: skip
+cases = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(KINDS),
+        "value": values,
+        "place": st.sampled_from(PLACES),
+        "spelling": st.sampled_from(WHOLE),
+        "seed": st.integers(0, 2**32),
+        "pieces": st.booleans(),
+    }
+)
 seen: Counter[str] = Counter()
 
 
@@ -109,8 +129,13 @@ def texts(kind: str) -> TokenTexts:
     return TokenTexts(tokenizer(kind))
 
 
-@settings(max_examples=N, deadline=None, derandomize=N > 400, database=None,
-          suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+@settings(
+    max_examples=N,
+    deadline=None,
+    derandomize=N > 400,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(cases)
 def check(case: dict[str, Any]) -> None:
     made = tokenizer(case["kind"])

@@ -76,8 +76,16 @@ def test_pages_that_do_not_fit_are_refused() -> None:
     keys, values = placed(kv)[0]
     out = torch.empty(2, HEADS, TOKENS, DIM)
     work = work_of(module_for("identity"), 0)
-    fitting = {"k_view": keys, "v_view": values, "slots": SLOTS, "rotary": ROTARY, "start": 0,
-               "work": work, "out_keys": out[0], "out_values": out[1]}  # fmt: skip
+    fitting = {
+        "k_view": keys,
+        "v_view": values,
+        "slots": SLOTS,
+        "rotary": ROTARY,
+        "start": 0,
+        "work": work,
+        "out_keys": out[0],
+        "out_values": out[1],
+    }
     shard = work_of(module_for("identity"), 0, heads=1)
     late = replace(work, stream=NoiseStream(KEY, 0, LAYERS, HEADS, first_head=1))
     gate = Gate(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2, 2, HEADS * DIM))

@@ -31,9 +31,12 @@ def child(module: str, cache: Path, *args: str, **env: str) -> Any:
     settings = {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LCGUARD_OPS")}
     done = subprocess.run(
-        [sys.executable, "-m", module, *args], cwd=ROOT, env=clean | settings, capture_output=True,
+        [sys.executable, "-m", module, *args],
+        cwd=ROOT,
+        env=clean | settings,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -93,6 +96,10 @@ def test_kernel_on_the_device(name: str, on_device: Found) -> None:
 def test_kernels_compile_for_hopper_once_for_all_keys(tmp_path: Path) -> None:
     found = child("tests.ops.triton_compile", tmp_path)
     assert sorted(found) == [
-        "bottleneck_kernel", "expand_kernel", "place_kernel", "plain_kernel", "squeeze_kernel",
-    ]  # fmt: skip
+        "bottleneck_kernel",
+        "expand_kernel",
+        "place_kernel",
+        "plain_kernel",
+        "squeeze_kernel",
+    ]
     assert {variants for variants, _ in found.values()} == {1}

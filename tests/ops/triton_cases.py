@@ -99,8 +99,9 @@ def rotary_of(dim: int, share: float = 1.0, scaling: float = 1.3) -> Rotary:
     return Rotary("default", dim, tuple(freq.tolist()), scaling)
 
 
-def pages_of(layout: str, blocks: int, heads: int, page: int, dim: int, dtype: torch.dtype,
-             device: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+def pages_of(
+    layout: str, blocks: int, heads: int, page: int, dim: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor]:
     """NaN pages: K and V views ``[B, H, N, D]`` of one layer of a buffer in that order."""
     size = {"L": LAYERS, "B": blocks, "H": heads, "N": page, "C": 2 * dim}
     buffer = torch.full([size[x] for x in layout], torch.nan, dtype=dtype, device=device)
@@ -110,8 +111,10 @@ def pages_of(layout: str, blocks: int, heads: int, page: int, dim: int, dtype: t
 
 
 def module_of(case: Case) -> GuardModule:
-    options = {"residual": {"bottleneck": case.bottleneck},
-               "gate": {"width": 32, "blocks": 1, "words": 3}}.get(case.guard, {})  # fmt: skip
+    options = {
+        "residual": {"bottleneck": case.bottleneck},
+        "gate": {"width": 32, "blocks": 1, "words": 3},
+    }.get(case.guard, {})
     module = guard_class(case.guard).build(
         KVShape(LAYERS, case.heads, case.dim), len(CATEGORIES), {**options, "noise": case.noise}
     )
@@ -136,9 +139,14 @@ def work_for(case: Case, device: str, key: bytes = noise_key(3, "case")) -> Toke
         decision = decide(module, z, Mask(forbid, forbid & case.derive))
     first, heads = case.shard or (0, case.heads)
     return work_of(
-        module, 1, noise_key=key, first_token=11, first_head=first,
-        heads=heads, decision=decision,
-    )  # fmt: skip
+        module,
+        1,
+        noise_key=key,
+        first_token=11,
+        first_head=first,
+        heads=heads,
+        decision=decision,
+    )
 
 
 def slots_of(case: Case, blocks: int) -> Tensor:
@@ -197,8 +205,12 @@ def rewrite_and_place(case: Case, device: str) -> Off:
     same = torch.ones(2, case.tokens, apart.shape[2], dtype=torch.bool, device=device)
     same[:, live] = mixed == 0
     same = same.unflatten(2, (heads, case.dim)).transpose(1, 2)
-    return Off(difference(out[same], wanted[same]), placed, float(apart.max()),
-               float((apart > 0).double().mean()))  # fmt: skip
+    return Off(
+        difference(out[same], wanted[same]),
+        placed,
+        float(apart.max()),
+        float((apart > 0).double().mean()),
+    )
 
 
 def run(device: str, report: Callable[[str, list[float]], None]) -> None:

@@ -48,8 +48,9 @@ def cipher(device: str) -> tuple[float, float]:
     words = torch.zeros(8, 16, dtype=torch.int32, device=device)
     draws = torch.zeros(8, 8, dtype=torch.int32, device=device)
     secret = tuple(int(word) for word in np.frombuffer(key, dtype="<i4"))
-    cipher_kernel[(1,)](words, draws, law_on(device), secret, first, BLOCKS=4,
-                        enable_fp_fusion=True)  # fmt: skip
+    cipher_kernel[(1,)](
+        words, draws, law_on(device), secret, first, BLOCKS=4, enable_fp_fusion=True
+    )
     expected = key_stream(key, first, 8)
     wrong = (words.cpu().numpy().view(np.uint32) != expected).sum()
     return float(wrong), float((draws.cpu().numpy() != discrete_gaussian(expected)).sum())
@@ -61,11 +62,22 @@ def grid(device: str, noise: float = 0.21) -> tuple[float, float]:
     steps = torch.arange(-20, 20) / 2  # every other one a tie where 1 / noise is exact
     far = torch.tensor([1e4, -1e4, 1e9, -1e9, torch.inf, -torch.inf, torch.nan, 3e38])
     mean = torch.cat((steps * noise / STEPS, far, torch.randn(16)))
-    expected = noisy(mean, noise, torch.from_numpy(discrete_gaussian(key_stream(bytes(32), 0, 8))
-                                                   .flatten().copy()))  # fmt: skip
+    expected = noisy(
+        mean,
+        noise,
+        torch.from_numpy(discrete_gaussian(key_stream(bytes(32), 0, 8)).flatten().copy()),
+    )
     out = torch.zeros(64, device=device)
-    grid_kernel[(1,)](mean.to(device), out, law_on(device), (0,) * 8, steps_per_unit(noise),
-                      step_size(noise), COLUMNS=64, enable_fp_fusion=True)  # fmt: skip
+    grid_kernel[(1,)](
+        mean.to(device),
+        out,
+        law_on(device),
+        (0,) * 8,
+        steps_per_unit(noise),
+        step_size(noise),
+        COLUMNS=64,
+        enable_fp_fusion=True,
+    )
     found = out.cpu()
     wrong = ~((found == expected) | (found.isnan() & expected.isnan()))
     whole = found[:40] / step_size(noise)

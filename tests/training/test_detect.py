@@ -39,9 +39,23 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def figures(guard: Path, tmp_path: Path, *more: str) -> dict[str, object]:
     out = tmp_path / "figures.json"
     done = CliRunner().invoke(
-        app, ["detect", "eval", "--source", "generator", "--records", "12", "--model", "nano",
-              "--guard", str(guard), "--out", str(out), *more],
-    )  # fmt: skip
+        app,
+        [
+            "detect",
+            "eval",
+            "--source",
+            "generator",
+            "--records",
+            "12",
+            "--model",
+            "nano",
+            "--guard",
+            str(guard),
+            "--out",
+            str(out),
+            *more,
+        ],
+    )
     assert done.exit_code == 0, done.output
     found: dict[str, object] = json.loads(out.read_text())
     return found
@@ -79,13 +93,17 @@ def test_presidio_beside_it(guard: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--source", "mail"], "source 'mail' is unknown; use one of generator, agentleak"),
-        (["--source", "generator", "--model", "nano", "--guard", "nano:gate"],
-         "guard 'gate' finds nothing itself: give one with a detector"),
-        (["--source", "generator", "--model", "nano", "--guard", "nano:eyes"],
-         "nano guard 'eyes' is not shipped; shipped: gate"),
+        (
+            ["--source", "generator", "--model", "nano", "--guard", "nano:gate"],
+            "guard 'gate' finds nothing itself: give one with a detector",
+        ),
+        (
+            ["--source", "generator", "--model", "nano", "--guard", "nano:eyes"],
+            "nano guard 'eyes' is not shipped; shipped: gate",
+        ),
         (["--source", "agentleak", "--data", "nowhere", "--model", "nano"], "nowhere"),
     ],
-)  # fmt: skip
+)
 def test_wrong_inputs(arguments: list[str], said: str, guard: Path, tmp_path: Path) -> None:
     if "--guard" not in arguments:
         arguments = [*arguments, "--guard", str(guard)]

@@ -65,17 +65,34 @@ def rendering(model: Path, log: Path) -> Iterator[Running]:
     """A server of vLLM's that renders and tokenizes requests and computes nothing."""
     port = free_port()
     command = [
-        sys.executable, "-m", "vllm.entrypoints.launchers.render.entry", "--model", str(model),
-        "--served-model-name", "nano", "--host", "127.0.0.1", "--port", str(port),
-        "--disable-uvicorn-access-log", "--max-model-len", "8192",
-        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.launchers.render.entry",
+        "--model",
+        str(model),
+        "--served-model-name",
+        "nano",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--disable-uvicorn-access-log",
+        "--max-model-len",
+        "8192",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+    ]
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     with log.open("ab") as out:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
     running = Running(process, f"http://127.0.0.1:{port}", log)
     try:
         running.wait("/health")

@@ -66,9 +66,13 @@ class Server:
         config = ModelConfig(model=str(folder), dtype="float32", max_model_len=1024)
         self.renderer = renderer_from_config(VllmConfig(model_config=config))
         self.online = OnlineRenderer(
-            config, self.renderer, request_logger=None, chat_template=None,
-            chat_template_content_format="auto", trust_request_chat_template=True,
-        )  # fmt: skip
+            config,
+            self.renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+            trust_request_chat_template=True,
+        )
 
     def chat(self, messages: list[dict[str, Any]], consume: bool = True, **more: Any) -> list[int]:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -107,9 +111,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
         {"Sequence": {"id": "A", "type_id": 0}},
     ]
     found["post_processor"] = {
-        "type": "TemplateProcessing", "single": pair, "pair": pair,
+        "type": "TemplateProcessing",
+        "single": pair,
+        "pair": pair,
         "special_tokens": {"<|pad|>": {"id": "<|pad|>", "ids": [bos["id"]], "tokens": ["<|pad|>"]}},
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(found))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|pad|>"}))
@@ -121,17 +127,23 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "plain": (TURNS, ASK, OWN),
     "default system turn": (DEFAULT + TURNS, ASK, OWN),
     "longer": (DEFAULT + TURNS, LONG, f"{OWN}<|assistant|>So.<|end|>{OWN}"),
-    "the answer to a tool's call": (DEFAULT + TURNS, [{"role": "tool", "content": "4"}],
-                                    "<|tool|>4<|end|>"),
+    "the answer to a tool's call": (
+        DEFAULT + TURNS,
+        [{"role": "tool", "content": "4"}],
+        "<|tool|>4<|end|>",
+    ),
     "BOS": ("{{ bos_token }}" + TURNS, ASK, OWN),
     "BOS and default": ("{{ bos_token }}" + DEFAULT + TURNS, ASK, OWN),
     "a system turn of the client's": (DEFAULT + TURNS, SYSTEM, f"<|system|>Be brief.<|end|>{OWN}"),
     "no system turn in the middle": ("{{ bos_token }}" + ALTERNATE + TURNS, ASK, OWN),
     "system inside the first turn": ("{{ bos_token }}" + HOISTED, ASK, OWN),
-    "the client's own in it": ("{{ bos_token }}" + HOISTED, SYSTEM,
-                               "<|user|>[Be brief.]Why?<|end|>"),
+    "the client's own in it": (
+        "{{ bos_token }}" + HOISTED,
+        SYSTEM,
+        "<|user|>[Be brief.]Why?<|end|>",
+    ),
     "every request begins anew": (LAST, SYSTEM, OWN),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -174,9 +186,10 @@ def test_tools_stay_and_default_text_does_not(messages: list[Any], server: Serve
     assert text == f"<|system|>{system}[look]<|end|>{OWN}"
     documents = "{% for d in documents or [] %}({{ d.text }}){% endfor %}"
     told = server.chat(
-        messages, chat_template=TOOLS.replace("<|end|>", documents + "<|end|>", 1),
+        messages,
+        chat_template=TOOLS.replace("<|end|>", documents + "<|end|>", 1),
         documents=[{"title": "t", "text": "cited"}],
-    )  # fmt: skip
+    )
     assert server.text(told) == f"<|system|>{system}(cited)<|end|>{OWN}"
     # a template without tools is as without them
     assert server.text(server.chat(ASK, chat_template=DEFAULT + TURNS, **more)) == OWN

@@ -30,8 +30,9 @@ from tests.vllm.rendering import model_folder, rendering
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 N = 1000 if os.environ.get("LCGUARD_CAMPAIGN") else 60
-EDGE = Edge.model_validate({"source": "a", "audience": "b", "forbid": ("government_id",),
-                            "guard": "redact"})  # fmt: skip
+EDGE = Edge.model_validate(
+    {"source": "a", "audience": "b", "forbid": ("government_id",), "guard": "redact"}
+)
 
 
 class Rendered:
@@ -107,12 +108,23 @@ def test_agents_histories_are_covered_or_refused(rendered: Rendered) -> None:
         {"role": "assistant"},
         {"role": "assistant", "content": None, "reasoning_content": f"it is {SECRET}"},
         {"role": "developer", "content": "be brief"},
-        {"role": "assistant", "content": "", "tool_calls": [
-            {"id": "1", "type": "function", "function": {
-                "name": "f", "arguments": json.dumps({"ssn": "912\u201155\u20111029"})}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {
+                        "name": "f",
+                        "arguments": json.dumps({"ssn": "912\u201155\u20111029"}),
+                    },
+                }
+            ],
+        },
         {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "a"}]},
     ],
-)  # fmt: skip
+)
 def test_ordinary_messages_are_no_error(rendered: Rendered, message: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": f"I am {SECRET}"}, message]
     if message["role"] == "developer":  # vLLM makes it a system message, which comes first

@@ -30,21 +30,31 @@ def main(folder: str) -> None:
     agent = load_backend("nano")
     store = f"file://{Path(folder) / 'store'}"
     llm = GuardedLLM.build(
-        str(model_path()), policy=policy(), guards={"gate": "nano:gate"}, store=store,
-        dtype="bfloat16", block_size=32, max_model_len=512, max_num_batched_tokens=96,
-        enforce_eager=True, tensor_parallel_size=2,
-        num_gpu_blocks_override=26, disable_log_stats=False,
-    )  # fmt: skip
+        str(model_path()),
+        policy=policy(),
+        guards={"gate": "nano:gate"},
+        store=store,
+        dtype="bfloat16",
+        block_size=32,
+        max_model_len=512,
+        max_num_batched_tokens=96,
+        enforce_eager=True,
+        tensor_parallel_size=2,
+        num_gpu_blocks_override=26,
+        disable_log_stats=False,
+    )
     chosen = records(agent, 6, seed=501)
 
     def run(prompts: list[Any], handoffs: list[Any], n: int) -> list[list[int]]:
         params = [
             SamplingParams(
-                temperature=0, max_tokens=n, ignore_eos=True,
+                temperature=0,
+                max_tokens=n,
+                ignore_eos=True,
                 extra_args={"kv_transfer_params": {"lcguard": h}} if h else None,
             )
             for h in handoffs
-        ]  # fmt: skip
+        ]
         made = [{"prompt_token_ids": list(p)} for p in prompts]
         out = llm.engine.generate(made, params, use_tqdm=False)
         return [list(o.outputs[0].token_ids) for o in out]
@@ -53,9 +63,9 @@ def main(folder: str) -> None:
     alone = [run([[*r.ids, *a]], [None], 90)[0] for r, a in zip(chosen, asks, strict=True)]
     handles = [llm.publish(agent="intake", prompt=list(r.ids), audience="identity") for r in chosen]
     handoffs = [
-        {"consume": {"agent": "identity",
-                     "segments": [{"handle": h.handle, "grant": h.grant}]}} for h in handles
-    ]  # fmt: skip
+        {"consume": {"agent": "identity", "segments": [{"handle": h.handle, "grant": h.grant}]}}
+        for h in handles
+    ]
     together = run([list(a) for a in asks], handoffs, 90)
     metrics = {m.name: getattr(m, "value", None) for m in llm.engine.get_metrics()}
     opened = open_store(store)
@@ -67,17 +77,24 @@ def main(folder: str) -> None:
         SamplingParams(max_tokens=4, extra_args={"kv_transfer_params": {"lcguard": handoffs[2]}}),
         use_tqdm=False,
     )
-    print("RESULT" + json.dumps({
-        "same": [sum(x == y for x, y in zip(a, t, strict=True)) / len(a)
-                 for a, t in zip(alone, together, strict=True)],
-        "first": [a[:4] == t[:4] for a, t in zip(alone, together, strict=True)],
-        "preemptions": metrics.get("vllm:num_preemptions"),
-        "shape": list(segment.keys.shape),
-        "dtype": str(segment.keys.dtype),
-        "key_error": relative(segment.keys, wanted.keys[0]),
-        "value_error": relative(segment.values, wanted.values[0]),
-        "alive": missing.outputs[0].finish_reason,
-    }))  # fmt: skip
+    print(
+        "RESULT"
+        + json.dumps(
+            {
+                "same": [
+                    sum(x == y for x, y in zip(a, t, strict=True)) / len(a)
+                    for a, t in zip(alone, together, strict=True)
+                ],
+                "first": [a[:4] == t[:4] for a, t in zip(alone, together, strict=True)],
+                "preemptions": metrics.get("vllm:num_preemptions"),
+                "shape": list(segment.keys.shape),
+                "dtype": str(segment.keys.dtype),
+                "key_error": relative(segment.keys, wanted.keys[0]),
+                "value_error": relative(segment.values, wanted.values[0]),
+                "alive": missing.outputs[0].finish_reason,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
