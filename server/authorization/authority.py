@@ -16,7 +16,7 @@ from typing import Any
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.gatekeeper import check_on_top, edge_of, edge_on_top
 from lcguard.handoff.grants import make_grant, new_handle
-from lcguard.handoff.lineage import LineageError, check_current, declassified
+from lcguard.handoff.lineage import LineageError, declassified
 from lcguard.handoff.names import split_tenant
 from lcguard.handoff.policy import Policy, PolicyError
 from lcguard.handoff.request import Publish as EnginePublish
@@ -35,6 +35,7 @@ from lcguard.server.authorization.approved_handoff import (
     signed_order,
     unavailable,
 )
+from lcguard.server.authorization.consumable import check_consumable
 from lcguard.server.authorization.rule_digest import rule_digest
 from lcguard.server.authorization.segment_view import shown_tokens_for
 from lcguard.server.crashes import unforeseen
@@ -142,35 +143,9 @@ class Authority:
             if isinstance(error.__cause__, OSError):  # the store, not the segment
                 raise unavailable(error) from None
             raise ProxyError(409, f"{shown} is damaged: {error}", code="damaged") from None
-        if row is None or row.revoked_at_s is not None:
+        if row is None:
             raise gone(shown)
-        if manifest.audience != me:
-            raise ProxyError(
-                403, f"{shown} is not for agent {split_tenant(me)[1]!r}", code="not_audience"
-            )
-        if 0 < manifest.expires_at_s <= self.clock():
-            raise gone(shown)
-        edge = self.policy.for_edge(manifest.source_agent, me)
-        if rule_digest(edge) != row.policy_digest:
-            raise ProxyError(
-                403,
-                f"{shown} was published under a policy that has changed: publish it again",
-                code="policy_changed",
-            )
-        tenant, source, audience = edge_name(edge)
-        if self.meter.verdict(tenant, source, audience) == "closed" and not (
-            edge.on_leak == "redact" and row.guard == "redact"
-        ):
-            raise ProxyError(
-                403,
-                f"{shown}: the edge from {source!r} is closed, planted records were read off "
-                "its segments",
-                code="edge_closed",
-            )
-        try:
-            check_current(manifest, self.policy)
-        except (LineageError, PolicyError) as error:
-            raise ProxyError(403, f"{shown}: {error}", code="policy_changed") from None
+        check_consumable(row, manifest, me, self.policy, self.meter, self.clock())
         return manifest
 
     async def _publish(
