@@ -97,10 +97,30 @@ def figures(run: Path) -> Any:
     return report
 
 
+NEVER_ENDS = f"""
+import sys, threading
+from lcguard.cli import main
+from lcguard.evaluation.outcomes import Journal
+
+write, written = Journal.write, []
+
+def waits_before_the_last(self, *args, **more):
+    if len(written) == {UNITS - 1}:
+        threading.Event().wait()
+    write(self, *args, **more)
+    written.append(1)
+
+Journal.write = waits_before_the_last
+sys.argv[0] = "lcguard"
+main()
+"""
+"""A run that is killed before its last unit, however late that comes."""
+
+
 def test_killed_and_resumed_ends_in_the_same_report(home: Path, tmp_path: Path) -> None:
     """``kill -9`` once something is on disk; then ``resume`` without the configuration."""
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "lcguard.cli", "eval", "run", "tiny.yaml", "--out", str(out)]
+    command = [sys.executable, "-c", NEVER_ENDS, "eval", "run", "tiny.yaml", "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as this process
     child = subprocess.Popen(
         command, cwd=home, env=env, stderr=subprocess.DEVNULL, start_new_session=True

@@ -214,6 +214,7 @@ with Journal(sys.argv[1]) as journal:
         unit = {"guard": "gate", "policy": "p", "attack": "probe", "seed": i, "config_hash": "c"}
         if journal.done(unit) is None:
             journal.write(unit, attempts(i))
+sys.stdin.read()  # who is to be killed does not end before, however late that comes
 """
 
 
@@ -223,7 +224,9 @@ def test_kill_minus_nine_and_resume_gives_the_same_attempts(tmp_path: Path) -> N
     def start(path: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", WRITER, str(path), str(n_units)]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
 
     left_alone, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     process = start(left_alone)
