@@ -36,11 +36,12 @@ ELSEWHERE = {
     ("docs/proxy.md", "PermissionDeniedError"): "tests/docs/test_blocks.py",
 }
 
-# Commands that are run here, in an empty folder.
+# Commands that are run here, in an empty folder; what they print is not looked at.
 QUICK = (
     "--help",
     "config show",
     "policy schema",
+    "eval schema",
     "eval list --attacks",
     "eval list --guards",
     "eval list --presets",
@@ -49,8 +50,14 @@ QUICK = (
     "explain",
 )
 
-# Commands that are not, and the tests that run them on less.
+# Commands that are not: they need records, keys or minutes. The tests that run them on less.
 HEAVY = {
+    "demo": "tests/evaluation/test_evaluation_runner.py",
+    "config check": "tests/server/test_proxy_commands.py",
+    "keys list": "tests/server/test_proxy_commands.py",
+    "keys revoke": "tests/server/test_proxy_commands.py",
+    "audit": "tests/server/test_proxy_commands.py",
+    "policy check": "tests/test_cli.py",
     "serve": "tests/server/test_proxy_commands.py",
     "models prepare": "tests/agents/test_models.py",
     "eval run": "tests/evaluation/test_eval_tool.py",
@@ -162,6 +169,7 @@ def parse(words: list[str]) -> None:
 
 
 def check_make(words: list[str]) -> None:
+    """The target is there; CI's own calls are `make lint test`, and `make demo` is `demo` above."""
     makefile = (ROOT / "Makefile").read_text()
     for target in words:
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
@@ -202,6 +210,19 @@ def call_or_parse(words: list[str]) -> None:
             assert preset(prefix + name).exists()
     (test,) = {HEAVY[name] for name in HEAVY if called.startswith(name)}
     assert (ROOT / test).exists()
+
+
+def names(command: Any, before: str = "lcguard") -> list[str]:
+    """Every command there is."""
+    if not hasattr(command, "commands"):
+        return [before]
+    inner = command.commands.items()
+    return [name for word, part in inner for name in names(part, f"{before} {word}")]
+
+
+@pytest.mark.parametrize("name", names(typer.main.get_command(app)))
+def test_every_command_is_documented(name: str) -> None:
+    assert any(name in (ROOT / page).read_text() for page in PAGES)
 
 
 def inline_commands() -> list[tuple[str, str]]:
