@@ -85,12 +85,12 @@ class GateGuard(GuardModule):
         asked = asked.masked_fill(~forbid, NEVER)  # [B, T, C, L, 2]
         logit = asked.logsumexp(2)
         g = hard_clamp(1.2 * logit.sigmoid() - 0.1)[..., None]
-        spoken = self.word(hidden).unflatten(-1, (self.n_categories, -1))
-        p = self._words(spoken, asked, mask)
+        word_logits = self.word(hidden).unflatten(-1, (self.n_categories, -1))
+        p = self._words(word_logits, asked, mask)
         constant = torch.einsum("btw,wlkc->btlkc", p, self.codebook)
         squeezed = self._where_forbidden(z, self.squeeze, mask)
         mean = (1 - g) * squeezed + g * constant
-        return Rewrite(mean, g.mean((2, 3, 4)) * valid, own, spoken)
+        return Rewrite(mean, g.mean((2, 3, 4)) * valid, own, word_logits)
 
     def finish(self, noisy: Tensor, mask: Mask) -> Tensor:
         """Undoes the squeeze as well as the noise allows."""
@@ -105,9 +105,9 @@ class GateGuard(GuardModule):
         changed = torch.einsum("btlkc,lkcd->btlkd", z, matrix)
         return torch.where(mask.forbid.any(1).to(z.device)[:, None, None, None, None], changed, z)
 
-    def _words(self, spoken: Tensor, asked: Tensor, mask: Mask) -> Tensor:
+    def _words(self, word_logits: Tensor, asked: Tensor, mask: Mask) -> Tensor:
         """``[B, T, W]``: word 0, or a mixture where the entry belongs to a derived category."""
-        p: Tensor = spoken.softmax(-1)
+        p: Tensor = word_logits.softmax(-1)
         first = torch.zeros_like(p)
         first[..., 0] = 1.0
         derives = (mask.forbid & mask.derive).to(p.device)[:, None, :, None]

@@ -109,7 +109,12 @@ def draw_tile(table, key, counter):
         key, counter
     )
     return spread(
-        _draw(table, x0, x1), _draw(table, x2, x3), _draw(table, x4, x5), _draw(table, x6, x7),
-        _draw(table, x8, x9), _draw(table, x10, x11), _draw(table, x12, x13),
+        _draw(table, x0, x1),
+        _draw(table, x2, x3),
+        _draw(table, x4, x5),
+        _draw(table, x6, x7),
+        _draw(table, x8, x9),
+        _draw(table, x10, x11),
+        _draw(table, x12, x13),
         _draw(table, x14, x15),
-    )  # fmt: skip
+    )

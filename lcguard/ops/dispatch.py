@@ -47,9 +47,15 @@ def choose(*paged: Tensor) -> str:
 
 
 def rewrite_layer(
-    k_view: Tensor, v_view: Tensor, slots: Tensor, rotary: Rotary, start: int, work: TokenWork,
-    out_keys: Tensor, out_values: Tensor,
-) -> None:  # fmt: skip
+    k_view: Tensor,
+    v_view: Tensor,
+    slots: Tensor,
+    rotary: Rotary,
+    start: int,
+    work: TokenWork,
+    out_keys: Tensor,
+    out_values: Tensor,
+) -> None:
     """See ``reference.rewrite_layer``; errors also as in ``choose``."""
     paged = k_view, v_view, out_keys, out_values
     args = k_view, v_view, slots, rotary, start, work, out_keys, out_values
@@ -58,9 +64,14 @@ def rewrite_layer(
 
 
 def place_layer(
-    keys: Tensor, values: Tensor, slots: Tensor, rotary: Rotary, offset: int, k_view: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rotary: Rotary,
+    offset: int,
+    k_view: Tensor,
     v_view: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """See ``reference.place_layer``; errors also as in ``choose``."""
     args = keys, values, slots, rotary, offset, k_view, v_view
     if not _by_kernel("place_layer", (keys, values, k_view, v_view), args):

@@ -1,8 +1,7 @@
-"""Triton kernels on paged KV: rewrite head by head, through the bottleneck, and place.
+"""Triton kernels on paged KV that move bytes: rewrite head by head, and place.
 
-``plain_kernel`` and ``place_kernel`` move bytes; heads share an angle's cosine. The bottleneck sees
-all heads of a token: ``bottleneck_kernel`` reads its rows three times, the second and third out of
-cache. The last grid axis is keys or values, so that the branch on it is uniform.
+Heads share an angle's cosine. The last grid axis is keys or values, so that the branch on it is
+uniform.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -23,7 +22,6 @@ from lcguard.ops.tiles import (
     noisy,
     page_rows,
     read,
-    standardised,
     turn_of,
     write,
 )
@@ -34,11 +32,28 @@ arguments because Triton specialises what is inside a tuple."""
 
 
 @triton.jit
-def _plain(pages: Pages, out: Segment, places: Places, turn: Turn, stats, gate, noise: Noise,
-           H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr, X: tl.constexpr,
-           CHANGES: tl.constexpr, GATE: tl.constexpr, NOISE: tl.constexpr,
-           HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_X: tl.constexpr, KV: tl.constexpr):  # fmt: skip
+def _plain(
+    pages: Pages,
+    out: Segment,
+    places: Places,
+    turn: Turn,
+    stats,
+    gate,
+    noise: Noise,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    R2: tl.constexpr,
+    N: tl.constexpr,
+    X: tl.constexpr,
+    CHANGES: tl.constexpr,
+    GATE: tl.constexpr,
+    NOISE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    KV: tl.constexpr,
+):
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_D)
     inside = c < D
@@ -63,13 +78,45 @@ def _plain(pages: Pages, out: Segment, places: Places, turn: Turn, stats, gate, 
 
 
 @triton.jit(do_not_specialize=VARYING)
-def plain_kernel(k_pages: Pages, v_pages: Pages, k_out: Segment, v_out: Segment, slots, n_tokens,
-                 n_slots, start, turn: Turn, stats, gate, table, first, key0, key1, key2, key3,
-                 key4, key5, key6, key7, per_token, per_kind, steps, step, H: tl.constexpr,
-                 D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr, X: tl.constexpr,
-                 CHANGES: tl.constexpr, GATE: tl.constexpr, NOISE: tl.constexpr,
-                 HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_X: tl.constexpr):  # fmt: skip
+def plain_kernel(
+    k_pages: Pages,  # keys [B, H, N, D] as the engine caches them: rotated
+    v_pages: Pages,  # values [B, H, N, D]
+    k_out: Segment,  # guarded keys [H, T, D] without position, written
+    v_out: Segment,  # guarded values [H, T, D], written
+    slots,  # int64 [T]: row s % N of block s // N; a negative one is padding
+    n_tokens,  # T
+    n_slots,  # B * N: a slot past them is padding too
+    start,  # position of the first token
+    turn: Turn,  # the rotation that is taken off the keys
+    stats,  # (center, scale) of each channel, float32 [2, H * D] each
+    gate,  # (g [T, 2], p [T, X], c [X, 2, H * D]) float32; None without GATE
+    table,  # int64 [2^15], the law of the noise; None without NOISE
+    first,  # cipher block of token 0, keys, head 0
+    key0,  # key0 to key7: the secret's little-endian words, signed
+    key1,
+    key2,
+    key3,
+    key4,
+    key5,
+    key6,
+    key7,
+    per_token,  # cipher blocks of a token: of all layers, keys, values and heads
+    per_kind,  # cipher blocks of a token's keys in one layer, and of its values
+    steps,  # grid steps in one standard deviation of a channel
+    step,  # a grid step in standard deviations: 1 / steps
+    H: tl.constexpr,  # KV heads
+    D: tl.constexpr,  # channels of a head
+    R2: tl.constexpr,  # channels of a head that rotate
+    N: tl.constexpr,  # rows of a block
+    X: tl.constexpr,  # words of the codebook
+    CHANGES: tl.constexpr,  # False: what is read is written, and nothing is rounded
+    GATE: tl.constexpr,  # whether entries are replaced
+    NOISE: tl.constexpr,  # whether noise is drawn
+    HEADS: tl.constexpr,  # heads of one program
+    BLOCK_T: tl.constexpr,  # tokens of a tile
+    BLOCK_D: tl.constexpr,  # D, rounded up to a power of two
+    BLOCK_X: tl.constexpr,  # X, rounded up to a power of two
+):
     """Guards that treat a head alone: identity, gaussian, a gate without squeeze.
 
     Grid: (token tiles, H / HEADS, 2). stats: center, scale ``[2, H * D]``; gate: see ``gated``.
@@ -78,102 +125,67 @@ def plain_kernel(k_pages: Pages, v_pages: Pages, k_out: Segment, v_out: Segment,
     key = (key0, key1, key2, key3, key4, key5, key6, key7)
     noise = Noise(table, key, first, per_token, per_kind, steps, step)
     if tl.program_id(2) == 0:
-        _plain(k_pages, k_out, places, turn, stats, gate, noise, H, D, R2, N, X, CHANGES, GATE,
-               NOISE, HEADS, BLOCK_T, BLOCK_D, BLOCK_X, 0)  # fmt: skip
+        _plain(
+            k_pages,
+            k_out,
+            places,
+            turn,
+            stats,
+            gate,
+            noise,
+            H,
+            D,
+            R2,
+            N,
+            X,
+            CHANGES,
+            GATE,
+            NOISE,
+            HEADS,
+            BLOCK_T,
+            BLOCK_D,
+            BLOCK_X,
+            0,
+        )
     else:
-        _plain(v_pages, v_out, places, turn, stats, gate, noise, H, D, R2, N, X, CHANGES, GATE,
-               NOISE, HEADS, BLOCK_T, BLOCK_D, BLOCK_X, 1)  # fmt: skip
+        _plain(
+            v_pages,
+            v_out,
+            places,
+            turn,
+            stats,
+            gate,
+            noise,
+            H,
+            D,
+            R2,
+            N,
+            X,
+            CHANGES,
+            GATE,
+            NOISE,
+            HEADS,
+            BLOCK_T,
+            BLOCK_D,
+            BLOCK_X,
+            1,
+        )
 
 
 @triton.jit
-def _bottleneck(pages: Pages, out: Segment, places: Places, turn: Turn, stats, net, noise: Noise,
-                H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr,
-                R: tl.constexpr, NOISE: tl.constexpr, DOT: tl.constexpr, BLOCK_T: tl.constexpr,
-                BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, KV: tl.constexpr):  # fmt: skip
-    W: tl.constexpr = H * D
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r = tl.arange(0, BLOCK_R)
-    known = r < R
-    row, live = page_rows(pages, places, tokens, N)
-    gain, bias, down, down_bias, up, up_bias = net
-    # Mean and sum of squares, a few channels at a time (Chan's update: nothing cancels).
-    seen = 0.0
-    mean = tl.zeros([BLOCK_T], tl.float32)
-    squares = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, D, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        inside = c < D
-        n = tl.sum(inside.to(tl.float32), 0)
-        turned = turn_of(turn, places, tokens, c, R2, KV == 0)
-        for i in range(H):
-            head = tl.to_tensor(i).to(tl.int64)
-            z, _, _ = standardised(pages, row, live, head, c, inside, turned, stats, H, D, R2, KV)
-            own = tl.sum(tl.where(inside[None, :], z, 0.0), 1) / n
-            off = tl.where(inside[None, :], z - own[:, None], 0.0)
-            delta = own - mean
-            squares += tl.sum(off * off, 1) + delta * delta * (n * seen / (seen + n))
-            mean += delta * (n / (seen + n))
-            seen += n
-    rate = 1.0 / tl.sqrt(squares / W + 1e-5)
-    hidden = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    for start in range(0, D, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        inside = c < D
-        turned = turn_of(turn, places, tokens, c, R2, KV == 0)
-        for i in range(H):
-            head = tl.to_tensor(i).to(tl.int64)
-            w = KV * W + head * D + c
-            z, _, _ = standardised(pages, row, live, head, c, inside, turned, stats, H, D, R2, KV)
-            z = (z - mean[:, None]) * rate[:, None] * channel(gain, w, inside)
-            z = tl.where(inside[None, :], z + channel(bias, w, inside), 0.0)
-            mask = inside[:, None] & known[None, :]
-            tile = tl.load(down + w[:, None] * R + r[None, :], mask=mask, other=0.0)
-            hidden = tl.dot(z, tile, hidden, input_precision=DOT)
-    hidden += channel(down_bias + KV * R, r, known)
-    hidden = 0.5 * hidden * (1.0 + tl.erf(hidden * 0.7071067811865476))
-    for start in range(0, D, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        inside = c < D
-        turned = turn_of(turn, places, tokens, c, R2, KV == 0)
-        for i in range(H):
-            head = tl.to_tensor(i).to(tl.int64)
-            w = head * D + c
-            z, center, scale = standardised(
-                pages, row, live, head, c, inside, turned, stats, H, D, R2, KV
-            )
-            mask = known[:, None] & inside[None, :]
-            tile = tl.load(up + (KV * R + r)[:, None] * W + w[None, :], mask=mask, other=0.0)
-            z += tl.dot(hidden, tile, input_precision=DOT) + channel(up_bias + KV * W, w, inside)
-            if NOISE:
-                block = start // 8 + tl.arange(0, BLOCK_C // 8)
-                z = noisy(z, noise, tokens, head * ((D + 7) // 8) + block, KV)
-            write(out, z * scale + center, head * out.head + c, inside, tokens, places, live)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def bottleneck_kernel(k_pages: Pages, v_pages: Pages, k_out: Segment, v_out: Segment, slots,
-                      n_tokens, n_slots, start, turn: Turn, stats, net, table, first, key0, key1,
-                      key2, key3, key4, key5, key6, key7, per_token, per_kind, steps, step,
-                      H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr,
-                      R: tl.constexpr, NOISE: tl.constexpr, DOT: tl.constexpr,
-                      BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-                      BLOCK_R: tl.constexpr):  # fmt: skip
-    """The residual guard. Grid: (token tiles, 1, 2); net: as ``work.Bottleneck``."""
-    places = Places(slots, n_tokens, n_slots, start)
-    key = (key0, key1, key2, key3, key4, key5, key6, key7)
-    noise = Noise(table, key, first, per_token, per_kind, steps, step)
-    if tl.program_id(2) == 0:
-        _bottleneck(k_pages, k_out, places, turn, stats, net, noise, H, D, R2, N, R, NOISE, DOT,
-                    BLOCK_T, BLOCK_C, BLOCK_R, 0)  # fmt: skip
-    else:
-        _bottleneck(v_pages, v_out, places, turn, stats, net, noise, H, D, R2, N, R, NOISE, DOT,
-                    BLOCK_T, BLOCK_C, BLOCK_R, 1)  # fmt: skip
-
-
-@triton.jit
-def _place(segment: Segment, pages: Pages, places: Places, turn: Turn, D: tl.constexpr,
-           R2: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr,
-           BLOCK_D: tl.constexpr, KV: tl.constexpr):  # fmt: skip
+def _place(
+    segment: Segment,
+    pages: Pages,
+    places: Places,
+    turn: Turn,
+    D: tl.constexpr,
+    R2: tl.constexpr,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KV: tl.constexpr,
+):
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_D)
     row, live = page_rows(pages, places, tokens, N)
@@ -188,10 +200,23 @@ def _place(segment: Segment, pages: Pages, places: Places, turn: Turn, D: tl.con
 
 
 @triton.jit(do_not_specialize=VARYING[:3])
-def place_kernel(k_segment: Segment, v_segment: Segment, k_pages: Pages, v_pages: Pages, slots,
-                 n_tokens, n_slots, start, turn: Turn, D: tl.constexpr, R2: tl.constexpr,
-                 N: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr,
-                 BLOCK_D: tl.constexpr):  # fmt: skip
+def place_kernel(
+    k_segment: Segment,  # keys [H, T, D] without position
+    v_segment: Segment,  # values [H, T, D]
+    k_pages: Pages,  # keys [B, H, N, D], written rotated
+    v_pages: Pages,  # values [B, H, N, D], written
+    slots,  # int64 [T]: row s % N of block s // N; a negative one is padding
+    n_tokens,  # T
+    n_slots,  # B * N: a slot past them is padding too
+    start,  # position of the first token
+    turn: Turn,  # the rotation that is put on the keys
+    D: tl.constexpr,  # channels of a head
+    R2: tl.constexpr,  # channels of a head that rotate
+    N: tl.constexpr,  # rows of a block
+    HEADS: tl.constexpr,  # heads of one program
+    BLOCK_T: tl.constexpr,  # tokens of a tile
+    BLOCK_D: tl.constexpr,  # D, rounded up to a power of two
+):
     """Rotates a segment's keys and writes it into pages. Grid: (token tiles, H / HEADS, 2)."""
     places = Places(slots, n_tokens, n_slots, start)
     if tl.program_id(2) == 0:

@@ -21,7 +21,8 @@ from torch import Tensor
 from lcguard import discrete_gaussian
 from lcguard.grid import step_size, steps_per_unit
 from lcguard.noise import blocks_per_head
-from lcguard.ops.kernels import bottleneck_kernel, place_kernel, plain_kernel
+from lcguard.ops.bottleneck import bottleneck_kernel
+from lcguard.ops.kernels import place_kernel, plain_kernel
 from lcguard.ops.reference import check_layer, check_work
 from lcguard.ops.squeeze import expand_kernel, squeeze_kernel
 from lcguard.ops.tiles import Pages, Segment, Turn
@@ -40,9 +41,15 @@ MANY_TILES = 256
 
 
 def rewrite_layer(
-    k_view: Tensor, v_view: Tensor, slots: Tensor, rotary: Rotary, start: int, work: TokenWork,
-    out_keys: Tensor, out_values: Tensor,
-) -> None:  # fmt: skip
+    k_view: Tensor,
+    v_view: Tensor,
+    slots: Tensor,
+    rotary: Rotary,
+    start: int,
+    work: TokenWork,
+    out_keys: Tensor,
+    out_values: Tensor,
+) -> None:
     """See ``reference.rewrite_layer``.
 
     Raises:
@@ -59,10 +66,14 @@ def rewrite_layer(
     token = _places(k_view, slots, start)
     token["stats"] = work.center.contiguous(), work.scale.contiguous()
     source: dict[str, Any] = {
-        **_noise(work, dim, k_view.device), "k_pages": _pages(k_view), "v_pages": _pages(v_view),
+        **_noise(work, dim, k_view.device),
+        "k_pages": _pages(k_view),
+        "v_pages": _pages(v_view),
         "turn": Turn(_frequencies(rotary, k_view.device), -1.0, 1.0 / rotary.attention_scaling),
-        "R2": rotary.rotary_dim, "N": k_view.shape[2], "NOISE": bool(work.noise),
-    }  # fmt: skip
+        "R2": rotary.rotary_dim,
+        "N": k_view.shape[2],
+        "NOISE": bool(work.noise),
+    }
     n_tokens, gate = len(slots), work.gate
     # Float32 pages keep float32 products. tf32x3 is exact to about 21 bits, beyond what 16-bit
     # pages hold, and runs on tensor cores, which leave room for more tokens in a tile.
@@ -74,8 +85,11 @@ def rewrite_layer(
         if width > MAX_BOTTLENECK:
             raise NotImplementedError(f"bottleneck R={width} exceeds {MAX_BOTTLENECK}")
         net = b.gain, b.bias, b.down, b.down_bias, b.up, b.up_bias
-        net_args = {"net": tuple(t.contiguous() for t in net), "R": width,
-                    "BLOCK_R": _power_of_two(width)}  # fmt: skip
+        net_args = {
+            "net": tuple(t.contiguous() for t in net),
+            "R": width,
+            "BLOCK_R": _power_of_two(width),
+        }
         all_args = source | segment | token | sizes | product | net_args
         _launch(bottleneck_kernel, k_view, n_tokens, block_t, 1, all_args)
         return
@@ -93,16 +107,25 @@ def rewrite_layer(
         return
     block_t = TILE // block_d
     per_program = heads if _tiles(n_tokens, block_t) >= MANY_TILES else 1
-    choice = {"HEADS": per_program, "BLOCK_D": block_d, "GATE": gate is not None,
-              "CHANGES": not work.passes}  # fmt: skip
+    choice = {
+        "HEADS": per_program,
+        "BLOCK_D": block_d,
+        "GATE": gate is not None,
+        "CHANGES": not work.passes,
+    }
     all_args = source | segment | token | sizes | choice
     _launch(plain_kernel, k_view, n_tokens, block_t, heads // per_program, all_args)
 
 
 def place_layer(
-    keys: Tensor, values: Tensor, slots: Tensor, rotary: Rotary, offset: int, k_view: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rotary: Rotary,
+    offset: int,
+    k_view: Tensor,
     v_view: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """See ``reference.place_layer``; errors also as in ``rewrite_layer``."""
     check_layer(k_view, v_view, slots, rotary, keys, values)
     heads, dim = k_view.shape[1], k_view.shape[3]
@@ -110,13 +133,18 @@ def place_layer(
     block_t = TILE // block_d
     per_program = heads if _tiles(len(slots), block_t) >= MANY_TILES else 1
     args = {
-        "k_segment": _segment(keys), "v_segment": _segment(values),
-        "k_pages": _pages(k_view), "v_pages": _pages(v_view),
+        "k_segment": _segment(keys),
+        "v_segment": _segment(values),
+        "k_pages": _pages(k_view),
+        "v_pages": _pages(v_view),
         **_places(k_view, slots, offset),
         "turn": Turn(_frequencies(rotary, k_view.device), 1.0, rotary.attention_scaling),
-        "D": dim, "R2": rotary.rotary_dim, "N": k_view.shape[2],
-        "HEADS": per_program, "BLOCK_D": block_d,
-    }  # fmt: skip
+        "D": dim,
+        "R2": rotary.rotary_dim,
+        "N": k_view.shape[2],
+        "HEADS": per_program,
+        "BLOCK_D": block_d,
+    }
     _launch(place_kernel, k_view, len(slots), block_t, heads // per_program, args)
 
 
@@ -159,9 +187,11 @@ def _segment(tensor: Tensor) -> Segment:
 
 def _places(view: Tensor, slots: Tensor, start: int) -> dict[str, Any]:
     return {
-        "slots": slots.contiguous(), "n_tokens": len(slots),
-        "n_slots": view.shape[0] * view.shape[2], "start": start,
-    }  # fmt: skip
+        "slots": slots.contiguous(),
+        "n_tokens": len(slots),
+        "n_slots": view.shape[0] * view.shape[2],
+        "start": start,
+    }
 
 
 def _noise(work: TokenWork, dim: int, device: torch.device) -> dict[str, Any]:
@@ -177,9 +207,13 @@ def _noise(work: TokenWork, dim: int, device: torch.device) -> dict[str, Any]:
         steps, step, table = steps_per_unit(work.noise), step_size(work.noise), _table(device)
     key = {f"key{i}": word for i, word in enumerate(words)}
     return key | {
-        "table": table, "first": first, "per_token": per_token, "per_kind": per_kind,
-        "steps": steps, "step": step,
-    }  # fmt: skip
+        "table": table,
+        "first": first,
+        "per_token": per_token,
+        "per_kind": per_kind,
+        "steps": steps,
+        "step": step,
+    }
 
 
 @lru_cache(maxsize=16)

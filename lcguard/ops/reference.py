@@ -41,9 +41,15 @@ def scatter(keys: Tensor, values: Tensor, slots: Tensor, k_view: Tensor, v_view:
 
 @torch.no_grad()
 def rewrite_layer(
-    k_view: Tensor, v_view: Tensor, slots: Tensor, rotary: Rotary, start: int, work: TokenWork,
-    out_keys: Tensor, out_values: Tensor,
-) -> None:  # fmt: skip
+    k_view: Tensor,
+    v_view: Tensor,
+    slots: Tensor,
+    rotary: Rotary,
+    start: int,
+    work: TokenWork,
+    out_keys: Tensor,
+    out_values: Tensor,
+) -> None:
     """Guards a token range of one layer and takes the position off.
 
     Computes in float32 throughout and rounds once, to the dtype of the output.
@@ -73,9 +79,14 @@ def rewrite_layer(
 
 @torch.no_grad()
 def place_layer(
-    keys: Tensor, values: Tensor, slots: Tensor, rotary: Rotary, offset: int, k_view: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rotary: Rotary,
+    offset: int,
+    k_view: Tensor,
     v_view: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Writes position-free ``[H, T, D]`` into the pages, the first token at position ``offset``.
 
     See ``rewrite_layer`` for the arguments and errors.

@@ -42,10 +42,27 @@ def own_columns(D: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _squeeze(pages: Pages, y, places: Places, turn: Turn, stats, gate, matrix, noise: Noise,
-             H: tl.constexpr, D: tl.constexpr, R2: tl.constexpr, N: tl.constexpr,
-             X: tl.constexpr, NOISE: tl.constexpr, DOT: tl.constexpr, BLOCK_T: tl.constexpr,
-             BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, KV: tl.constexpr):  # fmt: skip
+def _squeeze(
+    pages: Pages,
+    y,
+    places: Places,
+    turn: Turn,
+    stats,
+    gate,
+    matrix,
+    noise: Noise,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    R2: tl.constexpr,
+    N: tl.constexpr,
+    X: tl.constexpr,
+    NOISE: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    KV: tl.constexpr,
+):
     W: tl.constexpr = H * D
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row, live = page_rows(pages, places, tokens, N)
@@ -72,28 +89,107 @@ def _squeeze(pages: Pages, y, places: Places, turn: Turn, stats, gate, matrix, n
 
 
 @triton.jit(do_not_specialize=VARYING)
-def squeeze_kernel(k_pages: Pages, v_pages: Pages, y, slots, n_tokens, n_slots, start, turn: Turn,
-                   stats, gate, matrix, table, first, key0, key1, key2, key3, key4, key5, key6,
-                   key7, per_token, per_kind, steps, step, H: tl.constexpr, D: tl.constexpr,
-                   R2: tl.constexpr, N: tl.constexpr, X: tl.constexpr, NOISE: tl.constexpr,
-                   DOT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-                   BLOCK_X: tl.constexpr):  # fmt: skip
-    """matrix: A ``[2, W, W]``. Grid: (token tiles, H * ceil(D / BLOCK_C), 2)."""
+def squeeze_kernel(
+    k_pages: Pages,  # keys [B, H, N, D] as the engine caches them: rotated
+    v_pages: Pages,  # values [B, H, N, D]
+    y,  # [2, T, H * D] float32, written: keys, then values
+    slots,  # int64 [T]: row s % N of block s // N; a negative one is padding
+    n_tokens,  # T
+    n_slots,  # B * N: a slot past them is padding too
+    start,  # position of the first token
+    turn: Turn,  # the rotation that is taken off the keys
+    stats,  # (center, scale) of each channel, float32 [2, H * D] each
+    gate,  # (g [T, 2], p [T, X], c [X, 2, H * D]) float32; None without GATE
+    matrix,  # A [2, H * D, H * D] float32
+    table,  # int64 [2^15], the law of the noise; None without NOISE
+    first,  # cipher block of token 0, keys, head 0
+    key0,  # key0 to key7: the secret's little-endian words, signed
+    key1,
+    key2,
+    key3,
+    key4,
+    key5,
+    key6,
+    key7,
+    per_token,  # cipher blocks of a token: of all layers, keys, values and heads
+    per_kind,  # cipher blocks of a token's keys in one layer, and of its values
+    steps,  # grid steps in one standard deviation of a channel
+    step,  # a grid step in standard deviations: 1 / steps
+    H: tl.constexpr,  # KV heads
+    D: tl.constexpr,  # channels of a head
+    R2: tl.constexpr,  # channels of a head that rotate
+    N: tl.constexpr,  # rows of a block
+    X: tl.constexpr,  # words of the codebook
+    NOISE: tl.constexpr,  # whether noise is drawn
+    DOT: tl.constexpr,  # precision of products: ieee or tf32x3
+    BLOCK_T: tl.constexpr,  # tokens of a tile
+    BLOCK_C: tl.constexpr,  # channels of a tile
+    BLOCK_X: tl.constexpr,  # X, rounded up to a power of two
+):
+    """Grid: (token tiles, H * ceil(D / BLOCK_C), 2)."""
     places = Places(slots, n_tokens, n_slots, start)
     key = (key0, key1, key2, key3, key4, key5, key6, key7)
     noise = Noise(table, key, first, per_token, per_kind, steps, step)
     if tl.program_id(2) == 0:
-        _squeeze(k_pages, y, places, turn, stats, gate, matrix, noise, H, D, R2, N, X, NOISE, DOT,
-                 BLOCK_T, BLOCK_C, BLOCK_X, 0)  # fmt: skip
+        _squeeze(
+            k_pages,
+            y,
+            places,
+            turn,
+            stats,
+            gate,
+            matrix,
+            noise,
+            H,
+            D,
+            R2,
+            N,
+            X,
+            NOISE,
+            DOT,
+            BLOCK_T,
+            BLOCK_C,
+            BLOCK_X,
+            0,
+        )
     else:
-        _squeeze(v_pages, y, places, turn, stats, gate, matrix, noise, H, D, R2, N, X, NOISE, DOT,
-                 BLOCK_T, BLOCK_C, BLOCK_X, 1)  # fmt: skip
+        _squeeze(
+            v_pages,
+            y,
+            places,
+            turn,
+            stats,
+            gate,
+            matrix,
+            noise,
+            H,
+            D,
+            R2,
+            N,
+            X,
+            NOISE,
+            DOT,
+            BLOCK_T,
+            BLOCK_C,
+            BLOCK_X,
+            1,
+        )
 
 
 @triton.jit
-def _expand(y, out: Segment, places: Places, stats, matrix, H: tl.constexpr, D: tl.constexpr,
-            DOT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-            KV: tl.constexpr):  # fmt: skip
+def _expand(
+    y,
+    out: Segment,
+    places: Places,
+    stats,
+    matrix,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    KV: tl.constexpr,
+):
     W: tl.constexpr = H * D
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     ours = tokens < places.n_tokens
@@ -114,10 +210,23 @@ def _expand(y, out: Segment, places: Places, stats, matrix, H: tl.constexpr, D: 
 
 
 @triton.jit(do_not_specialize=VARYING[:3])
-def expand_kernel(y, k_out: Segment, v_out: Segment, slots, n_tokens, n_slots, start, stats,
-                  matrix, H: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,
-                  BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """matrix: B ``[2, W, W]``. Grid as ``squeeze_kernel``."""
+def expand_kernel(
+    y,  # [2, T, H * D] float32, of ``squeeze_kernel``
+    k_out: Segment,  # guarded keys [H, T, D] without position, written
+    v_out: Segment,  # guarded values [H, T, D], written
+    slots,  # int64 [T]: row s % N of block s // N; a negative one is padding
+    n_tokens,  # T
+    n_slots,  # B * N: a slot past them is padding too
+    start,  # position of the first token
+    stats,  # (center, scale) of each channel, float32 [2, H * D] each
+    matrix,  # B [2, H * D, H * D] float32
+    H: tl.constexpr,  # KV heads
+    D: tl.constexpr,  # channels of a head
+    DOT: tl.constexpr,  # precision of products: ieee or tf32x3
+    BLOCK_T: tl.constexpr,  # tokens of a tile
+    BLOCK_C: tl.constexpr,  # channels of a tile
+):
+    """Grid as ``squeeze_kernel``."""
     places = Places(slots, n_tokens, n_slots, start)
     if tl.program_id(2) == 0:
         _expand(y, k_out, places, stats, matrix, H, D, DOT, BLOCK_T, BLOCK_C, 0)

@@ -126,8 +126,18 @@ def noisy(z, noise: Noise, tokens, column, KV: tl.constexpr):
 
 
 @triton.jit
-def gated(z, gate, tokens, live, w, inside, W: tl.constexpr, KV: tl.constexpr, X: tl.constexpr,
-          BLOCK_X: tl.constexpr):  # fmt: skip
+def gated(
+    z,
+    gate,
+    tokens,
+    live,
+    w,
+    inside,
+    W: tl.constexpr,
+    KV: tl.constexpr,
+    X: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
     """``(1 - g) z + g sum_w p_w c_w`` with gate = (g ``[T, 2]``, p ``[T, X]``, c ``[X, 2, W]``)."""
     x = tl.arange(0, BLOCK_X)
     g = tl.load(gate[0] + tokens * 2 + KV, mask=live, other=0.0)[:, None]
@@ -153,8 +163,20 @@ def channel(row, w, inside, other: tl.constexpr = 0.0):
 
 
 @triton.jit
-def standardised(pages: Pages, row, live, head, c, inside, turned, stats, H: tl.constexpr,
-                 D: tl.constexpr, R2: tl.constexpr, KV: tl.constexpr):  # fmt: skip
+def standardised(
+    pages: Pages,
+    row,
+    live,
+    head,
+    c,
+    inside,
+    turned,
+    stats,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    R2: tl.constexpr,
+    KV: tl.constexpr,
+):
     """One head's z ``[BLOCK_T, columns]``, with its statistics."""
     at = (row + head * pages.head)[:, None]
     x = read(pages.data, at, live[:, None] & inside[None, :], c, turned, R2, KV == 0)

@@ -150,19 +150,25 @@ def decide(module: GateGuard, z: Tensor, mask: Mask) -> Decision:
     asked = torch.where(derive[:, None, None], own[:, :, 1], own[:, :, 0])
     asked = asked.masked_fill(~forbid[:, None, None], NEVER)  # [T, C, L, 2]
     closed = hard_clamp(1.2 * asked.logsumexp(1).sigmoid() - 0.1)
-    spoken = module.word(hidden).unflatten(-1, (module.n_categories, -1)).softmax(-1)
-    first = torch.zeros_like(spoken)
+    word_weights = module.word(hidden).unflatten(-1, (module.n_categories, -1)).softmax(-1)
+    first = torch.zeros_like(word_weights)
     first[..., 0] = 1.0
     belongs = asked.mean((2, 3)).softmax(-1) * (forbid & derive)
-    words = first[:, 0] + ((spoken - first) * belongs[..., None]).sum(1)
+    words = first[:, 0] + ((word_weights - first) * belongs[..., None]).sum(1)
     return Decision(closed, words, mask)
 
 
 @torch.no_grad()
 def work_of(
-    module: GuardModule, layer: int, *, noise_key: bytes | None = None, first_token: int = 0,
-    first_head: int = 0, heads: int | None = None, decision: Decision | None = None,
-) -> TokenWork:  # fmt: skip
+    module: GuardModule,
+    layer: int,
+    *,
+    noise_key: bytes | None = None,
+    first_token: int = 0,
+    first_head: int = 0,
+    heads: int | None = None,
+    decision: Decision | None = None,
+) -> TokenWork:
     """The work of a fitted guard in one layer, on the device of the module.
 
     Args:
