@@ -20,6 +20,7 @@ from lcguard.agents.topology import Topology
 from lcguard.categories import CATEGORIES
 from lcguard.protocols import Guard
 from lcguard.records import TokenRecord
+from lcguard.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _kv(agents: HFAgents, model: HFBackend, topology: Topology, context: tuple[i
                 model.source.prefill([context], on=agents.consumed([inbox[agent]]))
                 continue
             records = tuple(
-                TokenRecord(agent, "s", link.name, "", "", context, (), (), CATEGORIES)
+                TokenRecord(agent, "s", link.name, "", "", context, (), (), Rule(CATEGORIES))
                 for link in out
             )
             (made,) = agents.publish([Turn("s", agent, inbox[agent], records)])

@@ -17,8 +17,10 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
 
-from lcguard.categories import CATEGORIES, DERIVABLE
+from lcguard.categories import CATEGORIES
 from lcguard.config import load_config
+from lcguard.handoff.names import EdgeName
+from lcguard.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,17 @@ class Link:
 
     @property
     def name(self) -> str:
-        return f"{self.source}->{self.audience}"
+        return str(EdgeName(self.source, self.audience))
+
+    @property
+    def rule(self) -> Rule:
+        return Rule.of(self.forbid, self.derive)
 
     def __post_init__(self) -> None:
-        for which, names, valid in (
-            ("forbid", self.forbid, CATEGORIES),
-            ("derive", self.derive, tuple(c for c in DERIVABLE if c in self.forbid)),
-        ):
-            for name in names:
-                if name not in valid:
-                    known = ", ".join(valid) or "none"
-                    raise ValueError(f"link {self.name}: {which} names {name!r}; use {known}")
+        try:
+            _ = self.rule
+        except ValueError as error:
+            raise ValueError(f"link {self.name}: {error}") from None
 
 
 @dataclass(frozen=True)

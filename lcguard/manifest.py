@@ -12,71 +12,29 @@ import hmac
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
-from torch import Tensor, uint8
-from transformers import PretrainedConfig
 
-from lcguard.cache import kv_shape, layer_kinds, window_tokens
+from lcguard.canonical import canonical_hmac, canonical_json
 from lcguard.categories import Category
-from lcguard.handoff.keys import check_key
-from lcguard.rope import Rotary, canonical
+from lcguard.rule import Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _DOMAIN = b"lcguard manifest\0"
-_CONFIG_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "hidden_act",
-    "hidden_activation",
-    "rms_norm_eps",
-    "norm_epsilon",
-    "attention_bias",
-    "mlp_bias",
-    "use_bias",
-    "attn_logit_softcapping",
-    "query_pre_attn_scalar",
-    "attention_multiplier",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "norm_topk_prob",
-    "decoder_sparse_step",
-    "mlp_only_layers",
-)
 
 
 class SegmentError(ValueError):
     """A segment that must not be used. Names what was found and what was expected, in one line."""
 
 
-def config_digest(config: PretrainedConfig) -> str:
-    """SHA-256 of what makes the KV of two models comparable: architecture and rotation.
-
-    Weights are told apart by model id and revision. A fixed list of fields, because the rest of a
-    config changes with the version of transformers that writes it.
-    """
-    shape = dict(zip(("layers", "kv_heads", "head_dim"), kv_shape(config), strict=True))
-    fields = {k: getattr(config, k) for k in _CONFIG_FIELDS if getattr(config, k, None) is not None}
-    described: dict[str, Any] = {
-        **fields,
-        **shape,
-        "layer_kinds": layer_kinds(config),
-        "window_tokens": window_tokens(config),
-        "rope": Rotary.from_config(config).describe(),
-    }
-    return hashlib.sha256(canonical(described)).hexdigest()
-
-
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 over the bytes of a tensor in row-major order, hexadecimal."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(uint8)
+    import torch  # here: what only reads manifests needs no torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
@@ -129,6 +87,10 @@ class Lineage(_Frozen):
     """Agents whose text it stands on, its source among them; sorted."""
     raw: bool = False
     """Its guard hides nothing, whatever the rule says."""
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.forbid, self.derive)
 
 
 class Manifest(_Frozen):
@@ -192,7 +154,7 @@ class Manifest(_Frozen):
 
     def encode(self) -> bytes:
         """Canonical JSON: the only spelling that ``decode`` accepts."""
-        return canonical(self.model_dump(mode="json"))
+        return canonical_json(self.model_dump(mode="json"))
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
@@ -223,26 +185,17 @@ class Manifest(_Frozen):
                 f" key (fingerprint {print_}): another key, or altered"
             )
 
-    def check(
-        self,
-        key: bytes,
-        config: PretrainedConfig | None = None,
-        expect: Mapping[str, object] | None = None,
-    ) -> None:
+    def check(self, key: bytes, *expected: Mapping[str, object]) -> None:
         """Raises ``SegmentError`` unless ``key`` signed this and every expected field agrees.
 
         Costs no tensor bytes: a scheduler can call it before any tensor is read.
 
         Args:
-            config: the receiver's model: config digest and rotation are compared.
-            expect: manifest fields that must have these values.
+            expected: manifest fields and the values that they must have; those of a model are
+                ``lcguard.model_digest.model_fields``.
         """
         self.verify(key)
-        wanted: list[tuple[str, object]] = list((expect or {}).items())
-        if config is not None:
-            wanted.append(("config_digest", config_digest(config)))
-            wanted.append(("rope", Rotary.from_config(config).describe()))
-        for name, value in wanted:
+        for name, value in (item for fields in expected for item in fields.items()):
             if name not in type(self).model_fields:
                 raise ValueError(f"expect[{name!r}] is no manifest field")
             found = getattr(self, name)
@@ -250,5 +203,5 @@ class Manifest(_Frozen):
                 raise SegmentError(f"{name}: the segment has {found!r}, expected {value!r}")
 
     def _mac(self, key: bytes) -> str:
-        rest = canonical(self.model_dump(mode="json", exclude={"hmac"}))
-        return hmac.new(check_key(key), _DOMAIN + rest, hashlib.sha256).hexdigest()
+        rest = self.model_dump(mode="json", exclude={"hmac"})
+        return canonical_hmac(key, _DOMAIN, rest)

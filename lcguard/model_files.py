@@ -30,6 +30,9 @@ _OTHER = "transformers_weights"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SAVE = "save the model as safetensors with transformers' save_pretrained"
 
+AS_TRANSFORMERS = {"load_format": "hf", "config_format": "hf"}
+"""vLLM's options for folders that hold Mistral's own format besides: it prefers that one."""
+
 
 class ModelFolderError(ValueError):
     """A folder whose model cannot be loaded; the message is one line with the file and the fix."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lcguard.categories import CATEGORIES
 from lcguard.protocols import Mask
+from lcguard.rule import Rule
 from lcguard.tokens import TokenQuestion as TokenQuestion
 from lcguard.tokens import TokenRecord as TokenRecord
 from lcguard.tokens import TokenSpan as TokenSpan
@@ -20,15 +21,16 @@ from lcguard.tokens import TokenSpan as TokenSpan
 IGNORE = -100
 
 
-def mask_of(forbid: Sequence[Sequence[str]], derive: Sequence[Sequence[str]]) -> Mask:
-    """Category masks ``[B, C]`` from category names, one sequence a record."""
-    rows = [[[c in names for c in CATEGORIES] for names in which] for which in (forbid, derive)]
+def mask_of(rules: Sequence[Rule]) -> Mask:
+    """Category masks ``[B, C]``, one rule a record."""
+    both = [r.forbid for r in rules], [r.derive for r in rules]
+    rows = [[[c in names for c in CATEGORIES] for names in which] for which in both]
     return Mask(*(torch.tensor(r, dtype=torch.bool).view(-1, len(CATEGORIES)) for r in rows))
 
 
 def masks(records: Sequence[TokenRecord]) -> Mask:
     """The records' own policies as masks ``[B, C]``."""
-    return mask_of([r.forbid for r in records], [r.derive for r in records])
+    return mask_of([r.rule for r in records])
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -15,8 +15,6 @@ and rotation was not proved by tests/core/test_rope.py.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lcguard.canonical import canonical_digest
 
 KINDS = ("default", "linear", "llama3", "yarn")
 """Values of ``rope_type`` with one fixed frequency table."""
@@ -75,11 +75,6 @@ _REFUSED_TYPES: Mapping[str, str] = {
 
 class UnsupportedModelError(ValueError):
     """A model whose KV cannot be made position-free exactly. Names the value and the fix."""
-
-
-def canonical(value: object) -> bytes:
-    """One spelling of a JSON value, for digests and signatures."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
@@ -211,7 +206,7 @@ class Rotary:
     @property
     def digest(self) -> str:
         """SHA-256 of ``describe()``, hexadecimal."""
-        return hashlib.sha256(canonical(self.describe())).hexdigest()
+        return canonical_digest(self.describe())
 
     def _turn(self, keys: Tensor, positions: Tensor, sign: float, scale: float) -> Tensor:
         if keys.shape[-1] != self.head_dim:

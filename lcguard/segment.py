@@ -29,9 +29,9 @@ from lcguard.manifest import (
     Manifest,
     SegmentError,
     TensorDigests,
-    config_digest,
     utc_now,
 )
+from lcguard.model_digest import config_digest, model_fields
 from lcguard.protocols import KVBatch
 from lcguard.rope import Rotary
 
@@ -171,7 +171,7 @@ class KVSegment:
         expect: Mapping[str, object] | None = None,
     ) -> None:
         """Raises ``SegmentError`` unless ``Manifest.check`` passes and the tensors are signed."""
-        self.manifest.check(key, config, expect)
+        self.manifest.check(key, expect or {}, model_fields(config) if config else {})
         self.manifest.tensor_digests.check(self.keys, self.values)
 
     def save(self, folder: str | os.PathLike[str], key: bytes) -> KVSegment:
@@ -220,7 +220,7 @@ class KVSegment:
         }
         wanted = {k: v for k, v in named.items() if v is not None} | dict(expect or {})
         manifest = read_manifest(Path(folder))
-        manifest.check(key, config, wanted)
+        manifest.check(key, wanted, model_fields(config) if config else {})
         keys, values = map_tensors(Path(folder))
         if copy:
             keys, values = keys.clone(), values.clone()

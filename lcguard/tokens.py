@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lcguard.categories import CATEGORIES
+from lcguard.categories import CATEGORIES, Category
+from lcguard.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,16 @@ class TokenRecord:
     ids: tuple[int, ...]
     spans: tuple[TokenSpan, ...]
     questions: tuple[TokenQuestion, ...]
-    forbid: tuple[str, ...]
-    derive: tuple[str, ...] = ()
+    rule: Rule
+    """Of the edge."""
+
+    @property
+    def forbid(self) -> tuple[Category, ...]:
+        return self.rule.forbid
+
+    @property
+    def derive(self) -> tuple[Category, ...]:
+        return self.rule.derive
 
     def secrets(self) -> list[Secret]:
         """The values that the edge forbids."""

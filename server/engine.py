@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcguard.handoff.keys import KEY_VARIABLE
+from lcguard.model_files import AS_TRANSFORMERS
 from lcguard.private import private_log
 from lcguard.server.settings import EngineSettings
-from lcguard.vllm.weights import AS_TRANSFORMERS
 
 MIDDLEWARE = "lcguard.vllm.authentication.AuthenticationMiddleware"
 _STOP_S = 20.0

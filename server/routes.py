@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lcguard.handoff.names import ANY, KeyName
+from lcguard.handoff.names import ANY, HandleName, KeyName
 from lcguard.handoff.policy import Edge
 from lcguard.manifest import SegmentError
 from lcguard.server.access.keyring import Identity
@@ -23,7 +23,6 @@ from lcguard.server.database.writer import DatabaseError
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.body import ClientGone, parse_object, read_body
 from lcguard.server.gateway.contract import describe
-from lcguard.server.gateway.handoff_field import Handle
 from lcguard.server.leakage.ledger import Segment, find, live, revoke
 from lcguard.server.leakage.meter import LeakageError
 from lcguard.server.state import Proxy
@@ -98,7 +97,7 @@ async def segments(proxy: Running, who: Caller) -> dict[str, Any]:
 
 
 @router.get("/lcguard/v1/segments/{handle}", tags=["lcguard"])
-async def segment(handle: Handle, proxy: Running, who: Caller) -> dict[str, Any]:
+async def segment(handle: HandleName, proxy: Running, who: Caller) -> dict[str, Any]:
     """What the caller may know of a segment; its manifest was verified."""
     row = await _own(proxy, who, handle)
     try:
@@ -116,7 +115,7 @@ async def segment(handle: Handle, proxy: Running, who: Caller) -> dict[str, Any]
 
 @router.delete("/lcguard/v1/segments/{handle}", tags=["lcguard"])
 async def revoke_segment(
-    handle: Handle,
+    handle: HandleName,
     proxy: Running,
     who: Caller,
     cascade: Annotated[bool, Query(description="Also what was published on top of it.")] = False,

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lcguard.rope import canonical
+from lcguard.canonical import canonical_json
 from lcguard.server.access.keyring import AuthError, Identity, Keyring
 from lcguard.server.audit.edge_counts import CANARY_TENANT, EdgeCounts
 from lcguard.server.audit.trail import AuditLog, Entry
@@ -129,7 +129,7 @@ class Proxy:
         time of an answer that they are there. With ``prefix_cache: tenant`` agents of one tenant
         hit, and see, each other's plain prompts."""
         names = [who.tenant] if self.settings.prefix_cache == "tenant" else [who.tenant, who.agent]
-        message = b"lcguard cache salt\0" + canonical(names)
+        message = b"lcguard cache salt\0" + canonical_json(names)
         return hmac.new(self.key, message, hashlib.sha256).hexdigest()
 
     def check_model(self, who: Identity, body: Mapping[str, Any]) -> None:

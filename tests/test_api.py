@@ -13,6 +13,7 @@ from lcguard.agents.backends.hf import HFBackend
 from lcguard.guards import FrozenGuard, GuardError
 from lcguard.handoff.redaction import RedactionError
 from lcguard.records import mask_of
+from lcguard.rule import Rule
 
 NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
 SECRETS = ["Ada Long", "912-55-1029"]
@@ -52,7 +53,7 @@ def test_another_name_is_no_attribute() -> None:
 def test_one_line_guards_what_the_names_say(agent: HFBackend, gate: FrozenGuard) -> None:
     kv = agent.read(NOTE)
     short = gate(kv, forbid=["person", "government_id"], keys=KEYS).kv
-    full = gate(kv, mask_of([("person", "government_id")], [()]), keys=KEYS).kv
+    full = gate(kv, mask_of([Rule(("person", "government_id"))]), keys=KEYS).kv
     assert short.keys.equal(full.keys)
     assert agent.answer(kv, "What is the SSN?") == "912-55-1029"
     assert agent.answer(short, "What is the SSN?") != "912-55-1029"
@@ -71,7 +72,7 @@ def test_what_contradicts_or_is_unknown_is_refused(agent: HFBackend, gate: Froze
     with pytest.raises(GuardError, match=r"unknown categories \['helth'\]; known: person"):
         gate(kv, forbid=["helth"])
     with pytest.raises(GuardError, match="give one"):
-        gate(kv, mask_of([()], [()]), forbid=["health"])
+        gate(kv, mask_of([Rule()]), forbid=["health"])
 
 
 def test_redact_sends_the_text_without_its_secrets(agent: HFBackend) -> None:

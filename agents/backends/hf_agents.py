@@ -13,6 +13,7 @@ from lcguard.agents.backends.hf import HFBackend
 from lcguard.noise import noise_key
 from lcguard.protocols import Guard, KVBatch
 from lcguard.records import TokenRecord, masks
+from lcguard.rule import Rule
 from lcguard.training.dataset import twin_contexts
 
 ANY = "*"
@@ -155,7 +156,7 @@ class HFAgents:
         return out
 
 
-_EMPTY = TokenRecord("", "", "", "", "", (), (), (), ())
+_EMPTY = TokenRecord("", "", "", "", "", (), (), (), Rule())
 
 
 def _read(reference: Reference) -> KVBatch:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lcguard.agents.backends.base import Ask, Channel, Reference, Turn
 from lcguard.agents.topology import Topology
+from lcguard.handoff.names import EdgeName
 from lcguard.protocols import KVBatch
 from lcguard.store.base import SegmentStore
 
@@ -75,7 +76,7 @@ class VLLMAgents:
             {
                 "agent": turn.agent,
                 "prompt": list(turn.ids),
-                "audience": record.edge.split("->")[1],
+                "audience": EdgeName.parse(record.edge).audience,
                 "policy": record.forbid,
                 "consume": [_handle(r) for r in turn.consume],
                 "spans": None,

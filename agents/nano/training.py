@@ -26,6 +26,7 @@ from lcguard.agents.scenarios.encode import Encoder
 from lcguard.agents.scenarios.generator import GeneratorConfig, make_record
 from lcguard.agents.scenarios.types import EdgeSpec, Hop
 from lcguard.records import IGNORE, TokenRecord, additive, pack_questions, pad
+from lcguard.rule import Rule
 from lcguard.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -100,7 +101,7 @@ def collate(rows: list[list[TokenRecord]], joint: list[bool], pad_id: int) -> Ba
     valid = pad([[1 for r in row for _ in r.ids] for row in rows], 0).bool()
     part = pad([[i for i, r in enumerate(row) for _ in r.ids] for row in rows], -1)
     merged = [
-        TokenRecord("", "", "", "", "", (), (), tuple(q for r in row for q in r.questions), ())
+        TokenRecord("", "", "", "", "", (), (), tuple(q for r in row for q in r.questions), Rule())
         for row in rows
     ]
     packed = pack_questions(merged, pad_id=pad_id)
@@ -140,7 +141,7 @@ class Rows(IterableDataset[Batch]):
         n = 2 if rng.random() < c.two_contexts else 1
         rows = [n] * (c.batch // n)
         joint = [rng.random() < 0.5 for _ in rows]
-        edge = EdgeSpec("", "", ())
+        edge = EdgeSpec("", "", Rule())
         hops = [Hop("", edge, make_record(rng, g, "")) for _ in range(sum(rows))]
         records = iter(self.encoder.encode(hops))
         out = []

@@ -27,7 +27,7 @@ from lcguard.agents.scenarios.lines import ScenarioError, read_lines
 from lcguard.agents.scenarios.schema import BY_NAME, FIELD_CATEGORY, FieldType, RecordType
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Record, Scenario
 from lcguard.agents.scenarios.values import anything
-from lcguard.categories import CATEGORIES
+from lcguard.rule import Rule
 
 FILE: Final = "scenarios.jsonl"
 REQUESTER: Final = "requester"
@@ -165,7 +165,7 @@ def _scenario(
     for i, record in enumerate(line.private_vault.records):
         name = f"{line.scenario_id}-{i}"
         hands[i % len(hands)].append(_record(name, line.vertical, record, secret, named))
-    forbid = tuple(c for c in CATEGORIES if c in secret.values())
+    rule = Rule.hiding(set(secret.values()))
     names = [a.agent_id for a in line.agents]
     return Scenario(
         line.scenario_id,
@@ -176,7 +176,7 @@ def _scenario(
             for a, hand in zip(line.agents, hands, strict=True)
         ),
         tuple(
-            EdgeSpec(source, audience, forbid)
+            EdgeSpec(source, audience, rule)
             for source, audience in zip(names, [*names[1:], REQUESTER], strict=True)
         ),
         tuple(f for f in task if f not in secret),

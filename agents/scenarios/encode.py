@@ -155,6 +155,5 @@ class Encoder:
             tuple(ids),
             tuple(spans),
             questions,
-            hop.edge.forbid,
-            hop.edge.derive,
+            hop.edge.rule,
         )

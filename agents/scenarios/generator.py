@@ -15,6 +15,7 @@ from lcguard.agents.scenarios.schema import RECORD_TYPES, FieldType, RecordType
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Question, Record, Scenario, Span
 from lcguard.agents.scenarios.values import anything, pick
 from lcguard.categories import CATEGORIES
+from lcguard.rule import Rule
 
 ROLES = ("intake", "analyst", "reviewer", "coordinator")
 
@@ -122,5 +123,5 @@ def make_scenario(config: GeneratorConfig, index: int) -> Scenario:
         record = make_record(rng, config, f"{name}-{i}", rng.choice(kinds))
         agents.append(AgentSpec(ROLES[i], ROLES[i], (record,)))
         audience = ROLES[i + 1] if i + 1 < n_agents else "requester"
-        edges.append(EdgeSpec(ROLES[i], audience, CATEGORIES))
+        edges.append(EdgeSpec(ROLES[i], audience, Rule(CATEGORIES)))
     return Scenario(name, "generator", vertical, tuple(agents), tuple(edges))

@@ -37,7 +37,7 @@ def make_graph_scenario(config: GeneratorConfig, index: int, topology: Topology)
         AgentSpec(agent, agent, (_record(rng, config, f"{name}-{agent}", kind, reference),))
         for agent, kind in zip(topology.agents, kinds, strict=False)
     )
-    edges = tuple(EdgeSpec(x.source, x.audience, x.forbid, x.derive) for x in topology.links)
+    edges = tuple(EdgeSpec(x.source, x.audience, x.rule) for x in topology.links)
     scenario = Scenario(name, "generator", "mixed", agents, edges)
     return replace(scenario, compositions=compositions(rng, topology, scenario, reference))
 

@@ -31,6 +31,7 @@ from lcguard.agents.scenarios.offsets import Offsets, misread, untidy
 from lcguard.agents.scenarios.repeats import REPEAT, cover_repeats
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Question, Record, Scenario, Span
 from lcguard.categories import CATEGORIES
+from lcguard.rule import Rule
 
 SENDER: Final = "sender"
 RECEIVER: Final = "receiver"
@@ -97,7 +98,7 @@ def read_jsonl(path: Path, *, forbid: Sequence[str] = CATEGORIES) -> list[Scenar
     unknown = [c for c in forbid if c not in CATEGORIES]
     if unknown:
         raise ValueError(f"forbid = {unknown[0]!r}: {CATEGORIES} are known; use some of those")
-    edge = EdgeSpec(SENDER, RECEIVER, tuple(c for c in CATEGORIES if c in forbid))
+    edge = EdgeSpec(SENDER, RECEIVER, Rule.hiding(forbid))
     scenarios: dict[str, Scenario] = {}
     notes: dict[str, list[str]] = {_CUT: [], _AGAIN: []}
     for where, line in read_lines(path, _Line):

@@ -36,7 +36,7 @@ from lcguard.agents.scenarios.excerpts import (
 )
 from lcguard.agents.scenarios.lines import ScenarioError
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Record, Scenario
-from lcguard.categories import CATEGORIES
+from lcguard.rule import Rule
 
 FOLDER: Final = "scenarios"
 REQUESTER: Final = "requester"
@@ -127,7 +127,7 @@ def _scenario(name: str, content: _File, max_chars: int) -> Scenario:
         records, without = _hand(f"{name}-{i}", vertical, agent, public, max_chars)
         agents.append(AgentSpec(agent.name, agent.role, records))
         hidden = {s.category for r in records for s in r.spans}
-        edges.append(EdgeSpec(agent.name, audience, tuple(c for c in CATEGORIES if c in hidden)))
+        edges.append(EdgeSpec(agent.name, audience, Rule.hiding(hidden)))
         missing += [f"{agent.name}: {w}" for w in without]
     return Scenario(
         name,

@@ -34,7 +34,7 @@ from lcguard.agents.scenarios.excerpts import (
 )
 from lcguard.agents.scenarios.lines import ScenarioError
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Scenario
-from lcguard.categories import CATEGORIES
+from lcguard.rule import Rule
 
 FILE: Final = "main_data.json"
 SENDER: Final = "reader"
@@ -136,11 +136,7 @@ def _scenario(entry: _Entry, max_chars: int) -> Scenario:
         "privacylens",
         "assistant",
         (AgentSpec(SENDER, SENDER, records), AgentSpec(RECEIVER, source.final_action, ())),
-        (
-            EdgeSpec(
-                SENDER, RECEIVER, tuple(c for c in CATEGORIES if c in set(categories.values()))
-            ),
-        ),
+        (EdgeSpec(SENDER, RECEIVER, Rule.hiding(set(categories.values()))),),
         None,
         secret_fields(records),
         tuple(item for i, item in enumerate(items) if i not in shared),

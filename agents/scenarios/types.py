@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from lcguard.handoff.names import EdgeName
+from lcguard.rule import Rule
+
 QuestionKind = Literal["direct", "derived", "absent"]
 
 
@@ -76,9 +79,11 @@ class EdgeSpec:
 
     source: str
     audience: str
-    forbid: tuple[str, ...]
-    derive: tuple[str, ...] = ()
-    """Forbidden categories whose derived value (a band) stays allowed."""
+    rule: Rule
+
+    @property
+    def name(self) -> EdgeName:
+        return EdgeName(self.source, self.audience)
 
 
 @dataclass(frozen=True)
@@ -129,11 +134,11 @@ class Hop:
 
     @property
     def edge_name(self) -> str:
-        return f"{self.edge.source}->{self.edge.audience}"
+        return str(self.edge.name)
 
     def is_task(self, question: Question) -> bool:
         """True for a question that the receiver is for."""
-        if question.kind == "absent" or question.category in self.edge.forbid:
+        if question.kind == "absent" or question.category in self.edge.rule.forbid:
             return self.task_fields is not None and question.field in self.task_fields
         if self.task_fields is not None:
             return question.field in self.task_fields
@@ -141,7 +146,7 @@ class Hop:
 
     def is_secret(self, span: Span) -> bool:
         """True for a value that the edge forbids."""
-        if span.category is None or span.category not in self.edge.forbid:
+        if span.category is None or span.category not in self.edge.rule.forbid:
             return False
         return self.secret_fields is None or span.field in self.secret_fields
 

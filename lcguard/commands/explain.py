@@ -11,6 +11,7 @@ from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.evaluation.summary import explain_tokens
 from lcguard.records import masks
+from lcguard.rule import Rule
 
 _SHADES = ((0.75, "white on red"), (0.5, "black on orange1"), (0.2, "black on khaki1"))
 
@@ -24,13 +25,14 @@ def explain_text(text: str | None, guard: str, model: str, forbid: str, seed: in
     for name in names:
         if name not in CATEGORIES:
             raise ValueError(f"category {name!r} is unknown; known: {', '.join(CATEGORIES)}")
+    edge = EdgeSpec("sender", "receiver", Rule.of(names))
     backend = load_backend(model)
     if text is None:
         hop = hops_for(DataConfig(seed=seed, train_records=1, test_records=1))[1][0]
     else:
         record = Record("given", "text", "text", text, (), ())
-        hop = Hop("given", EdgeSpec("sender", "receiver", names), record)
-    hop = Hop(hop.scenario_id, EdgeSpec("sender", "receiver", names), hop.record)
+        hop = Hop("given", edge, record)
+    hop = Hop(hop.scenario_id, edge, hop.record)
     frozen = load_guard(GuardSpec("guard", path=guard), backend)
     (record_ids,) = backend.encoder.encode([hop])
     tokens = explain_tokens(

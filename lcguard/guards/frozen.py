@@ -23,6 +23,7 @@ from lcguard.model_digest import add_tensor
 from lcguard.noise import new_noise_key
 from lcguard.protocols import Guarded, KVBatch, Mask
 from lcguard.records import mask_of
+from lcguard.rule import Rule
 
 CARD, WEIGHTS = "lcguard_config.json", "guard.safetensors"
 FORMAT = 1
@@ -241,7 +242,8 @@ class FrozenGuard:
 def _same_mask(n: int, forbid: Sequence[str], derive: Sequence[str]) -> Mask:
     if unknown := {*forbid, *derive} - {*CATEGORIES}:
         raise GuardError(f"unknown categories {sorted(unknown)}; known: {', '.join(CATEGORIES)}")
-    return mask_of([forbid] * n, [derive] * n)
+    rule = Rule(Rule.hiding(forbid).forbid, Rule.hiding(derive).forbid)
+    return mask_of([rule] * n)
 
 
 def saved_class(name_or_path: str | os.PathLike[str]) -> type[GuardModule]:

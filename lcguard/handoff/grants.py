@@ -15,17 +15,13 @@ import re
 import secrets
 from collections.abc import Sequence
 
-from lcguard.handoff.keys import check_key
-from lcguard.rope import canonical
+from lcguard.canonical import canonical_hmac, check_key
+from lcguard.handoff.errors import GrantError
 
 _DOMAIN = b"lcguard grant\0"
 _ORDER_DOMAIN = b"lcguard order\0"
 _SCAN_DOMAIN = b"lcguard scan\0"
 _GRANT = re.compile(r"(0|[1-9][0-9]{0,11})\.([0-9a-f]{64})")
-
-
-class GrantError(PermissionError):
-    """A grant that does not cover what is asked. One line, without the right HMAC."""
 
 
 def new_handle() -> str:
@@ -88,8 +84,7 @@ def check_scan(key: bytes, rule: str, ids: Sequence[int], signature: str, now_s:
 
 
 def _scan_mac(key: bytes, rule: str, ids: Sequence[int], expires_at_s: int) -> str:
-    message = _SCAN_DOMAIN + canonical([rule, list(ids), expires_at_s])
-    return hmac.new(check_key(key), message, hashlib.sha256).hexdigest()
+    return canonical_hmac(key, _SCAN_DOMAIN, [rule, list(ids), expires_at_s])
 
 
 def _order_mac(key: bytes, order: bytes, expires_at_s: int) -> str:
@@ -98,5 +93,4 @@ def _order_mac(key: bytes, order: bytes, expires_at_s: int) -> str:
 
 
 def _mac(key: bytes, handle: str, audience: str, expires_at_s: int) -> str:
-    message = _DOMAIN + canonical([handle, audience, expires_at_s])
-    return hmac.new(check_key(key), message, hashlib.sha256).hexdigest()
+    return canonical_hmac(key, _DOMAIN, [handle, audience, expires_at_s])

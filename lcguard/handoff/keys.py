@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 
+from lcguard.canonical import KEY_BYTES, check_key
+
 KEY_VARIABLE = "LCGUARD_KEY"
-_KEY_BYTES = 32
 
 
 def new_key() -> str:
     """A fresh deployment key, hexadecimal, for ``LCGUARD_KEY``."""
-    return secrets.token_hex(_KEY_BYTES)
+    return secrets.token_hex(KEY_BYTES)
 
 
 def deployment_key() -> bytes:
@@ -34,13 +35,3 @@ def deployment_key() -> bytes:
             "set it to the output of lcguard.handoff.keys.new_key()"
         ) from None
     return check_key(key)
-
-
-def check_key(key: bytes) -> bytes:
-    """``key`` if it is long enough. Raises ``ValueError`` otherwise."""
-    if len(key) < _KEY_BYTES:
-        raise ValueError(
-            f"the deployment key has {len(key)} bytes, {_KEY_BYTES} are needed: "
-            "make one with lcguard.handoff.keys.new_key()"
-        )
-    return key

@@ -12,20 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from lcguard.categories import CATEGORIES, Category
-from lcguard.handoff.policy import Edge, Policy
-
-Rule = tuple[Sequence[Category], Sequence[Category]]
-"""Forbidden categories, and those of them whose derived value may pass."""
+from lcguard.handoff.errors import LineageError
+from lcguard.handoff.policy import Edge, Policy, PolicyError
+from lcguard.rule import Rule
 
 
 class Lineage(Protocol):
     """See ``lcguard.manifest.Lineage``."""
 
     @property
-    def forbid(self) -> tuple[Category, ...]: ...
-    @property
-    def derive(self) -> tuple[Category, ...]: ...
+    def rule(self) -> Rule: ...
     @property
     def origins(self) -> tuple[str, ...]: ...
     @property
@@ -43,19 +39,6 @@ class Restricted(Protocol):
     def lineage(self) -> Lineage | None: ...
 
 
-class LineageError(PermissionError):
-    """What may not be passed on under these rules. One line with the fix."""
-
-
-def joined(rules: Iterable[Rule]) -> Rule:
-    """The rule that is as strict as all of them: a category is forbidden if any forbids it, and a
-    value may be derived only where every rule that forbids it says so."""
-    found = list(rules)
-    forbid = [c for c in CATEGORIES if any(c in f for f, _ in found)]
-    exact = {c for f, d in found for c in f if c not in d}
-    return tuple(forbid), tuple(c for c in forbid if c not in exact)
-
-
 def inherited(edge: Edge, policy: Policy, consumed: Sequence[Restricted]) -> Rule:
     """What ``consumed`` adds to ``edge``, before anything of it is declassified.
 
@@ -70,27 +53,27 @@ def inherited(edge: Edge, policy: Policy, consumed: Sequence[Restricted]) -> Rul
                 "published on top of it; let it be published again"
             )
         if set(lineage.origins) != {edge.audience}:  # back to where all of it came from
-            rules.append((lineage.forbid, lineage.derive))
+            rules.append(lineage.rule)
         rules += _from_origins(policy, lineage.origins, edge.audience)
-    return joined(rules)
+    return Rule.joined(rules)
 
 
 def on_top(edge: Edge, policy: Policy, consumed: Sequence[Restricted]) -> Edge:
     """``edge`` for a publish on top of ``consumed``. Raises ``LineageError``."""
-    extra, derive = inherited(edge, policy, consumed)
-    kept = [c for c in extra if c not in edge.declassify]
-    forbid, may_derive = joined([(edge.forbid, edge.derive), (kept, derive)])
-    return edge.model_copy(update={"forbid": tuple(forbid), "derive": tuple(may_derive)})
+    if not consumed:
+        return edge
+    extra = inherited(edge, policy, consumed).without(edge.declassify)
+    return edge.under(Rule.joined([edge.rule, extra]))
 
 
 def declassified(edge: Edge, policy: Policy, consumed: Sequence[Restricted]) -> tuple[str, ...]:
     """Categories that ``edge`` lets pass although what was consumed forbids them."""
-    extra, _ = inherited(edge, policy, consumed)
+    extra = inherited(edge, policy, consumed).forbid
     return tuple(c for c in extra if c in edge.declassify and c not in edge.forbid)
 
 
 def check_guard(
-    edge: Edge, own: Edge, consumed: Sequence[Restricted], reads_policy: bool | None
+    edge: Edge, own: Edge, consumed: Sequence[Restricted], reads_policy: bool | None = None
 ) -> None:
     """Raises ``LineageError`` unless the edge's guard can keep the joined rule.
 
@@ -100,20 +83,20 @@ def check_guard(
         reads_policy: whether the guard hides whatever a rule forbids; None where that is not known
             here, and another looks.
     """
-    hop = f"{edge.source} -> {edge.audience}"
+    hop = edge.name.in_words
     if edge.guard == "redact":
         # exact for the prompt's own spans, whose KV has read what was consumed
         for segment in consumed:
             lineage = segment.lineage
-            held = None if lineage is None or lineage.raw else lineage
-            if missing := _lacking(held, (edge.forbid, edge.derive)):
+            held = Rule() if lineage is None or lineage.raw else lineage.rule
+            if missing := held.missing(edge.rule):
                 raise LineageError(
                     f"guard 'redact' on {hop} would pass on what was consumed: the segment of "
                     f"{segment.source_agent} was not guarded against {', '.join(missing)}; use "
                     "guard 'gate' on this edge, or publish without consuming"
                 )
         return
-    added = _lacking_rule((own.forbid, own.derive), (edge.forbid, edge.derive))
+    added = own.rule.missing(edge.rule)
     if added and (reads_policy is False or edge.guard == "identity"):
         raise LineageError(
             f"what was consumed forbids {', '.join(added)} to {edge.audience}, and guard "
@@ -125,15 +108,12 @@ def check_guard(
 def check_current(segment: Restricted, policy: Policy) -> None:
     """Raises ``LineageError`` where the policy in force forbids its audience more than the segment
     was guarded against, on its own edge or on behalf of whose text it stands on."""
-    edge = policy.for_edge(segment.source_agent, segment.audience)
+    edge = _edge(policy, segment.source_agent, segment.audience)
     lineage = segment.lineage
-    behind = () if lineage is None else tuple(
-        o for o in lineage.origins if o != segment.source_agent
-    )  # fmt: skip
-    forbid, derive = joined(_from_origins(policy, behind, segment.audience))
-    kept = [c for c in forbid if c not in edge.declassify]
-    wanted = joined([(edge.forbid, edge.derive), (kept, derive)])
-    if missing := _lacking(lineage, wanted):
+    behind = [o for o in lineage.origins if o != segment.source_agent] if lineage else []
+    extra = Rule.joined(_from_origins(policy, behind, segment.audience)).without(edge.declassify)
+    held = lineage.rule if lineage else Rule()
+    if missing := held.missing(Rule.joined([edge.rule, extra])):
         raise LineageError(
             f"it was not guarded against {', '.join(missing)}, which the policy now forbids "
             f"{segment.audience}: publish it again"
@@ -147,15 +127,11 @@ def origins(source: str, consumed: Sequence[Restricted]) -> tuple[str, ...]:
 
 
 def _from_origins(policy: Policy, names: Iterable[str], audience: str) -> list[Rule]:
-    edges = [policy.for_edge(name, audience) for name in names if name != audience]
-    return [(e.forbid, e.derive) for e in edges]
+    return [_edge(policy, name, audience).rule for name in names if name != audience]
 
 
-def _lacking(lineage: Lineage | None, wanted: Rule) -> tuple[Category, ...]:
-    have: Rule = ((), ()) if lineage is None else (lineage.forbid, lineage.derive)
-    return _lacking_rule(have, wanted)
-
-
-def _lacking_rule(have: Rule, wanted: Rule) -> tuple[Category, ...]:
-    """Categories that ``wanted`` forbids, or forbids exactly, and ``have`` does not."""
-    return tuple(c for c in wanted[0] if c not in have[0] or (c in have[1] and c not in wanted[1]))
+def _edge(policy: Policy, source: str, audience: str) -> Edge:
+    try:
+        return policy.for_edge(source, audience)
+    except PolicyError as error:
+        raise LineageError(str(error)) from None

@@ -18,12 +18,10 @@ crosses tenants.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -35,12 +33,11 @@ from pydantic import (
     model_validator,
 )
 
+from lcguard.canonical import canonical_digest
 from lcguard.categories import CATEGORIES, DERIVABLE, Category
 from lcguard.config import ConfigError, read_mapping, validated
-from lcguard.handoff.names import ANY, PolicyName, is_agent, split_tenant
-
-if TYPE_CHECKING:
-    from lcguard.protocols import Mask
+from lcguard.handoff.names import ANY, EdgeName, PolicyName, is_agent, split_tenant
+from lcguard.rule import Rule
 
 
 class PolicyError(ValueError):
@@ -133,16 +130,22 @@ class Edge(_Model):
         """What the audience may know of a segment's length."""
         return -(-n_tokens // self.length_bucket) * self.length_bucket
 
-    def mask(self, batch: int = 1) -> Mask:
-        """The edge's mask for ``batch`` records: bool tensors ``[B, C]``."""
-        import torch  # here: checking a policy needs no torch
+    @property
+    def name(self) -> EdgeName:
+        return EdgeName(self.source, self.audience)
 
-        from lcguard.protocols import Mask
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.forbid, self.derive)
 
-        rows = [
-            torch.tensor([c in names for c in CATEGORIES]) for names in (self.forbid, self.derive)
-        ]
-        return Mask(*(row.repeat(batch, 1) for row in rows))
+    def under(self, rule: Rule, **changes: Any) -> Edge:
+        """The same edge under another rule, and with other ``changes``."""
+        return self.model_copy(update={"forbid": rule.forbid, "derive": rule.derive, **changes})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the edge as it was applied to one hop."""
+        return canonical_digest(self.model_dump(mode="json"))
 
 
 _CLOSED = Edge(source=ANY, audience=ANY, forbid=CATEGORIES)
@@ -169,8 +172,7 @@ class Policy(_Model):
             first = names.setdefault((edge.source, edge.audience), i)
             if first != i:
                 raise ValueError(
-                    f"edges[{first}] and edges[{i}] are both {edge.source} -> {edge.audience}; "
-                    "merge them"
+                    f"edges[{first}] and edges[{i}] are both {edge.name.in_words}; merge them"
                 )
         # `payroll -> *` and `* -> auditor` are equally specific for payroll -> auditor.
         for names in tenants.values():
@@ -189,8 +191,7 @@ class Policy(_Model):
         """SHA-256 of the canonical JSON: the same for any order of edges and categories."""
         data = self.model_dump(mode="json")
         data["edges"].sort(key=lambda edge: (edge["tenant"], edge["source"], edge["audience"]))
-        text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return canonical_digest(data)
 
     def for_edge(self, source: str, audience: str) -> Edge:
         """The rule for one hop, under its concrete names; everything forbidden without a match.

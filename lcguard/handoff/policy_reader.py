@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lcguard.categories import Category
 from lcguard.handoff.names import ANY
 from lcguard.handoff.policy import Edge, Policy, PolicyError, load_policy
 
@@ -81,10 +80,10 @@ def _hops(*policies: Policy) -> Iterator[tuple[str, str]]:
 def _looser(old: Edge, new: Edge) -> str:
     lost = [c for c in old.forbid if c not in new.forbid]
     if lost:
-        return f"{_listed(lost)} no longer forbidden"
+        return f"{', '.join(lost)} no longer forbidden"
     told = [c for c in new.derive if c not in old.derive]
     if told:
-        return f"the derived value of {_listed(told)} now passes"
+        return f"the derived value of {', '.join(told)} now passes"
     for name in type(old).model_fields:
         before, after = getattr(old, name), getattr(new, name)
         if name in ("forbid", "derive", "tenant") or before == after:
@@ -95,10 +94,6 @@ def _looser(old: Edge, new: Edge) -> str:
             continue
         return f"{name} is {after!r}, it was {before!r}"
     return ""
-
-
-def _listed(categories: list[Category]) -> str:
-    return ", ".join(categories)
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

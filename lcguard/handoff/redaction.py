@@ -35,9 +35,12 @@ class Redaction:
 
 
 def redact(
-    prompt: TokenText, ids: Sequence[int], tokenizer: Any, secrets: Sequence[str],
+    prompt: TokenText,
+    ids: Sequence[int],
+    tokenizer: Any,
+    secrets: Sequence[str],
     detect: Callable[[str], Iterable[Range]] = lambda _: (),
-) -> Redaction:  # fmt: skip
+) -> Redaction:
     """Covers every occurrence of ``secrets`` and of what ``detect`` finds in the prompt.
 
     Raises:
@@ -68,6 +71,14 @@ def redact(
     spans = prompt.tokens(places)
     _check_twin(ids, spans, tokenizer, keys)
     return Redaction(spans, len(places))
+
+
+def covered(ids: Sequence[int], spans: Sequence[tuple[int, int]], neutral_id: int) -> list[int]:
+    """Tokens with the neutral one in place of each within ``spans``."""
+    out = list(ids)
+    for start, end in spans:
+        out[start:end] = [neutral_id] * (end - start)
+    return out
 
 
 def _check_twin(

@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from lcguard.categories import Category
+from lcguard.canonical import canonical_json
+from lcguard.categories import CATEGORIES, Category
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.names import QualifiedName
-from lcguard.rope import canonical
+from lcguard.handoff.names import EdgeName, HandleName, QualifiedName
+from lcguard.handoff.policy import Edge, Policy, PolicyError
+from lcguard.rule import Rule
 
 PARAM = "lcguard"
 SCANNED = "scanned"
 """Key of an answer that stored nothing and says what the guard found in the prompt."""
-Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
+F = TypeVar("F", bound=BaseModel)
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Publish(_Model):
+class EnginePublish(_Model):
     """Guard this prompt's KV and keep it for ``audience``."""
 
     source: QualifiedName
@@ -52,9 +54,13 @@ class Publish(_Model):
     guard: Literal["redact"] | None = None
     """``redact`` in place of the edge's guard, where the policy says ``on_leak: redact``."""
 
+    @property
+    def edge_name(self) -> EdgeName:
+        return EdgeName(self.source, self.audience)
+
 
 class Grant(_Model):
-    handle: Handle
+    handle: HandleName
     grant: Annotated[str, StringConstraints(max_length=100)]
 
 
@@ -71,7 +77,7 @@ class Consume(_Model):
 class Handoff(_Model):
     """The value of ``lcguard`` in ``kv_transfer_params``."""
 
-    publish: Publish | None = None
+    publish: EnginePublish | None = None
     consume: Consume | None = None
     order: Annotated[str, StringConstraints(max_length=100)] | None = None
     """The proxy's signature, for engines with ``proxy_only``."""
@@ -84,7 +90,7 @@ class Handoff(_Model):
             if self.publish.scan is not None:
                 signed["publish"]["spans"] = None
             del signed["publish"]["scan"]
-        return canonical(signed)
+        return canonical_json(signed)
 
 
 def tokens_digest(ids: Sequence[int]) -> str:
@@ -93,25 +99,61 @@ def tokens_digest(ids: Sequence[int]) -> str:
 
 
 def parse_handoff(params: Mapping[str, Any] | None) -> Handoff | None:
-    """The handoff that a request asks for; None for an ordinary request.
+    """The handoff that a request asks the engine for; None for an ordinary request.
 
     Raises ``HandoffError`` (400) naming the key at fault.
     """
     if not isinstance(params, Mapping) or PARAM not in params:
         return None
     value = params[PARAM]
+    # as JSON would have come: tuples and lists, nothing coerced
+    return parse_field(Handoff, _tuples(value) if isinstance(value, Mapping) else value)
+
+
+def parse_field(form: type[F], value: object) -> F:
+    """A value of the field ``lcguard`` in the engine's form, or in that of the proxy's clients.
+
+    Raises ``HandoffError`` (400) naming the key at fault.
+    """
     if not isinstance(value, Mapping):
-        raise HandoffError(400, f"{PARAM} is {type(value).__name__}: give publish or consume")
+        raise _bad(PARAM, f"is a {type(value).__name__}: give publish or consume")
     try:
-        # As JSON would have come: tuples and lists, nothing coerced.
-        handoff = Handoff.model_validate(_tuples(dict(value)))
+        found = form.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise HandoffError(400, f"{PARAM}.{where}: {first['msg']}") from None
-    if handoff.publish is None and handoff.consume is None:
-        raise HandoffError(400, f"{PARAM} is empty: give publish or consume")
-    return handoff
+        raise _bad(".".join([PARAM, *map(str, first["loc"])]), first["msg"]) from None
+    if not any(getattr(found, part) is not None for part in ("publish", "consume")):
+        raise _bad(PARAM, "is empty: give publish or consume")
+    return found
+
+
+def edge_of(policy: Policy, publish: EnginePublish) -> Edge:
+    """The policy's rule for this hop, tightened by what the request hides beyond it.
+
+    Raises ``HandoffError`` (400) for a hop between tenants, and for a guard that the rule does
+    not let a request choose.
+    """
+    try:
+        edge = policy.for_edge(publish.source, publish.audience)
+    except PolicyError as error:
+        raise HandoffError(400, str(error)) from None
+    if publish.guard not in (None, edge.guard) and edge.on_leak != publish.guard:
+        raise HandoffError(
+            400,
+            f"guard {publish.guard!r} is not this edge's: leave it out, or let the policy say "
+            f"on_leak: {publish.guard}",
+        )
+    also = publish.forbid or ()
+    rule = Rule(
+        tuple(c for c in CATEGORIES if c in edge.forbid or c in also),
+        tuple(c for c in edge.derive if c not in also),
+    )
+    ttl_s = min(edge.ttl_s, publish.ttl_s or edge.ttl_s)
+    return edge.under(rule, ttl_s=ttl_s, guard=publish.guard or edge.guard)
+
+
+def _bad(param: str, message: str) -> HandoffError:
+    return HandoffError(400, f"{param}: {message}", param)
 
 
 def _tuples(value: Any) -> Any:

@@ -12,21 +12,18 @@ store cannot pass one segment off as another.
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Protocol
-from urllib.parse import unquote
-
-import torch
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
 from lcguard.manifest import Manifest, SegmentError
-from lcguard.segment import KVSegment
+
+if TYPE_CHECKING:
+    from lcguard.segment import KVSegment
 
 HANDLE = re.compile(r"[A-Za-z0-9_-]{16,128}")
 GRACE_S = 600.0
 """For how long unfinished writing counts as going on, and a retired handle stays taken."""
-_KINDS = "memory://NAME, file:///absolute/path, redis://host:port/db or rediss://host:port/db"
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 class StoreError(RuntimeError):
@@ -100,49 +97,6 @@ class SegmentStore(Protocol):
         """Lets go of connections and memory; nothing may be called afterwards."""
 
 
-def open_store(
-    url: str,
-    *,
-    max_bytes: int | None = None,
-    timeout_s: float = 10.0,
-    clock: Callable[[], float] = time.time,
-) -> SegmentStore:
-    """The store of ``memory://NAME``, ``file:///abs/path`` or a bare path, ``redis[s]://...``.
-
-    Args:
-        url: a redis URL may hold a password: it is in no message.
-        max_bytes: bound on the tensor bytes of all segments together; manifests and file headers,
-            a few kB each, come on top. Putting above it removes the oldest. None: unbounded.
-        timeout_s: of a whole operation on a server.
-        clock: Unix time in seconds.
-
-    Raises:
-        StoreError: an unknown kind, a bound below 1, or a store that cannot be reached.
-    """
-    # Here, because these modules need this one.
-    from lcguard.store.files import FileStore
-    from lcguard.store.memory import MemoryStore
-    from lcguard.store.redis import RedisStore
-
-    if max_bytes is not None and max_bytes < 1:
-        raise StoreError(f"max_bytes={max_bytes}: give at least 1, or None for no bound")
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        # "redis:password@host" is a slip, and must not become the name of a folder.
-        if not url or re.match(r"[a-z]+:", url):
-            raise StoreError(f"the store's URL is empty or lacks '//': use a path, {_KINDS}")
-        return FileStore(Path(url), max_bytes=max_bytes, clock=clock)
-    if scheme == "memory":
-        return MemoryStore(rest, max_bytes=max_bytes, clock=clock)
-    if scheme == "file":
-        if not rest.startswith("/"):
-            raise StoreError(f"file://{rest}: the path is not absolute: write three slashes")
-        return FileStore(Path(unquote(rest)), max_bytes=max_bytes, clock=clock)
-    if scheme in ("redis", "rediss"):
-        return RedisStore(url, max_bytes=max_bytes, clock=clock, timeout_s=timeout_s)
-    raise StoreError(f"the store's URL has the scheme {scheme[:20]!r}: use a path, {_KINDS}")
-
-
 def check_handle(handle: str) -> str:
     """``handle`` if it is safe in a path and in a key. Raises ``SegmentError`` otherwise."""
     if not HANDLE.fullmatch(handle):
@@ -195,16 +149,10 @@ def expired(manifest: Manifest, now_s: float) -> bool:
     return bool(manifest.expires_at_s) and now_s >= manifest.expires_at_s
 
 
-def torch_dtype(manifest: Manifest) -> torch.dtype:
-    found = getattr(torch, manifest.dtype)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
 def tensor_bytes(manifest: Manifest) -> int:
     """Of keys and values together."""
     layers, heads, tokens, dim = manifest.shape
-    return 2 * layers * heads * tokens * dim * torch_dtype(manifest).itemsize
+    return 2 * layers * heads * tokens * dim * _ITEM_BYTES[manifest.dtype]
 
 
 def surplus(manifests: Iterable[Manifest], now_s: float, max_bytes: int | None) -> list[Manifest]:

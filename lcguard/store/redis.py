@@ -37,7 +37,6 @@ from lcguard.store.base import (
     surplus,
     taken,
     tensor_bytes,
-    torch_dtype,
 )
 
 
@@ -123,7 +122,9 @@ class RedisStore:
         # Before anything is read: shape and dtype are then those that the key's owner signed.
         manifest.verify(key)
         n_bytes = wire.chunk_bytes(manifest)
-        keys, values = (torch.empty(manifest.shape, dtype=torch_dtype(manifest)) for _ in range(2))
+        keys, values = (
+            torch.empty(manifest.shape, dtype=getattr(torch, manifest.dtype)) for _ in range(2)
+        )
         chunks = wire.chunk_keys(manifest, raw)
         for chunk, layer in zip(chunks, (*keys, *values), strict=True):
             with self._talking(first=False):

@@ -11,6 +11,7 @@ import torch
 from lcguard.noise import noise_key
 from lcguard.protocols import AttackData, Guard, KVBatch, Mask
 from lcguard.records import IGNORE, TokenRecord, masks, pad
+from lcguard.rule import Rule
 from lcguard.source import ModelSource
 from lcguard.tokens import Special
 from lcguard.training.twins import fixed_length_twin, found_twin, neutral_twin
@@ -20,11 +21,11 @@ def with_policy(
     records: Sequence[TokenRecord], forbid: Sequence[str], derive: Sequence[str] = ()
 ) -> list[TokenRecord]:
     """The same records under another policy: which values are secrets changes with it."""
+    rule = Rule.of(forbid, derive)
     return [
         replace(
             r,
-            forbid=tuple(forbid),
-            derive=tuple(derive),
+            rule=rule,
             spans=tuple(replace(s, secret=s.category in forbid) for s in r.spans),
         )
         for r in records

@@ -4,5 +4,6 @@ LCGuardConnector    lcguard.vllm.connector: what vLLM loads
 GuardedLLM          lcguard.vllm.llm: publish and consume from Python
 """
 
+CONNECTOR = "LCGuardConnector"
 TESTED_VERSIONS = ("0.32.0",)
 """Versions of vLLM whose connector interface this package was run against."""

@@ -6,10 +6,9 @@ from typing import Any
 
 from lcguard.cache import check_supported
 from lcguard.rope import UnsupportedModelError
-from lcguard.vllm import TESTED_VERSIONS
+from lcguard.vllm import CONNECTOR, TESTED_VERSIONS
 from lcguard.vllm.errors import StartError
 
-CONNECTOR = "LCGuardConnector"
 _NOT_WITH_SEGMENTS = (
     (None, "speculative_config", "speculative decoding was not proved with segments"),
     (None, "lora_config", "guards are made for the base model's weights, adapters change the KV"),
@@ -71,10 +70,9 @@ def check_config(config: Any) -> None:
             "loaded: leave it out, or serve a checkpoint that is quantised"
         )
     parallel = config.parallel_config
-    for name in ("pipeline_parallel_size", "decode_context_parallel_size",
-                 "prefill_context_parallel_size"):  # fmt: skip
-        if getattr(parallel, name, 1) != 1:
-            raise StartError(f"{name}={getattr(parallel, name)}: only 1 is supported")
+    for kind in ("pipeline", "decode_context", "prefill_context"):
+        if (size := getattr(parallel, f"{kind}_parallel_size", 1)) != 1:
+            raise StartError(f"{kind}_parallel_size={size}: only 1 is supported")
     try:
         check_supported(config.model_config.hf_text_config)
     except UnsupportedModelError as error:

@@ -31,7 +31,7 @@ from vllm.platforms import current_platform
 from lcguard.store.line import StoreLine
 from lcguard.vllm import plugin
 from lcguard.vllm.checks import check_config, check_groups, check_version
-from lcguard.vllm.jobs import Saved, StepJobs
+from lcguard.vllm.jobs import SaveResults, StepJobs
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.scheduler import IDLE_S, HandoffScheduler
 from lcguard.vllm.seeded_sampling import patch_seeded_sampling
@@ -100,7 +100,7 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self.scheduler is not None
-        if isinstance(saved := connector_output.kv_connector_worker_meta, Saved):
+        if isinstance(saved := connector_output.kv_connector_worker_meta, SaveResults):
             self.scheduler.deferred.take(saved)
 
     def on_new_request(self, request: Any) -> None:
@@ -145,8 +145,7 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         assert self.worker is not None
         jobs = self._jobs()
-        for job in jobs.loads:
-            self.worker.load(job)
+        self.worker.load(jobs)
         if jobs.idle:
             # a worker of its own process that polls for steps, on the core that it is bound to,
             # never leaves its store's threads the interpreter lock
@@ -162,17 +161,16 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         assert self.worker is not None
-        for job in self._jobs().saves:
-            self.worker.save(job)
+        self.worker.save(self._jobs())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         assert self.worker is not None
-        done, failed = self.worker.take_loaded()
+        done, failed = self.worker.loader.take_loaded()
         return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         assert self.worker is not None
-        saved = self.worker.take_saved()
+        saved = self.worker.saver.take_saved()
         return saved if saved.reasons else None
 
     def shutdown(self) -> None:

@@ -117,10 +117,11 @@ async def continued(
         return talk, prompt
     if _role(messages) not in _SYSTEM:
         raise HandoffError(
-            400, "this model's chat template begins a conversation with every request, and a "
+            400,
+            "this model's chat template begins a conversation with every request, and a "
             "consumed segment is one that has begun: send a system message first, or use "
             "/v1/completions",
-        )  # fmt: skip
+        )
     return talk, _without_bos(prompt, bos_id)
 
 

@@ -14,14 +14,18 @@ from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from lcguard.handoff.gatekeeper import Gatekeeper, PublishPlan
+from lcguard.handoff.gatekeeper import Gatekeeper
+from lcguard.handoff.plan import PublishPlan
 from lcguard.handoff.request import PARAM, SCANNED
 from lcguard.vllm.errors import NOT_STORED
-from lcguard.vllm.jobs import Saved
+from lcguard.vllm.jobs import SaveResults
 
 logger = init_logger("vllm.lcguard.deferred_outputs")
-_UNANSWERED = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR,
-               RequestStatus.FINISHED_IGNORED)  # fmt: skip
+_UNANSWERED = (
+    RequestStatus.FINISHED_ABORTED,
+    RequestStatus.FINISHED_ERROR,
+    RequestStatus.FINISHED_IGNORED,
+)
 
 
 @dataclass
@@ -66,7 +70,7 @@ class DeferredOutputs:
         own = request.prompt_token_ids[plan.start_token :]
         self._expected[request.request_id] = _Expected(plan, own, answer)
 
-    def take(self, saved: Saved) -> None:
+    def take(self, saved: SaveResults) -> None:
         """The worker's word."""
         self._reasons |= {h: why for h, why in saved.reasons.items() if h in self._reasons}
         self._found |= {h: spans for h, spans in saved.found.items() if h in self._reasons}
@@ -100,4 +104,4 @@ class DeferredOutputs:
             return {"error": NOT_STORED, "status": 400}
         if plan.scan:
             return {SCANNED: gatekeeper.scanned(plan, expected.own, found or [])}
-        return plan.answer(gatekeeper.key, len(expected.own), gatekeeper.facts.placeholder_id)
+        return gatekeeper.answer_planned(plan, len(expected.own))

@@ -18,52 +18,26 @@ the proxy's ledger counts them.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lcguard.handoff.keys import check_key
-from lcguard.manifest import Manifest, SegmentError, TensorDigests
-from lcguard.rope import canonical
+from lcguard.canonical import check_key
+from lcguard.handoff.content import Chain, draw_mac
+from lcguard.manifest import SegmentError, TensorDigests
 from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
 
 K = TypeVar("K")
 V = TypeVar("V")
-_DOMAIN = b"lcguard draw\0"
 _BLOCK = 16
 """Between two places of a text at which it is found again."""
 _KNOWN = 1 << 16
 """Places that are remembered: a million tokens."""
-
-
-Chain = list[bytes]
-"""A digest of a content and its guard up to each token; secret, because its start is."""
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a segment is made of, but for its guard: whoever has it knows the text."""
-
-    context: bytes
-    """HMAC of edge, rule, model and of what the tokens are read on top of."""
-    tokens: tuple[int, ...]
-
-
-def content_of(
-    key: bytes, edge: Sequence[object], model: Sequence[str], consumed: Sequence[Manifest],
-    tokens: Sequence[int],
-) -> Content:  # fmt: skip
-    """``edge``: names and rule; ``model``: digests of weights and architecture."""
-    below = [[m.tensor_digests.keys, m.tensor_digests.values] for m in consumed]
-    return Content(_mac(key, "content", list(edge), list(model), below), tuple(tokens))
 
 
 @dataclass(frozen=True)
@@ -92,11 +66,11 @@ class Draws:
     def noise_key(self, chain: Chain, keys: Tensor, values: Tensor) -> bytes:
         """32 bytes; ``keys``, ``values``: the raw KV ``[L, H, T, D]``."""
         raw = TensorDigests.of(keys, values)
-        return _mac(self._key, "noise", chain[-1].hex(), raw.keys, raw.values)
+        return draw_mac(self._key, "noise", chain[-1].hex(), raw.keys, raw.values)
 
     def settle(
         self, chain: Chain, noise_key: bytes, keys: Tensor, values: Tensor, whole: bool = False
-    ) -> Rows:  # fmt: skip
+    ) -> Rows:
         """Guarded ``keys`` and ``values [L, H, T, D]``, drawn under ``noise_key``, with what was
         drawn before in place of the first rows.
 
@@ -104,7 +78,7 @@ class Draws:
             whole: for a guard whose rows are not each one token's: only all of an earlier segment
                 is taken over.
         """
-        draw = _mac(self._key, "draw", noise_key.hex()).hex()
+        draw = draw_mac(self._key, "draw", noise_key.hex()).hex()
         found = self._earlier(chain, keys, whole)
         if found is None:
             return Rows(keys, values, draw, 0)
@@ -149,24 +123,9 @@ class Draws:
         return None
 
 
-def chain_of(content: Content, guard_digest: str) -> Chain:
-    """Of a content with tokens."""
-    state = hashlib.blake2b(guard_digest.encode(), key=content.context, digest_size=32).digest()
-    out = []
-    for token in content.tokens:
-        step = hashlib.blake2b(token.to_bytes(8, "little"), key=state, digest_size=32)
-        state = step.digest()
-        out.append(state)
-    return out
-
-
 def _put(table: OrderedDict[K, V], key: K, value: V) -> None:
     """Forgets what was not put for the longest time."""
     table[key] = value
     table.move_to_end(key)
     if len(table) > _KNOWN:
         table.popitem(last=False)
-
-
-def _mac(key: bytes, *parts: object) -> bytes:
-    return hmac.new(key, _DOMAIN + canonical(list(parts)), hashlib.sha256).digest()

@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.gatekeeper import Gatekeeper, covered
+from lcguard.handoff.gatekeeper import Gatekeeper
 from lcguard.handoff.grants import new_handle
-from lcguard.handoff.request import PARAM, SCANNED, Handoff, Publish, tokens_digest
+from lcguard.handoff.redaction import covered
+from lcguard.handoff.request import PARAM, SCANNED, EnginePublish, Handoff, tokens_digest
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.store import SegmentNotFound, StoreError
 from lcguard.store.line import StoreLine
-from lcguard.vllm.checks import CONNECTOR
+from lcguard.vllm import CONNECTOR
 from lcguard.vllm.errors import NOT_STORED, StartError
 from lcguard.vllm.options import check_params
 
@@ -104,9 +105,10 @@ class FrontEnd:
         if handoff.publish is not None and handoff.publish.handle is None and params.stop:
             # found here, before the engine has said under which handle it stored
             raise HandoffError(
-                400, "stop: its strings end the answer before the handle is there; leave it out, "
+                400,
+                "stop: its strings end the answer before the handle is there; leave it out, "
                 "or use stop_token_ids",
-            )  # fmt: skip
+            )
         ids = list(prompt["prompt_token_ids"])
         facts, n, placed, segments = self.gatekeeper.facts, 0, 0, None
         if handoff.consume is not None:
@@ -121,9 +123,10 @@ class FrontEnd:
         if handoff.publish is not None and handoff.publish.tokens is not None:
             if handoff.publish.tokens != tokens_digest(ids[placed:]):
                 raise HandoffError(
-                    400, "the engine reads this prompt as other tokens than its spans were counted "
+                    400,
+                    "the engine reads this prompt as other tokens than its spans were counted "
                     "on: leave out what changes the prompt (tool_choice, response_format)",
-                )  # fmt: skip
+                )
         if handoff.publish is not None and (spans := handoff.publish.spans):
             guard = self.gatekeeper.edge(handoff.publish).guard
             if guard == "redact" or guard in self.gatekeeper.finders:
@@ -150,16 +153,17 @@ def _bound(params: Any, room_tokens: int) -> None:
     its real end the answer's length would tell theirs. Raises ``HandoffError``."""
     if params.min_tokens > room_tokens:
         raise HandoffError(
-            400, f"min_tokens={params.min_tokens}: there is room for {room_tokens} behind what is "
+            400,
+            f"min_tokens={params.min_tokens}: there is room for {room_tokens} behind what is "
             "consumed",
-        )  # fmt: skip
+        )
     params.max_tokens = min(room_tokens, params.max_tokens or room_tokens)
 
 
 class Served:
     """One request that the engine answers."""
 
-    def __init__(self, front: FrontEnd, publish: Publish | None) -> None:
+    def __init__(self, front: FrontEnd, publish: EnginePublish | None) -> None:
         self._front, self._publish = front, publish
         self.finished = False
 
@@ -174,7 +178,7 @@ class Served:
         if self._publish is not None and not output.kv_transfer_params:
             keeper = self._front.gatekeeper
             manifest = await self._stored(str(self._publish.handle))
-            answer = keeper.answer(self._publish, manifest)
+            answer = keeper.answer_stored(self._publish, manifest)
             output.kv_transfer_params = {PARAM: answer}
         self.finished = True
 
@@ -193,7 +197,7 @@ class Served:
             raise HandoffError(400, NOT_STORED) from None
 
 
-def _named(handoff: Handoff, params: Any) -> Publish | None:
+def _named(handoff: Handoff, params: Any) -> EnginePublish | None:
     """The publish with a handle that this side knows: it may have to be given up. What the proxy
     signed stays as it is: its signature would not fit."""
     publish = handoff.publish
@@ -202,9 +206,7 @@ def _named(handoff: Handoff, params: Any) -> Publish | None:
     handle = new_handle()
     transfer = params.extra_args["kv_transfer_params"]
     named = {**transfer[PARAM], "publish": {**transfer[PARAM]["publish"], "handle": handle}}
-    params.extra_args = {
-        **params.extra_args, "kv_transfer_params": {**transfer, PARAM: named}
-    }  # fmt: skip
+    params.extra_args = {**params.extra_args, "kv_transfer_params": {**transfer, PARAM: named}}
     return publish.model_copy(update={"handle": handle})
 
 
@@ -243,7 +245,8 @@ def failure_of(output: Any) -> HandoffError | None:
         return HandoffError(int(answer.get("status", 400)), str(answer["error"]))
     if any(o.finish_reason == "error" for o in output.outputs):
         return HandoffError(
-            404, "a segment could not be loaded: it expired, was revoked or is damaged; the "
+            404,
+            "a segment could not be loaded: it expired, was revoked or is damaged; the "
             "engine's log says which",
-        )  # fmt: skip
+        )
     return None

@@ -9,11 +9,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lcguard.handoff.gatekeeper import PublishPlan
+from lcguard.handoff.plan import PublishPlan
 
 
 @dataclass
-class Wanted:
+class SegmentRef:
     """A segment as the scheduler verified it; the worker loads this one or none."""
 
     handle: str
@@ -28,7 +28,7 @@ class LoadJob:
 
     request_id: str
     blocks: list[int]
-    segments: tuple[Wanted, ...]
+    segments: tuple[SegmentRef, ...]
     skip: int
     """Tokens that are there already: a prefix-cache hit of the same segments."""
     n_tokens: int
@@ -57,7 +57,7 @@ class StepJobs(KVConnectorMetadata):
 
 
 @dataclass
-class Saved(KVConnectorWorkerMetadata):
+class SaveResults(KVConnectorWorkerMetadata):
     """Publications that came to an end: handle to why nothing was stored, empty where it was."""
 
     reasons: dict[str, str]
@@ -65,5 +65,5 @@ class Saved(KVConnectorWorkerMetadata):
     """Of those whose guard only looked for secrets: the token ranges that it hides."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        assert isinstance(other, Saved)
-        return Saved(self.reasons | other.reasons, self.found | other.found)
+        assert isinstance(other, SaveResults)
+        return SaveResults(self.reasons | other.reasons, self.found | other.found)

@@ -12,25 +12,25 @@ from typing import Any, Literal
 from lcguard.handoff.errors import HandoffError
 
 Kind = Literal["answer", "prompt", "handoff"]
+_ANSWER = """
+    presence_penalty frequency_penalty repetition_penalty temperature watermarking top_p
+    top_k min_p seed stop stop_token_ids ignore_eos max_tokens min_tokens logprobs
+    logprob_token_ids flat_logprobs detokenize skip_special_tokens
+    spaces_between_special_tokens include_stop_str_in_output output_kind stream_interval
+    skip_clone output_text_buffer_length _eos_token_id _all_stop_token_ids
+    _watermarking_skipped structured_outputs logit_bias allowed_token_ids bad_words
+    _bad_words_token_ids thinking_token_budget repetition_detection
+"""
+_PROMPT = """
+    prompt_logprobs prompt_logprob_token_ids prompt_logprob_start
+    routed_experts_prompt_start trace_decode_token_ids
+"""
+_HANDOFF = "n extra_args skip_reading_prefix_cache"
 SAMPLING: dict[str, Kind] = {
-    **dict.fromkeys(
-        ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature",
-         "watermarking", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos",
-         "max_tokens", "min_tokens", "logprobs", "logprob_token_ids", "flat_logprobs",
-         "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
-         "include_stop_str_in_output", "output_kind", "stream_interval", "skip_clone",
-         "output_text_buffer_length", "_eos_token_id", "_all_stop_token_ids",
-         "_watermarking_skipped", "structured_outputs", "logit_bias", "allowed_token_ids",
-         "bad_words", "_bad_words_token_ids", "thinking_token_budget", "repetition_detection"),
-        "answer",
-    ),
-    **dict.fromkeys(
-        ("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start",
-         "routed_experts_prompt_start", "trace_decode_token_ids"),
-        "prompt",
-    ),
-    **dict.fromkeys(("n", "extra_args", "skip_reading_prefix_cache"), "handoff"),
-}  # fmt: skip
+    **dict.fromkeys(_ANSWER.split(), "answer"),
+    **dict.fromkeys(_PROMPT.split(), "prompt"),
+    **dict.fromkeys(_HANDOFF.split(), "handoff"),
+}
 """Every field of vLLM's ``SamplingParams``: it shapes the answer alone, it reads or scores the
 prompt (refused with a handoff), or the handoff itself decides. A field that no line names is
 refused with a handoff, so that a later vLLM opens nothing."""
@@ -59,9 +59,10 @@ def check_params(params: Any) -> None:
             continue
         what = "prompt log-probabilities (echo, prompt_logprobs)"
         raise HandoffError(
-            400, f"{what if name == 'prompt_logprobs' else name}: a handoff's prompt is not all "
+            400,
+            f"{what if name == 'prompt_logprobs' else name}: a handoff's prompt is not all "
             "computed in its own request, so there is nothing to answer; leave it out",
-        )  # fmt: skip
+        )
 
 
 def check_request(request: Any) -> None:

@@ -27,8 +27,8 @@ from typing import Any
 
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.request import Handoff, parse_handoff
-from lcguard.vllm import continuation
-from lcguard.vllm.checks import CONNECTOR, check_siblings
+from lcguard.vllm import CONNECTOR, continuation
+from lcguard.vllm.checks import check_siblings
 from lcguard.vllm.errors import NOT_STORED, as_http
 from lcguard.vllm.frontend import FrontEnd, after_scan, failure_of, to_scan
 

@@ -129,9 +129,11 @@ def _model(model: str) -> Finding:
     )
     if window is not None:
         return Finding(
-            "model", False, f"{detail}; sliding windows of {window} tokens are supported by the "
+            "model",
+            False,
+            f"{detail}; sliding windows of {window} tokens are supported by the "
             "transformers backend alone, not inside vLLM",
-        )  # fmt: skip
+        )
     return Finding("model", True, detail)
 
 
@@ -150,7 +152,7 @@ def _pages(model: str) -> Finding:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     group: Any = get_kv_transfer_group()
-    layer = group.worker.layers[0]
+    layer = group.worker.pages.layers[0]
     kernel = getattr(layer.layer, "isa", None) or type(layer.layer.impl).__name__
     detail = (
         f"{tuple(layer.pages.shape)} {layer.pages.dtype}, strides {layer.pages.stride()}, "

@@ -24,9 +24,15 @@ def has_page_form(guard: object) -> bool:
 
 
 def rewrite_pages(
-    guard: FrozenGuard, layers: list[LayerPages], slots: Tensor, rotary: Rotary, start: int,
-    mask: Mask, noise_key: bytes, raw: KVBatch | None,
-) -> Guarded:  # fmt: skip
+    guard: FrozenGuard,
+    layers: list[LayerPages],
+    slots: Tensor,
+    rotary: Rotary,
+    start: int,
+    mask: Mask,
+    noise_key: bytes,
+    raw: KVBatch | None,
+) -> Guarded:
     """Guards the tokens at ``slots [T]``, position-free, straight from the pages.
 
     Args:

@@ -17,15 +17,16 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from lcguard.canonical import canonical_json
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.gatekeeper import Gatekeeper, Plan
+from lcguard.handoff.gatekeeper import Gatekeeper
+from lcguard.handoff.plan import Plan
 from lcguard.handoff.request import PARAM, Handoff, parse_handoff
 from lcguard.manifest import Manifest
-from lcguard.rope import canonical
 from lcguard.store import StoreError
 from lcguard.store.line import Call, StoreLine
 from lcguard.vllm.deferred_outputs import DeferredOutputs
-from lcguard.vllm.jobs import LoadJob, SaveJob, StepJobs, Wanted
+from lcguard.vllm.jobs import LoadJob, SaveJob, SegmentRef, StepJobs
 from lcguard.vllm.options import check_request, reads_prompt
 
 logger = init_logger("vllm.lcguard.scheduler")
@@ -33,7 +34,7 @@ IDLE_S = 0.0005
 
 
 @dataclass
-class Booked:
+class RequestTracker:
     """A request with a handoff, from its arrival to its end."""
 
     request: Any
@@ -57,7 +58,7 @@ class HandoffScheduler:
         self.deferred = DeferredOutputs(gatekeeper)
         # Per engine and start: nobody else can name a salted block, not even with the same key.
         self._secret = secrets.token_bytes(32)
-        self._booked: dict[str, Booked] = {}
+        self._tracked: dict[str, RequestTracker] = {}
         self._ready: dict[str, LoadJob] = {}
 
     def arrive(self, request: Any) -> None:
@@ -69,44 +70,44 @@ class HandoffScheduler:
             request.skip_reading_prefix_cache |= reads_prompt(request.sampling_params)
             return
         given = request.cache_salt or ""
-        booked = self._booked[request.request_id] = Booked(request, given)
+        tracked = self._tracked[request.request_id] = RequestTracker(request, given)
         try:
-            booked.handoff = handoff = parse_handoff(request.kv_transfer_params)
+            tracked.handoff = handoff = parse_handoff(request.kv_transfer_params)
             assert handoff is not None
             check_request(request)
             if (consume := handoff.consume) is not None:
                 # whatever salt the client chose hits nothing until the plan names the blocks
                 self._isolate(request, secrets.token_hex(16))
-                booked.asked = self._line.submit(lambda: self.gatekeeper.segments(consume))
+                tracked.asked = self._line.submit(lambda: self.gatekeeper.segments(consume))
                 return
-            self._plan(booked, ())
+            self._plan(tracked, ())
         except Exception as error:
-            self._refuse(booked, error)
+            self._refuse(tracked, error)
 
-    def _planned(self, booked: Booked) -> bool:
+    def _planned(self, tracked: RequestTracker) -> bool:
         """Whether the plan is made. In the call that makes it this is still False: the scheduler
         has looked for cached blocks under another name, and looks again."""
-        if booked.asked is None:
+        if tracked.asked is None:
             return True
-        if booked.asked.ended():
-            asked, booked.asked = booked.asked, None
+        if tracked.asked.ended():
+            asked, tracked.asked = tracked.asked, None
             try:
-                self._plan(booked, asked.result())
+                self._plan(tracked, asked.result())
             except Exception as error:
-                self._refuse(booked, error)
+                self._refuse(tracked, error)
         return False
 
-    def _plan(self, booked: Booked, segments: tuple[Manifest, ...]) -> None:
-        request = booked.request
-        assert booked.handoff is not None
-        booked.plan = self.gatekeeper.plan(
-            booked.handoff, request.prompt_token_ids, segments=segments
+    def _plan(self, tracked: RequestTracker, segments: tuple[Manifest, ...]) -> None:
+        request = tracked.request
+        assert tracked.handoff is not None
+        tracked.plan = self.gatekeeper.plan(
+            tracked.handoff, request.prompt_token_ids, segments=segments
         )
-        booked.n_external = booked.plan.n_consumed
-        self._isolate(request, self._salt(booked.plan, booked.given_salt))
+        tracked.n_external = tracked.plan.n_consumed
+        self._isolate(request, self._salt(tracked.plan, tracked.given_salt))
 
-    def _refuse(self, booked: Booked, error: Exception) -> None:
-        request = booked.request
+    def _refuse(self, tracked: RequestTracker, error: Exception) -> None:
+        request = tracked.request
         if isinstance(error, StoreError):
             error = HandoffError(503, str(error))
         elif not isinstance(error, HandoffError):
@@ -114,8 +115,8 @@ class HandoffScheduler:
             error = HandoffError(400, f"the handoff could not be planned: {type(error)}")
         logger.warning("lcguard: request %s refused: %s", request.request_id, error)
         # all but the last token are claimed, never brought: the request ends in an error
-        booked.plan, booked.n_external = Plan(), request.num_prompt_tokens - 1
-        booked.failure = error
+        tracked.plan, tracked.n_external = Plan(), request.num_prompt_tokens - 1
+        tracked.failure = error
         self._isolate(request, secrets.token_hex(16))
 
     @staticmethod
@@ -138,32 +139,32 @@ class HandoffScheduler:
             return secrets.token_hex(16)
         consumed = [[m.handle, m.hmac, m.policy_digest, m.audience] for m in plan.consume]
         source = plan.publish.source if plan.publish else ""
-        text = canonical([consumed, plan.agent, source, given])
+        text = canonical_json([consumed, plan.agent, source, given])
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
 
     def external_tokens(self, request: Any, n_computed: int) -> tuple[int | None, bool]:
         """Tokens that the worker brings beyond ``n_computed``, and whether beside the forward;
         None while nobody knows yet."""
-        booked = self._booked.get(request.request_id)
-        if booked is None:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
             return 0, False
-        if not self._planned(booked):
+        if not self._planned(tracked):
             return None, False
-        n = max(0, booked.n_external - n_computed)
+        n = max(0, tracked.n_external - n_computed)
         return n, n > 0
 
     def allocated(self, request: Any, blocks: Any, n_external: int) -> None:
         """Blocks for the external tokens are there."""
-        booked = self._booked.get(request.request_id)
-        if booked is None or n_external <= 0:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or n_external <= 0:
             return
         self._ready[request.request_id] = LoadJob(
             request.request_id,
             list(blocks.get_block_ids()[0]),
-            tuple(Wanted(m.handle, m.hmac, m.n_tokens) for m in booked.plan.consume),
-            skip=booked.n_external - n_external,
-            n_tokens=booked.n_external,
-            failure=str(booked.failure or ""),
+            tuple(SegmentRef(m.handle, m.hmac, m.n_tokens) for m in tracked.plan.consume),
+            skip=tracked.n_external - n_external,
+            n_tokens=tracked.n_external,
+            failure=str(tracked.failure or ""),
         )
 
     def step(self, output: Any) -> StepJobs:
@@ -174,36 +175,34 @@ class HandoffScheduler:
         jobs = StepJobs(loads=list(self._ready.values()), idle=idle)
         self._ready.clear()
         for request_id, n_scheduled in output.num_scheduled_tokens.items():
-            booked = self._booked.get(request_id)
-            if booked is None or booked.plan.publish is None or booked.saved:
+            tracked = self._tracked.get(request_id)
+            if tracked is None or tracked.plan.publish is None or tracked.saved:
                 continue
-            request = booked.request
+            request = tracked.request
             first = request.num_computed_tokens  # before this step
             if first < request.num_prompt_tokens <= first + n_scheduled:
                 blocks = output.kv_connector_block_state.get_block_ids(request_id)[0]
-                jobs.saves.append(
-                    SaveJob(request_id, list(blocks), request.num_prompt_tokens,
-                            booked.plan.publish)
-                )  # fmt: skip
-                booked.saved = True  # once, whatever preemption does
-                self.deferred.begin(booked.plan.publish)
+                n_prompt, plan = request.num_prompt_tokens, tracked.plan.publish
+                jobs.saves.append(SaveJob(request_id, list(blocks), n_prompt, plan))
+                tracked.saved = True  # once, whatever preemption does
+                self.deferred.begin(plan)
         return jobs
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """What the answer says of the handoff; None for an ordinary request."""
         self._ready.pop(request.request_id, None)
-        booked = self._booked.pop(request.request_id, None)
-        if booked is None:
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
             return None
-        if booked.asked is not None:
-            booked.asked.drop()
-        if booked.failure is not None:
-            return {PARAM: {"error": str(booked.failure), "status": booked.failure.status}}
+        if tracked.asked is not None:
+            tracked.asked.drop()
+        if tracked.failure is not None:
+            return {PARAM: {"error": str(tracked.failure), "status": tracked.failure.status}}
         answer: dict[str, Any] = {}
-        if booked.plan.consume:
-            answer["consumed_tokens"] = booked.plan.shown_tokens
-        if booked.saved and booked.plan.publish is not None:
-            self.deferred.expect(request, booked.plan.publish, answer)
+        if tracked.plan.consume:
+            answer["consumed_tokens"] = tracked.plan.shown_tokens
+        if tracked.saved and tracked.plan.publish is not None:
+            self.deferred.expect(request, tracked.plan.publish, answer)
         return {PARAM: answer}
 
     def close(self) -> None:

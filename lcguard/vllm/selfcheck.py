@@ -21,6 +21,7 @@ from lcguard.guards.frozen import FrozenGuard, GuardError
 from lcguard.protocols import KVBatch, Mask
 from lcguard.records import mask_of
 from lcguard.rope import Rotary
+from lcguard.rule import Rule
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.pages import LayerPages, gather_layers, write_layers
 from lcguard.vllm.rewrite import has_page_form, rewrite_pages
@@ -58,7 +59,8 @@ def check_rewriting(
             _write_numbers(guard, layers, slots, rotary)
             raw = _read(layers, slots, rotary)
             limit = TOLERANCE[page.dtype] + GRID_STEPS * step_size(guard.module.config.noise)
-            for mask in (mask_of([CATEGORIES], [()]), mask_of([CATEGORIES], [DERIVABLE])):
+            for rule in (Rule(CATEGORIES), Rule(CATEGORIES, DERIVABLE)):
+                mask = mask_of([rule])
                 try:
                     off = _difference(guard, layers, slots, rotary, raw, mask)
                 except (GuardError, RuntimeError) as error:  # a kernel that does not compile, say
@@ -104,9 +106,13 @@ def _positions(slots: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _difference(
-    guard: FrozenGuard, layers: list[LayerPages], slots: Tensor, rotary: Rotary, raw: KVBatch,
+    guard: FrozenGuard,
+    layers: list[LayerPages],
+    slots: Tensor,
+    rotary: Rotary,
+    raw: KVBatch,
     mask: Mask,
-) -> float:  # fmt: skip
+) -> float:
     """Largest difference of both paths over max(standard deviation of the channel, value)."""
     found = rewrite_pages(guard, layers, slots, rotary, START, mask, KEY, raw).kv
     wanted = guard(raw, mask, keys=[KEY]).kv

@@ -8,6 +8,7 @@ The deployment key is not among them, because vLLM logs its configuration: ``LCG
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lcguard.handoff.policy import Policy, PolicyError, parse_policy
 from lcguard.handoff.policy_reader import PolicyReader
 from lcguard.reloading import ReloadingFile
+from lcguard.vllm import CONNECTOR
 from lcguard.vllm.errors import StartError
 
 PLAIN = ("identity", "redact")
@@ -71,3 +73,21 @@ def policy_of(settings: Settings) -> Policy | ReloadingFile[Policy]:
         return parse_policy(settings.policy)
     except PolicyError as error:
         raise StartError(str(error)) from None
+
+
+def transfer_config(
+    store: str,
+    policy: str | Path | Mapping[str, Any] | None,
+    guards: Mapping[str, str],
+    **more: Any,
+) -> Any:
+    """vLLM's ``KVTransferConfig`` with the connector and these settings."""
+    from vllm.config import KVTransferConfig
+
+    shown = str(policy) if isinstance(policy, Path) else policy
+    return KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path="lcguard.vllm.connector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"store": store, "policy": shown, "guards": dict(guards), **more},
+    )

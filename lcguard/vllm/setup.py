@@ -11,10 +11,10 @@ from lcguard.categories import CATEGORIES
 from lcguard.guards import FrozenGuard, GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import GuardError, saved_class
 from lcguard.guards.shipped import guard_folder
-from lcguard.handoff.gatekeeper import Gatekeeper, ModelFacts
+from lcguard.handoff.gatekeeper import Gatekeeper
 from lcguard.handoff.keys import deployment_key
-from lcguard.manifest import config_digest
-from lcguard.model_digest import checkpoint_digest
+from lcguard.handoff.plan import ModelFacts
+from lcguard.model_digest import checkpoint_digest, config_digest
 from lcguard.rope import Rotary
 from lcguard.store import SegmentStore, StoreError, open_store
 from lcguard.vllm.errors import StartError
@@ -159,8 +159,12 @@ def gatekeeper_of(config: Any, one_process: bool) -> Gatekeeper:
     settings = settings_of(config)
     classes = guard_classes(settings)
     return Gatekeeper(
-        facts_of(config, settings), policy_of(settings), guard_names(settings),
-        store_of(settings, one_process), key_of(), proxy_only=settings.proxy_only,
-        by_policy=[n for n, cls in classes.items() if cls.reads_policy],
+        facts_of(config, settings),
+        policy_of(settings),
+        guard_names(settings),
+        store_of(settings, one_process),
+        key_of(),
+        proxy_only=settings.proxy_only,
+        policy_guards=[n for n, cls in classes.items() if cls.reads_policy],
         finders=[n for n, cls in classes.items() if cls.finds_secrets],
-    )  # fmt: skip
+    )

@@ -8,9 +8,6 @@ from typing import Any
 from lcguard.model_files import weight_files
 from lcguard.vllm.errors import StartError
 
-AS_TRANSFORMERS = {"load_format": "hf", "config_format": "hf"}
-"""vLLM's options for folders that hold Mistral's own format besides: it prefers that one."""
-
 
 def loaded_folder(load_config: Any, model: str, revision: str | None = None) -> Path:
     """Where the weights lie that vLLM's own loader takes for ``model``, a folder or a hub

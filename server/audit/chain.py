@@ -15,8 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lcguard.handoff.keys import check_key
-from lcguard.rope import canonical
+from lcguard.canonical import canonical_json, check_key
 
 _KEY_DOMAIN = b"lcguard audit key\0"
 _ROW_DOMAIN = b"lcguard audit row\0"
@@ -57,11 +56,11 @@ class Chain:
 
         Raises ``ValueError`` or ``TypeError`` for a row with values that the trail never holds.
         """
-        return self._mac(_ROW_DOMAIN + before.encode("ascii") + canonical(dict(row)))
+        return self._mac(_ROW_DOMAIN + before.encode("ascii") + canonical_json(dict(row)))
 
     def head(self, mark: Mark) -> str:
         """The HMAC of the head row."""
-        return self._mac(_HEAD_DOMAIN + canonical([mark.count, mark.mac]))
+        return self._mac(_HEAD_DOMAIN + canonical_json([mark.count, mark.mac]))
 
     def is_head(self, count: object, mac: object, signature: object) -> bool:
         """Whether a head row with these values is ours; they may be of any type."""

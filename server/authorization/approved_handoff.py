@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lcguard.handoff.gatekeeper import edge_digest
 from lcguard.handoff.grants import sign_order
 from lcguard.handoff.names import split_tenant
 from lcguard.handoff.policy import Edge
@@ -86,7 +85,7 @@ def publication(
         audience=split_tenant(edge.audience)[1],
         handle=approved.handle,
         guard=edge.guard,
-        policy_digest=edge_digest(edge),
+        policy_digest=edge.digest,
         guard_digest=manifest.guard_digest if manifest else "",
         n_tokens=manifest.n_tokens if manifest else 0,
     )

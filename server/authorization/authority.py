@@ -14,12 +14,11 @@ from sqlite3 import Connection
 from typing import Any
 
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.gatekeeper import check_on_top, edge_of, edge_on_top
 from lcguard.handoff.grants import make_grant, new_handle
-from lcguard.handoff.lineage import LineageError, declassified
+from lcguard.handoff.lineage import check_guard, declassified, on_top
 from lcguard.handoff.names import split_tenant
-from lcguard.handoff.policy import Policy, PolicyError
-from lcguard.handoff.request import Publish as EnginePublish
+from lcguard.handoff.policy import Policy
+from lcguard.handoff.request import EnginePublish, edge_of
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.reloading import ReloadingFile, in_force
 from lcguard.server.access.keyring import Identity
@@ -173,7 +172,7 @@ class Authority:
         )
         try:
             own = edge_of(self.policy, wish)
-            edge = edge_on_top(self.policy, own, approved.consumed)
+            edge = on_top(own, self.policy, approved.consumed)
             approved.rule = rule_digest(self.policy.for_edge(source, audience))
             approved.edge = edge  # from here on the audit can name it
             # a canary measures the guard itself: that is what opens a closed edge again
@@ -187,12 +186,12 @@ class Authority:
                     )
                 wish = wish.model_copy(update={"guard": "redact"})
                 own = edge_of(self.policy, wish)
-                approved.edge = edge = edge_on_top(self.policy, own, approved.consumed)
-            check_on_top(edge, own, approved.consumed)
+                approved.edge = edge = on_top(own, self.policy, approved.consumed)
+            check_guard(edge, own, approved.consumed)
             if own.declassify:
                 approved.declassified = declassified(own, self.policy, approved.consumed)
-        except (HandoffError, LineageError, PolicyError) as error:
-            raise ProxyError(getattr(error, "status", 400), str(error), code="policy") from None
+        except HandoffError as error:
+            raise ProxyError(error.status, str(error), code="policy") from None
         approved.handle = str(wish.handle)
         if edge.max_draws is not None and not canary:
             approved.text = await asyncio.to_thread(text_of, self.key, publish.record, body)

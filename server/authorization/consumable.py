@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lcguard.handoff.lineage import LineageError, check_current
+from lcguard.handoff.errors import LineageError
+from lcguard.handoff.lineage import check_current
 from lcguard.handoff.names import split_tenant
-from lcguard.handoff.policy import Policy, PolicyError
+from lcguard.handoff.policy import Policy
 from lcguard.manifest import Manifest
 from lcguard.server.authorization.approved_handoff import edge_name, gone
 from lcguard.server.authorization.rule_digest import rule_digest
@@ -50,5 +51,5 @@ def check_consumable(
         )
     try:
         check_current(manifest, policy)
-    except (LineageError, PolicyError) as error:
+    except LineageError as error:
         raise ProxyError(403, f"{shown}: {error}", code="policy_changed") from None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
+from lcguard.canonical import canonical_digest
 from lcguard.handoff.policy import Edge
-from lcguard.rope import canonical
 
 _FIELDS = {"forbid", "derive", "guard", "fixed_length", "detect"}
 
@@ -15,4 +13,4 @@ def rule_digest(edge: Edge) -> str:
 
     A segment outlives a change of lifetimes and budgets, and no change of what is hidden.
     """
-    return hashlib.sha256(canonical(edge.model_dump(mode="json", include=_FIELDS))).hexdigest()
+    return canonical_digest(edge.model_dump(mode="json", include=_FIELDS))

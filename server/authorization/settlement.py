@@ -12,7 +12,6 @@ from dataclasses import replace
 from sqlite3 import Connection
 from typing import Any
 
-from lcguard.handoff.gatekeeper import edge_digest
 from lcguard.handoff.names import split_tenant
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.server.audit.trail import AuditLog, Entry, Event
@@ -100,11 +99,11 @@ class Settlement:
             manifest = self.store.manifest(approved.handle)
             manifest.check(
                 self.key,
-                expect={
+                {
                     "handle": approved.handle,
                     "audience": edge.audience,
                     "source_agent": edge.source,
-                    "policy_digest": edge_digest(edge),
+                    "policy_digest": edge.digest,
                 },
             )
         except SegmentNotFound:

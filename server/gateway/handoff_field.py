@@ -18,21 +18,20 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     field_validator,
 )
 
 from lcguard.categories import Category
-from lcguard.handoff.names import KeyName
+from lcguard.handoff.errors import HandoffError
+from lcguard.handoff.names import HandleName, KeyName
+from lcguard.handoff.request import PARAM, parse_field
 from lcguard.server.errors import ProxyError
 
-FIELD = "lcguard"
+FIELD = PARAM
 PUBLISH_HEADER = "x-lcguard-publish"
 CONSUME_HEADER = "x-lcguard-consume"
 _ANSWER_ID = re.compile(r"^(chat)?cmpl-(?=.{32})")
 """What vLLM puts before a publish's handle to name its answer."""
-
-Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
 
 
 class _Model(BaseModel):
@@ -65,7 +64,7 @@ class HandoffField(_Model):
     """The value of ``lcguard``."""
 
     publish: Publish | None = None
-    consume: Annotated[tuple[Handle, ...], Field(min_length=1, max_length=64)] | None = None
+    consume: Annotated[tuple[HandleName, ...], Field(min_length=1, max_length=64)] | None = None
     """Handles, or ids of the answers that published, in the order in which the segments stand
     before the prompt."""
 
@@ -75,7 +74,7 @@ class HandoffField(_Model):
         return None if named is None else tuple(_ANSWER_ID.sub("", name) for name in named)
 
 
-def parse_handoff(value: Any, headers: Mapping[str, str]) -> HandoffField | None:
+def read_handoff(value: Any, headers: Mapping[str, str]) -> HandoffField | None:
     """The handoff of a request; None for an ordinary one.
 
     Args:
@@ -96,15 +95,10 @@ def parse_handoff(value: Any, headers: Mapping[str, str]) -> HandoffField | None
             value["consume"] = [h.strip() for h in handles.split(",")]
     if value is None:
         return None
-    if not isinstance(value, dict):
-        raise _bad(FIELD, f"is a {type(value).__name__}: give publish or consume")
     try:
-        found = HandoffField.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise _bad(".".join([FIELD, *map(str, first["loc"])]), first["msg"]) from None
-    if found.publish is None and found.consume is None:
-        raise _bad(FIELD, "is empty: give publish or consume")
+        found = parse_field(HandoffField, value)
+    except HandoffError as error:
+        raise ProxyError(400, str(error), code="bad_handoff", param=error.param) from None
     if found.consume is not None and len(set(found.consume)) < len(found.consume):
         raise _bad(f"{FIELD}.consume", "names a handle twice: give each once")
     return found

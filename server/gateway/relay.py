@@ -24,7 +24,7 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.body import ClientGone, parse_object, read_body
 from lcguard.server.gateway.contract import ContractError, check, clean
 from lcguard.server.gateway.exchange import Exchange
-from lcguard.server.gateway.handoff_field import FIELD, parse_handoff
+from lcguard.server.gateway.handoff_field import FIELD, read_handoff
 from lcguard.server.gateway.outcome import outcome_headers, with_outcome
 from lcguard.server.gateway.streaming import Stream
 from lcguard.server.gateway.upstream import broken, reason_of
@@ -84,7 +84,7 @@ class Relay:
         proxy, who = self.proxy, x.who
         assert who is not None
         body = parse_object(raw, x.headers)
-        handoff = parse_handoff(body.pop(FIELD, None), x.headers)
+        handoff = read_handoff(body.pop(FIELD, None), x.headers)
         try:
             body = check(
                 self.endpoint,

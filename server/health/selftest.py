@@ -13,11 +13,10 @@ from typing import Any
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
 from lcguard.guards.shipped import guard_folder
-from lcguard.handoff.gatekeeper import edge_digest, edge_of
 from lcguard.handoff.grants import make_grant, new_handle
 from lcguard.handoff.names import ANY
 from lcguard.handoff.policy import Edge, Policy
-from lcguard.handoff.request import Publish
+from lcguard.handoff.request import EnginePublish, edge_of
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.server.authorization.approved_handoff import signed_order
 from lcguard.server.engine import MIDDLEWARE
@@ -102,7 +101,7 @@ class SelfTest:
         return ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(self.digests.items()))
 
     async def _handoff(self, policy: Policy, edge: Edge) -> str:
-        wish = Publish(
+        wish = EnginePublish(
             source=edge.source,
             audience=edge.audience,
             handle=new_handle(),
@@ -115,7 +114,7 @@ class SelfTest:
             await self._unsigned(sent)
             await self._complete(sent)
             manifest = await self._manifest(handle)
-            wanted = edge_digest(edge_of(policy, wish))
+            wanted = edge_of(policy, wish).digest
             if manifest.policy_digest != wanted:
                 raise ProxyError(
                     502,

@@ -108,7 +108,7 @@ def test_policy_of_fields_and_aliases(scenario: Scenario) -> None:
     assert scenario.task_fields == ("client_name", "name", "retainer_amount")  # case_id: forbidden
     assert scenario.not_applicable == ("gossip",)
     # case_id and airlock_code have no category of their own
-    assert {e.forbid for e in scenario.edges} == {("government_id", "finance", "confidential")}
+    assert {e.rule.forbid for e in scenario.edges} == {("government_id", "finance", "confidential")}
 
 
 def test_secrets_and_tasks_of_the_hops(scenario: Scenario) -> None:
@@ -156,7 +156,7 @@ def test_aliases_and_categories_can_be_replaced(tmp_path: Path) -> None:
     assert "witnesses" in (only.secret_fields or ())
     assert "client_ssn" not in (only.secret_fields or ())
     assert only.not_applicable == ()
-    assert only.edges[0].forbid == ("account", "confidential")
+    assert only.edges[0].rule.forbid == ("account", "confidential")
 
 
 def test_not_applicable_fields_are_counted(tmp_path: Path) -> None:

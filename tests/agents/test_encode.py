@@ -51,7 +51,7 @@ def test_token_spans_decode_to_the_values(trained: Any) -> None:
     assert len(records) == len(HOPS)
     for hop, record in zip(HOPS, records, strict=True):
         assert record.record_id == hop.record.record_id
-        assert record.forbid == hop.edge.forbid
+        assert record.rule == hop.edge.rule
         for span, tokens in zip(hop.record.spans, record.spans, strict=True):
             text = trained.decode(record.ids[tokens.start : tokens.end])
             assert text.strip() == span.value

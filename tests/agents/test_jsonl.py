@@ -45,7 +45,7 @@ def test_reads_spans_questions_and_defaults(tmp_path: Path) -> None:
     assert [s.scenario_id for s in scenarios] == ["mine-1", "b"]
     first, second = hops_of(scenarios)
     assert first.edge_name == "sender->receiver"
-    assert first.edge.forbid == CATEGORIES
+    assert first.edge.rule.forbid == CATEGORIES
     assert [(s.field, s.value) for s in first.record.spans] == [("payer", "Ann Lee")]
     assert [(s.field, s.value) for s in second.record.spans] == [("person", "Ann")]
     assert [first.is_task(q) for q in first.record.questions] == [True, False]
@@ -54,7 +54,7 @@ def test_reads_spans_questions_and_defaults(tmp_path: Path) -> None:
 
 def test_narrower_policy_leaves_other_categories_alone(tmp_path: Path) -> None:
     (hop,) = hops_of(read_jsonl(write(tmp_path, GOOD), forbid=["health"]))
-    assert hop.edge.forbid == ("health",)
+    assert hop.edge.rule.forbid == ("health",)
     assert not hop.is_secret(hop.record.spans[0])
     with pytest.raises(ValueError, match=r"forbid = 'healt'.*use some of those"):
         read_jsonl(tmp_path / "mine.jsonl", forbid=["healt"])

@@ -81,7 +81,7 @@ def test_every_agent_hands_to_the_next_and_hides_its_own(scenario: Scenario) -> 
         ("Ana Ruiz", "Bo Chen"),
         ("Bo Chen", "requester"),
     ]
-    assert [e.forbid for e in scenario.edges] == [("person", "finance"), ("health",)]
+    assert [e.rule.forbid for e in scenario.edges] == [("person", "finance"), ("health",)]
     assert (scenario.scenario_id, scenario.vertical) == ("lab_2", "lab")
 
 
@@ -132,7 +132,7 @@ def test_what_the_task_names_is_no_secret(tmp_path: Path) -> None:
     (scenario,) = read_magpie(write(tmp_path, told))
     assert secrets(hops_of([scenario])[0]) == {}
     assert scenario.not_applicable == ("Ana Ruiz: hidden_grant", "Ana Ruiz: mood")
-    assert scenario.edges[0].forbid == ()
+    assert scenario.edges[0].rule.forbid == ()
 
 
 def test_windows(tmp_path: Path) -> None:

@@ -86,14 +86,14 @@ def test_secrets_are_what_item_and_observation_share(scenario: Scenario) -> None
     }
     assert scenario.not_applicable == (ITEMS[2],)
     (edge,) = scenario.edges
-    assert edge.forbid == ("person", "health", "finance")
+    assert edge.rule.forbid == ("person", "health", "finance")
 
 
 def test_part_of_a_name_is_guarded_but_not_scored(scenario: Scenario) -> None:
     (hop,) = hops_of([scenario])
     (repeat,) = (s for s in hop.record.spans if s.field == "repeat")
     assert (repeat.value, repeat.category) == ("Ruiz", "person")
-    assert repeat.category in hop.edge.forbid
+    assert repeat.category in hop.edge.rule.forbid
     assert not hop.is_secret(repeat)
 
 

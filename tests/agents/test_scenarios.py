@@ -23,6 +23,7 @@ from lcguard.agents.scenarios.load import load_hops, split_hops
 from lcguard.agents.scenarios.schema import BY_NAME, RECORD_TYPES, FieldType
 from lcguard.agents.scenarios.types import EdgeSpec, Hop, Question, Record, Span, hops_of
 from lcguard.categories import CATEGORIES
+from lcguard.rule import Rule
 
 SCENARIOS = [make_scenario(GeneratorConfig(), i) for i in range(150)]
 HOPS = hops_of(SCENARIOS)
@@ -196,7 +197,7 @@ def test_named_fields_overrule_categories() -> None:
             Question("Score?", "20", "credit_score", "finance"),
         ),
     )
-    hop = Hop("s", EdgeSpec("a", "b", ("finance",)), record, ("balance",), ("credit_score",))
+    hop = Hop("s", EdgeSpec("a", "b", Rule(("finance",))), record, ("balance",), ("credit_score",))
     assert [hop.is_task(q) for q in record.questions] == [True, False]
     assert [hop.is_secret(s) for s in record.spans] == [False, True]
 

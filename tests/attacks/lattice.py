@@ -32,6 +32,7 @@ from lcguard.ops import reference
 from lcguard.ops.work import decide, work_of
 from lcguard.protocols import KVBatch, Mask
 from lcguard.records import TokenRecord, mask_of
+from lcguard.rule import Rule
 from tests.fixtures import make_records
 
 CATEGORY = "government_id"
@@ -53,7 +54,7 @@ class Note:
 
     @property
     def mask(self) -> Mask:
-        return mask_of([[CATEGORY]], [()])
+        return mask_of([Rule((CATEGORY,))])
 
     @property
     def key(self) -> bytes:

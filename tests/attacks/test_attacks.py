@@ -18,6 +18,7 @@ from lcguard.attacks.probe import ProbeAttack
 from lcguard.categories import CATEGORIES
 from lcguard.protocols import Attack, AttackData, Guess
 from lcguard.records import IGNORE, TokenRecord, TokenSpan
+from lcguard.rule import Rule
 from lcguard.training.dataset import attack_data, blind, with_policy
 from tests.fixtures import World
 from tests.matrix import ATTACKS
@@ -55,9 +56,8 @@ def form(n: int, seed: int) -> list[TokenRecord]:
             spans.append(TokenSpan(len(ids), len(ids) + 3, name, "account", None, True))
             ids += [rng.randrange(10, 18) for _ in range(3)]
         name = f"{seed}-{i}"
-        out.append(
-            TokenRecord(name, name, "a->b", "form", "v", tuple(ids), tuple(spans), (), CATEGORIES)
-        )
+        rule = Rule(CATEGORIES)
+        out.append(TokenRecord(name, name, "a->b", "form", "v", tuple(ids), tuple(spans), (), rule))
     return out
 
 

@@ -18,6 +18,7 @@ from lcguard.guards.base import GuardModule, KVShape, Rewrite, guard_class
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import AttackData, KVBatch
 from lcguard.records import TokenRecord, TokenSpan
+from lcguard.rule import Rule
 from lcguard.source import ModelSource
 from lcguard.tokens import Special
 from lcguard.training.dataset import attack_data, blind, guard_all
@@ -33,7 +34,7 @@ def record(name: str, ids: Sequence[int]) -> TokenRecord:
         TokenSpan(n // 2, n // 2 + 3, "pin", "account", None, True),
         TokenSpan(n - 3, n, "code", "account", None, True),
     )
-    return TokenRecord(name, name, "a->b", "form", "v", tuple(ids), spans, (), CATEGORIES)
+    return TokenRecord(name, name, "a->b", "form", "v", tuple(ids), spans, (), Rule(CATEGORIES))
 
 
 def texts(n: int, length: int, seed: int, vocab: int = VOCAB) -> list[TokenRecord]:

@@ -200,8 +200,9 @@ def test_shards_are_those_of_the_index(tmp_path: Path) -> None:
 def test_vllm_is_held_to_the_same_files(nano: Path) -> None:
     from vllm.config.load import LoadConfig
 
+    from lcguard.model_files import AS_TRANSFORMERS
     from lcguard.vllm.errors import StartError
-    from lcguard.vllm.weights import AS_TRANSFORMERS, loaded_folder
+    from lcguard.vllm.weights import loaded_folder
 
     def check(load_format: str, folder: Path = nano) -> None:
         assert loaded_folder(LoadConfig(load_format=load_format), str(folder)) == folder

@@ -20,6 +20,7 @@ from lcguard.records import (
     pack_questions,
     pad,
 )
+from lcguard.rule import Rule
 from lcguard.source import ModelSource
 from tests.fixtures import tiny_model
 
@@ -35,7 +36,7 @@ def record(name: str, ids: tuple[int, ...], *questions: TokenQuestion) -> TokenR
         TokenSpan(3, 4, "city", None, secret=True),
         TokenSpan(4, 5, "phone", "contact", secret=False),
     )
-    return TokenRecord(name, "s", "a->b", "t", "v", ids, spans, questions, ("government_id",))
+    return TokenRecord(name, "s", "a->b", "t", "v", ids, spans, questions, Rule(("government_id",)))
 
 
 RECORDS = [
@@ -68,7 +69,7 @@ def test_secrets_are_what_the_edge_forbids() -> None:
 
 
 def test_masks_name_categories() -> None:
-    other = replace(RECORDS[1], forbid=("finance", "health"), derive=("finance",))
+    other = replace(RECORDS[1], rule=Rule(("finance", "health"), ("finance",)))
     mask = masks([RECORDS[0], other])
     for row, names in zip(mask.forbid, (("government_id",), ("finance", "health")), strict=True):
         assert {c for c, on in zip(CATEGORIES, row, strict=True) if on} == set(names)
@@ -76,9 +77,9 @@ def test_masks_name_categories() -> None:
     assert vector.shape == (2, 2 * len(CATEGORIES))
     assert vector.sum(1).tolist() == [1.0, 3.0]
     # deriving what is not forbidden changes nothing
-    loose = mask_of([["health"]], [["finance"]])
-    assert torch.equal(loose.vector(), mask_of([["health"]], [[]]).vector())
-    assert mask_of([], []).forbid.shape == (0, len(CATEGORIES))
+    loose = mask_of([Rule(("health",), ("finance",))])
+    assert torch.equal(loose.vector(), mask_of([Rule(("health",))]).vector())
+    assert mask_of([]).forbid.shape == (0, len(CATEGORIES))
 
 
 def test_labels_follow_their_tokens() -> None:

@@ -26,8 +26,8 @@ from lcguard.handoff.keys import deployment_key, new_key
 from lcguard.manifest import (
     Manifest,
     SegmentError,
-    config_digest,
 )
+from lcguard.model_digest import config_digest
 from lcguard.protocols import KVBatch
 from lcguard.rope import Rotary, UnsupportedModelError
 from lcguard.segment import KVSegment, segments_to_cache

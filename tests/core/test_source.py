@@ -10,6 +10,7 @@ import torch
 from lcguard.protocols import KVBatch
 from lcguard.records import TokenQuestion, TokenRecord, pack_questions
 from lcguard.rope import UnsupportedModelError
+from lcguard.rule import Rule
 from lcguard.source import ModelSource
 from tests.fixtures import KINDS, VOCAB, tiny_model
 
@@ -42,7 +43,7 @@ def record(context: Sequence[int], *questions: tuple[Sequence[int], Sequence[int
     asked = tuple(
         TokenQuestion(tuple(p), tuple(a), "f", None, "direct", True) for p, a in questions
     )
-    return TokenRecord("r", "s", "a->b", "t", "v", tuple(context), (), asked, ())
+    return TokenRecord("r", "s", "a->b", "t", "v", tuple(context), (), asked, Rule())
 
 
 def test_prefill_in_a_padded_batch_equals_alone(source: ModelSource) -> None:

@@ -18,6 +18,7 @@ from lcguard.guards.frozen import FrozenGuard
 from lcguard.guards.gaussian import GaussianGuard
 from lcguard.protocols import KVBatch, Mask
 from lcguard.records import mask_of
+from lcguard.rule import Rule
 from lcguard.training.dataset import with_policy
 from lcguard.training.fit_erasure import concept_labels, fit_erasure, frequent_tokens
 from tests.fixtures import World, forbid_all, random_kv
@@ -46,7 +47,7 @@ def fitted(values: int = 0) -> tuple[ErasureGuard, KVBatch, Tensor]:
 
 
 def mask(*names: str, n: int = 24) -> Mask:
-    return mask_of([names] * n, [()] * n)
+    return mask_of([Rule.of(names)] * n)
 
 
 def erased(module: ErasureGuard, kv: KVBatch, m: Mask) -> KVBatch:
@@ -113,16 +114,16 @@ def test_every_policy_has_its_own_eraser() -> None:
     """Records of a batch under different policies; one that forbids nothing is left alone."""
     module, kv, _ = fitted()
     policies = [(), ("person",), ("person", "health"), ()]
-    m = mask_of(policies, [()] * 4)
+    m = mask_of([Rule.of(names) for names in policies])
     guarded = FrozenGuard(module)(kv[:4], m)
     for i, names in enumerate(policies):
-        alone = erased(module, kv[i : i + 1], mask_of([names], [()]))
+        alone = erased(module, kv[i : i + 1], mask_of([Rule.of(names)]))
         torch.testing.assert_close(alone.keys[0], guarded.kv.keys[i])
         changed = not torch.allclose(alone.keys[0], kv.keys[i], atol=1e-3)
         assert changed == bool(names)
         # one dimension of 16 for every forbidden concept
         torch.testing.assert_close(guarded.withheld[i], torch.full((40,), len(names) / 16.0))
-    nothing = erased(module, kv[:4], mask_of([()] * 4, [()] * 4))
+    nothing = erased(module, kv[:4], mask_of([Rule()] * 4))
     assert torch.equal(nothing.keys, kv.keys[:4])
 
 

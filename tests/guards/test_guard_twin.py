@@ -14,6 +14,7 @@ from lcguard.guards import FrozenGuard, KVShape
 from lcguard.guards.detector import bridged, evenly_spaced, runs
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenRecord, mask_of, masks
+from lcguard.rule import Rule
 from lcguard.training.dataset import guard_all, twin_contexts, with_policy
 from lcguard.training.fit_detector import (
     DetectorConfig,
@@ -191,5 +192,5 @@ def test_measure_counts_whole_values_and_touched_task_spans(world: World) -> Non
 def test_a_mask_names_the_category_of_each_mark(world: World, fitted: Fitted) -> None:
     module, records, _ = fitted
     kv = world.source.prefill([r.ids for r in records[:8]])
-    only = mask_of([("person",)] * 8, [()] * 8)
+    only = mask_of([Rule(("person",))] * 8)
     assert set(module.marks(kv, only).unique().tolist()) <= {-1, CATEGORIES.index("person")}

@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.categories import CATEGORIES, DERIVABLE
+from lcguard.handoff.errors import LineageError
 from lcguard.handoff.lineage import (
-    LineageError,
     check_current,
     check_guard,
     declassified,
-    joined,
     on_top,
     origins,
 )
 from lcguard.handoff.policy import Policy, PolicyError, parse_policy
 from lcguard.manifest import Lineage
+from lcguard.rule import Rule
 
 ALL = CATEGORIES
 
@@ -65,14 +65,16 @@ RULES = st.lists(
 
 @given(RULES)
 def test_a_joined_rule_is_as_strict_as_each(rules: Any) -> None:
-    rules = [(f, tuple(c for c in d if c in f)) for f, d in rules]
-    forbid, derive = joined(rules)
-    assert set(forbid) == {c for f, _ in rules for c in f}
-    for f, d in rules:
-        assert not (set(f) - set(d)) & set(derive)  # forbidden exactly by one: exactly
+    rules = [Rule(f, tuple(c for c in d if c in f)) for f, d in rules]
+    joined = Rule.joined(rules)
+    forbid, derive = joined.forbid, joined.derive
+    assert set(forbid) == {c for r in rules for c in r.forbid}
+    for r in rules:
+        assert not (set(r.forbid) - set(r.derive)) & set(derive)  # exactly by one: exactly
     for c in set(forbid) - set(derive):
-        assert any(c in f and c not in d for f, d in rules)  # and nothing stricter than that
-    assert joined([*rules, (forbid, derive)]) == (forbid, derive)
+        # and nothing stricter than that
+        assert any(c in r.forbid and c not in r.derive for r in rules)
+    assert Rule.joined([*rules, joined]) == joined
 
 
 def test_nobody_hears_from_bob_what_alice_forbids() -> None:

@@ -22,6 +22,7 @@ from lcguard.handoff.policy import (
     parse_policy,
     policy_schema,
 )
+from lcguard.records import mask_of
 
 GOOD = """
 version: 1
@@ -157,7 +158,7 @@ def test_unknown_categories_stay_forbidden() -> None:
 
 def test_mask() -> None:
     edge = Edge(source="a", audience="b", forbid=("health", "finance"), derive=("finance",))
-    mask = edge.mask(3)
+    mask = mask_of([edge.rule] * 3)
     assert mask.forbid.shape == mask.derive.shape == (3, len(CATEGORIES))
     assert mask.forbid.dtype == torch.bool
     forbidden = {c for c, hidden in zip(CATEGORIES, mask.forbid[2].tolist(), strict=True) if hidden}

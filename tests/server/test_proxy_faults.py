@@ -27,7 +27,7 @@ from lcguard.agents.nano.load import guard_path
 from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Site
 from lcguard.handoff.policy import load_policy
-from lcguard.store import FileStore
+from lcguard.store.files import FileStore
 from tests.engine import needs_vllm
 from tests.server.drill import (
     BODY_TIMEOUT_S,

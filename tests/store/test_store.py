@@ -27,7 +27,8 @@ from lcguard import disk
 from lcguard.disk import MANIFEST_FILE, TENSOR_FILE
 from lcguard.manifest import SegmentError
 from lcguard.segment import KVSegment
-from lcguard.store import FileStore, SegmentNotFound, SegmentStore, StoreError, files, open_store
+from lcguard.store import SegmentNotFound, SegmentStore, StoreError, files, open_store
+from lcguard.store.files import FileStore
 from lcguard.store.redis import RedisStore
 
 KEY = bytes(range(32))

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from lcguard.store import RedisStore, StoreError
+from lcguard.store import StoreError
 from lcguard.store.line import StoreLine
+from lcguard.store.redis import RedisStore
 from tests.store.test_store import KEY, A, B, running_redis, signed
 
 

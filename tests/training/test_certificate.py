@@ -19,6 +19,7 @@ from lcguard.guards.gate import GateGuard
 from lcguard.guards.gaussian import GaussianGuard
 from lcguard.protocols import Mask
 from lcguard.records import TokenRecord, TokenSpan, masks
+from lcguard.rule import Rule
 from lcguard.training.certificate import (
     binary_kl,
     blind_guess,
@@ -222,7 +223,7 @@ def test_a_broken_guard_is_not_certified(world: World) -> None:
 def test_blind_guess_is_the_best_constant() -> None:
     def record(value: int, field: str = "phone") -> TokenRecord:
         span = TokenSpan(0, 1, field, "contact", None, True)
-        return TokenRecord("r", "s", "e", "t", "v", (value,), (span,), (), CATEGORIES)
+        return TokenRecord("r", "s", "e", "t", "v", (value,), (span,), (), Rule(CATEGORIES))
 
     values = [record(v) for v in [1] * 15 + [2] * 10 + list(range(3, 28))]
     assert blind_guess(values) == pytest.approx(15 / 50)
@@ -231,4 +232,4 @@ def test_blind_guess_is_the_best_constant() -> None:
     assert blind_guess([*values, *rare, rare[0]]) == pytest.approx((15 / 50 + 1) / 2)
     # too few to know: no ceiling rather than a low one
     assert blind_guess(rare) == blind_guess([]) == 1.0
-    assert blind_guess([replace(r, forbid=()) for r in values]) == 1.0
+    assert blind_guess([replace(r, rule=Rule()) for r in values]) == 1.0

@@ -10,6 +10,7 @@ import pytest
 from lcguard.agents.scenarios.schema import RECORD_TYPES
 from lcguard.categories import CATEGORIES, DERIVABLE
 from lcguard.records import TokenRecord, TokenSpan
+from lcguard.rule import Rule
 from lcguard.training.dataset import with_policy
 from lcguard.training.twins import ValuePool, fixed_length_twin, forbidden_spans, neutral_twin
 from tests.fixtures import World
@@ -57,7 +58,7 @@ def test_fixed_length_twin_is_the_same_for_long_and_short_secrets() -> None:
             TokenSpan(end + 1, end + 2, "b", "contact", None, True),  # not in order of position
             TokenSpan(1, end, "a", "person", None, True),
         )
-        return TokenRecord("r", "s", "e", "t", "v", ids, spans, (), CATEGORIES)
+        return TokenRecord("r", "s", "e", "t", "v", ids, spans, (), Rule(CATEGORIES))
 
     short = fixed_length_twin(record((1, 2, 3, 4, 5), 2), CATEGORIES, 0)
     long = fixed_length_twin(record((1, 6, 7, 8, 9, 6, 7, 3, 4, 5), 7), CATEGORIES, 0)
@@ -139,7 +140,7 @@ def test_rare_lengths_still_get_a_counterfactual(world: World) -> None:
     }
     ids = (*range(3), *range(600, 637), *range(3))
     span = TokenSpan(3, 40, "phone", "contact", None, True)
-    odd = TokenRecord("r", "s", "e", "t", "v", ids, (span,), (), CATEGORIES)
+    odd = TokenRecord("r", "s", "e", "t", "v", ids, (span,), (), Rule(CATEGORIES))
     pair = ValuePool(world.records).resample(random.Random(0), odd, CATEGORIES)
     assert set(pair[3:40]) <= contact
     assert len(set(pair[3:40])) > 3

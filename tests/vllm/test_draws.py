@@ -13,11 +13,12 @@ from transformers import LlamaConfig
 
 from lcguard.grid import noisy
 from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.handoff.content import Chain, Content, chain_of, content_of
 from lcguard.manifest import Manifest
 from lcguard.noise import segment_noise
 from lcguard.segment import KVSegment
 from lcguard.store import open_store
-from lcguard.vllm.draws import Chain, Content, Draws, Rows, chain_of, content_of
+from lcguard.vllm.draws import Draws, Rows
 
 KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 LAYERS, HEADS, DIM = 2, 2, 8

@@ -23,6 +23,7 @@ from lcguard.handoff.grants import make_grant, new_handle
 from lcguard.manifest import Manifest
 from lcguard.protocols import KVBatch
 from lcguard.records import mask_of
+from lcguard.rule import Rule
 from lcguard.segment import KVSegment, segments_to_cache
 from tests.docs.blocks import block
 from tests.engine import KEY, Engine, logprobs, make_engine, needs_vllm, question, records, tokens
@@ -90,12 +91,12 @@ def test_vllm_stores_the_segment_that_transformers_makes(
     """The same text, guard and noise through both backends: equal within float32 rounding, which
     may leave a mean near a tie on the next grid point."""
     secret = bytes(range(32))
-    monkeypatch.setattr(engine.worker.draws, "noise_key", lambda *_: secret)
+    monkeypatch.setattr(engine.worker.saver.draws, "noise_key", lambda *_: secret)
     (record,) = records(engine.agent, 1, seed=78)
     segment = stored(engine, publish(engine, record.ids, name))
     guard = engine.worker.guards[name]
     raw = hf_segment(engine, record.ids)
-    wanted = guard(raw, mask_of([record_forbid()], [()]), keys=[secret]).kv
+    wanted = guard(raw, mask_of([Rule.of(record_forbid())]), keys=[secret]).kv
     assert segment.manifest.guard_digest == guard.digest
     if guard.module.config.noise:
         here, there = (guard.module.grid_points(kv, forbid_all(1)) for kv in (segment.kv(), wanted))

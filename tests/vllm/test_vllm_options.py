@@ -231,8 +231,7 @@ def test_agents_of_one_process_do_not_meet(engine: Engine) -> None:
     (record,) = records(engine.agent, 1, seed=404)
     blocks = []
     for agent in ("a", "b", "a"):
-        params = engine.llm._params(None, {}, max_tokens=1)
-        out = engine.llm._run(*engine.llm._asked(agent, list(record.ids), params))
+        (out,) = engine.llm._run([engine.llm._call(agent, list(record.ids), {}, max_tokens=1)])
         blocks.append(out.num_cached_tokens)
     assert blocks[:2] == [0, 0]
     assert blocks[2] > 0

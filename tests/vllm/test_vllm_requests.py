@@ -16,11 +16,14 @@ from lcguard.agents.nano.load import guard_path, model_path
 from lcguard.categories import CATEGORIES
 from lcguard.guards.frozen import weights_digest
 from lcguard.guards.shipped import guard_folder
-from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.gatekeeper import SCAN_S, Gatekeeper, ModelFacts, covered, edge_of
-from lcguard.handoff.grants import GrantError, check_grant, make_grant, new_handle
+from lcguard.handoff.errors import GrantError, HandoffError
+from lcguard.handoff.gatekeeper import SCAN_S, Gatekeeper
+from lcguard.handoff.grants import check_grant, make_grant, new_handle
+from lcguard.handoff.handle import Handle
+from lcguard.handoff.plan import ModelFacts
 from lcguard.handoff.policy import load_policy, parse_policy
-from lcguard.handoff.request import Publish, parse_handoff, tokens_digest
+from lcguard.handoff.redaction import covered
+from lcguard.handoff.request import EnginePublish, edge_of, parse_handoff, tokens_digest
 from lcguard.model_digest import checkpoint_digest
 from lcguard.reloading import ReloadingFile
 from lcguard.server.authorization.approved_handoff import GRANT_S, signed_order
@@ -28,7 +31,6 @@ from lcguard.store import open_store
 from lcguard.vllm.checks import check_config, check_groups, check_siblings, check_version
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.frontend import FrontEnd
-from lcguard.vllm.llm import Handle
 from lcguard.vllm.settings import policy_of, read_settings
 from lcguard.vllm.setup import guards_of
 from tests.fixtures import tiny_model
@@ -129,15 +131,15 @@ def keeper(**changes: Any) -> Gatekeeper:
 def test_a_request_tightens_the_policy_and_never_loosens_it() -> None:
     plan = keeper().plan(handoff(publish=PUBLISH), [1, 2]).publish
     assert plan is not None
-    assert (plan.forbid, plan.derive) == (("person", "health"), ("health",))
+    assert (plan.rule.forbid, plan.rule.derive) == (("person", "health"), ("health",))
     assert plan.expires_at_s == 1060
     request = PUBLISH | {"forbid": ["finance", "health"], "ttl_s": 5.0}
     tight = keeper().plan(handoff(publish=request), [1, 2]).publish
     assert tight is not None
-    assert (tight.forbid, tight.derive) == (("person", "health", "finance"), ())
+    assert (tight.rule.forbid, tight.rule.derive) == (("person", "health", "finance"), ())
     assert tight.expires_at_s == 1005
     assert tight.policy_digest != plan.policy_digest
-    longer = keeper().edge(Publish(source="a", audience="b", forbid=(), ttl_s=9e5))
+    longer = keeper().edge(EnginePublish(source="a", audience="b", forbid=(), ttl_s=9e5))
     assert (longer.forbid, longer.ttl_s) == (("person", "health"), 60.0)
 
 
@@ -206,7 +208,7 @@ def test_an_edge_that_nobody_wrote_forbids_everything() -> None:
     publish = {"source": "x", "audience": "y", "spans": ()}
     plan = keeper().plan(handoff(publish=publish), [1]).publish
     assert plan is not None
-    assert len(plan.forbid) == 7
+    assert len(plan.rule.forbid) == 7
 
 
 @pytest.mark.parametrize("edges", [[], [{"source": "x", "audience": "y", "forbid": []}]])
@@ -422,19 +424,19 @@ def rules(**edge: Any) -> Any:
 
 
 def test_a_request_chooses_redact_only_where_the_policy_lets_it() -> None:
-    wish = Publish(source="a", audience="b", guard="redact")
+    wish = EnginePublish(source="a", audience="b", guard="redact")
     with pytest.raises(HandoffError, match="on_leak: redact") as caught:
         edge_of(rules(), wish)
     assert caught.value.status == 400
     assert edge_of(rules(on_leak="redact"), wish).guard == "redact"
     assert edge_of(rules(guard="redact"), wish).guard == "redact"
-    plain = Publish(source="a", audience="b")
+    plain = EnginePublish(source="a", audience="b")
     assert edge_of(rules(on_leak="redact"), plain).guard == "gate"
 
 
 def test_a_publish_never_crosses_tenants() -> None:
     with pytest.raises(HandoffError, match="one tenant to another"):
-        edge_of(rules(), Publish(source="acme/a", audience="beta/b"))
+        edge_of(rules(), EnginePublish(source="acme/a", audience="beta/b"))
 
 
 def test_a_chosen_handle_is_long_and_used(tmp_path: Path) -> None:
@@ -460,7 +462,7 @@ def test_a_policy_file_is_followed_by_the_engine(tmp_path: Path) -> None:
     clock = [0.0]
     policy = ReloadingFile(path, load_policy, clock=lambda: clock[0])
     keeper = Gatekeeper(FACTS, policy, ["gate"], open_store(str(tmp_path / "s")), KEY)
-    wish = Publish(source="a", audience="b")
+    wish = EnginePublish(source="a", audience="b")
     assert keeper.edge(wish).forbid == ("health",)
     path.write_text("version: 1\nedges: [{source: a, audience: b, forbid: [finance]}]\n")
     clock[0] = 2.0

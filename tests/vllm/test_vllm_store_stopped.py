@@ -15,7 +15,7 @@ import pytest
 
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.load import model_path
-from lcguard.vllm.llm import Handle, consume_params, publish_params
+from lcguard.handoff.handle import Handle, consume_params, publish_params
 from tests.engine import KEY, needs_vllm, policy, question, records
 from tests.store.test_store import running_redis
 

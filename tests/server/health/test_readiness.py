@@ -15,8 +15,9 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.health.clocks import LIMIT_S, Clocks
 from lcguard.server.health.readiness import Readiness, Watch
-from lcguard.store import FileStore, RedisStore
+from lcguard.store.files import FileStore
 from lcguard.store.line import StoreLine
+from lcguard.store.redis import RedisStore
 from tests.server.gateway.test_upstream import Connection, ask
 from tests.store.test_store import running_redis
 

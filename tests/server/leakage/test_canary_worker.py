@@ -26,6 +26,7 @@ from lcguard.handoff.grants import new_handle
 from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.protocols import AttackData
 from lcguard.records import IGNORE, TokenRecord, mask_of
+from lcguard.rule import Rule
 from lcguard.segment import KVSegment
 from lcguard.server.leakage.meter import LeakageMeter
 from lcguard.store import open_store
@@ -165,7 +166,7 @@ class Site(ThreadingHTTPServer):
             self.refusals -= 1
             return 503, {"error": {"message": "busy"}}
         self.bodies.append(body)
-        kv = guard(self.agent.source.prefill([body["prompt"]]), mask_of([CATEGORIES], [()])).kv
+        kv = guard(self.agent.source.prefill([body["prompt"]]), mask_of([Rule(CATEGORIES)])).kv
         handle = new_handle()
         segment = KVSegment.create(
             kv.keys[0],

@@ -1,0 +1,67 @@
+"""What a request may do once it was checked: the engine carries it out and asks nothing more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lcguard.handoff.content import Content
+from lcguard.manifest import Manifest
+from lcguard.rule import Rule
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a segment must agree with, and the tokens that stand in for others."""
+
+    model_id: str
+    revision: str
+    """Digest of the weights."""
+    config_digest: str
+    rope: dict[str, Any]
+    placeholder_id: int
+    neutral_id: int
+    max_model_len: int
+    """Tokens that a prompt and its answer may have together."""
+
+
+@dataclass(frozen=True)
+class PublishPlan:
+    """Everything the worker needs to guard and store a prompt's KV."""
+
+    handle: str
+    source: str
+    audience: str
+    guard: str
+    rule: Rule
+    """Of the edge, and of what was consumed."""
+    policy_digest: str
+    origins: tuple[str, ...]
+    """Agents whose text the segment stands on."""
+    expires_at_s: int
+    hop: int
+    start_token: int
+    """First prompt token of the segment: what was consumed is not published again."""
+    content: Content = field(repr=False)
+    """The text: its noise is drawn from it, and it stands in no log."""
+    scan: bool = False
+    """True for a prompt that the guard still has to look for secrets in: nothing is stored, and the
+    answer says what was found."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A handoff that may happen."""
+
+    consume: tuple[Manifest, ...] = ()
+    agent: str = ""
+    publish: PublishPlan | None = None
+    shown_tokens: int = 0
+    """Of what is consumed, as far as its audience may know."""
+    room_tokens: int = 0
+    """Most that may be generated."""
+
+    @property
+    def n_consumed(self) -> int:
+        """Placeholder tokens at the start of the prompt."""
+        return sum(m.n_tokens for m in self.consume)

@@ -1,0 +1,196 @@
+"""Pages to guarded segments: what a request publishes is guarded, and stored beside the step.
+
+A save that fails stores nothing. Nothing here raises into the engine, nor makes it wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from lcguard.guards.detector import runs
+from lcguard.guards.frozen import FrozenGuard, GuardError
+from lcguard.handoff.content import chain_of
+from lcguard.handoff.names import EdgeName
+from lcguard.handoff.plan import ModelFacts, PublishPlan
+from lcguard.manifest import Lineage, SegmentError
+from lcguard.protocols import Guarded, KVBatch
+from lcguard.records import mask_of
+from lcguard.segment import KVSegment
+from lcguard.store import SegmentStore, StoreError
+from lcguard.store.line import Call, StoreLine
+from lcguard.vllm.draws import Draws, Rows
+from lcguard.vllm.jobs import SaveJob, SaveResults
+from lcguard.vllm.rank_pages import RankPages
+from lcguard.vllm.rewrite import has_page_form, rewrite_pages
+
+logger = init_logger("vllm.lcguard.saver")
+
+
+class SegmentSaver:
+    """Saves of one rank, of which the first alone stores.
+
+    ``gather_heads`` joins the KV heads of all ranks and is the identity on one rank: a guard reads
+    all heads, and segments do not depend on how a model was sharded.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        facts: ModelFacts,
+        guards: Mapping[str, FrozenGuard],
+        pages: RankPages,
+        store: SegmentStore,
+        key: bytes,
+        *,
+        timeout_s: float,
+        gather_heads: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
+        self.config, self.facts, self.guards = config, facts, guards
+        self.store, self.key, self.draws = store, key, Draws(key, store)
+        self._pages, self._gather_heads = pages, gather_heads
+        # one after the other: each takes over what the one before has drawn
+        self._puts = StoreLine(timeout_s, threads=1)
+        self._saves: dict[str, Call[None]] = {}
+        """Of each handle."""
+        self._lost: dict[str, str] = {}
+        """Handle to why nothing of it went to the store."""
+        self._found: dict[str, list[tuple[int, int]]] = {}
+        """Of publishes that were only looked at."""
+
+    def save(self, job: SaveJob) -> None:
+        """Guards and stores a prompt's KV. Nothing is stored where anything fails."""
+        both = self._read(job)
+        if both is None:
+            self._lost[job.plan.handle] = "its KV could not be read"
+            return
+        keys, values = (self._gather_heads(t) for t in both)
+        if self._pages.rank != 0:
+            return
+        try:
+            if job.plan.scan:
+                self._found[job.plan.handle] = self._scanned(job, keys, values)
+            else:
+                self._commit(job, keys, values)
+        except Exception as error:
+            known = isinstance(error, SegmentError | GuardError)
+            log = logger.error if known else logger.exception
+            log("lcguard: request %s publishes nothing: %s", job.request_id, error)
+            self._lost[job.plan.handle] = "its guard failed"
+
+    def take_saved(self) -> SaveResults:
+        """Handles whose save ended since the last call, with why nothing was stored, if so."""
+        found, self._found = self._found, {}
+        reasons, self._lost = self._lost | dict.fromkeys(found, ""), {}
+        for handle, call in list(self._saves.items()):
+            if not call.ended():
+                continue
+            del self._saves[handle]
+            try:
+                call.result()
+                reasons[handle] = ""
+            except Exception as error:
+                if not isinstance(error, SegmentError | StoreError):
+                    logger.exception("lcguard: storing segment %s... failed", handle[:6])
+                reasons[handle] = str(error) or type(error).__name__
+        return SaveResults(reasons, found)
+
+    def close(self) -> None:
+        self._puts.close()
+
+    @torch.inference_mode()
+    def _read(self, job: SaveJob) -> tuple[Tensor, Tensor] | None:
+        """Un-rotated keys, and values, ``[L, H, T, D]`` of this rank; None where that failed."""
+        pages = self._pages
+        try:
+            return pages.read(job.blocks, job.plan.start_token, job.n_tokens)
+        except Exception:
+            logger.exception("lcguard: reading the KV of request %s failed", job.request_id)
+        if pages.world == 1:
+            return None
+        # every rank takes part in the exchange, or the others would wait for it for ever
+        shape = len(pages.layers), pages.layers[0].heads, 1, pages.layers[0].dim
+        nothing = torch.full(shape, float("nan"), device=pages.device)
+        return nothing, nothing
+
+    def _raw(self, keys: Tensor, values: Tensor) -> KVBatch:
+        """Gathered KV ``[L, H, T, D]`` as guards take it; ranks may hold the same heads."""
+        heads = int(self.config.num_key_value_heads)
+        keys, values = (t[:, :: max(1, t.shape[1] // heads)] for t in (keys, values))
+        valid = torch.ones(1, keys.shape[2], dtype=torch.bool, device=keys.device)
+        return KVBatch(keys[None].float(), values[None].float(), valid)
+
+    @torch.inference_mode()
+    def _scanned(self, job: SaveJob, keys: Tensor, values: Tensor) -> list[tuple[int, int]]:
+        """Token ranges of the prompt that the plan's guard hides. Raises ``GuardError``."""
+        plan = job.plan
+        marks = self.guards[plan.guard].marks(self._raw(keys, values), mask_of([plan.rule]))
+        if marks is None:
+            raise GuardError(f"guard {plan.guard!r} cannot look for secrets")
+        hidden = (marks[0] >= 0).int() - 1
+        return [(start, end) for start, end, _ in runs(hidden.tolist())]
+
+    @torch.inference_mode()
+    def _guarded(self, job: SaveJob, keys: Tensor, values: Tensor, noise_key: bytes) -> Guarded:
+        """The segment through the plan's guard: from the pages where that can be, else from the
+        gathered KV ``[L, H, T, D]``, which a guard over several ranks' heads needs."""
+        plan, pages, raw = job.plan, self._pages, self._raw(keys, values)
+        guard, mask = self.guards[plan.guard], mask_of([plan.rule])
+        if pages.world == 1 and has_page_form(guard):
+            slots = pages.slots(job.blocks, plan.start_token, job.n_tokens)
+            return rewrite_pages(
+                guard, pages.layers, slots, pages.rotary, plan.start_token, mask, noise_key, raw
+            )
+        # the prompt is the twin already: its secrets' places hold neutral tokens
+        return guard(raw, mask, keys=[noise_key], twin=raw if guard.needs_twin else None)
+
+    @torch.inference_mode()
+    def _commit(self, job: SaveJob, keys: Tensor, values: Tensor) -> None:
+        plan, guard = job.plan, self.guards[job.plan.guard]
+        chain = chain_of(plan.content, guard.digest)
+        noise_key = self.draws.noise_key(chain, keys, values)
+        out = self._guarded(job, keys, values, noise_key)
+        fresh = Rows(
+            out.kv.keys[0].to(keys.dtype).cpu().contiguous(),
+            out.kv.values[0].to(values.dtype).cpu().contiguous(),
+        )
+        noisy, whole = guard.is_noisy(bool(plan.rule.forbid)), not guard.keeps_tokens
+
+        def store() -> None:
+            rows = fresh
+            if noisy:
+                rows = self.draws.settle(chain, noise_key, fresh.keys, fresh.values, whole)
+            self.store.put(self._segment(plan, guard, rows).sign(self.key))
+            if noisy:
+                self.draws.stored(chain, rows, plan.handle)
+            logger.info("lcguard: stored a segment for %s", plan.audience)
+
+        self._saves[plan.handle] = self._puts.submit(store, lambda: self.store.delete(plan.handle))
+
+    def _segment(self, plan: PublishPlan, guard: FrozenGuard, rows: Rows) -> KVSegment:
+        return KVSegment.create(
+            rows.keys,
+            rows.values,
+            self.config,
+            model_id=self.facts.model_id,
+            revision=self.facts.revision,
+            source_agent=plan.source,
+            edge=EdgeName(plan.source, plan.audience).in_manifest,
+            hop=plan.hop,
+            policy_digest=plan.policy_digest,
+            guard_digest=guard.digest,
+            draw=rows.draw,
+            handle=plan.handle,
+            audience=plan.audience,
+            expires_at_s=plan.expires_at_s,
+            lineage=Lineage(
+                forbid=plan.rule.forbid,
+                derive=plan.rule.derive,
+                origins=plan.origins,
+                raw=type(guard) is FrozenGuard and guard.name == "identity",
+            ),
+        )
