@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from lcguard.protocols import AttackData, Guard, Guess
 from lcguard.source import ModelSource
+from lcguard.training.adversary import Adversary
 
 Access = Literal["white-box", "grey-box", "black-box"]
 
@@ -132,7 +133,7 @@ class BaseAttack:
         """Starts the next fit from a fitted attack of the kind ``starts_from``."""
         raise ValueError(f"attack {self.name!r} has no warm start: leave out warm")
 
-    def as_adversary(self) -> Any:
+    def as_adversary(self) -> Adversary:
         """The attack as something that a guard can be trained against, step by step."""
         raise ValueError(f"attack {self.name!r} cannot be an adversary; use decoder")
 

@@ -51,8 +51,7 @@ def adversary_factory(name: str) -> Callable[[dict[str, Any]], Adversary]:
     """Attacks that can stand in the loop."""
 
     def make(options: dict[str, Any]) -> Adversary:
-        adversary: Adversary = attack_class(name).build(options).as_adversary()
-        return adversary
+        return attack_class(name).build(options).as_adversary()
 
     return make
 
