@@ -1,4 +1,4 @@
-"""What ``lcguard eval`` does: run, resume, report again; with progress, gates and exit codes."""
+"""What ``lcguard eval`` does: run, resume, report again; with progress and exit codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lcguard.evaluation.run import evaluate, from_journal
 from lcguard.evaluation.stress import stressed
 
 FORMATS = ("table", "md", "json", "html")
-GATE_EXIT, ERRORS_EXIT = 3, 4
+VIOLATED_EXIT, ERRORS_EXIT = 3, 4
 """Exit codes: a ``--fail-if`` was true; more attempts ended in an error than the budget allows."""
 
 
@@ -37,7 +37,7 @@ def run(
 ) -> int:
     """Runs or resumes; the exit code.
 
-    Raises ``ValueError`` for a gate that cannot be judged before anything is run.
+    Raises ``ValueError``, before anything is run, for a condition that cannot be judged.
     """
     conditions = read_conditions(fail_if)
     for condition in conditions:
@@ -99,7 +99,7 @@ def judge(found: Report | Mapping[str, Any], conditions: Sequence[FailIf], conso
     for condition in conditions:
         for line in condition.violations(report):
             say(f"violated: {line}")
-            code = GATE_EXIT
+            code = VIOLATED_EXIT
     return code
 
 

@@ -10,7 +10,7 @@ from lcguard.agents.scenarios.types import Scenario
 from lcguard.agents.topology import Topology
 from lcguard.evaluation.graph_segments import GraphSegments, topology_of
 from lcguard.evaluation.leakage import compose, held, union
-from lcguard.evaluation.multihop_plan import HopGuard, MultihopConfig, TopologySpec
+from lcguard.evaluation.multihop_plan import HopGuard, Kind, MultihopConfig, TopologySpec
 from lcguard.evaluation.outcomes import Attempt
 from lcguard.evaluation.plan import GuardSpec, PolicySpec
 from lcguard.evaluation.runner import Case, Runner
@@ -58,7 +58,7 @@ class Curves:
             out["agents"] = [p for guard in chosen for p in self._by_agents(largest, guard)]
         return out
 
-    def _largest(self, kind: Any, agents: int) -> CurveSegments:
+    def _largest(self, kind: Kind, agents: int) -> CurveSegments:
         wanted, setup = self.plan.curves, self.runner.s
         data = replace(
             self.plan.data,

@@ -10,7 +10,7 @@
 ``gate.asr_upper>0.05`` speaks of the guard ``gate`` (in a report over several hops, of any of its
 rows, and ``asr`` is what the whole graph gives away); ``asr_upper>0.05`` speaks of any row.
 Conditions without a guard speak of the same row: ``asr_upper>0.05 and utility<0.9`` holds where
-one guard does both. A figure that was not measured meets every condition on it: a gate that cannot
+one guard does both. A figure that was not measured meets every condition on it: a check that cannot
 see must not open.
 
 Parsed by hand, in three functions: a library's grammar would be as long, and its errors would not
