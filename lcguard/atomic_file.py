@@ -7,9 +7,13 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+PUBLIC = 0o644
+"""Mode of a file that others read."""
 
-def replace_file(path: Path, data: bytes, *, keep_owner: bool = False) -> None:
-    """Writes ``path`` whole and durably, readable by its owner alone, or leaves it as it was.
+
+def replace_file(path: Path, data: bytes, *, keep_owner: bool = False, mode: int = 0o600) -> None:
+    """Writes ``path`` whole and durably, readable by its owner alone unless ``mode`` says
+    otherwise, or leaves it as it was.
 
     ``keep_owner``: a file that exists stays its owner's, whoever writes. Raises ``OSError``.
     """
@@ -19,6 +23,7 @@ def replace_file(path: Path, data: bytes, *, keep_owner: bool = False) -> None:
             if keep_owner and path.exists():
                 owner = path.stat()
                 os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lcguard.atomic_file import PUBLIC, replace_file
 from lcguard.config import dump_config
 from lcguard.evaluation.hashing import digest
 from lcguard.evaluation.outcomes import Attempt, Journal
@@ -188,12 +188,7 @@ def _content(r: TokenRecord) -> list[Any]:
 
 def write_text(path: Path, text: str) -> None:
     """In one step: a reader, or a run that goes on, never sees half a file."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    replace_file(path, text.encode("utf-8", "backslashreplace"), mode=PUBLIC)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

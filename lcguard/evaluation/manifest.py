@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lcguard.evaluation.outcomes import digest
+from lcguard.evaluation.hashing import digest
 
 PACKAGES = (
     "lcguard",

@@ -26,8 +26,6 @@ from lcguard.evaluation.hashing import canonical, digest
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["KINDS", "Attempt", "Journal", "Kind", "Outcome", "digest", "read_attempts"]
-
 Kind = Literal[
     "attack",
     "likelihood",

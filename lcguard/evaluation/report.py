@@ -9,26 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcguard.evaluation.folder import write_text
 from lcguard.evaluation.graph_tables import graph_tables
 from lcguard.evaluation.html import to_html
 from lcguard.evaluation.results import Context, Report, readable
 from lcguard.evaluation.tables import Table, details, overview, provenance
-from lcguard.evaluation.verdict import NOT_MEASURED, verdict
-
-__all__ = [
-    "escape",
-    "markdown_table",
-    "to_html",
-    "to_markdown",
-    "verdict",
-    "write_report",
-]
+from lcguard.evaluation.verdict import NOT_MEASURED
 
 _PUNCTUATION = re.compile(r"([\\`*_{}\[\]()#!|~$@]|:(?=//))")
 
@@ -50,9 +41,9 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
             f"the report is not JSON ({error}): use strings, numbers, lists and dicts"
         ) from error
     paths = {kind: target / f"report.{kind}" for kind in ("json", "md", "html")}
-    _write(paths["json"], text + "\n")
-    _write(paths["md"], to_markdown(report))
-    _write(paths["html"], to_html(report))
+    write_text(paths["json"], text + "\n")
+    write_text(paths["md"], to_markdown(report))
+    write_text(paths["html"], to_html(report))
     return paths
 
 
@@ -117,18 +108,3 @@ def escape(value: Any, keep_spaces: bool = False) -> str:
 def _harmless(char: str) -> bool:
     # Control characters, direction overrides and lone surrogates can disguise what follows.
     return unicodedata.category(char) not in ("Cc", "Cf", "Cs") or char == "\t"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces ``path`` by ``text`` atomically."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp keeps a file private; a report is read by others
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

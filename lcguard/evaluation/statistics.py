@@ -17,32 +17,12 @@ import numpy as np
 from lcguard.evaluation.intervals import (
     Estimate,
     Floats,
-    Interval,
     cluster_bootstrap,
     codes,
     percentile_interval,
-    upper_bound,
     wilson,
-    zero_success_caveat,
 )
 from lcguard.evaluation.outcomes import Attempt, Outcome
-
-__all__ = [
-    "BestAttack",
-    "CategoryRow",
-    "Estimate",
-    "Interval",
-    "any_of_k",
-    "asr",
-    "asr_by_category",
-    "best_attack",
-    "cluster_bootstrap",
-    "counts",
-    "mean_over_categories",
-    "upper_bound",
-    "wilson",
-    "zero_success_caveat",
-]
 
 ClusterBy = Literal["record", "scenario"]
 

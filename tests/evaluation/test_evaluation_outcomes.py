@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lcguard.evaluation.outcomes import Attempt, Journal, Outcome, digest, read_attempts
+from lcguard.evaluation.hashing import digest
+from lcguard.evaluation.outcomes import Attempt, Journal, Outcome, read_attempts
 from tests.paths import ROOT
 
 

@@ -9,18 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lcguard.evaluation.intervals import (
+    cluster_bootstrap,
+    upper_bound,
+    wilson,
+    zero_success_caveat,
+)
 from lcguard.evaluation.outcomes import Attempt, Outcome
 from lcguard.evaluation.statistics import (
     any_of_k,
     asr,
     asr_by_category,
     best_attack,
-    cluster_bootstrap,
     counts,
     mean_over_categories,
-    upper_bound,
-    wilson,
-    zero_success_caveat,
 )
 
 OUTCOMES = st.sampled_from(list(Outcome))
