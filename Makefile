@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test lint docs bench help venv vllm clean
+.PHONY: demo test test-fast lint docs bench help venv vllm clean
 
 demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
@@ -26,6 +26,13 @@ demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 test: $(ENGINE)  ## Run the tests (ARGS="-k policy" for some)
 	@echo "test: pytest -n 2 --dist loadfile $(ARGS)"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# What trains, attacks or compiles for minutes, beside the tests marked slow or vllm.
+SLOW := attacks evaluation training vllm ops/test_ops_triton.py
+test-fast: $(READY)  ## Tests without engines and training: under 2 minutes
+	@echo "test-fast: pytest -n 2 --dist loadfile, without $(SLOW) $(ARGS)"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm" \
+	  $(SLOW:%=--ignore=tests/%) $(ARGS)
 
 lint: $(READY)  ## Style, format and types
 	@echo "lint: ruff check, ruff format --check, mypy"

@@ -257,6 +257,7 @@ def test_verified_while_written_to(tmp_path: Path) -> None:
     assert counts[-1] <= n
 
 
+@pytest.mark.slow
 def test_killed_writer_loses_nothing_acknowledged(tmp_path: Path) -> None:
     path, wait = tmp_path / "x", random.Random(0)
     acknowledged: dict[int, str] = {}

@@ -33,6 +33,8 @@ from lcguard.store import open_store
 from lcguard.training.dataset import attack_data, guard_all
 from tests.server.leakage.canary_edges import KEY, edge
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def agent() -> HFBackend:
@@ -106,7 +108,6 @@ def test_words_are_renamed_and_back(agent: HFBackend) -> None:
     assert words.back([len(words.ids)]) == (-1,)
 
 
-@pytest.mark.slow
 def test_an_open_guard_is_read_and_the_gate_is_not(
     agent: HFBackend, guards: dict[str, FrozenGuard]
 ) -> None:
@@ -227,7 +228,6 @@ def work(job: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 def test_the_worker_plants_screens_and_cleans_up(site: Site, tmp_path: Path) -> None:
     forbid = ("government_id", "health")
     job = {
