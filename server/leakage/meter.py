@@ -36,6 +36,11 @@ STALE_INTERVALS = 3
 CLEAN_RUNS = 2
 """Clean screenings in a row that open an edge under the guard and policy that closed it."""
 
+_FIGURES = ("asr", "asr_low", "asr_high", "floor", "n_secrets", "recovered")
+_UNMEASURED: dict[str, Any] = dict.fromkeys(_FIGURES)
+_CIRCUMSTANCES = ("attack", "guard", "guard_digest", "policy_digest", "seconds", "shared_with")
+"""What an edge keeps of a screening, under the same names."""
+
 
 class Change(NamedTuple):
     """What a result did to its edge."""
@@ -144,30 +149,14 @@ class LeakageMeter:
                 reason=s.skipped,
                 skipped=s.skipped,
                 measured_at_s=now,
-                asr=None,
-                asr_low=None,
-                asr_high=None,
-                floor=None,
-                n_secrets=None,
-                recovered=None,
                 clean_runs=0,
                 error="",
                 error_at_s=None,
+                **_UNMEASURED,
             )
         measured = replace(
             old,
-            asr=s.asr,
-            asr_low=s.asr_low,
-            asr_high=s.asr_high,
-            floor=s.floor,
-            n_secrets=s.n_secrets,
-            recovered=s.recovered,
-            attack=s.attack,
-            guard=s.guard,
-            guard_digest=s.guard_digest,
-            policy_digest=s.policy_digest,
-            seconds=s.seconds,
-            shared_with=s.shared_with,
+            **{name: getattr(s, name) for name in (*_FIGURES, *_CIRCUMSTANCES)},
             skipped="",
             error="",
             error_at_s=None,
