@@ -25,7 +25,7 @@ from lcguard.agents.nano.load import model_path
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.attacks.base import attack_class
 from lcguard.categories import Category
-from lcguard.commands.canary_plant import Plant, Planter, PlantError, Rule
+from lcguard.commands.canary_plant import AppliedGuard, Plant, Planter, PlantError
 from lcguard.commands.canary_records import Words, fitting_records, screening_records
 from lcguard.evaluation.intervals import wilson
 from lcguard.handoff.keys import deployment_key
@@ -139,7 +139,7 @@ class Canaries:
 
     def results(self) -> list[dict[str, Any]]:
         """One for each edge, in the job's order. What fails is an edge's error."""
-        known: dict[tuple[Rule, tuple[Category, ...]], tuple[str, dict[str, Any]]] = {}
+        known: dict[tuple[AppliedGuard, tuple[Category, ...]], tuple[str, dict[str, Any]]] = {}
         out = []
         for edge in self.job.edges:
             out.append({**edge.names, **self._tried(edge, known)})
@@ -158,8 +158,8 @@ class Canaries:
         started, job = time.monotonic(), self.job
         test = screening_records(self.encoder, edge.forbid, job.test_records, job.seed + 1)
         first = self.planter.plant(edge.names, test[:1])
-        rule = self._checked(edge, first)
-        key = rule, edge.forbid
+        applied = self._checked(edge, first)
+        key = applied, edge.forbid
         if key in known:
             # the guard does not know the edge's name: what leaks there leaks here
             leader, figures = known[key]
@@ -185,8 +185,8 @@ class Canaries:
         figures = {
             **found._asdict(),
             "attack": job.attack,
-            "guard": rule.guard,
-            "guard_digest": rule.guard_digest,
+            "guard": applied.guard,
+            "guard_digest": applied.guard_digest,
             "policy_digest": first[0].policy_digest,
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -200,16 +200,19 @@ class Canaries:
         known[key] = name, figures
         return figures
 
-    def _checked(self, edge: EdgeJob, plants: Sequence[Plant]) -> Rule:
-        """The one rule of all plants. Raises ``PlantError`` for another than the job's."""
-        rule = plants[0].rule
-        if any((p.rule, p.policy_digest) != (rule, plants[0].policy_digest) for p in plants):
+    def _checked(self, edge: EdgeJob, plants: Sequence[Plant]) -> AppliedGuard:
+        """What all plants were published under. Raises ``PlantError`` for another guard or rule
+        than the job's."""
+        applied, policy = plants[0].applied, plants[0].policy_digest
+        if any((p.applied, p.policy_digest) != (applied, policy) for p in plants):
             raise PlantError("guard or policy changed while records were planted")
-        if edge.guard and rule.guard != edge.guard:
-            raise PlantError(f"published under guard {rule.guard!r}, the job says {edge.guard!r}")
-        if missing := sorted(set(edge.forbid) - set(rule.forbid)):
+        if edge.guard and applied.guard != edge.guard:
+            raise PlantError(
+                f"published under guard {applied.guard!r}, the job says {edge.guard!r}"
+            )
+        if missing := sorted(set(edge.forbid) - set(applied.rule.forbid)):
             raise PlantError(f"published without hiding {', '.join(missing)}: the policy changed")
-        return rule
+        return applied
 
     def _pairs(self, records: Sequence[TokenRecord], plants: Sequence[Plant]) -> AttackData:
         return attack_data(records, KVBatch.stack([p.kv for p in plants]), self.special)

@@ -17,6 +17,7 @@ import torch
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord
+from lcguard.rule import Rule
 from lcguard.store import SegmentStore
 
 _SIDE_BY_SIDE = 2
@@ -31,13 +32,12 @@ class PlantError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Under what a segment was published. Equal rules guard alike."""
+class AppliedGuard:
+    """Under what a segment was published. What is equal guards alike."""
 
     guard: str
     guard_digest: str
-    forbid: tuple[str, ...]
-    derive: tuple[str, ...]
+    rule: Rule
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plant:
 
     kv: KVBatch
     """``[1, L', H, T, D]`` in float32, of the kept layers."""
-    rule: Rule
+    applied: AppliedGuard
     policy_digest: str
 
 
@@ -96,7 +96,9 @@ class Planter:
         valid = torch.ones(1, m.n_tokens, dtype=torch.bool)
         return Plant(
             KVBatch(keys, values, valid),
-            Rule(str(made["guard"]), m.guard_digest, tuple(made["forbid"]), tuple(made["derive"])),
+            AppliedGuard(
+                str(made["guard"]), m.guard_digest, Rule.of(made["forbid"], made["derive"])
+            ),
             m.policy_digest,
         )
 

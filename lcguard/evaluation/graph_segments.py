@@ -14,7 +14,7 @@ from lcguard.agents.orchestrator import Received, Trace, run
 from lcguard.agents.scenarios.generator import GeneratorConfig
 from lcguard.agents.scenarios.graph import make_graph_scenario
 from lcguard.agents.scenarios.types import Scenario
-from lcguard.agents.topology import Link, Topology, chain, hierarchy
+from lcguard.agents.topology import Topology, chain, hierarchy
 from lcguard.evaluation.load import hops_for
 from lcguard.evaluation.multihop_plan import GraphData, TopologySpec
 from lcguard.evaluation.plan import DataConfig, GuardSpec, PolicySpec
@@ -115,9 +115,8 @@ def topology_of(spec: TopologySpec) -> Topology:
     elif spec.kind == "hierarchy":
         made = hierarchy(spec.agents, spec.name)
     else:
-        links = tuple(Link(x.source, x.audience, x.forbid, x.derive) for x in spec.links)
-        agents = tuple(dict.fromkeys(a for x in links for a in (x.source, x.audience)))
-        made = Topology(spec.name, agents, links)
+        agents = tuple(dict.fromkeys(a for x in spec.links for a in (x.source, x.audience)))
+        made = Topology(spec.name, agents, spec.links)
     return Topology(made.name, made.agents, made.links, spec.relay)
 
 

@@ -5,21 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lcguard.categories import CATEGORIES
+from lcguard.agents.topology import Link
 from lcguard.evaluation.plan import AttackSpec, GuardSpec, Plan, twice
 
 Variant = Literal["per-agent", "full-system"]
 Kind = Literal["chain", "hierarchy", "graph"]
-
-
-@dataclass(frozen=True)
-class LinkSpec:
-    """One hop of a graph."""
-
-    source: str
-    audience: str
-    forbid: tuple[str, ...] = CATEGORIES
-    derive: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +20,7 @@ class TopologySpec:
     kind: Kind = "graph"
     agents: int = 0
     """Of a chain or hierarchy; a graph's follow from its links."""
-    links: tuple[LinkSpec, ...] = ()
+    links: tuple[Link, ...] = ()
     relay: bool = False
 
     def __post_init__(self) -> None:
