@@ -106,18 +106,28 @@ class Engine:
 
         return get_kv_transfer_group().worker
 
-    def run(self, prompts: list[list[int]], handoffs: list[Any] | None = None, *,
-            max_tokens: int = 12, **options: Any) -> list[Any]:  # fmt: skip
+    def run(
+        self,
+        prompts: list[list[int]],
+        handoffs: list[Any] | None = None,
+        *,
+        max_tokens: int = 12,
+        **options: Any,
+    ) -> list[Any]:
         """Greedy outputs with log-probabilities; ``handoffs``: the lcguard part of each."""
         from vllm import SamplingParams
 
         params = [
             SamplingParams(
-                temperature=0, max_tokens=max_tokens, logprobs=1, detokenize=False,
-                extra_args=None if h is None else {"kv_transfer_params": {"lcguard": h}}, **options,
+                temperature=0,
+                max_tokens=max_tokens,
+                logprobs=1,
+                detokenize=False,
+                extra_args=None if h is None else {"kv_transfer_params": {"lcguard": h}},
+                **options,
             )
             for h in handoffs or [None] * len(prompts)
-        ]  # fmt: skip
+        ]
         made = [{"prompt_token_ids": list(p)} for p in prompts]
         return list(self.llm.engine.generate(made, params, use_tqdm=False))
 
@@ -137,16 +147,27 @@ def logprobs(output: Any) -> torch.Tensor:
 def make_engine(folder: Path) -> Iterator[Engine]:
     """Starts the engine: prefix caching, chunked prefill of 96 tokens, blocks of 32."""
     os.environ.update(
-        LCGUARD_KEY=KEY, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1",
-    )  # fmt: skip
+        LCGUARD_KEY=KEY,
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_NO_USAGE_STATS="1",
+    )
     from lcguard.vllm.llm import GuardedLLM
 
     agent = load_backend("nano")
     llm = GuardedLLM.build(
-        str(model_path()), policy=policy(), guards=guard_folders(agent, folder / "guards"),
-        store=f"file://{folder / 'store'}", dtype="float32", block_size=32, max_model_len=1024,
-        max_num_batched_tokens=96, enable_prefix_caching=True, enforce_eager=True, seed=0,
-    )  # fmt: skip
+        str(model_path()),
+        policy=policy(),
+        guards=guard_folders(agent, folder / "guards"),
+        store=f"file://{folder / 'store'}",
+        dtype="float32",
+        block_size=32,
+        max_model_len=1024,
+        max_num_batched_tokens=96,
+        enable_prefix_caching=True,
+        enforce_eager=True,
+        seed=0,
+    )
     yield Engine(llm, agent, folder / "store")
     llm.engine.llm_engine.engine_core.shutdown()

@@ -26,12 +26,24 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "training": ("train.yaml", ["train", "train.yaml"]),
     "started run": ("run/config.yaml", ["eval", "resume", "run"]),
     "report": ("run/report.json", ["eval", "compare", "run", "run"]),
-    "records": ("mine.jsonl", ["eval", "run", "main", "--set", "data.source=jsonl",
-                               "--set", "data.path=mine.jsonl", "--set", "data.records=4"]),
+    "records": (
+        "mine.jsonl",
+        [
+            "eval",
+            "run",
+            "main",
+            "--set",
+            "data.source=jsonl",
+            "--set",
+            "data.path=mine.jsonl",
+            "--set",
+            "data.records=4",
+        ],
+    ),
     "guard's card": ("guard/lcguard_config.json", ["explain", "Ann.", "--guard", "guard"]),
     "model's configuration": ("model/config.json", ["explain", "Ann.", "--model", "./model"]),
     "model's tokenizer": ("model/tokenizer.json", ["probe", "--model", "./model"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", COMMANDS)

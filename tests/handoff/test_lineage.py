@@ -48,8 +48,9 @@ def published(
 ) -> Segment:
     """As the engine makes it, without a look at whether the guard can."""
     edge = on_top(rules.for_edge(source, audience), rules, consumed)
-    lineage = Lineage(forbid=edge.forbid, derive=edge.derive, origins=origins(source, consumed),
-                      raw=raw)  # fmt: skip
+    lineage = Lineage(
+        forbid=edge.forbid, derive=edge.derive, origins=origins(source, consumed), raw=raw
+    )
     return Segment(source, audience, lineage)
 
 
@@ -96,9 +97,14 @@ def test_nobody_hears_from_bob_what_alice_forbids() -> None:
 
 
 def test_the_rule_of_what_was_consumed_goes_on_with_it() -> None:
-    open_ = policy(("a", "b", {"forbid": ("health", "person"), "derive": ("health",)}),
-                   ("b", "c", ("finance",)), ("a", "c", ()), ("c", "d", ()), ("a", "d", ()),
-                   ("b", "d", ()))  # fmt: skip
+    open_ = policy(
+        ("a", "b", {"forbid": ("health", "person"), "derive": ("health",)}),
+        ("b", "c", ("finance",)),
+        ("a", "c", ()),
+        ("c", "d", ()),
+        ("a", "d", ()),
+        ("b", "d", ()),
+    )
     first = published(open_, "a", "b")
     second = published(open_, "b", "c", first)
     third = published(open_, "c", "d", second)
@@ -111,8 +117,14 @@ def test_the_rule_of_what_was_consumed_goes_on_with_it() -> None:
 
 
 def test_it_goes_over_hops_that_say_nothing_of_it() -> None:
-    rules = policy(("a", "b", ()), ("b", "c", ()), ("a", "c", ()), ("c", "d", ()), ("b", "d", ()),
-                   ("a", "d", ("health",)))  # fmt: skip
+    rules = policy(
+        ("a", "b", ()),
+        ("b", "c", ()),
+        ("a", "c", ()),
+        ("c", "d", ()),
+        ("b", "d", ()),
+        ("a", "d", ("health",)),
+    )
     last = published(rules, "b", "c", published(rules, "a", "b"))
     assert on_top(rules.for_edge("c", "d"), rules, [last]).forbid == ("health",)
     unnamed = policy(("a", "b", ()), ("b", "c", ()))
@@ -121,8 +133,9 @@ def test_it_goes_over_hops_that_say_nothing_of_it() -> None:
 
 
 def test_what_came_from_somebody_goes_back_to_them() -> None:
-    rules = policy(("a", "b", ("health",)), ("b", "a", ()), ("c", "b", ("finance",)),
-                   ("c", "a", ("person",)))  # fmt: skip
+    rules = policy(
+        ("a", "b", ("health",)), ("b", "a", ()), ("c", "b", ("finance",)), ("c", "a", ("person",))
+    )
     mine = published(rules, "a", "b")
     edge = rules.for_edge("b", "a")
     assert on_top(edge, rules, [mine]).forbid == ()
@@ -146,14 +159,18 @@ def test_without_a_lineage_nothing_stands_on_it() -> None:
 @pytest.mark.parametrize(
     ("consumed", "holds"),
     [
-        (("health", "person"), True), (("health",), True), (("person",), False), ((), False),
+        (("health", "person"), True),
+        (("health",), True),
+        (("person",), False),
+        ((), False),
         ({"forbid": ("health",), "derive": ("health",)}, False),
     ],
-)  # fmt: skip
+)
 def test_redact_stands_only_on_what_forbade_as_much(consumed: Any, holds: bool) -> None:
     """It hides the prompt's own spans, and their neighbours have read what was consumed."""
-    rules = policy(("a", "b", consumed), ("b", "c", {"forbid": ("health",), "guard": "redact"}),
-                   ("a", "c", ()))  # fmt: skip
+    rules = policy(
+        ("a", "b", consumed), ("b", "c", {"forbid": ("health",), "guard": "redact"}), ("a", "c", ())
+    )
     own = rules.for_edge("b", "c")
     for raw in (False, True):
         note = published(rules, "a", "b", raw=raw)
@@ -170,9 +187,10 @@ def test_redact_stands_only_on_what_forbade_as_much(consumed: Any, holds: bool) 
 
 def test_declassify_lifts_what_travels_and_says_so() -> None:
     rules = policy(
-        ("a", "b", ("health",)), ("a", "c", ("finance", "person")),
+        ("a", "b", ("health",)),
+        ("a", "c", ("finance", "person")),
         ("b", "c", {"forbid": ("account",), "declassify": ("health", "finance", "contact")}),
-    )  # fmt: skip
+    )
     note = published(rules, "a", "b")
     own = rules.for_edge("b", "c")
     assert on_top(own, rules, [note]).forbid == ("person", "account")

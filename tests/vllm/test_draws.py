@@ -23,9 +23,13 @@ from lcguard.vllm.draws import Draws, Rows
 KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 LAYERS, HEADS, DIM = 2, 2, 8
 CONFIG = LlamaConfig(
-    hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=HEADS,
-    head_dim=DIM, vocab_size=64,
-)  # fmt: skip
+    hidden_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=HEADS,
+    head_dim=DIM,
+    vocab_size=64,
+)
 EDGE, MODEL, GUARD = ("a", "b", ["health"], []), ("r" * 64, "c" * 64), "f" * 64
 
 
@@ -61,9 +65,16 @@ class Engine:
         self.n += 1
         handle = f"{self.n:032d}"
         segment = KVSegment.create(
-            rows.keys, rows.values, CONFIG, model_id="m", draw=rows.draw, handle=handle,
-            audience="b", guard_digest=GUARD, expires_at_s=1000,
-        ).sign(KEY)  # fmt: skip
+            rows.keys,
+            rows.values,
+            CONFIG,
+            model_id="m",
+            draw=rows.draw,
+            handle=handle,
+            audience="b",
+            guard_digest=GUARD,
+            expires_at_s=1000,
+        ).sign(KEY)
         self.store.put(segment)
         self.draws.stored(chain, rows, handle)
         return self.store.load(handle, KEY)
@@ -215,10 +226,14 @@ def test_names_tell_nothing_to_who_lacks_the_key(engine: Engine) -> None:
         ("gaussian", {"noise": 0.5}, False, True),
         ("gate", {"noise": 0.5}, True, True),
         ("gate", {"noise": 0.5}, False, False),
-        ("compose", {"parts": [{"guard": "identity"},
-                               {"guard": "gaussian", "options": {"noise": 0.1}}]}, True, True),
+        (
+            "compose",
+            {"parts": [{"guard": "identity"}, {"guard": "gaussian", "options": {"noise": 0.1}}]},
+            True,
+            True,
+        ),
     ],
-)  # fmt: skip
+)
 def test_which_guards_draw(name: str, options: Any, forbids: bool, noisy_: bool) -> None:
     made = guard_class(name).build(KVShape(2, 2, 8), 7, options)
     assert FrozenGuard(made).is_noisy(forbids) is noisy_

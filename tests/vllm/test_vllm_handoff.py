@@ -30,8 +30,10 @@ from tests.engine import KEY, Engine, logprobs, make_engine, needs_vllm, questio
 from tests.fixtures import forbid_all
 
 pytestmark = [
-    needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore"),
-]  # fmt: skip
+    needs_vllm,
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore"),
+]
 SECRET = bytes.fromhex(KEY)
 
 
@@ -224,9 +226,11 @@ def test_where_nobody_wrote_an_edge_redact_asks_what_is_secret(engine: Engine) -
 
     def made(name: str, number: str, **more: Any) -> Any:
         return engine.llm.publish(
-            agent="intake", prompt=note.format(name, name.upper(), number), audience="billing",
+            agent="intake",
+            prompt=note.format(name, name.upper(), number),
+            audience="billing",
             **more,
-        )  # fmt: skip
+        )
 
     for more, why in (
         ({}, r"'redact' on intake -> billing .* name secrets.*\[\] for none.*another guard"),
@@ -346,9 +350,11 @@ def test_a_salt_sets_apart_and_changes_no_answer(engine: Engine) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(
-        temperature=0, max_tokens=12, logprobs=1,
+        temperature=0,
+        max_tokens=12,
+        logprobs=1,
         extra_args={"kv_transfer_params": {"lcguard": consume(handle)}},
-    )  # fmt: skip
+    )
     (salted,) = engine.llm.engine.generate(
         [{"prompt_token_ids": ask, "cache_salt": "mine"}], params, use_tqdm=False
     )
@@ -392,7 +398,7 @@ def refusals(engine: Engine) -> dict[str, tuple[int, str, Any]]:
         "empty": (400, "give publish or consume", {}),
         "unknown guard": (400, "gate", {"publish": edge | {"spans": []}}),
         "unknown category": (400, "forbid", {"publish": edge | {"forbid": ["age"]}}),
-    }  # fmt: skip
+    }
 
 
 def test_every_refusal_names_its_reason_and_the_engine_lives(engine: Engine) -> None:
@@ -511,17 +517,16 @@ def test_the_wrappers_ten_lines_run(
 def test_a_graph_of_agents_runs_alike_on_both_backends(engine: Engine) -> None:
     """Two workers at once, a manager who merges, and on: vLLM against transformers."""
     topology = Topology(
-        "team", ("w1", "w2", "identity", "gate"),
+        "team",
+        ("w1", "w2", "identity", "gate"),
         (Link("w1", "identity"), Link("w2", "identity"), Link("identity", "gate")),
-    )  # fmt: skip
+    )
     config = GeneratorConfig(5, "test", 3, 4, 1, 0.0)
     scenarios = [make_graph_scenario(config, i, topology) for i in range(4)]
     ours = VLLMAgents(engine.llm, engine.worker.store, SECRET, engine.agent.decode)
     there = run(ours, topology, scenarios, engine.agent.encoder)
-    guards = {"identity->gate": engine.worker.guards["gate"],
-              "*": engine.worker.guards["identity"]}  # fmt: skip
-    here = run(HFAgents(engine.agent, "guarded", guards), topology, scenarios,
-               engine.agent.encoder)  # fmt: skip
+    guards = {"identity->gate": engine.worker.guards["gate"], "*": engine.worker.guards["identity"]}
+    here = run(HFAgents(engine.agent, "guarded", guards), topology, scenarios, engine.agent.encoder)
     for link in ("w1->identity", "w2->identity"):
         pairs = zip(there.received[link].references, here.received[link].references, strict=True)
         for one, two in pairs:
@@ -539,5 +544,13 @@ def test_a_graph_of_agents_runs_alike_on_both_backends(engine: Engine) -> None:
         engine.worker.store.handles()
     )
     with pytest.raises(ValueError, match="was not published through vLLM"):
-        ours.publish([Turn("s", "identity", here.received["w1->identity"].references[:1],
-                           there.received["identity->gate"].records[:1])])  # fmt: skip
+        ours.publish(
+            [
+                Turn(
+                    "s",
+                    "identity",
+                    here.received["w1->identity"].references[:1],
+                    there.received["identity->gate"].records[:1],
+                )
+            ]
+        )

@@ -29,8 +29,12 @@ def publish(source: str = "intake") -> dict[str, Any]:
 
 
 def consume(made: Any) -> dict[str, Any]:
-    return {"consume": {"agent": made.audience,
-                        "segments": [{"handle": made.handle, "grant": made.grant}]}}  # fmt: skip
+    return {
+        "consume": {
+            "agent": made.audience,
+            "segments": [{"handle": made.handle, "grant": made.grant}],
+        }
+    }
 
 
 def scores(output: Any) -> torch.Tensor:
@@ -79,8 +83,11 @@ def test_no_handoff_reads_its_prompt(
 
     (record,) = records(engine.agent, 1, seed=401)
     made = engine.llm.publish(agent="intake", prompt=list(record.ids), audience="identity")
-    handoff = {"publish": publish("identity"), "consume": consume(made),
-               "both": publish("identity") | consume(made)}[kind]  # fmt: skip
+    handoff = {
+        "publish": publish("identity"),
+        "consume": consume(made),
+        "both": publish("identity") | consume(made),
+    }[kind]
     params = SamplingParams(temperature=0, max_tokens=2)
     check_params(params)
     setattr(params, name, READING[name])
@@ -220,9 +227,13 @@ def test_a_published_prompt_is_met_by_its_sender_alone(engine: Engine) -> None:
     ids = list(record.ids)
     assert cached(engine, ids, publish("a"), "of a") == 0
     for handoff, salt in (
-        (publish("b"), "of a"), (publish("a"), "of b"), (publish("a"), None), (None, "of a"),
-        (None, None), (publish("a"), None),
-    ):  # fmt: skip
+        (publish("b"), "of a"),
+        (publish("a"), "of b"),
+        (publish("a"), None),
+        (None, "of a"),
+        (None, None),
+        (publish("a"), None),
+    ):
         assert cached(engine, ids, handoff, salt) == 0, (handoff, salt)
     assert cached(engine, ids, publish("a"), "of a") > 0
 
@@ -251,8 +262,10 @@ def test_one_engine_survives_every_option_on_every_kind_of_request() -> None:
     """A small share of the 10,000 requests that ``docs/security.md`` names."""
     done = subprocess.run(
         [sys.executable, "-m", "lcguard.commands.campaign", "--requests", "700"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "700 requests" in done.stdout
     assert "0 faults" in done.stdout.splitlines()[-2]

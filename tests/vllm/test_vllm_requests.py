@@ -49,12 +49,22 @@ def test_a_grant_covers_one_handle_one_audience_and_its_time() -> None:
     grant = make_grant(KEY, handle, "billing", 1000)
     check_grant(KEY, handle, "billing", grant, 999.9)
     for change in (
-        {"key": OTHER}, {"handle": new_handle()}, {"audience": "mallory"}, {"now_s": 1000.0},
-        {"grant": "2000" + grant[4:]}, {"grant": grant.upper()}, {"grant": "0" + grant},
+        {"key": OTHER},
+        {"handle": new_handle()},
+        {"audience": "mallory"},
+        {"now_s": 1000.0},
+        {"grant": "2000" + grant[4:]},
+        {"grant": grant.upper()},
+        {"grant": "0" + grant},
         {"grant": ""},
-    ):  # fmt: skip
-        use = {"key": KEY, "handle": handle, "audience": "billing", "grant": grant,
-               "now_s": 0.0} | change  # fmt: skip
+    ):
+        use = {
+            "key": KEY,
+            "handle": handle,
+            "audience": "billing",
+            "grant": grant,
+            "now_s": 0.0,
+        } | change
         with pytest.raises(GrantError) as caught:
             check_grant(**use)  # type: ignore[arg-type]
         assert grant[5:] not in str(caught.value)
@@ -102,7 +112,7 @@ def test_requests_without_the_parameter_are_ordinary() -> None:
         ({"consume": {"agent": "b", "segments": [GRANT | {"grant": "x" * 500}]}}, "grant"),
         ({"consume": {"agent": "b", "segments": [GRANT], "placed": "yes"}}, "placed"),
     ],
-)  # fmt: skip
+)
 def test_malformed_requests_name_the_key(value: Any, where: str) -> None:
     with pytest.raises(HandoffError, match=where) as caught:
         parse_handoff({"lcguard": value})
@@ -115,17 +125,26 @@ def test_malformed_requests_name_the_key(value: Any, where: str) -> None:
 
 def keeper(**changes: Any) -> Gatekeeper:
     edges = [
-        {"source": "a", "audience": "b", "forbid": ["health", "person"], "derive": ["health"],
-         "guard": "gate", "ttl_s": 60.0},
+        {
+            "source": "a",
+            "audience": "b",
+            "forbid": ["health", "person"],
+            "derive": ["health"],
+            "guard": "gate",
+            "ttl_s": 60.0,
+        },
         {"source": "a", "audience": "c", "forbid": [], "guard": "redact"},
-        {"source": "a", "audience": "d", "forbid": [], "guard": "gate",
-         "fixed_length": True},
-    ]  # fmt: skip
+        {"source": "a", "audience": "d", "forbid": [], "guard": "gate", "fixed_length": True},
+    ]
     policy = parse_policy({"version": 1, "edges": edges})
     return Gatekeeper(
-        replace(FACTS, **changes), policy, ["gate", "redact"], open_store("memory://"), KEY,
+        replace(FACTS, **changes),
+        policy,
+        ["gate", "redact"],
+        open_store("memory://"),
+        KEY,
         clock=lambda: 1000.0,
-    )  # fmt: skip
+    )
 
 
 def test_a_request_tightens_the_policy_and_never_loosens_it() -> None:
@@ -152,10 +171,14 @@ def test_behind_a_proxy_only_what_it_signed_is_planned() -> None:
     assert mine.plan(handoff(**signed), [1, 2]).publish is not None
     late = signed_order(KEY, wish, 1000.0 - GRANT_S)
     for bad in (
-        wish, {"consume": {"agent": "b", "segments": [GRANT]}}, late,
-        signed_order(OTHER, wish, 1000.0), signed | {"publish": PUBLISH | {"audience": "c"}},
-        signed | {"consume": {"agent": "b", "segments": [GRANT]}}, signed | {"order": "1.2"},
-    ):  # fmt: skip
+        wish,
+        {"consume": {"agent": "b", "segments": [GRANT]}},
+        late,
+        signed_order(OTHER, wish, 1000.0),
+        signed | {"publish": PUBLISH | {"audience": "c"}},
+        signed | {"consume": {"agent": "b", "segments": [GRANT]}},
+        signed | {"order": "1.2"},
+    ):
         with pytest.raises(HandoffError, match="the proxy") as caught:
             mine.plan(handoff(**bad), [1, 2])
         assert caught.value.status == 403
@@ -260,8 +283,12 @@ class Plain:
 
 def test_spans_of_another_prompt_are_refused() -> None:
     def admit(counted_on: list[int], prompt: list[int]) -> Any:
-        publish = {"source": "a", "audience": "c", "spans": ((1, 3),),
-                   "tokens": tokens_digest(counted_on)}  # fmt: skip
+        publish = {
+            "source": "a",
+            "audience": "c",
+            "spans": ((1, 3),),
+            "tokens": tokens_digest(counted_on),
+        }
         front = FrontEnd(keeper())
         return front.admit(
             handoff(publish=publish), {"type": "token", "prompt_token_ids": prompt}, Plain()
@@ -294,9 +321,10 @@ def test_plans_that_are_refused(request_: Any, prompt: Any, options: Any, messag
 def test_settings_refuse_what_they_do_not_know() -> None:
     assert read_settings({"store": "memory://"}).guards == {}
     for bad, message in (
-        ({}, "store"), ({"store": "memory://", "keys": "x"}, "keys"),
+        ({}, "store"),
+        ({"store": "memory://", "keys": "x"}, "keys"),
         ({"store": "memory://", "placeholder_id": -1}, "placeholder_id"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(StartError, match=message):
             read_settings(bad)
     assert policy_of(read_settings({"store": "memory://"})).edges == ()
@@ -326,25 +354,39 @@ def test_unproved_engines_do_not_start() -> None:
     mla.hf_text_config.kv_lora_rank = 8
     packed = SimpleNamespace(hf_text_config=tiny_model("qwen3").config, quantization="fp8")
     for changes, message in (
-        ({"kv_transfer_config": transfer(kv_load_failure_policy="recompute", kv_role="kv_both")},
-         "recompute"),
-        ({"kv_transfer_config": transfer(kv_load_failure_policy="fail", kv_role="kv_producer")},
-         "kv_producer"),
+        (
+            {"kv_transfer_config": transfer(kv_load_failure_policy="recompute", kv_role="kv_both")},
+            "recompute",
+        ),
+        (
+            {"kv_transfer_config": transfer(kv_load_failure_policy="fail", kv_role="kv_producer")},
+            "kv_producer",
+        ),
         ({"cache_config": SimpleNamespace(cache_dtype="fp8")}, "fp8"),
         ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline_parallel_size"),
         ({"speculative_config": object()}, "speculative"),
         ({"lora_config": object()}, "lora_config: guards are made for the base model's weights"),
         ({"weight_transfer_config": object()}, "weight_transfer_config"),
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "kv_events_config"),
-        ({"cache_config": SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=True)},
-         "kv_sharing_fast_prefill"),
-        ({"cache_config": SimpleNamespace(cache_dtype="auto", prefix_caching_hash_algo="xxhash")},
-         "xxhash"),
-        ({"aux_output_config": SimpleNamespace(enable_return_routed_experts=True)},
-         "enable_return_routed_experts"),
+        (
+            {"cache_config": SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=True)},
+            "kv_sharing_fast_prefill",
+        ),
+        (
+            {
+                "cache_config": SimpleNamespace(
+                    cache_dtype="auto", prefix_caching_hash_algo="xxhash"
+                )
+            },
+            "xxhash",
+        ),
+        (
+            {"aux_output_config": SimpleNamespace(enable_return_routed_experts=True)},
+            "enable_return_routed_experts",
+        ),
         ({"model_config": mla}, "multi-head latent attention"),
         ({"model_config": packed}, "quantization='fp8' changes the weights"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(StartError, match=message):
             check_config(config(**changes))
     with pytest.raises(StartError, match=r"0\.33\.0"):
@@ -440,8 +482,9 @@ def test_a_publish_never_crosses_tenants() -> None:
 
 
 def test_a_chosen_handle_is_long_and_used(tmp_path: Path) -> None:
-    keeper = Gatekeeper(FACTS, rules(guard="identity"), ["identity"],
-                        open_store(str(tmp_path)), KEY)  # fmt: skip
+    keeper = Gatekeeper(
+        FACTS, rules(guard="identity"), ["identity"], open_store(str(tmp_path)), KEY
+    )
     handle = new_handle()
     handoff = parse_handoff(
         {"lcguard": {"publish": {"source": "a", "audience": "b", "handle": handle}}}

@@ -44,9 +44,11 @@ print("TOKENS" + json.dumps([list(o.outputs[0].token_ids) for o in out]))
 
 def environment() -> dict[str, str]:
     return os.environ | {
-        "LCGUARD_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+        "LCGUARD_KEY": KEY,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
+    }
 
 
 @dataclass
@@ -103,11 +105,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         },
     }
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path()),
-        "--served-model-name", "nano", "--host", "127.0.0.1", "--port", str(port), "--dtype",
-        "float32", "--block-size", "32", "--max-model-len", "1024", "--enforce-eager",
-        "--kv-transfer-config", json.dumps(transfer), "--trust-request-chat-template",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model_path()),
+        "--served-model-name",
+        "nano",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--block-size",
+        "32",
+        "--max-model-len",
+        "1024",
+        "--enforce-eager",
+        "--kv-transfer-config",
+        json.dumps(transfer),
+        "--trust-request-chat-template",
+    ]
     log = (folder / "log").open("wb")
     process = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
@@ -181,10 +200,12 @@ def test_a_chat_request_consumes(server: Server) -> None:
         made, said = server.publish(ids, audience), []
         for ask in ("What is the job title?", "What is the SSN?"):
             out = server.client.chat.completions.create(
-                model="nano", max_tokens=16, temperature=0,
+                model="nano",
+                max_tokens=16,
+                temperature=0,
                 messages=[{"role": "user", "content": ask}],
                 extra_body={"kv_transfer_params": {"lcguard": consume(made)}},
-            )  # fmt: skip
+            )
             said.append(out.choices[0].message.content)
         return said
 
@@ -278,17 +299,22 @@ def test_without_parameters_it_is_plain_vllm(server: Server) -> None:
     chosen = records(server.agent, 8, seed=303)
     prompts = [[*r.ids, *question(r).prompt] for r in chosen]
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(model_path())], input=json.dumps(prompts).encode(),
-        capture_output=True, env=environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        [sys.executable, "-c", PLAIN, str(model_path())],
+        input=json.dumps(prompts).encode(),
+        capture_output=True,
+        env=environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         check=True,
-    )  # fmt: skip
+    )
     line = next(x for x in done.stdout.decode().splitlines() if x.startswith("TOKENS"))
     plain = json.loads(line.removeprefix("TOKENS"))
     for prompt, wanted in zip(prompts, plain, strict=True):
         answer = server.client.completions.create(
-            model="nano", prompt=prompt, max_tokens=12, temperature=0,
+            model="nano",
+            prompt=prompt,
+            max_tokens=12,
+            temperature=0,
             extra_body={"return_token_ids": True},
-        )  # fmt: skip
+        )
         assert list(answer.choices[0].token_ids) == wanted
 
 

@@ -63,17 +63,27 @@ class Steps:
 @pytest.fixture(scope="module")
 def module_steps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steps]:
     os.environ.update(
-        LCGUARD_KEY=KEY, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1",
-    )  # fmt: skip
+        LCGUARD_KEY=KEY,
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_NO_USAGE_STATS="1",
+    )
     from lcguard.vllm.llm import GuardedLLM
 
     with running_redis(tmp_path_factory.mktemp("redis")) as (port, process):
         llm = GuardedLLM.build(
-            str(model_path()), policy=policy(), guards={"gate": "nano:gate"},
-            store=f"redis://127.0.0.1:{port}/0", settings={"store_timeout_s": 300},
-            dtype="float32", block_size=32, max_model_len=1024, enforce_eager=True, seed=0,
-        )  # fmt: skip
+            str(model_path()),
+            policy=policy(),
+            guards={"gate": "nano:gate"},
+            store=f"redis://127.0.0.1:{port}/0",
+            settings={"store_timeout_s": 300},
+            dtype="float32",
+            block_size=32,
+            max_model_len=1024,
+            enforce_eager=True,
+            seed=0,
+        )
         try:
             yield Steps(llm, process)
         finally:
