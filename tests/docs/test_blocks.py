@@ -88,7 +88,14 @@ def test_what_is_run_elsewhere_is_run_there(page: str, part: str) -> None:
     assert f'block("{page}", "{part}")' in text
 
 
-@pytest.mark.parametrize("found", [b for b in every_block("python") if not elsewhere(b)], ids=str)
+RUN_HERE = [
+    pytest.param(b, id=str(b), marks=[pytest.mark.slow] * (b.page == "docs/evaluation.md"))
+    for b in every_block("python")
+    if not elsewhere(b)
+]
+
+
+@pytest.mark.parametrize("found", RUN_HERE)
 def test_python_runs_as_it_stands(
     found: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

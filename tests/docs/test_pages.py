@@ -11,6 +11,7 @@ import pytest
 
 from tests.docs.blocks import PAGES
 from tests.paths import ROOT
+from tests.test_import_rules import MAY_IMPORT
 
 _LINK = re.compile(r"\]\(([^)#\s]+)")
 
@@ -76,6 +77,19 @@ def test_the_tree_is_the_tree() -> None:
             continue
         folder = folder if line.startswith("  ") else ROOT / name
         assert ((folder / name) if line.startswith("  ") else folder).exists(), line
+
+
+def test_the_import_rules_are_those_that_are_tested() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (`.*`.*) \| (.*) \|$", text, re.M)
+    told = {
+        room: {"nothing of the rooms": set(), "everything": set(MAY_IMPORT) - {"commands"}}.get(
+            rooms, set(rooms.split("; ")[0].split(", "))
+        )
+        for names, rooms in rows
+        for room in re.findall("`(\\w+)`", names)
+    }
+    assert told == MAY_IMPORT
 
 
 def test_the_map_for_machines_has_every_page() -> None:
