@@ -216,7 +216,9 @@ class Policy(_Model):
                 raise PolicyError(f"{name!r} is no agent's name; write `agent` or `tenant/agent`")
         (tenant, giver), (other, taker) = split_tenant(source), split_tenant(audience)
         if tenant != other:
-            raise PolicyError(f"{source} -> {audience} goes from one tenant to another")
+            raise PolicyError(
+                f"{EdgeName(source, audience).in_words} goes from one tenant to another"
+            )
         at = {(edge.tenant, edge.source, edge.audience): i for i, edge in enumerate(self.edges)}
         pairs = ((giver, taker), (giver, ANY), (ANY, taker), (ANY, ANY))
         wanted = ((group, *pair) for group, pair in product((tenant, ANY), pairs))

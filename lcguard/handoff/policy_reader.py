@@ -63,7 +63,7 @@ def loosened(old: Policy, new: Policy) -> str:
     for source, audience in _hops(old, new):
         before, after = old.for_edge(source, audience), new.for_edge(source, audience)
         if what := _looser(before, after):
-            return f"{source} -> {audience}: {what}"
+            return f"{after.name.in_words}: {what}"
     return ""
 
 

@@ -18,7 +18,7 @@ def why(policy: Policy, source: str, audience: str) -> list[str]:
     holds, and which edges stand back. Raises ``PolicyError`` as ``Policy.for_edge``."""
     found = policy.matching(source, audience)
     edge = policy.for_edge(source, audience)
-    hop = f"{source} -> {audience}"
+    hop = edge.name.in_words
     if not found:
         lines = [f"{hop}: no edge matches, so every category is forbidden"]
     else:
@@ -95,7 +95,7 @@ def _near(name: str, known: Collection[str]) -> str:
 def _named(policy: Policy, i: int) -> str:
     edge = policy.edges[i]
     tenant = "" if edge.tenant == ANY else f", tenant {edge.tenant}"
-    return f"edges[{i}] ({edge.source} -> {edge.audience}{tenant})"
+    return f"edges[{i}] ({edge.name.in_words}{tenant})"
 
 
 def _listed(names: Collection[str]) -> str:

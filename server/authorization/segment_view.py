@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lcguard.handoff.names import split_tenant
+from lcguard.handoff.names import EdgeName, split_tenant
 from lcguard.handoff.policy import Edge, Policy
 from lcguard.manifest import Manifest
 from lcguard.server.access.keyring import Identity
@@ -73,4 +73,4 @@ def manifest_view(row: Segment, manifest: Manifest) -> dict[str, Any]:
     out = manifest.model_dump(mode="json", include=set(_MANIFEST))
     for name in ("source_agent", "audience"):
         out[name] = split_tenant(out[name])[1]
-    return out | {"edge": f"{row.source}>{row.audience}"}
+    return out | {"edge": EdgeName(row.source, row.audience).in_manifest}

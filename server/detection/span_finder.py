@@ -101,7 +101,7 @@ class SpanFinder:
             raise _refused(
                 f"guard 'redact' finds not all {', '.join(open_)} by itself: name the texts to "
                 "hide in lcguard.publish.secrets, [] for none, or choose another guard for "
-                f"{edge.source} -> {edge.audience} in the policy"
+                f"{edge.name.in_words} in the policy"
             )
         texts = await self._worker.run(lambda: self.texts)
         ids = await self._tokens(texts, endpoint, body)
