@@ -142,6 +142,11 @@ class Guard(Protocol):
         for a guard that is told."""
         ...
 
+    def opened(self, kv: KVBatch) -> KVBatch:
+        """What an entitled audience reads of a segment: itself, but for a guard of the wire alone,
+        which is undone with its key."""
+        ...
+
     def __call__(
         self,
         kv: KVBatch,

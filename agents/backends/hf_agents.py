@@ -92,8 +92,7 @@ class HFAgents:
                 if guard is not None:
                     past = None if on is None else on[torch.tensor(rows)]
                     kv = self._guard(guard, records, kv, past)
-                undo = getattr(guard, "opened", None)
-                read = kv if undo is None else undo(kv)
+                read = kv if guard is None else guard.opened(kv)
                 for j, i in enumerate(rows):
                     key, at = self._key(turns[i], records[j]), slice(j, j + 1)
                     opened = None if read is kv else read[at].trim()
