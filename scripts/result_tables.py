@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lcguard.commands.script import run_script
 from lcguard.evaluation.results import LIST
@@ -35,6 +35,10 @@ def interval(pair: Sequence[float] | None) -> str:
     return "" if pair is None else f" [{pair[0]:.3f}, {pair[1]:.3f}]"
 
 
+def told(value: float | None, beside: Any, ci: str = "") -> str:
+    return f"{figure(value)}{ci} ({beside})"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
@@ -46,9 +50,9 @@ def by(columns: Columns, rows: Sequence[Any]) -> str:
     return table([*columns], [[show(row) for show in columns.values()] for row in rows])
 
 
-def cell(key: str, digits: int = 3) -> Callable[[Row], str]:
+def cell(key: str, digits: int = 3, ci: str = "") -> Callable[[Row], str]:
     """A figure, with its interval where there is one."""
-    return lambda row: figure(row[key], digits) + interval(row.get(f"{key}_ci"))
+    return lambda row: figure(row[key], digits) + interval(row.get(ci or f"{key}_ci"))
 
 
 def plain(key: str) -> Callable[[Row], str]:
@@ -68,17 +72,12 @@ def listed(size: str) -> Callable[[Row], str]:
     """What the optimal attacker recovers who chooses from a list; the interval of the headline."""
 
     def of_row(row: Row) -> str:
-        found = row.get("likelihood", {}).get(size)
-        if found is None:
+        if (found := row.get("likelihood", {}).get(size)) is None:
             return "-"
         ci = interval(found["ci"]) if size == LIST else ""
-        return f"{figure(found['asr'])}{ci} ({figure(found['floor'])})"
+        return told(found["asr"], figure(found["floor"]), ci)
 
     return of_row
-
-
-def verdict_of(row: Row) -> str:
-    return verdict(row).word
 
 
 UTILITY = {"utility": of("utility", "utility_vanilla")}
@@ -94,7 +93,7 @@ GUARDS: Columns = {
     "recovered / resisted": lambda r: f"{r['counts']['success']} / {r['counts']['resisted']}",
     "likelihood@10 (chance)": listed("10"),
     f"likelihood@{LIST} [95%] (chance)": listed(LIST),
-    "verdict": verdict_of,
+    "verdict": lambda r: verdict(r).word,
 }
 HEADLINE = {
     "identity": "none (raw KV)",
@@ -115,7 +114,7 @@ def headline(report: Row) -> str:
         "task answers right": UTILITY["utility"],
         "secrets recovered, best fresh attack [95%]": cell("asr_fresh"),
         f"value picked from {LIST} (chance)": listed(LIST),
-        "verdict": verdict_of,
+        "verdict": lambda r: verdict(r).word,
     }
     rows = {r["guard"]: r for r in report["results"]}
     return by(columns, [rows[name] for name in HEADLINE])
@@ -126,7 +125,7 @@ def likelihood(report: Row) -> str:
     columns: Columns = {
         "guard": text("guard"),
         "candidates": lambda r: f"{r['size']:,}",
-        "right [95%]": lambda r: figure(r["asr"]) + interval(r["ci"]),
+        "right [95%]": cell("asr", ci="ci"),
         "chance": cell("floor"),
         "blind": cell("blind"),
         "median rank": lambda r: f"{r['rank_median']:g}",
@@ -145,12 +144,9 @@ def likelihood(report: Row) -> str:
 def draws(report: Row) -> str:
     """Several draws of one record, averaged."""
     head = ("draws of one record", *(f"right of {int(n):,} [95%]" for n in report["lists"]))
-    rows = [
-        (str(n), *(figure(x["asr"]) + interval(x["ci"]) for x in by_size.values()))
-        for n, by_size in report["draws"].items()
-    ]
-    chance = ("chance", *(figure(x["floor"]) for x in report["draws"]["1"].values()))
-    return table(head, [*rows, chance])
+    found = report["draws"]
+    rows = [(str(n), *map(cell("asr", ci="ci"), sizes.values())) for n, sizes in found.items()]
+    return table(head, [*rows, ("chance", *map(cell("floor"), found["1"].values()))])
 
 
 def policies(report: Row) -> str:
@@ -230,26 +226,21 @@ def handoff(report: Row) -> str:
 
 def proxy(report: Row) -> str:
     """Latency and throughput by both ways, and of a bare relay."""
-    loaded, alone = report["paired_at_concurrency"], report["paired_alone"]
-    bare, rps = report["floor_at_concurrency"], report["throughput_rps"]
     ours, direct = report["streams"]["proxy"], report["streams"]["direct"]
-    share = f"{report['throughput_share']:.3f} ({rps['proxy']:.1f} of {rps['direct']:.1f}"
+    rps = "{proxy:.1f} of {direct:.1f} requests/s".format(**report["throughput_rps"])
     gaps = f"{ms(ours['gap_p50_ms'])} ({ms(direct['gap_p50_ms'])})"
-    pieces = f"{ours['pieces']:.1f} ({direct['pieces']:.1f})"
-    several, single = loaded["extra_p50_ms"], alone["extra_p50_ms"]
-    rows = (
-        (f"{report['concurrency']} at a time", several, bare["extra_p50_ms"]),
-        ("one at a time", single, report["floor_alone"]["extra_p50_ms"]),
-    )
-    return table(
-        ("", "proxy", "floor"),
-        [
-            *((f"added latency, p50, {when}", ms(a), ms(b)) for when, a, b in rows),
-            ("throughput over direct", f"{share} requests/s)", "-"),
-            ("gap between pieces of a stream, p50 (direct)", gaps, "-"),
-            ("pieces of a stream (direct)", pieces, "-"),
-        ],
-    )
+    ways = ("paired_", "floor_")
+    times = {"at_concurrency": f"{report['concurrency']} at a time", "alone": "one at a time"}
+    rows = [
+        (f"added latency, p50, {when}", *(ms(report[way + key]["extra_p50_ms"]) for way in ways))
+        for key, when in times.items()
+    ]
+    rows += [
+        ("throughput over direct", f"{report['throughput_share']:.3f} ({rps})", "-"),
+        ("gap between pieces of a stream, p50 (direct)", gaps, "-"),
+        ("pieces of a stream (direct)", f"{ours['pieces']:.1f} ({direct['pieces']:.1f})", "-"),
+    ]
+    return table(("", "proxy", "floor"), rows)
 
 
 def soak(report: Row) -> str:
@@ -257,10 +248,8 @@ def soak(report: Row) -> str:
     memory, audit, latency = report["memory"], report["audit"], report["latency"]
     failed = f"{report['n_5xx']} answered 5xx ({report['n_5xx_without_reason']} without a reason)"
     grown = f"{memory['slope_mib_per_min']:+.2f} MiB a minute over the second half"
-    quarters = (
-        f"{memory['first_quarter_mib']:.0f} MiB in the first quarter, "
-        f"{memory['last_quarter_mib']:.0f} in the last"
-    )
+    first, last = memory["first_quarter_mib"], memory["last_quarter_mib"]
+    quarters = f"{first:.0f} MiB in the first quarter, {last:.0f} in the last"
     lost = f"{audit['lost']} lost of {sum(audit['told'].values()):,} that clients were told of"
     times = (
         f"{kind} {latency[kind]['p50_ms']:.0f} / {latency[kind]['p99_ms']:.0f} ms"
@@ -330,64 +319,50 @@ def agents(report: Row) -> str:
     return by(columns, report["curves"]["agents"])
 
 
-class Source(NamedTuple):
-    """A file of results: how it is made, and the tables that are made of it."""
+# File of results -> how it is made.
+OUT = "--out benchmarks/results"
+COMMANDS = {
+    "main": "lcguard eval run main --out runs/main",
+    "agentleak": "lcguard eval run agentleak --data PATH --out runs/agentleak",
+    "draws": f"python scripts/measure_draws.py --secrets 4 {OUT}/draws.json",
+    "residual_search": "python scripts/search_residual.py",
+    "handoff": f"python scripts/bench_handoff.py --repeats 11 {OUT}/handoff.json",
+    "proxy": f"python scripts/bench_proxy.py --concurrency 32 {OUT}/proxy.json",
+    "soak": f"python scripts/soak.py --concurrency 32 --minutes 10 {OUT}/soak.json",
+    "multihop": "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
+    "nano": "python scripts/train_nano.py --check agents/nano/model",
+}
 
-    command: str
-    tables: Mapping[str, Callable[[Any], str]]
-
-
-SOURCES = {
-    "main": Source(
-        "lcguard eval run main --out runs/main",
-        {
-            "headline": headline,
-            "main": guards,
-            "likelihood": likelihood,
-            "policies": policies,
-            "derived": derived,
-            "certificate": certificate,
-        },
-    ),
-    "agentleak": Source(
-        "lcguard eval run agentleak --data PATH --out runs/agentleak", {"agentleak": guards}
-    ),
-    "draws": Source(
-        "python scripts/measure_draws.py --secrets 4 --out benchmarks/results/draws.json",
-        {"draws": draws},
-    ),
-    "residual_search": Source("python scripts/search_residual.py", {"residual_search": search}),
-    "handoff": Source(
-        "python scripts/bench_handoff.py --repeats 11 --out benchmarks/results/handoff.json",
-        {"handoff": handoff},
-    ),
-    "proxy": Source(
-        "python scripts/bench_proxy.py --concurrency 32 --out benchmarks/results/proxy.json",
-        {"proxy": proxy},
-    ),
-    "soak": Source(
-        "python scripts/soak.py --concurrency 32 --minutes 10 --out benchmarks/results/soak.json",
-        {"soak": soak},
-    ),
-    "multihop": Source(
-        "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
-        {"multihop": multihop, "attackers": attackers, "hops": hops, "agents": agents},
-    ),
-    "nano": Source("python scripts/train_nano.py --check agents/nano/model", {"nano": nano}),
+# Marker -> the file of results, and what makes a table of it.
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "headline": ("main", headline),
+    "main": ("main", guards),
+    "likelihood": ("main", likelihood),
+    "policies": ("main", policies),
+    "derived": ("main", derived),
+    "certificate": ("main", certificate),
+    "agentleak": ("agentleak", guards),
+    "draws": ("draws", draws),
+    "residual_search": ("residual_search", search),
+    "handoff": ("handoff", handoff),
+    "proxy": ("proxy", proxy),
+    "soak": ("soak", soak),
+    "multihop": ("multihop", multihop),
+    "attackers": ("multihop", attackers),
+    "hops": ("multihop", hops),
+    "agents": ("multihop", agents),
+    "nano": ("nano", nano),
 }
 
 
 def sections() -> dict[str, str]:
-    """Marker name -> table and where it comes from; results that were not made are left out."""
+    """Marker -> table and where it comes from; results that were not made are left out."""
     out: dict[str, str] = {}
-    for name, source in SOURCES.items():
+    for marker, (name, make) in TABLES.items():
         path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        report = json.loads(path.read_text())
-        for marker, make in source.tables.items():
-            made = f"From `benchmarks/results/{path.name}`, made by `{source.command}`."
-            out[marker] = f"{make(report)}\n\n{made}"
+        if path.exists():
+            made = f"From `benchmarks/results/{path.name}`, made by `{COMMANDS[name]}`."
+            out[marker] = f"{make(json.loads(path.read_text()))}\n\n{made}"
     return out
 
 
@@ -414,15 +389,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = sections()
     if not (args.write or args.check):
         print("\n\n".join(f"{name}\n\n{body}" for name, body in tables.items()))
-        return 0
-    stale = 0
-    for page in PAGES:
-        before = page.read_text()
-        after = fill(before, tables)
-        stale += before != after
-        if args.write:
+    filled = {page: fill(page.read_text(), tables) for page in PAGES}
+    if args.write:
+        for page, after in filled.items():
             page.write_text(after)
-    return int(args.check and stale > 0)
+    return int(args.check and any(page.read_text() != after for page, after in filled.items()))
 
 
 if __name__ == "__main__":
