@@ -11,26 +11,30 @@ hands its records on as KV, in a chain, and values count only where they come ba
 
 from __future__ import annotations
 
-import os
 import random
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
+from lcguard.agents.scenarios.files import (
+    REQUESTER,
+    BenchmarkModel,
+    check_agents,
+    check_new,
+    data_path,
+    read_lines,
+)
 from lcguard.agents.scenarios.generator import GeneratorConfig, write_record
-from lcguard.agents.scenarios.lines import ScenarioError, read_lines
 from lcguard.agents.scenarios.schema import BY_NAME, FIELD_CATEGORY, FieldType, RecordType
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Record, Scenario
 from lcguard.agents.scenarios.values import anything
 from lcguard.rule import Rule
 
 FILE: Final = "scenarios.jsonl"
-REQUESTER: Final = "requester"
 
 ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     "ssn": ("client_ssn",),
@@ -58,57 +62,32 @@ _Name = Annotated[str, StringConstraints(pattern=r"^[^{}\s]([^{}\r\n]*[^{}\s])?$
 _Value = Annotated[str, BeforeValidator(_as_text)]
 
 
-class _Model(BaseModel):
-    # The file has more keys (tools, attack, evaluation) than a hop needs.
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-
-
-class _Record(_Model):
+class _Record(BenchmarkModel):
     record_type: _Name
     fields: Annotated[dict[_Name, _Value], Field(min_length=1)]
 
 
-class _Vault(_Model):
+class _Vault(BenchmarkModel):
     records: Annotated[list[_Record], Field(min_length=1)]
 
 
-class _Agent(_Model):
+class _Agent(BenchmarkModel):
     agent_id: _Name
     role: str = "agent"
 
 
-class _AllowedSet(_Model):
+class _AllowedSet(BenchmarkModel):
     # Both required: a list that is left out would protect nothing.
     fields: list[str]
     forbidden_fields: list[str]
 
 
-class _Line(_Model):
+class _Line(BenchmarkModel):
     scenario_id: _Name
     vertical: _Name
     agents: Annotated[list[_Agent], Field(min_length=1)]
     private_vault: _Vault
     allowed_set: _AllowedSet
-
-
-def find_agentleak(path: Path | None = None) -> Path:
-    """The scenario file: ``path`` itself, in it, or in its folder ``agentleak``.
-
-    Without a path the data root is the environment's LCGUARD_DATA. Raises ``ScenarioError``
-    where there is no such file.
-    """
-    if path is None:
-        root = os.environ.get("LCGUARD_DATA")
-        if not root:
-            raise ScenarioError("AgentLeak has no data root; set LCGUARD_DATA or pass --data")
-        path = Path(root)
-    tried = (path, path / FILE, path / "agentleak" / FILE)
-    found = next((p for p in tried if p.is_file()), None)
-    if found is None:
-        raise ScenarioError(
-            f"{tried[2]}: no such file, nor {tried[1]}; set LCGUARD_DATA or pass --data"
-        )
-    return found
 
 
 def read_agentleak(
@@ -124,23 +103,17 @@ def read_agentleak(
     line is malformed.
     """
     scenarios: dict[str, Scenario] = {}
-    for where, line in read_lines(find_agentleak(path), _Line):
+    for where, line in read_lines(_file(path), _Line):
         names = [a.agent_id for a in line.agents]
-        if len(set(names)) < len(names) or REQUESTER in names:
-            raise ScenarioError(
-                f"{where}: agents = {names}: give each its own agent_id, none {REQUESTER!r}"
-            )
-        if line.scenario_id in scenarios:
-            raise ScenarioError(
-                f"{where}: scenario_id = {line.scenario_id!r}: used before; make it unique"
-            )
+        check_agents(where, names, "agent_id")
+        check_new(where, "scenario_id", line.scenario_id, scenarios)
         scenarios[line.scenario_id] = _scenario(line, aliases, categories)
     return list(scenarios.values())
 
 
-def not_applicable_counts(scenarios: Iterable[Scenario]) -> dict[str, int]:
-    """In how many scenarios a forbidden field names nothing, most frequent first."""
-    return dict(Counter(f for s in scenarios for f in s.not_applicable).most_common())
+def _file(path: Path | None) -> Path:
+    """The file itself, in the given folder, or in its folder ``agentleak``."""
+    return data_path(path, "AgentLeak", ("", FILE, f"agentleak/{FILE}"), Path.is_file)
 
 
 def _scenario(

@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
-from lcguard.agents.scenarios.values import vocabulary
+from lcguard.agents.scenarios.files import own_data
+from lcguard.agents.scenarios.values import known_names
 
 LONGEST: Final = 5
 """Most words of a phrase or name: of a longer one the first, then the rest, are atoms."""
@@ -47,24 +48,7 @@ _FORMS: Final = {
 _TOKEN = re.compile("|".join(f"(?P<{k}>{v})" for k, v in _FORMS.items()))
 _STARTS = re.compile(r"[.!?:;\n\"“”‘•(\[]|(?<!\w)'|- ")  # noqa: RUF001
 
-STOP: Final = frozenset(
-    """a about above across after again against all almost along already also although always am
-    among an and another any anything are around as at away back be became because become been
-    before being below between both but by can cannot could despite did do does doing done down due
-    during each either else enough especially etc even ever every everyone everything few for from
-    further get gets getting given gives go goes going got had has have having he her here hers
-    herself him himself his how however i i'd i'll i'm i've if in include included includes
-    including indeed instead into is isn't it it's its itself just last later least less let like
-    lot made mainly make makes making many may maybe me might more most much must my myself near
-    nearly need needs neither never next no nor not nothing now of off often on once one only onto
-    or other others our ours ourselves out over own per perhaps quite rather re really regarding
-    related s same say says see seen several shall she should since so some someone something soon
-    still such than that that's the their theirs them themselves then there these they thing things
-    this those though through throughout thus to together too toward towards two under unless until
-    up upon us use used uses using various very via want wants was we we're well were what when
-    where whether which while who whom whose why will with within without would yes yet you your
-    yours""".split()
-)
+STOP: Final = frozenset(own_data("words.toml")["atoms"]["stop"].split())
 
 
 @dataclass(frozen=True)
@@ -218,12 +202,8 @@ def _is_name(word: str, names: set[str]) -> bool:
     return word in names or word.endswith(".") or word in _FAKER
 
 
-def _faker(part: str) -> frozenset[str]:
-    return frozenset(n.lower() for split in ("train", "test") for n in vocabulary(part, split))
-
-
-_GIVEN: Final = _faker("first")
-_FAKER: Final = _GIVEN | _faker("last")
+_GIVEN: Final = known_names("first")
+_FAKER: Final = _GIVEN | known_names("last")
 
 
 @lru_cache(maxsize=256)

@@ -14,15 +14,15 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from lcguard.agents.scenarios import phrasing
-from lcguard.agents.scenarios.atoms import Atom, parts_of_names
+from lcguard.agents.scenarios.atoms import Atom, AtomFinder, parts_of_names
 from lcguard.agents.scenarios.repeats import REPEAT
 from lcguard.agents.scenarios.topics import category_of
-from lcguard.agents.scenarios.types import Question, Record, Scenario, Span, hops_of
+from lcguard.agents.scenarios.types import Question, Record, Span
 
 ORDINALS: Final = ("first", "second", "third")
 """Of more values with one label, the others are not asked about."""
@@ -120,21 +120,6 @@ def excerpt(
     return Record(record_id, record_type, vertical, text, tuple(spans), tuple(questions))
 
 
-def tally(scenarios: Iterable[Scenario]) -> dict[str, int]:
-    """What the scenarios hold, and what of the source they cannot hold."""
-    all_of = list(scenarios)
-    hops = hops_of(all_of)
-    return {
-        "scenarios": len(all_of),
-        "usable": len({h.scenario_id for h in hops}),
-        "records": len(hops),
-        "secrets": sum(h.is_secret(s) for h in hops for s in h.record.spans),
-        "task_questions": sum(h.is_task(q) for h in hops for q in h.record.questions),
-        "not_asked": sum(_unasked(h.record) for h in hops),
-        "not_applicable": sum(len(s.not_applicable) for s in all_of),
-    }
-
-
 def secret_fields(records: Sequence[Record]) -> tuple[str, ...]:
     """The fields that attacks are scored on."""
     return tuple(
@@ -147,13 +132,45 @@ def secret_fields(records: Sequence[Record]) -> tuple[str, ...]:
     )
 
 
-def _unasked(record: Record) -> int:
-    return sum(s.category is None and s.field != REPEAT for s in record.spans) - sum(
-        q.category is None for q in record.questions
-    )
+class SecretFinder:
+    """Finds in the parts of a text the values that it shares with secret ``items``.
+
+    ``known`` is what the receiver knows anyway. ``finder`` looks for the items; what it finds in
+    ``parts`` says what are names, and of which category a value is.
+    """
+
+    def __init__(
+        self, items: Sequence[str], finder: AtomFinder, known: Iterable[str], parts: Iterable[str]
+    ) -> None:
+        atoms = [a for part in parts for a in finder.find(part)]
+        self._finder, self._known = finder, list(known)
+        self._names = sorted({a.words for a in atoms if a.kind == "name"})
+        self._category = _categories(atoms, items)
+        found = {i for a in atoms for i in a.items}
+        self.missing = [i for i in range(len(items)) if i not in found]
+        """Items without a checkable value in the parts, by index."""
+
+    @property
+    def categories(self) -> set[str]:
+        return set(self._category.values())
+
+    def values(self, part: str) -> tuple[Value, ...]:
+        """The part's values, and between them single words of their names: parts of a name are
+        guarded, not scored."""
+        found = self._finder.find(part)
+        values = []
+        for a in found:
+            inner = a.kind == "name" and any(set(a.words) < set(name) for name in self._names)
+            category = self._category[a.words]
+            values.append(Value(a.start, a.end, a.kind, category, scored=not inner))
+        for piece in parts_of_names(part, self._names, self._known):
+            if all(piece.end <= a.start or a.end <= piece.start for a in found):
+                category = next(self._category[n] for n in self._names if piece.words[0] in n)
+                values.append(Value(piece.start, piece.end, piece.kind, category, scored=False))
+        return tuple(values)
 
 
-def categories_of(atoms: Iterable[Atom], items: Sequence[str]) -> dict[tuple[str, ...], str]:
+def _categories(atoms: Iterable[Atom], items: Sequence[str]) -> dict[tuple[str, ...], str]:
     """The category of each distinct atom, by its words; part of a name is as the name."""
     first = {a.words: a for a in atoms}
     names = sorted((w for w, a in first.items() if a.kind == "name"), key=len, reverse=True)
@@ -164,29 +181,6 @@ def categories_of(atoms: Iterable[Atom], items: Sequence[str]) -> dict[tuple[str
             whole = next((n for n in names if set(words) < set(n)), words)
         out[words] = category_of(atom.kind, whole, items[first[whole].items[0]])
     return out
-
-
-def secret_values(
-    text: str,
-    found: Sequence[Atom],
-    names: Iterable[tuple[str, ...]],
-    known: Iterable[str],
-    categories: Mapping[tuple[str, ...], str],
-) -> tuple[Value, ...]:
-    """The values of the found atoms, and between them single words of their names.
-
-    Parts of a name are guarded, not scored. ``categories`` is by an atom's words.
-    """
-    known, names = list(known), sorted(names)
-    values = []
-    for a in found:
-        part = a.kind == "name" and any(set(a.words) < set(name) for name in names)
-        values.append(Value(a.start, a.end, a.kind, categories[a.words], scored=not part))
-    for piece in parts_of_names(text, names, known):
-        if all(piece.end <= a.start or a.end <= piece.start for a in found):
-            category = next(categories[name] for name in names if piece.words[0] in name)
-            values.append(Value(piece.start, piece.end, piece.kind, category, scored=False))
-    return tuple(values)
 
 
 class _Fields:

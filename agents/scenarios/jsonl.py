@@ -23,10 +23,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lcguard.agents.scenarios.excerpts import secret_fields
-from lcguard.agents.scenarios.lines import ScenarioError, ScenarioWarning, read_lines
+from lcguard.agents.scenarios.files import (
+    ScenarioError,
+    ScenarioWarning,
+    Text,
+    check_new,
+    read_lines,
+)
 from lcguard.agents.scenarios.offsets import Offsets, misread, untidy
 from lcguard.agents.scenarios.repeats import REPEAT, cover_repeats
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Question, Record, Scenario, Span
@@ -55,8 +61,7 @@ def _own(field: str) -> str:
 
 
 _Category = Annotated[str, AfterValidator(_known)]
-_Text = Annotated[str, StringConstraints(min_length=1)]
-_Id = Annotated[str, StringConstraints(min_length=1)] | None
+_Id = Text | None
 
 
 class _Model(BaseModel):
@@ -67,20 +72,20 @@ class _Span(_Model):
     start: Annotated[int, Field(ge=0)]
     end: int
     category: _Category
-    field: Annotated[_Text, AfterValidator(_own)] | None = None
-    value: _Text | None = None
+    field: Annotated[Text, AfterValidator(_own)] | None = None
+    value: Text | None = None
 
 
 class _Question(_Model):
-    question: _Text
-    answer: _Text
+    question: Text
+    answer: Text
     category: _Category | None = None
-    field: _Text | None = None
+    field: Text | None = None
     id: _Id = None
 
 
 class _Line(_Model):
-    text: _Text
+    text: Text
     spans: list[_Span]
     questions: list[_Question]
     id: _Id = None
@@ -103,8 +108,7 @@ def read_jsonl(path: Path, *, forbid: Sequence[str] = CATEGORIES) -> list[Scenar
     notes: dict[str, list[str]] = {_CUT: [], _AGAIN: []}
     for where, line in read_lines(path, _Line):
         name = line.id or f"{path.stem}-{where.rpartition(':')[2]}"
-        if name in scenarios:
-            raise ScenarioError(f"{where}: id = {name!r}: used before; make it unique")
+        check_new(where, "id", name, scenarios)
         spans = _spans(where, line)
         notes[_CUT] += _cut(where, line)
         record, repeats = cover_repeats(

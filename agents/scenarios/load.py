@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lcguard.agents.scenarios.agentleak import read_agentleak
 from lcguard.agents.scenarios.generator import GeneratorConfig, make_scenario
@@ -18,14 +18,15 @@ from lcguard.agents.scenarios.values import SPLITS
 
 Source = Literal["generator", "agentleak", "privacylens", "magpie", "jsonl"]
 SOURCES: tuple[Source, ...] = get_args(Source)
-_BENCHMARKS: dict[str, Callable[[Path | None], list[Scenario]]] = {
+_READERS: dict[str, Callable[[Any], list[Scenario]]] = {
     "agentleak": read_agentleak,
     "privacylens": read_privacylens,
     "magpie": read_magpie,
+    "jsonl": read_jsonl,
 }
 
 
-def load_scenarios(
+def load_hops(
     source: Source,
     *,
     path: Path | None = None,
@@ -34,8 +35,8 @@ def load_scenarios(
     n: int | None = None,
     min_fields: int = GeneratorConfig.min_fields,
     max_fields: int = GeneratorConfig.max_fields,
-) -> list[Scenario]:
-    """Scenarios of a source.
+) -> list[Hop]:
+    """The hops of a source's scenarios.
 
     ``n`` is the number of scenarios: how many the generator makes, or how many are drawn from a
     file (None: all; drawn by ``seed``, kept in the file's order). ``split`` and the field counts
@@ -60,41 +61,14 @@ def load_scenarios(
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
         config = GeneratorConfig(seed, split, min_fields, max_fields)
-        return [make_scenario(config, i) for i in range(n)]
-    if source in _BENCHMARKS:
-        scenarios = _BENCHMARKS[source](path)
-    elif path is None:
+        return hops_of(make_scenario(config, i) for i in range(n))
+    if source == "jsonl" and path is None:
         raise ValueError("source 'jsonl' reads your own file; pass its path")
-    else:
-        scenarios = read_jsonl(path)
+    scenarios = _READERS[source](path)
     if n is None or n >= len(scenarios):
-        return scenarios
+        return hops_of(scenarios)
     drawn = random.Random(f"load/{seed}").sample(range(len(scenarios)), n)
-    return [scenarios[i] for i in sorted(drawn)]
-
-
-def load_hops(
-    source: Source,
-    *,
-    path: Path | None = None,
-    seed: int = 0,
-    split: str = "test",
-    n: int | None = None,
-    min_fields: int = GeneratorConfig.min_fields,
-    max_fields: int = GeneratorConfig.max_fields,
-) -> list[Hop]:
-    """The hops of ``load_scenarios``; raises what that raises."""
-    return hops_of(
-        load_scenarios(
-            source,
-            path=path,
-            seed=seed,
-            split=split,
-            n=n,
-            min_fields=min_fields,
-            max_fields=max_fields,
-        )
-    )
+    return hops_of(scenarios[i] for i in sorted(drawn))
 
 
 def split_hops(

@@ -20,26 +20,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AliasChoices, BeforeValidator, Field, StringConstraints
 
 from lcguard.agents.scenarios.atoms import AtomFinder
-from lcguard.agents.scenarios.documents import data_path, load_json, parse
 from lcguard.agents.scenarios.excerpts import (
     Piece,
+    SecretFinder,
     Value,
-    categories_of,
     excerpt,
     secret_fields,
-    secret_values,
     sentences,
     windows,
 )
-from lcguard.agents.scenarios.lines import ScenarioError
+from lcguard.agents.scenarios.files import (
+    REQUESTER,
+    BenchmarkModel,
+    ScenarioError,
+    check_agents,
+    data_path,
+    load_json,
+    parse,
+)
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Record, Scenario
 from lcguard.rule import Rule
 
 FOLDER: Final = "scenarios"
-REQUESTER: Final = "requester"
 MAX_CHARS: Final = 800
 """Of a window: about 470 tokens of the nano agent."""
 
@@ -66,12 +71,7 @@ _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 _Preferences = Annotated[dict[_Text, _Text], BeforeValidator(_preferences)]
 
 
-class _Model(BaseModel):
-    # The file has more keys (constraints, reasons, penalties) than a hop needs.
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-
-
-class _Agent(_Model):
+class _Agent(BenchmarkModel):
     name: _Text
     role: str = "agent"
     shareable_preferences: _Preferences
@@ -80,7 +80,7 @@ class _Agent(_Model):
     )
 
 
-class _File(_Model):
+class _File(BenchmarkModel):
     task: _Text
     deliverable: _Text
     agents: Annotated[list[_Agent], Field(min_length=1)]
@@ -101,10 +101,7 @@ def read_magpie(path: Path | None = None, *, max_chars: int = MAX_CHARS) -> list
     for file in files:
         content = parse(str(file), load_json(file), _File)
         names = [a.name for a in content.agents]
-        if len(set(names)) < len(names) or REQUESTER in names:
-            raise ScenarioError(
-                f"{file}: agents = {names}: give each its own name, none {REQUESTER!r}"
-            )
+        check_agents(str(file), names, "name")
         scenarios.append(_scenario(file.stem, content, max_chars))
     return scenarios
 
@@ -149,34 +146,32 @@ def _hand(
     context = [*shared.values(), *private.values()]
     known = [*public, *shared, *shared.values()]
     facts = [_facts(text) for text in private.values()]
-    hidden = AtomFinder(facts, known, context, phrases=False)
+    secrets = SecretFinder(
+        facts,
+        AtomFinder(facts, known, context, phrases=False),
+        known,
+        [part for text in private.values() for part in sentences(text)],
+    )
     open_ = AtomFinder(list(shared.values()), (), context, phrases=False)
-    atoms = [a for text in private.values() for part in sentences(text) for a in hidden.find(part)]
-    names = {a.words for a in atoms if a.kind == "name"}
-    categories = categories_of(atoms, facts)
-
-    def secrets(part: str) -> tuple[Value, ...]:
-        return secret_values(part, hidden.find(part), names, known, categories)
 
     def tasks(part: str) -> tuple[Value, ...]:
         found = [] if _POINTS.search(part) else open_.find(part)
         return tuple(Value(a.start, a.end, a.kind, None) for a in found)
 
     pieces = [Piece(agent.role, "Role")]
-    for preferences, values in ((shared, tasks), (private, secrets)):
+    for preferences, values in ((shared, tasks), (private, secrets.values)):
         for label, text in preferences.items():
             pieces += [
                 Piece(part, None if i else label.replace("_", " "), values(part))
                 for i, part in enumerate(sentences(text))
             ]
-    cut = windows(pieces, max_chars)
     records = tuple(
         excerpt(f"{name}-{i}", "preferences", vertical, "agent", window)
-        for i, window in enumerate(cut)
+        for i, window in enumerate(windows(pieces, max_chars))
         if any(p.values for p in window)
     )
-    used = {i for a in atoms for i in a.items}
-    return records, [label for i, label in enumerate(private) if i not in used]
+    labels = list(private)
+    return records, [labels[i] for i in secrets.missing]
 
 
 def _facts(text: str) -> str:

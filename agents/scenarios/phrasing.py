@@ -3,55 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
-SENTENCES = (
-    "The {label} is {value}.",
-    "{Label}: {value}.",
-    "{Label}: {value}\n",
-    "On file, the {label} reads {value}.",
-    "We recorded {value} as the {label}.",
-    "As {label} the form gives {value}.",
-    "The {noun}'s {label} is {value}.",
-    "For the {noun}, {value} was entered as {label}.",
-    "Listed {label}: {value};",
-    "{Label} = {value}\n",
-)
-OPENINGS = (
-    "Summary of the {noun} file.",
-    "{Noun} record.",
-    "Notes on this {noun}.",
-    "The following was collected for the {noun}.",
-    "Extract from the {noun} register.",
-    "Internal file, {noun}.",
-    "",
-)
-FILLER = (
-    "The file was checked last week.",
-    "No further action is needed today.",
-    "Please keep this page in the folder.",
-    "A copy was sent to the archive.",
-    "The form was filled in by hand.",
-    "All entries were confirmed by phone.",
-    "There was a short delay at the desk.",
-    "The office closes early on Friday.",
-    "Some pages of the file are missing.",
-    "See the attachment for more.",
-    "The next review is due in spring.",
-    "Two people were present.",
-    "This entry replaces an older one.",
-    "Nothing unusual was noted.",
-    "The system was slow that day.",
-    "A reminder goes out next month.",
-)
-QUESTIONS = (
-    "What is the {label}?",
-    "What is the {noun}'s {label}?",
-    "Give the {label}.",
-    "Which {label} is on file?",
-    "Tell me the {label} of the {noun}.",
-    "{Label}?",
-)
+from lcguard.agents.scenarios.files import own_data
+
+_WORDS = own_data("words.toml")["phrasing"]
+OPENINGS: tuple[str, ...] = tuple(_WORDS["openings"])
+FILLER: tuple[str, ...] = tuple(_WORDS["filler"])
 ABSENT = "not stated"
 
 
@@ -64,13 +21,11 @@ def fill(pattern: str, *, label: str = "", noun: str = "", value: str = "{value}
     return pattern.format(label=label, Label=_cap(label), noun=noun, Noun=_cap(noun), value=value)
 
 
-def sentence(
-    rng: random.Random, label: str, noun: str, patterns: Sequence[str] = SENTENCES
-) -> tuple[str, str]:
+def sentence(rng: random.Random, label: str, noun: str) -> tuple[str, str]:
     """Text before and after the value."""
-    before, after = fill(rng.choice(patterns), label=label, noun=noun).split("{value}")
+    before, after = fill(rng.choice(_WORDS["sentences"]), label=label, noun=noun).split("{value}")
     return before, after
 
 
 def question(rng: random.Random, label: str, noun: str) -> str:
-    return fill(rng.choice(QUESTIONS), label=label, noun=noun)
+    return fill(rng.choice(_WORDS["questions"]), label=label, noun=noun)

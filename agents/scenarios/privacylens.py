@@ -19,20 +19,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field
 
 from lcguard.agents.scenarios.atoms import AtomFinder
-from lcguard.agents.scenarios.documents import data_path, load_json, parse
 from lcguard.agents.scenarios.excerpts import (
     Piece,
-    categories_of,
+    SecretFinder,
     excerpt,
     secret_fields,
-    secret_values,
     sentences,
     windows,
 )
-from lcguard.agents.scenarios.lines import ScenarioError
+from lcguard.agents.scenarios.files import (
+    BenchmarkModel,
+    ScenarioError,
+    Text,
+    check_new,
+    data_path,
+    load_json,
+    parse,
+)
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Scenario
 from lcguard.rule import Rule
 
@@ -67,25 +73,19 @@ LONGEST_ANSWER: Final = 60
 
 _OBSERVATION: Final = re.compile(r"^[ \t]*Observation:", re.MULTILINE)
 _ACTION: Final = re.compile(r"^[ \t]*(?:Action(?: Input)?|Thought):", re.MULTILINE)
-_Text = Annotated[str, StringConstraints(min_length=1)]
 
 
-class _Model(BaseModel):
-    # The file has more keys (seed, vignette, toolkits) than a hop needs.
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-
-
-class _Trajectory(_Model):
-    user_instruction: _Text
-    executable_trajectory: _Text
-    sensitive_info_items: Annotated[list[_Text], Field(min_length=1)]
-    final_action: _Text
+class _Trajectory(BenchmarkModel):
+    user_instruction: Text
+    executable_trajectory: Text
+    sensitive_info_items: Annotated[list[Text], Field(min_length=1)]
+    final_action: Text
     user_name: str = ""
     user_email: str = ""
 
 
-class _Entry(_Model):
-    name: _Text
+class _Entry(BenchmarkModel):
+    name: Text
     trajectory: _Trajectory
 
 
@@ -103,8 +103,7 @@ def read_privacylens(path: Path | None = None, *, max_chars: int = MAX_CHARS) ->
     for i, raw in enumerate(entries):
         where = f"{file}: entry {i}"
         entry = parse(where, raw, _Entry)
-        if entry.name in scenarios:
-            raise ScenarioError(f"{where}: name = {entry.name!r}: used before; make it unique")
+        check_new(where, "name", entry.name, scenarios)
         scenarios[entry.name] = _scenario(entry, max_chars)
     return list(scenarios.values())
 
@@ -115,31 +114,26 @@ def _scenario(entry: _Entry, max_chars: int) -> Scenario:
     known = (source.user_instruction, source.user_name, source.user_email)
     leaves = [(key, sentences(t)) for key, t in _leaves(source.executable_trajectory)]
     text = [part for _, parts in leaves for part in parts]
-    finder = AtomFinder(items, known, text)
-    atoms = [a for part in text for a in finder.find(part)]
-    names = {a.words for a in atoms if a.kind == "name"}
-    categories = categories_of(atoms, items)
+    secrets = SecretFinder(items, AtomFinder(items, known, text), known, text)
     pieces: list[Piece] = []
     for key, parts in leaves:
         for i, part in enumerate(parts):
-            values = secret_values(part, finder.find(part), names, known, categories)
             asked = TASK.get(key) if len(parts) == 1 and len(part) <= LONGEST_ANSWER else None
-            pieces.append(Piece(part, None if i else _label(key), values, asked))
+            pieces.append(Piece(part, None if i else _label(key), secrets.values(part), asked))
     records = tuple(
         excerpt(f"{entry.name}-{i}", source.final_action, "assistant", "file", window)
         for i, window in enumerate(windows(pieces, max_chars))
         if any(p.secret for p in window)
     )
-    shared = {i for a in atoms for i in a.items}
     return Scenario(
         entry.name,
         "privacylens",
         "assistant",
         (AgentSpec(SENDER, SENDER, records), AgentSpec(RECEIVER, source.final_action, ())),
-        (EdgeSpec(SENDER, RECEIVER, Rule.hiding(set(categories.values()))),),
+        (EdgeSpec(SENDER, RECEIVER, Rule.hiding(secrets.categories)),),
         None,
         secret_fields(records),
-        tuple(item for i, item in enumerate(items) if i not in shared),
+        tuple(items[i] for i in secrets.missing),
     )
 
 

@@ -45,6 +45,11 @@ def vocabulary(name: str, split: str) -> tuple[str, ...]:
     return tuple(e for i, e in enumerate(entries) if (i % _HELD_OUT == 0) == (split == "test"))
 
 
+def known_names(name: str) -> frozenset[str]:
+    """A vocabulary's entries of either split, in lower case."""
+    return frozenset(n.lower() for split in ("train", "test") for n in vocabulary(name, split))
+
+
 def pick(rng: random.Random, name: str, split: str) -> str:
     words = vocabulary(name, split)
     word = words[int(rng.random() * len(words))]
@@ -151,7 +156,7 @@ def date(first_year: int, last_year: int) -> Sampler:
     )
 
 
-def money(low: int, high: int, *, cents: bool = False) -> Sampler:
+def money(low: int, high: int, cents: bool = False) -> Sampler:
     """Half of the amounts are round thousands, half are not."""
 
     def sample(rng: random.Random, split: str) -> str:

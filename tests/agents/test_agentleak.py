@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcguard.agents.scenarios.agentleak import not_applicable_counts, read_agentleak
-from lcguard.agents.scenarios.lines import ScenarioError
+from lcguard.agents.scenarios.agentleak import read_agentleak
+from lcguard.agents.scenarios.files import ScenarioError
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.agents.scenarios.types import Hop, Scenario, hops_of
 from tests.paths import ROOT
@@ -159,10 +159,15 @@ def test_aliases_and_categories_can_be_replaced(tmp_path: Path) -> None:
     assert only.edges[0].rule.forbid == ("account", "confidential")
 
 
+def not_applicable(scenarios: list[Scenario]) -> Counter[str]:
+    """In how many scenarios a forbidden field names nothing."""
+    return Counter(f for s in scenarios for f in s.not_applicable)
+
+
 def test_not_applicable_fields_are_counted(tmp_path: Path) -> None:
     lists = {"fields": [], "forbidden_fields": ["gossip", "ssn"]}
     path = write(tmp_path, line(), line(scenario_id="b", allowed_set=lists))
-    assert not_applicable_counts(read_agentleak(path)) == {"gossip": 2}
+    assert not_applicable(read_agentleak(path)) == {"gossip": 2}
 
 
 def test_the_file_is_found_by_root_folder_or_name(
@@ -251,7 +256,7 @@ def scored(scenarios: list[Scenario]) -> list[tuple[Hop, str, str]]:
 def test_development_split_counts(development: list[Scenario]) -> None:
     assert Counter(len(s.agents) for s in development) == {1: 233, 2: 209, 3: 175}
     assert len(hops_of(development)) == 3 * 617
-    counts = not_applicable_counts(development)
+    counts = not_applicable(development)
     assert (counts["medical_history"], counts["other_medications"]) == (34, 34)
     assert sum(counts.values()) == 710
     hops = hops_of(development)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.agents.backends.hf import load_backend
+from lcguard.agents.scenarios.files import ScenarioError, ScenarioWarning
 from lcguard.agents.scenarios.jsonl import read_jsonl
-from lcguard.agents.scenarios.lines import ScenarioError, ScenarioWarning
 from lcguard.agents.scenarios.types import hops_of
 from lcguard.categories import CATEGORIES
 from lcguard.normalise import occurrences
@@ -70,7 +70,7 @@ def test_offsets_are_characters_not_bytes(tmp_path: Path) -> None:
     assert hop.record.spans[0].value == "Å"
 
 
-@pytest.mark.filterwarnings("ignore::lcguard.agents.scenarios.lines.ScenarioWarning")
+@pytest.mark.filterwarnings("ignore::lcguard.agents.scenarios.files.ScenarioWarning")
 @given(cuts=st.lists(st.integers(0, 26), min_size=2, max_size=8, unique=True))
 def test_any_disjoint_spans_are_read(cuts: list[int], tmp_path_factory: Any) -> None:
     cuts = sorted(cuts[: len(cuts) // 2 * 2])

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from lcguard.agents.scenarios.excerpts import tally
-from lcguard.agents.scenarios.lines import ScenarioError
+from lcguard.agents.scenarios.files import ScenarioError
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.agents.scenarios.magpie import read_magpie
 from lcguard.agents.scenarios.types import Hop, Scenario, hops_of
+from tests.agents.scenario_counts import tally
 from tests.paths import ROOT
 
 

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcguard.agents.scenarios.atoms import AtomFinder, parts_of_names
-from lcguard.agents.scenarios.excerpts import Piece, sentences, tally, windows
-from lcguard.agents.scenarios.lines import ScenarioError
+from lcguard.agents.scenarios.excerpts import Piece, sentences, windows
+from lcguard.agents.scenarios.files import ScenarioError
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.agents.scenarios.privacylens import read_privacylens
 from lcguard.agents.scenarios.topics import category_of
 from lcguard.agents.scenarios.types import Scenario, hops_of
+from tests.agents.scenario_counts import tally
 from tests.paths import ROOT
 
 MAILS = {
