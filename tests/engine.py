@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
-from lcguard.agents.nano.load import guard_path, model_path
+from lcguard.agents.nano.load import model_path
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.categories import CATEGORIES
 from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.guards.shipped import guard_folder
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenQuestion, TokenRecord
 from lcguard.training.fit_detector import (
@@ -58,10 +59,10 @@ def guard_folders(agent: HFBackend, folder: Path) -> dict[str, str]:
     return {
         "twin": str(folder / "twin"),
         "gaussian": str(folder / "gaussian"),
-        "residual": str(guard_path("residual")),
+        "residual": guard_folder("nano:residual"),
         "gate": "nano:gate",
         # the same weights under a name whose guard the tests break
-        "broken": str(guard_path("gate")),
+        "broken": guard_folder("nano:gate"),
     }
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lcguard.agents.nano.load import guard_path, model_path
+from lcguard.agents.nano.load import model_path
 from lcguard.cli import main
+from lcguard.guards.shipped import guard_folder
 
 
 def lcguard(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -106,11 +107,8 @@ def test_guard_of_another_model(tmp_path: Path) -> None:
     name = sorted(weights)[0]
     weights[name] = weights[name] + 0.01
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    line = one_line(
-        lcguard(
-            "explain", "--model", str(other), "--guard", str(guard_path("gate")), "x", cwd=tmp_path
-        )
-    )
+    guard = guard_folder("nano:gate")
+    line = one_line(lcguard("explain", "--model", str(other), "--guard", guard, "x", cwd=tmp_path))
     assert "model" in line
     assert "train a guard" in line
 

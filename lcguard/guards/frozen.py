@@ -19,13 +19,14 @@ from torch import Tensor
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
+from lcguard.guards.shipped import CARD, guard_folder
 from lcguard.model_digest import add_tensor
 from lcguard.noise import new_noise_key
 from lcguard.protocols import Guarded, KVBatch, Mask
 from lcguard.records import mask_of
 from lcguard.rule import Rule
 
-CARD, WEIGHTS = "lcguard_config.json", "guard.safetensors"
+WEIGHTS = "guard.safetensors"
 FORMAT = 1
 
 
@@ -198,13 +199,11 @@ class FrozenGuard:
         shape: tuple[int, int, int] | None = None,
         revision: str | None = None,
     ) -> FrozenGuard:
-        """Loads a folder, or a Hugging Face repository where no such folder exists.
+        """Loads a folder, a shipped guard (``nano:gate``) or a Hugging Face repository.
 
         Raises ``GuardError`` in one line for a missing, damaged or foreign guard.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            folder = _download(str(name_or_path), revision)
+        folder = _find(str(name_or_path), revision)
         card = _read_card(folder)
         if card.format != FORMAT:
             raise GuardError(f"{folder.name} has format {card.format}, this release reads {FORMAT}")
@@ -248,8 +247,7 @@ def _same_mask(n: int, forbid: Sequence[str], derive: Sequence[str]) -> Mask:
 
 def saved_class(name_or_path: str | os.PathLike[str]) -> type[GuardModule]:
     """What kind of guard is saved there, by its card alone. Raises ``GuardError``."""
-    folder = Path(name_or_path)
-    card = _read_card(folder if folder.is_dir() else _download(str(name_or_path), None))
+    card = _read_card(_find(str(name_or_path), None))
     try:
         return guard_class(card.guard)
     except ValueError as error:
@@ -278,6 +276,11 @@ def _read_card(folder: Path) -> Card:
         e = error.errors()[0]
         where = ".".join(map(str, e["loc"]))
         raise GuardError(f"{folder.name}/{CARD}: {where}: {e['msg']}") from error
+
+
+def _find(name: str, revision: str | None) -> Path:
+    folder = Path(guard_folder(name))
+    return folder if folder.is_dir() else _download(name, revision)
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from lcguard.guards.frozen import CARD
+CARD = "lcguard_config.json"
 
 
 def guard_folder(path: str) -> str:

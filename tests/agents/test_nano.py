@@ -9,8 +9,9 @@ import torch
 
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.check import accuracy
-from lcguard.agents.nano.load import GUARDS, guard_names, guard_path, model_path
+from lcguard.agents.nano.load import model_path
 from lcguard.guards import FrozenGuard
+from lcguard.guards.shipped import guard_folder
 
 
 def test_package_data_is_small() -> None:
@@ -44,13 +45,13 @@ def test_it_answers_as_text_and_as_a_segment_alike() -> None:
 @pytest.mark.parametrize("name", ["gate", "regress", "residual"])
 def test_shipped_guards_fit_the_shipped_agent(name: str) -> None:
     agent = load_backend("nano")
-    guard = FrozenGuard.from_pretrained(guard_path(name), model_digest=agent.digest)
+    guard = FrozenGuard.from_pretrained(f"nano:{name}", model_digest=agent.digest)
     assert guard.card.training is not None
     assert guard.name == name
 
 
 def test_the_gate_meets_its_certificate() -> None:
-    card = json.loads((GUARDS / "gate" / "lcguard_config.json").read_text())
+    card = json.loads(Path(guard_folder("nano:gate"), "lcguard_config.json").read_text())
     assert card["certificate"]["mean_nats"] <= 5
     assert card["certificate"]["mean_nats"] < card["certificate"]["upper_nats"]
 
@@ -65,7 +66,10 @@ def test_the_log_belongs_to_the_configuration() -> None:
 
 def test_names_of_shipped_guards() -> None:
     gates = {"gate", "gate-agentleak", "gate-full"}
-    assert set(guard_names()) == {*gates, "regress", "residual", "residual-full"}
+    with pytest.raises(ValueError, match="'none' is not shipped; shipped: ") as caught:
+        guard_folder("nano:none")
+    names = str(caught.value).partition("; shipped: ")[2].split(", ")
+    assert set(names) == {*gates, "regress", "residual", "residual-full"}
 
 
 def test_weights_are_float32() -> None:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
-from lcguard.agents.nano.load import guard_path
 from lcguard.discrete_gaussian import STEPS
 from lcguard.guards.cloak import box_muller
 from lcguard.guards.frozen import FrozenGuard
@@ -82,7 +81,7 @@ def agent() -> HFBackend:
 
 @cache
 def gate() -> GateGuard:
-    module = FrozenGuard.from_pretrained(guard_path("gate")).module
+    module = FrozenGuard.from_pretrained("nano:gate").module
     assert isinstance(module, GateGuard)
     return module
 

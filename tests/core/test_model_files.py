@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcguard.agents.backends.hf import load_backend
-from lcguard.agents.nano.load import guard_path, model_path
+from lcguard.agents.nano.load import model_path
 from lcguard.cli import main
 from lcguard.commands.keys import new_key
 from lcguard.guards import FrozenGuard
@@ -168,14 +168,14 @@ def test_a_guard_is_at_home_in_the_folder_it_was_made_in(change: Damage, nano: P
     backend = load_backend(str(nano))
     # what an engine reads off the files is what the guard was bound to
     assert checkpoint_digest(nano) == backend.digest
-    guard = FrozenGuard.from_pretrained(guard_path("gate")).with_card(model_digest=backend.digest)
+    guard = FrozenGuard.from_pretrained("nano:gate").with_card(model_digest=backend.digest)
     guard.save_pretrained(nano.parent / "guard")
     FrozenGuard.from_pretrained(nano.parent / "guard", model_digest=checkpoint_digest(nano))
 
 
 def test_files_beside_the_weights_do_not_change_the_digest(nano: Path) -> None:
     before = checkpoint_digest(nano)
-    assert FrozenGuard.from_pretrained(guard_path("gate")).card.model_digest == before
+    assert FrozenGuard.from_pretrained("nano:gate").card.model_digest == before
     beside(nano)
     assert checkpoint_digest(nano) == before
     extra(nano)
@@ -239,7 +239,7 @@ def test_vllm_takes_a_guard_made_in_a_folder_of_many_files(nano: Path, tmp_path:
     beside(nano)
     extra(nano)
     (nano / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": SINGLE}}))
-    guard = FrozenGuard.from_pretrained(guard_path("gate"))
+    guard = FrozenGuard.from_pretrained("nano:gate")
     guard.with_card(model_digest=load_backend(str(nano)).digest).save_pretrained(tmp_path / "g")
     done = subprocess.run(
         [sys.executable, "-c", ENGINE, str(nano), str(tmp_path / "g")],

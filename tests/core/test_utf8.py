@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lcguard.agents.nano.load import guard_path, model_path
+from lcguard.agents.nano.load import model_path
 from lcguard.cli import main
 from lcguard.commands.keys import new_key
+from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.keys import KEY_VARIABLE
 
 BAD = b"version: 1 \xe9\xff\n"
@@ -57,7 +58,7 @@ def test_the_file_is_named_in_one_line(
     new_key(Path("keys.yaml"), "intake")
     Path("good.yaml").write_text("version: 1\nedges: []\n...\n")
     Path("run").mkdir()
-    for folder, source in (("guard", guard_path("gate")), ("model", model_path())):
+    for folder, source in (("guard", Path(guard_folder("nano:gate"))), ("model", model_path())):
         shutil.copytree(source, folder)
     Path(name).write_bytes(BAD)
     Path(name).chmod(0o600)

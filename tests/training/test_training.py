@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from lcguard.agents.nano.load import guard_path
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES, DERIVABLE
 from lcguard.commands.train import TrainRun, run_training
@@ -634,7 +633,11 @@ def test_an_average_without_steps_is_made_of_two_guards(tmp_path: Path) -> None:
     run_training(run, tmp_path / "a", "test")
     made, first, other = (
         FrozenGuard.from_pretrained(p)
-        for p in (tmp_path / "a" / "guard", guard_path("gate"), guard_path("gate-full"))
+        for p in (
+            tmp_path / "a" / "guard",
+            "nano:gate",
+            "nano:gate-full",
+        )
     )
     assert made.module.config.noise == 0.3
     parts = zip(*(g.module.state_dict().values() for g in (made, first, other)), strict=True)
