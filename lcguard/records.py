@@ -33,6 +33,16 @@ def masks(records: Sequence[TokenRecord]) -> Mask:
     return mask_of([r.rule for r in records])
 
 
+def value_labels(records: Sequence[TokenRecord], like: Tensor) -> Tensor:
+    """``[B, T, C]`` for ``like [B, T, ...]``: one where a token belongs to a value of the category,
+    forbidden on this edge or not."""
+    labels = torch.zeros(*like.shape[:2], len(CATEGORIES), device=like.device)
+    for row, record in zip(labels, records, strict=True):
+        for span, c in record.categorised():
+            row[span.start : span.end, c] = 1.0
+    return labels
+
+
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Right-padded ``[B, T]`` long tensor."""
     width = max((len(r) for r in rows), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,12 @@ class TokenRecord:
     @property
     def derive(self) -> tuple[Category, ...]:
         return self.rule.derive
+
+    def categorised(self) -> Iterator[tuple[TokenSpan, int]]:
+        """The values that have a category, each with its place in ``CATEGORIES``."""
+        for span in self.spans:
+            if span.category is not None:
+                yield span, CATEGORIES.index(span.category)
 
     def secrets(self) -> list[Secret]:
         """The values that the edge forbids."""

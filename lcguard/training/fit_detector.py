@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lcguard.categories import CATEGORIES
 from lcguard.guards.twin import TwinGuard
 from lcguard.protocols import KVBatch
-from lcguard.records import TokenRecord
+from lcguard.records import TokenRecord, value_labels
 from lcguard.source import ModelSource
 
 
@@ -91,16 +91,6 @@ def _float(kv: KVBatch) -> KVBatch:
     return KVBatch(kv.keys.float(), kv.values.float(), kv.valid)
 
 
-def labels(records: Sequence[TokenRecord], n_tokens: int) -> Tensor:
-    """``[B, T, C]`` in 0, 1: whatever has a category, forbidden on this edge or not."""
-    y = torch.zeros(len(records), n_tokens, len(CATEGORIES))
-    for row, record in zip(y, records, strict=True):
-        for span in record.spans:
-            if span.category is not None:
-                row[span.start : span.end, CATEGORIES.index(span.category)] = 1.0
-    return y
-
-
 def fit_detector(
     module: TwinGuard,
     data: Sequence[ReadRecords],
@@ -121,7 +111,7 @@ def fit_detector(
         source = data[step % len(data)]
         at = [rng.randrange(len(source.records)) for _ in range(config.batch)]
         records, x, valid = source.rows(at)
-        y = labels(records, x.shape[1])
+        y = value_labels(records, x)
         logits = module.detector(x, valid, config.dropout)
         weight = 1 + (config.value_weight - 1) * y
         each = F.binary_cross_entropy_with_logits(logits, y, reduction="none") * weight
@@ -148,17 +138,15 @@ def choose_thresholds(
     A value is found once all its tokens are above: it counts with its lowest token's logit. A
     category without validation values takes the lowest threshold.
     """
-    lowest: dict[str, list[float]] = {c: [] for c in CATEGORIES}
+    lowest: list[list[float]] = [[] for _ in CATEGORIES]
     for records, x, valid in data.batches(config.batch):
         logits = module.detector(x, valid)
         for row, record in zip(logits, records, strict=True):
-            for span in record.spans:
-                if span.category is not None:
-                    c = CATEGORIES.index(span.category)
-                    lowest[span.category].append(float(row[span.start : span.end, c].min()))
+            for span, c in record.categorised():
+                lowest[c].append(float(row[span.start : span.end, c].min()))
     out = []
     low, high = config.thresholds
-    for values in lowest.values():
+    for values in lowest:
         if not values:
             out.append(low)
             continue

@@ -19,16 +19,13 @@ from lcguard.guards.erasure import ErasureGuard
 from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
 
-_INDEX: dict[str, int] = {name: i for i, name in enumerate(CATEGORIES)}
-
 
 def frequent_tokens(records: Sequence[TokenRecord], values: int) -> list[dict[int, int]]:
     """For every category its most frequent value tokens, each with its number from 1 on."""
     counts = [Counter[int]() for _ in CATEGORIES]
     for record in records:
-        for span in record.spans:
-            if span.category is not None:
-                counts[_INDEX[span.category]].update(record.ids[span.start : span.end])
+        for span, c in record.categorised():
+            counts[c].update(record.ids[span.start : span.end])
     # ties by token id: the order of a Counter would be that of the records
     top = [sorted(c.items(), key=lambda item: (-item[1], item[0]))[:values] for c in counts]
     return [{token: i for i, (token, _) in enumerate(row, 1)} for row in top]
@@ -40,11 +37,9 @@ def concept_labels(
     """Concepts ``[B, T]`` of every token, right-padded; -1 outside of values."""
     labels = torch.full((len(records), max(len(r.ids) for r in records)), -1)
     for i, record in enumerate(records):
-        for span in record.spans:
-            if span.category is not None:
-                c = _INDEX[span.category]
-                for at in range(span.start, span.end):
-                    labels[i, at] = c * (1 + values) + tokens[c].get(record.ids[at], 0)
+        for span, c in record.categorised():
+            for at in range(span.start, span.end):
+                labels[i, at] = c * (1 + values) + tokens[c].get(record.ids[at], 0)
     return labels
 
 

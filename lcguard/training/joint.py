@@ -74,7 +74,7 @@ def observed(
 ) -> AttackData:
     """Attack pairs of a training batch: segments on their own, or whole paths where ``hops`` > 1.
 
-    The batch holds hop after hop, as ``objective.step_data`` makes it.
+    The batch holds hop after hop, as ``steps.Steps`` makes it.
     """
     if hops == 1:
         return attack_data(records, kv, special)

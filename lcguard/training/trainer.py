@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard
-from lcguard.protocols import AttackData
+from lcguard.protocols import AttackData, KVBatch
 from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
 from lcguard.tokens import Special
@@ -34,7 +34,8 @@ from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpo
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import with_policy
 from lcguard.training.joint import observed
-from lcguard.training.objective import draw_batch, guard_losses, label_loss, step_data
+from lcguard.training.objective import Objective, label_loss
+from lcguard.training.steps import StepData, Steps, draw_batch
 from lcguard.training.twins import ValuePool
 
 
@@ -91,9 +92,9 @@ def band_means(z: Tensor, records: Sequence[TokenRecord], pool: ValuePool, book:
     values of their band: a receiver reads something of the band from it before any training."""
     found: dict[int, list[Tensor]] = {}
     for i, record in enumerate(records):
-        for span in record.spans:
+        for span, _ in record.categorised():
             word = pool.word(span, len(book))
-            if span.category is not None and word is not None:
+            if word is not None:
                 found.setdefault(word, []).append(z[i, span.start : span.end])
     book = book.clone()
     for word, values in found.items():
@@ -121,150 +122,147 @@ def train_guard(
     if config.adversary.count and factory is None:
         raise ValueError("config.adversary.count > 0 needs a factory for the attackers")
     out.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=source.device.type == "cpu")
-    module = make_module(config, source)
-    module.to(source.device)
-    pool = ValuePool(records)
-    pairs = prepare(module, records, source, special, pool, config.path_hops)
-    if init is not None:  # weights and statistics of a trained guard
-        module.load_state_dict(init.module.state_dict())
-    ensemble = Ensemble(config.adversary, factory or _no_adversary, pairs, config.seed)
-    optimizers = make_optimizers(module, config)
-    kept: dict[str, nn.Module] = {"guard": module}
-    if config.ema:
-        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-        kept["average"] = average
+    trainer = Trainer(config, records, source, special, factory or _no_adversary, init)
     state = out / "checkpoint.safetensors"
-    first, spent = 0, 0.0
-    if state.exists():
+    first, spent = trainer.resume(state)
+    metrics = _kept_metrics(out / "metrics.jsonl", first)
+    started = time.monotonic() - spent
+    is_main = trainer.accelerator.is_main_process
+    with _bar(progress, is_main) as bar:
+        task = bar.add_task(f"train {config.guard}", total=config.steps, completed=first, note="")
+        for step in range(first, config.steps):
+            row = trainer.step(step)
+            metrics.append({"step": step, **row})
+            bar.update(task, advance=1, note=_note(row))
+            done = step + 1
+            if is_main and (done % config.checkpoint_every == 0 or done == config.steps):
+                _write_metrics(out / "metrics.jsonl", metrics)
+                trainer.save(state, done, time.monotonic() - started)
+    guard = FrozenGuard(trainer.finished())
+    return Run(guard, trainer.ensemble, metrics, time.monotonic() - started)
+
+
+class Trainer:
+    """The guard, its attackers and their optimisers, step by step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        records: Sequence[TokenRecord],
+        source: ModelSource,
+        special: Special,
+        factory: AdversaryFactory,
+        init: FrozenGuard | None = None,
+    ) -> None:
+        self.config, self.special = config, special
+        self.accelerator = Accelerator(cpu=source.device.type == "cpu")
+        self.module = make_module(config, source)
+        self.module.to(source.device)
+        pool = ValuePool(records)
+        pairs = prepare(self.module, records, source, special, pool, config.path_hops)
+        if init is not None:  # weights and statistics of a trained guard
+            self.module.load_state_dict(init.module.state_dict())
+        self.ensemble = Ensemble(config.adversary, factory, pairs, config.seed)
+        self.optimizers = make_optimizers(self.module, config)
+        self.average: AveragedModel | None = None
+        if config.ema:
+            self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        by_length = sorted(records, key=lambda r: len(r.ids))
+        self.steps = Steps(by_length, pool, source, config, special.neutral_id)
+        self.objective = Objective(config, source, pool)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step of guard and attackers; returns its figures."""
+        rng = random.Random(f"{self.config.seed}/{step}/{self.accelerator.process_index}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(48))
+        self.module.train()
+        label = step < self.config.label_steps
+        row = self._label(rng, step) if label else self._guard(rng, generator, step)
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        return row
+
+    def _label(self, rng: random.Random, step: int) -> dict[str, float]:
+        chosen = draw_batch(rng, self.steps.records, self.config.batch)
+        raw = self.steps.source.prefill([r.ids for r in chosen], batch=len(chosen))
+        loss = label_loss(self.module, chosen, raw, self.steps.pool)
+        self._descend(loss, step)
+        return {"loss": float(loss.detach())}
+
+    def _guard(self, rng: random.Random, generator: torch.Generator, step: int) -> dict[str, float]:
+        data = self.steps.draw(rng, self.module, generator)
+        total, metrics, guarded = self.objective.losses(self.module, data, generator, step)
+        if self.ensemble.members:
+            total = total + self.ensemble.guard_term(self._observed(data, guarded))
+        self._descend(total, step)
+        row = {"loss": float(total.detach()), **metrics}
+        if self.ensemble.members:
+            stale = KVBatch(guarded.keys.detach(), guarded.values.detach(), guarded.valid)
+            row |= self.ensemble.learn(self._observed(data, stale), step)
+        return row
+
+    def _observed(self, data: StepData, kv: KVBatch) -> AttackData:
+        return observed(data.records, kv, self.special, self.config.path_hops)
+
+    def _descend(self, loss: Tensor, step: int) -> None:
+        """Gradients are averaged over processes by hand: the guard is small, and its passes (raw,
+        pair, labels) do not all go through one forward, which a wrapper would expect."""
+        config = self.config
+        if not math.isfinite(float(loss.detach())):
+            raise ValueError(f"loss is {float(loss.detach())} at step {step}; lower lr={config.lr}")
+        for optimizer, base in zip(self.optimizers, (config.lr, config.muon_lr), strict=False):
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = base * _rate(step, config)
+        self.accelerator.backward(loss)
+        if self.accelerator.num_processes > 1:
+            for p in self.module.parameters():
+                if p.grad is not None:
+                    p.grad = self.accelerator.reduce(p.grad, "mean")
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def resume(self, state: Path) -> tuple[int, float]:
+        """The step to go on with and the seconds spent before; 0 where there is no checkpoint."""
+        if not state.exists():
+            return 0, 0.0
         # before the weights: those of another configuration need not even fit
-        if read_meta(state).get("config") != json.loads(json.dumps(asdict(config))):
+        if read_meta(state).get("config") != json.loads(json.dumps(asdict(self.config))):
             raise ValueError(
                 f"{state} belongs to another configuration; delete it or use another out"
             )
-        meta = load_checkpoint(
-            state, kept | ensemble.modules(), [*optimizers, *ensemble.optimizers]
-        )
-        first, spent = meta["step"], meta["seconds"]
-    rank = accelerator.process_index
-    records = sorted(records, key=lambda r: len(r.ids))
-    metrics = _kept_metrics(out / "metrics.jsonl", first)
-    started = time.monotonic() - spent
-    with _bar(progress, accelerator.is_main_process) as bar:
-        task = bar.add_task(f"train {config.guard}", total=config.steps, completed=first, note="")
-        for step in range(first, config.steps):
-            row = _step(
-                config,
-                step,
-                rank,
-                records,
-                pool,
-                source,
-                special,
-                module,
-                optimizers,
-                ensemble,
-                accelerator,
-            )
-            if config.ema:
-                average.update_parameters(module)
-            metrics.append({"step": step, **row})
-            bar.update(task, advance=1, note=_note(row))
-            if accelerator.is_main_process and (
-                (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
-            ):
-                _write_metrics(out / "metrics.jsonl", metrics)
-                save_checkpoint(
-                    state,
-                    kept | ensemble.modules(),
-                    [*optimizers, *ensemble.optimizers],
-                    {
-                        "step": step + 1,
-                        "seconds": time.monotonic() - started,
-                        "config": asdict(config),
-                    },
-                )
-    if config.ema and config.steps:
-        module.load_state_dict(average.module.state_dict())
-    return Run(FrozenGuard(module), ensemble, metrics, time.monotonic() - started)
+        meta = load_checkpoint(state, *self._kept())
+        return meta["step"], meta["seconds"]
 
+    def save(self, state: Path, step: int, seconds: float) -> None:
+        meta = {"step": step, "seconds": seconds, "config": asdict(self.config)}
+        save_checkpoint(state, *self._kept(), meta)
 
-def _step(
-    config: TrainConfig,
-    step: int,
-    rank: int,
-    records: Sequence[TokenRecord],
-    pool: ValuePool,
-    source: ModelSource,
-    special: Special,
-    module: GuardModule,
-    optimizers: Sequence[torch.optim.Optimizer],
-    ensemble: Ensemble,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    rng = random.Random(f"{config.seed}/{step}/{rank}")
-    generator = torch.Generator().manual_seed(rng.getrandbits(48))
-    module.train()
-    if step < config.label_steps:
-        chosen = draw_batch(rng, records, config.batch)
-        raw = source.prefill([r.ids for r in chosen], batch=len(chosen))
-        labels = label_loss(module, chosen, raw, pool)
-        _descend(labels, module, optimizers, step, config, accelerator)
-        return {"loss": float(labels.detach())}
-    data = step_data(rng, records, pool, source, config, special.neutral_id, module, generator)
-    losses = guard_losses(module, data, source, config, generator, step, pool)
-    total = losses.total
-    if ensemble.members:
-        seen = observed(data.records, losses.guarded, special, config.path_hops)
-        total = total + ensemble.guard_term(seen)
-    _descend(total, module, optimizers, step, config, accelerator)
-    row = {"loss": float(total.detach()), **losses.metrics}
-    if ensemble.members:
-        kv = losses.guarded
-        stale = type(kv)(kv.keys.detach(), kv.values.detach(), kv.valid)
-        row |= ensemble.learn(observed(data.records, stale, special, config.path_hops), step)
-    return row
+    def _kept(self) -> tuple[dict[str, nn.Module], list[torch.optim.Optimizer]]:
+        """What a checkpoint holds."""
+        modules: dict[str, nn.Module] = {"guard": self.module, **self.ensemble.modules()}
+        if self.average is not None:
+            modules["average"] = self.average
+        return modules, [*self.optimizers, *self.ensemble.optimizers]
+
+    def finished(self) -> GuardModule:
+        """The guard that the run ends with."""
+        if self.average is not None and self.config.steps:
+            self.module.load_state_dict(self.average.module.state_dict())
+        return self.module
 
 
 def make_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the context network's matrices and AdamW for the rest."""
+    wants = config.optimizer == "muon"
     named = list(module.named_parameters())
-    matrices = [
-        p
-        for n, p in named
-        if config.optimizer == "muon" and p.ndim == 2 and n.startswith("context.")
-    ]
+    matrices = [p for n, p in named if wants and p.ndim == 2 and n.startswith("context.")]
     rest = [p for _, p in named if not any(p is m for m in matrices)]
     out: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.01)]
     if matrices:
         out.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.01))
     return out
-
-
-def _descend(
-    loss: Tensor,
-    module: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    step: int,
-    config: TrainConfig,
-    accelerator: Accelerator,
-) -> None:
-    """One step. Gradients are averaged over processes by hand: the guard is small, and its passes
-    (raw, pair, labels) do not all go through one forward, which a wrapper would expect."""
-    if not math.isfinite(float(loss.detach())):
-        raise ValueError(f"loss is {float(loss.detach())} at step {step}; lower lr={config.lr}")
-    for optimizer, base in zip(optimizers, (config.lr, config.muon_lr), strict=False):
-        optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.param_groups:
-            group["lr"] = base * _rate(step, config)
-    accelerator.backward(loss)
-    if accelerator.num_processes > 1:
-        for p in module.parameters():
-            if p.grad is not None:
-                p.grad = accelerator.reduce(p.grad, "mean")
-    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
 
 
 def _rate(step: int, config: TrainConfig) -> float:

@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+from lcguard.categories import CATEGORIES
 from lcguard.guards.detector import runs
 from lcguard.records import TokenRecord, TokenSpan
 
@@ -19,7 +20,7 @@ Key = tuple[str, int, str | None]
 
 def forbidden_spans(record: TokenRecord, forbid: Sequence[str]) -> list[TokenSpan]:
     """Values of the forbidden categories."""
-    return [s for s in record.spans if s.category is not None and s.category in forbid]
+    return [s for s in record.spans if s.category in forbid]
 
 
 def neutral_twin(record: TokenRecord, forbid: Sequence[str], neutral_id: int) -> tuple[int, ...]:
@@ -85,16 +86,15 @@ class ValuePool:
         self._tokens: dict[str, list[int]] = defaultdict(list)
         bands: set[tuple[str, str]] = set()
         for record in records:
-            for span in record.spans:
-                if span.category is None:
-                    continue
+            for span, c in record.categorised():
                 value, n = record.ids[span.start : span.end], span.end - span.start
+                category = CATEGORIES[c]
                 self._by_key[span.field, n, None].append(value)
                 if span.band is not None:
                     self._by_key[span.field, n, span.band].append(value)
-                    bands.add((span.category, span.band))
-                self._by_length[span.category, n].append(value)
-                self._tokens[span.category] += value
+                    bands.add((category, span.band))
+                self._by_length[category, n].append(value)
+                self._tokens[category] += value
 
         self.bands = sorted(bands)
         """Derived values of secrets, as (category, band)."""

@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from lcguard.agents.backends.hf import load_backend
-from lcguard.agents.nano.load import guard_path
 from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Site
+from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.policy import load_policy
 from lcguard.store.files import FileStore
 from tests.engine import needs_vllm
@@ -61,7 +61,7 @@ N_MALFORMED = 2000
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     folder = tmp_path_factory.mktemp("drill")
     guard = folder / "gate"
-    shutil.copytree(guard_path("gate"), guard)
+    shutil.copytree(guard_folder("nano:gate"), guard)
     site = Site(folder, rules())
     keys = [site.key("intake"), site.key("billing")]
     with site.proxy(

@@ -15,7 +15,8 @@ from lcguard.records import IGNORE
 from lcguard.training.config import PolicyMix, TrainConfig
 from lcguard.training.dataset import attack_data, with_policy
 from lcguard.training.joint import join_data, observed
-from lcguard.training.objective import guard_losses, step_data
+from lcguard.training.objective import Objective
+from lcguard.training.steps import Steps
 from lcguard.training.twins import ValuePool
 from tests.fixtures import World, random_kv
 
@@ -100,10 +101,10 @@ class TestStep:
         records = sorted(world.records, key=lambda r: len(r.ids))
         rng, noise = random.Random(0), torch.Generator().manual_seed(0)
         pool = ValuePool(records)
-        data = step_data(
-            rng, records, pool, world.source, config, world.special.neutral_id, module, noise
-        )
-        return data, guard_losses(module, data, world.source, config, noise, 0, pool), module
+        steps = Steps(records, pool, world.source, config, world.special.neutral_id)
+        data = steps.draw(rng, module, noise)
+        losses = Objective(config, world.source, pool).losses(module, data, noise, 0)
+        return data, losses, module
 
     def test_later_hops_are_made_behind_guarded_ones(self, world: World) -> None:
         data, losses, _ = self.step(world, self.config())  # type: ignore[misc]

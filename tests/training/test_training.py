@@ -23,7 +23,7 @@ from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard, weights_digest
 from lcguard.guards.gate import GateGuard
 from lcguard.protocols import KVBatch
-from lcguard.records import TokenRecord, masks, pack_questions
+from lcguard.records import TokenRecord, masks, pack_questions, value_labels
 from lcguard.training import checkpoint as checkpoint_module
 from lcguard.training import trainer
 from lcguard.training.adversary import Ensemble, FieldPrior
@@ -31,14 +31,8 @@ from lcguard.training.certificate import pair_leaks
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import AdversaryConfig, PolicyMix, TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
-from lcguard.training.objective import (
-    answer_weights,
-    closing_loss,
-    draw_batch,
-    permitted,
-    sample_policy,
-    value_labels,
-)
+from lcguard.training.objective import answer_weights, closing_loss
+from lcguard.training.steps import draw_batch, permitted, sample_policy
 from lcguard.training.trainer import Run, train_guard
 from lcguard.training.twins import ValuePool, fixed_length_twin, neutral_twin
 from tests.fixtures import World
@@ -129,14 +123,14 @@ class Killed(Exception):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    real = trainer._step
+    real = trainer.Trainer.step
 
-    def dying(config: TrainConfig, at: int, *args: Any) -> dict[str, float]:
+    def dying(self: trainer.Trainer, at: int) -> dict[str, float]:
         if at == step:
             raise Killed
-        return real(config, at, *args)
+        return real(self, at)
 
-    monkeypatch.setattr(trainer, "_step", dying)
+    monkeypatch.setattr(trainer.Trainer, "step", dying)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -685,15 +679,14 @@ def test_a_run_ends_with_the_running_average_of_its_weights(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, torch.Tensor]] = []
-    step = trainer._step
+    step = trainer.Trainer.step
 
-    def watched(*args: Any) -> dict[str, float]:
-        row = step(*args)
-        module = next(a for a in args if isinstance(a, GuardModule))
-        seen.append({k: v.detach().clone() for k, v in module.named_parameters()})
+    def watched(self: trainer.Trainer, at: int) -> dict[str, float]:
+        row = step(self, at)
+        seen.append({k: v.detach().clone() for k, v in self.module.named_parameters()})
         return row
 
-    monkeypatch.setattr(trainer, "_step", watched)
+    monkeypatch.setattr(trainer.Trainer, "step", watched)
     run = train(world, replace(CONFIGS["gate"], ema=0.75), tmp_path)
     expected = seen[0]
     for weights in seen[1:]:

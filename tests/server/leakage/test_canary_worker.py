@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
-from lcguard.agents.nano.load import guard_path
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.categories import CATEGORIES
 from lcguard.commands.canary import Job, open_canaries, screen
@@ -46,7 +45,7 @@ def guards(agent: HFBackend) -> dict[str, FrozenGuard]:
     shape = KVShape(*agent.source.shape)
     return {
         "identity": FrozenGuard(guard_class("identity").build(shape, len(CATEGORIES), {})),
-        "gate": FrozenGuard.from_pretrained(guard_path("gate")),
+        "gate": FrozenGuard.from_pretrained("nano:gate"),
     }
 
 
