@@ -9,21 +9,17 @@ handle. What the sender spends on publishing is beside it, because a guard works
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lcguard.agents.nano.load import model_path
 from lcguard.categories import CATEGORIES
-from lcguard.commands.script import run_script
-from lcguard.evaluation.manifest import run_manifest
+from lcguard.commands.script import run_script, script_parser, write_report
 
 KINDS = ("text", "vanilla", "guarded")
 SUFFIX_TOKENS = 16
@@ -92,15 +88,16 @@ def medians(values: dict[str, list[float]]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="nano", help="nano, a folder or a hub repository")
-    parser.add_argument("--guard", default="gate", help="name in the policy")
-    parser.add_argument("--guard-path", default="nano:gate", help="its folder")
+    parser = script_parser(
+        __doc__,
+        model=("nano", "nano, a folder or a hub repository"),
+        guard=("gate", "name in the policy"),
+        guard_path=("nano:gate", "its folder"),
+        repeats=15,
+        seed=0,
+        dtype="float32",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if min(args.tokens) < 1 or args.repeats < 1:
         raise ValueError(f"--tokens {args.tokens} --repeats {args.repeats}: use 1 or more")
@@ -141,10 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             print(f"{n_tokens:6} tokens  " + "  ".join(f"{k} {v:8.2f} ms" for k, v in ttft.items()))
     command = "python scripts/bench_handoff.py --tokens " + " ".join(map(str, args.tokens))
-    report = {
-        "title": "Time to first token of a receiver",
+    found = {
         "unit": "ms",
-        **run_manifest(command, [args.seed], vars(args) | {"out": None}),
         "model": args.model,
         "guard": args.guard,
         "repeats": args.repeats,
@@ -152,9 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ttft_ms": rows[-1]["ttft_ms"],
         "rows": rows,
     }
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args, "Time to first token of a receiver", command, found)
     return 0
 
 

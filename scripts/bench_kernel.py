@@ -12,19 +12,16 @@ the report then says that no GPU was measured.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcguard.categories import CATEGORIES
-from lcguard.commands.script import run_script
-from lcguard.evaluation.manifest import run_manifest
+from lcguard.commands.script import run_script, script_parser, write_report
 from lcguard.guards.base import KVShape, guard_class
 from lcguard.guards.gate import GateGuard
 from lcguard.noise import new_noise_key
@@ -37,7 +34,7 @@ BLOCK = 16
 """Rows of a page block."""
 GUARDS = ("identity", "gaussian", "residual", "gate")
 # Qwen3-8B, and the agents of the demo where there is no GPU.
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, int | str]] = {
     "cuda": {"layers": 36, "kv_heads": 8, "head_dim": 128, "tokens": 32768, "dtype": "bfloat16"},
     "cpu": {"layers": 4, "kv_heads": 2, "head_dim": 32, "tokens": 2048, "dtype": "float32"},
 }
@@ -133,12 +130,9 @@ def measure(guard: str, args: argparse.Namespace, device: str) -> dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in DEFAULTS[device].items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    repeats = 20 if device == "cuda" else 5
+    parser = script_parser(__doc__, **DEFAULTS[device], repeats=repeats)
     parser.add_argument("--guard", nargs="+", choices=GUARDS, default=list(GUARDS[:3]))
-    parser.add_argument("--repeats", type=int, default=20 if device == "cuda" else 5)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if args.dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"--dtype {args.dtype}: use float32, float16 or bfloat16")
@@ -158,22 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['rewrite_gb_per_s']:8.2f} {row['copy_gb_per_s']:10.2f} "
             f"{row['share_of_copy']:7.3f}"
         )
-    if args.out is not None:
-        options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in sizes.items())
-        command = f"python scripts/bench_kernel.py {options} --repeats {args.repeats}"
-        command += f" --guard {' '.join(args.guard)}"
-        report = {
-            "title": "Bandwidth of the paged KV rewrite",
-            **run_manifest(command, [], {**sizes, "guard": args.guard, "repeats": args.repeats}),
-            "gpu": gpu,
-            "threads": torch.get_num_threads(),
-            **sizes,
-            "block_tokens": BLOCK,
-            "repeats": args.repeats,
-            "rows": rows,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in sizes.items())
+    command = f"python scripts/bench_kernel.py {options} --repeats {args.repeats}"
+    command += f" --guard {' '.join(args.guard)}"
+    found = {"gpu": gpu, "threads": torch.get_num_threads(), **sizes, "block_tokens": BLOCK}
+    found |= {"repeats": args.repeats, "rows": rows}
+    write_report(args, "Bandwidth of the paged KV rewrite", command, found)
     return 0
 
 

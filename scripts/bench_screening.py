@@ -8,7 +8,6 @@ predicted and true gradients on held-out records.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ from lcguard.agents.backends.hf import load_backend
 from lcguard.attacks.base import Knowledge
 from lcguard.attacks.gradient_prediction import GradientPredictionAttack
 from lcguard.categories import CATEGORIES
+from lcguard.commands.script import run_script, script_parser, write_report
 from lcguard.evaluation.load import hops_for
 from lcguard.evaluation.plan import DataConfig
 from lcguard.protocols import AttackData
@@ -47,12 +47,7 @@ def compare(attacks: dict[str, Any], data: AttackData, rounds: int) -> dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--records", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=1)
+    parser = script_parser(__doc__, model="nano", records=16, steps=40, rounds=3, layers=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     backend = load_backend(args.model)
@@ -76,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures["cosine"] = round(attacks["predicted"].gradient_cosine(theirs), 4)
         out[f"layers {layers or 'all'}"] = figures
     print(json.dumps(out, indent=1))
+    command = f"python scripts/bench_screening.py --records {args.records} --rounds {args.rounds}"
+    write_report(args, "Descent by predicted and by true gradients", command, out)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

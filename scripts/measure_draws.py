@@ -10,11 +10,9 @@ python scripts/measure_draws.py --out benchmarks/results/draws.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from lcguard.agents.backends.hf import load_backend
 from lcguard.attacks.likelihood import LikelihoodAttack
-from lcguard.commands.script import run_script
+from lcguard.commands.script import run_script, script_parser
 from lcguard.evaluation.intervals import cluster_bootstrap
 from lcguard.evaluation.load import hops_for, load_guard, make_attack
 from lcguard.evaluation.manifest import run_manifest
@@ -123,11 +121,9 @@ def _figures(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--guard", default="nano:gate")
-    parser.add_argument("--secrets", type=int, default=6, help="of each category")
-    parser.add_argument("--seed", type=int, default=2000, help="of the records")
-    parser.add_argument("--out", type=Path)
+    parser = script_parser(
+        __doc__, guard="nano:gate", secrets=(6, "of each category"), seed=(2000, "of the records")
+    )
     args = parser.parse_args(argv)
     found = measure(args.guard, args.secrets, args.seed)
     command = f"python scripts/measure_draws.py --secrets {args.secrets}"

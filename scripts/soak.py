@@ -29,8 +29,7 @@ import aiohttp
 
 from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Running, Site
-from lcguard.commands.script import run_script
-from lcguard.evaluation.manifest import run_manifest
+from lcguard.commands.script import run_script, script_parser, write_report
 from lcguard.server.audit.verify import verify
 
 WEIGHTS = {
@@ -314,11 +313,7 @@ async def soak(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser = script_parser(__doc__, concurrency=32, minutes=10.0, seed=0)
     args = parser.parse_args(argv)
     if args.concurrency < 1 or args.minutes <= 0:
         raise ValueError("--concurrency and --minutes: use 1 or more, and above 0")
@@ -343,29 +338,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "latency": latencies(seen, args.minutes * 60),
         "samples": samples,
     }
-    failed = [
-        what
-        for what, wrong in {
-            "memory grows": found["memory"]["growth_second_half"] > GROWTH,
-            "a 5xx without a reason": seen.silent_5xx,
-            "an answer did not come": seen.broken,
-            "the audit is altered": audit["problems"],
-            "a row is lost": audit["lost"],
-            "a handoff that nobody was told of": audit["untold"],
-        }.items()
-        if wrong
-    ]
+    wrong = {
+        "memory grows": found["memory"]["growth_second_half"] > GROWTH,
+        "a 5xx without a reason": seen.silent_5xx,
+        "an answer did not come": seen.broken,
+        "the audit is altered": audit["problems"],
+        "a row is lost": audit["lost"],
+        "a handoff that nobody was told of": audit["untold"],
+    }
+    failed = [what for what, is_wrong in wrong.items() if is_wrong]
     found["failed"] = failed
     command = f"python scripts/soak.py --concurrency {args.concurrency} --minutes {args.minutes:g}"
-    report = {
-        "title": "Soak of the proxy",
-        **found,
-        **run_manifest(command, [args.seed], vars(args) | {"out": None}),
-    }
     print(json.dumps({k: v for k, v in found.items() if k not in ("samples", "latency")}, indent=1))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args, "Soak of the proxy", command, found)
     return 1 if failed else 0
 
 
