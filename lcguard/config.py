@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
-from lcguard.yaml12 import YamlError, dump_yaml, parse_yaml
+from lcguard.strict_yaml import YamlError, dump_yaml, parse_yaml
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)

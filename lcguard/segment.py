@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 
 from lcguard.cache import cache_to_kv, check_supported, check_window, kv_to_cache
-from lcguard.disk import map_tensors, read_manifest, write_folder
 from lcguard.manifest import (
     Lineage,
     Manifest,
@@ -34,6 +33,7 @@ from lcguard.manifest import (
 from lcguard.model_digest import config_digest, model_fields
 from lcguard.protocols import KVBatch
 from lcguard.rope import Rotary
+from lcguard.segment_folder import map_tensors, read_manifest, write_folder
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from lcguard.agents.nano.load import model_path
 from lcguard.commands.keys import new_key as new_api_key
 from lcguard.commands.serve import NANO_ARGS
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
-from lcguard.private import private_log
+from lcguard.private_files import private_log
 from lcguard.server.engine import EnginePlan, lower_priority
 from lcguard.server.settings import EngineSettings
 

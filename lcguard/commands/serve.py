@@ -24,7 +24,7 @@ from lcguard.config import load_config
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
 from lcguard.handoff.policy import load_policy
 from lcguard.model_files import check_readable
-from lcguard.private import private_folder
+from lcguard.private_files import private_folder
 from lcguard.server.app import make_app
 from lcguard.server.engine import EnginePlan
 from lcguard.server.gateway.timed_http import TimedHttp

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lcguard.detokenize import TokenText
 from lcguard.normalise import runs
-from lcguard.spelling import Key, Range, Spellings, merged
-from lcguard.token_text import TokenText
+from lcguard.value_search import Key, Range, Spellings, merged
 
 SHORTEST = 5
 """Letters and digits that a detected value needs to be looked for elsewhere: a shorter one is

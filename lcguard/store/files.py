@@ -1,6 +1,6 @@
 """Segments as folders under one root, for processes of one machine or one shared disk.
 
-A segment is the folder that ``lcguard.disk`` writes, named by its handle. A folder appears by one
+A segment is a folder as ``lcguard.segment_folder`` writes it, named by its handle. It appears by one
 rename and goes by one rename to a hidden name, so that every process sees it whole or not at all
 and, of several that remove it, one does.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lcguard.disk import MANIFEST_FILE, map_tensors, read_manifest, write_folder
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.segment import KVSegment
+from lcguard.segment_folder import MANIFEST_FILE, map_tensors, read_manifest, write_folder
 from lcguard.store.base import (
     GRACE_S,
     HANDLE,

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lcguard.categories import Category
-from lcguard.escapes import unescaped
 from lcguard.evaluation.intervals import wilson
 from lcguard.handoff.policy import PolicyError
 from lcguard.normalise import Form, folded
 from lcguard.presidio import offline_presidio
 from lcguard.server.detection.official_numbers import official_numbers
-from lcguard.spelling import Range, merged
+from lcguard.unescape import unescaped
+from lcguard.value_search import Range, merged
 
 ENTITIES: dict[str, Category] = {
     "US_SSN": "government_id",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from lcguard.spelling import Range
+from lcguard.value_search import Range
 
 DIGITS, LENGTH = 5, 7
 """The fewest digits, and letters and digits, of an official number that is written with digits."""

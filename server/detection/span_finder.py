@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.handoff.policy import Edge, PolicyError
 from lcguard.handoff.redaction import RedactionError, redact
 from lcguard.handoff.request import tokens_digest
@@ -22,7 +23,6 @@ from lcguard.server.detection.cpu_worker import CpuWorker
 from lcguard.server.detection.detector import Detector, vouched
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
-from lcguard.token_text import TokenTextError, TokenTexts
 
 Endpoint = Literal["chat", "completions"]
 _HANDOFF = "kv_transfer_params"

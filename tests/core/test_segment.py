@@ -19,9 +19,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 from transformers.cache_utils import StaticCache
 
 from lcguard import cache as cache_module
-from lcguard import disk
+from lcguard import segment_folder
 from lcguard.cache import cache_to_kv, check_supported, check_window, kv_to_cache
-from lcguard.disk import MANIFEST_FILE, TENSOR_FILE
 from lcguard.handoff.keys import deployment_key, new_key
 from lcguard.manifest import (
     Manifest,
@@ -31,6 +30,7 @@ from lcguard.model_digest import config_digest
 from lcguard.protocols import KVBatch
 from lcguard.rope import Rotary, UnsupportedModelError
 from lcguard.segment import KVSegment, segments_to_cache
+from lcguard.segment_folder import MANIFEST_FILE, TENSOR_FILE
 
 TOLERANCE = 1e-5
 KEY = bytes(range(32))
@@ -470,7 +470,7 @@ def test_nothing_is_left_after_a_failed_save(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk, step, full_disk)
+    monkeypatch.setattr(segment_folder, step, full_disk)
     with pytest.raises(OSError, match="No space left"):
         segment_of(llama).save(tmp_path / "s", KEY)
     assert list(tmp_path.iterdir()) == []
@@ -479,14 +479,14 @@ def test_nothing_is_left_after_a_failed_save(
 def test_a_rival_writer_wins_whole(
     tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    segment, flush = segment_of(llama), disk._flush
+    segment, flush = segment_of(llama), segment_folder._flush
 
     def rival(path: Path) -> None:
         flush(path)
-        monkeypatch.setattr(disk, "_flush", flush)
+        monkeypatch.setattr(segment_folder, "_flush", flush)
         segment.save(tmp_path / "s", KEY)
 
-    monkeypatch.setattr(disk, "_flush", rival)
+    monkeypatch.setattr(segment_folder, "_flush", rival)
     with pytest.raises(SegmentError, match="s exists"):
         segment_of(llama, SECOND).save(tmp_path / "s", KEY)
     loaded = KVSegment.load(tmp_path / "s", KEY, config=llama.config)

@@ -9,8 +9,8 @@ import pytest
 
 from lcguard import normalise
 from lcguard.agents.scenarios.respell import SPELLINGS, respell
+from lcguard.detokenize import TokenText, TokenTextError, TokenTexts
 from lcguard.handoff.redaction import Redaction, RedactionError, redact
-from lcguard.token_text import TokenText, TokenTextError, TokenTexts
 from tests.small_tokenizers import KINDS, tokenizer
 
 NAME, SSN = "Zoë Müller", "912-55-1029"

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lcguard.agents.scenarios.respell import SPELLINGS
+from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.handoff.redaction import redact
-from lcguard.token_text import TokenTextError, TokenTexts
 from tests.small_tokenizers import KINDS, tokenizer
 
 N = 20_000 if os.environ.get("LCGUARD_CAMPAIGN") else 400

@@ -19,7 +19,7 @@ import pytest
 from lcguard.cli import main
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
 from lcguard.server.access.keyring import load_keys
-from lcguard.yaml12 import parse_yaml
+from lcguard.strict_yaml import parse_yaml
 
 UPSTREAM = "http://127.0.0.1:1"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lcguard.commands.keys import new_key
-from lcguard.private import private_folder, private_log
+from lcguard.private_files import private_folder, private_log
 from lcguard.store import StoreError, open_store
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lcguard.config import load_config
 from lcguard.handoff.policy import load_policy
 from lcguard.server.access.keyring import load_keys
-from lcguard.yaml12 import ALIAS_BUDGET, YamlError, parse_yaml
+from lcguard.strict_yaml import ALIAS_BUDGET, YamlError, parse_yaml
 
 
 @pytest.mark.parametrize(

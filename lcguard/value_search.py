@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from lcguard.escapes import unescaped
 from lcguard.normalise import Form, runs, skeleton, unspaced
+from lcguard.unescape import unescaped
 
 Range = tuple[int, int]
 

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from lcguard.normalise import skeleton
-from lcguard.spelling import Range
+from lcguard.value_search import Range
 
 _ESCAPED = re.compile("[\ud800-\udfff]")
 
