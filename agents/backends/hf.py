@@ -15,6 +15,7 @@ from transformers.utils import logging as hf_logging
 from lcguard.agents.models import model_location
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.cache import check_supported
+from lcguard.detokenize import TokenTexts
 from lcguard.handoff.redaction import redact
 from lcguard.hub import local_folder, quiet_hub, why_not_loaded
 from lcguard.model_digest import checkpoint_digest
@@ -22,7 +23,6 @@ from lcguard.model_files import ModelFolderError, check_texts, check_weights, re
 from lcguard.protocols import KVBatch
 from lcguard.rope import UnsupportedModelError
 from lcguard.source import ModelSource
-from lcguard.token_text import TokenTexts
 from lcguard.tokens import Special
 
 

@@ -1,6 +1,6 @@
 """Segments as folders under one root, for processes of one machine or one shared disk.
 
-A segment is a folder as ``lcguard.segment_folder`` writes it, named by its handle. It appears by one
+A segment is a folder as ``lcguard.segment_folder`` writes it, named by its handle. It comes by one
 rename and goes by one rename to a hidden name, so that every process sees it whole or not at all
 and, of several that remove it, one does.
 """

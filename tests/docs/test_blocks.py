@@ -24,7 +24,7 @@ from lcguard.config import load_config
 from lcguard.evaluation.plan import EvalConfig
 from lcguard.evaluation.presets import preset
 from lcguard.handoff.policy import parse_policy
-from lcguard.yaml12 import parse_yaml
+from lcguard.strict_yaml import parse_yaml
 from tests.docs.blocks import PAGES, Block, block, blocks, every_block
 from tests.paths import ROOT
 

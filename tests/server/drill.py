@@ -15,8 +15,8 @@ from torch import Tensor
 from lcguard.agents.backends.hf import load_backend
 from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Running, Site
-from lcguard.disk import MANIFEST_FILE, TENSOR_FILE, read_manifest
 from lcguard.guards import FrozenGuard
+from lcguard.segment_folder import MANIFEST_FILE, TENSOR_FILE, read_manifest
 from lcguard.server.audit.verify import verify
 from tests.server.proxy_client import (
     Answer,
