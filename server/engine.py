@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.model_files import AS_TRANSFORMERS
-from lcguard.private import private_log
+from lcguard.private_files import private_log
 from lcguard.server.settings import EngineSettings
 
 MIDDLEWARE = "lcguard.vllm.authentication.AuthenticationMiddleware"

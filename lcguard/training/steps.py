@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lcguard.categories import CATEGORIES, DERIVABLE, in_order
+from lcguard.categories import CATEGORIES, DERIVABLE
 from lcguard.guards.base import GuardModule
 from lcguard.protocols import KVBatch, Mask
 from lcguard.records import TokenQuestion, TokenRecord, masks
+from lcguard.rule import Rule
 from lcguard.source import ModelSource
 from lcguard.training.config import PolicyMix, TrainConfig
 from lcguard.training.dataset import with_policy
@@ -27,7 +28,7 @@ def sample_policy(rng: random.Random, mix: PolicyMix) -> tuple[tuple[str, ...], 
     # every number of categories as often as every other: one alone is a policy too
     count = len(CATEGORIES) if everything else rng.randint(1, len(CATEGORIES) - 1)
     drawn = set(rng.sample(CATEGORIES, count))
-    forbid = in_order(drawn)
+    forbid = Rule.hiding(drawn).forbid
     derive = tuple(c for c in forbid if c in DERIVABLE and rng.random() < mix.derive_rate)
     return forbid, derive
 

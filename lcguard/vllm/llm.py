@@ -15,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired, Self, TypedDict, Unpack
 
+from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.handle import Handle, consume_params, publish_params
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
 from lcguard.handoff.redaction import RedactionError, redact
 from lcguard.handoff.request import PARAM
 from lcguard.model_files import AS_TRANSFORMERS, check_readable
-from lcguard.token_text import TokenTextError, TokenTexts
 from lcguard.vllm import CONNECTOR
 from lcguard.vllm.frontend import after_scan, failure_of
 from lcguard.vllm.settings import transfer_config

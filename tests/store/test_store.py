@@ -23,10 +23,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from lcguard import disk
-from lcguard.disk import MANIFEST_FILE, TENSOR_FILE
+from lcguard import segment_folder
 from lcguard.manifest import SegmentError
 from lcguard.segment import KVSegment
+from lcguard.segment_folder import MANIFEST_FILE, TENSOR_FILE
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError, files, open_store
 from lcguard.store.files import FileStore
 from lcguard.store.redis import RedisStore
@@ -479,7 +479,9 @@ def test_of_rival_processes_one_wins_whole(place: Place) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("place", ["files", "redis"], indirect=True)
 def test_a_writer_that_dies_before_its_commit(place: Place, monkeypatch: Any) -> None:
-    owner, step = {"files": (disk, "_flush"), "redis": (RedisStore, "_commit")}[place.kind]
+    owner, step = {"files": (segment_folder, "_flush"), "redis": (RedisStore, "_commit")}[
+        place.kind
+    ]
 
     def killed() -> None:
         setattr(owner, step, lambda *_: os._exit(9))
@@ -627,7 +629,7 @@ def test_a_full_disk(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((disk, error) if error == "save_file" else (Path, error)), full)
+    monkeypatch.setattr(*((segment_folder, error) if error == "save_file" else (Path, error)), full)
     with pytest.raises(StoreError, match=r"No space left.*free space") as caught:
         file_store.put(signed())
     assert "\n" not in str(caught.value)
@@ -652,7 +654,7 @@ def test_deleted_between_manifest_and_tensors(
     file_store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file_store.put(signed())
-    read = disk.map_tensors
+    read = segment_folder.map_tensors
 
     def late(folder: Path) -> Any:
         assert file_store.delete(A)
@@ -735,14 +737,14 @@ def test_what_is_being_removed_is_not_abandoned(
 def test_a_late_writer_does_not_commit_half_a_folder(
     tmp_path: Path, file_store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flush = disk._flush
+    flush = segment_folder._flush
 
     def swept(path: Path) -> None:
         flush(path)
         if path.name == MANIFEST_FILE:
             assert FileStore(tmp_path / "root", grace_s=-60.0).sweep() == 1
 
-    monkeypatch.setattr(disk, "_flush", swept)
+    monkeypatch.setattr(segment_folder, "_flush", swept)
     with pytest.raises(StoreError, match="could not be written"):
         file_store.put(signed())
     assert os.listdir(tmp_path / "root") == []
