@@ -65,7 +65,7 @@ def data_path(
 def load_json(path: Path) -> Any:
     """A file's JSON. Raises ``ScenarioError`` where it cannot be read or is none."""
     with _readable(path):
-        return _decoded(path.read_text(encoding="utf-8-sig"), path, 1, "value")
+        return _decoded(path.read_text(encoding="utf-8-sig"), path, None, "valid JSON")
 
 
 def read_lines(path: Path, model: type[M]) -> Iterator[tuple[str, M]]:
@@ -80,7 +80,12 @@ def read_lines(path: Path, model: type[M]) -> Iterator[tuple[str, M]]:
             if line.strip():
                 empty = False
                 where = f"{path}:{number}"
-                yield where, parse(where, _decoded(line, path, number, "object on one line"), model)
+                yield (
+                    where,
+                    parse(
+                        where, _decoded(line, path, number, "one JSON object on one line"), model
+                    ),
+                )
     if empty:
         raise ScenarioError(f"{path}: no records; write one JSON object a line")
 
@@ -105,17 +110,17 @@ def _readable(path: Path) -> Iterator[None]:
         raise ScenarioError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
-def _decoded(text: str, path: Path, line: int, wanted: str) -> Any:
-    """JSON that begins on that line of the file."""
+def _decoded(text: str, path: Path, line: int | None, wanted: str) -> Any:
+    """JSON that stands on that line of the file; None: that is the whole file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ScenarioError(
-            f"{path}:{line + error.lineno - 1}: column {error.colno}: {error.msg}; write one JSON "
-            f"{wanted}"
+            f"{path}:{line or error.lineno}: column {error.colno}: {error.msg}; write {wanted}"
         ) from error
     except (RecursionError, ValueError) as error:  # too deep, or a number of 5,000 digits
-        raise ScenarioError(f"{path}:{line}: {error}; write a plain JSON object") from error
+        where = f"{path}:{line}" if line else path
+        raise ScenarioError(f"{where}: {error}; write a plain JSON object") from error
 
 
 def check_new(where: str, key: str, name: str, known: Container[str]) -> None:
