@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lcguard.agents.backends.hf import load_backend
-from lcguard.agents.nano.load import guard_path, model_path
+from lcguard.agents.nano.load import model_path
 from lcguard.categories import CATEGORIES
 from lcguard.guards.frozen import weights_digest
 from lcguard.guards.shipped import guard_folder
@@ -50,7 +50,7 @@ def test_settings_refuse_what_they_do_not_know() -> None:
     assert policy_of(read_settings({"store": "memory://"})).edges == ()
     with pytest.raises(StartError, match=r"absent\.yaml"):
         policy_of(read_settings({"store": "memory://", "policy": "absent.yaml"}))
-    assert Path(guard_folder("nano:gate")) == guard_path("gate")
+    assert (Path(guard_folder("nano:gate")) / "lcguard_config.json").is_file()
     assert guard_folder("some/guard") == "some/guard"
 
 
