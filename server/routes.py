@@ -137,8 +137,7 @@ async def revoke_segment(
     )
     try:
         await proxy.audit.append(
-            entry,
-            lambda c: revoked.extend(revoke(c, handle, proxy.authority.clock(), cascade)),
+            entry, lambda c: revoked.extend(revoke(c, handle, proxy.authority.clock(), cascade))
         )
     except DatabaseError as error:
         raise unavailable(error) from None

@@ -160,9 +160,7 @@ class _Run:
     """What one worker has said so far."""
 
     def __init__(
-        self,
-        meter: LeakageMeter,
-        on_change: Callable[[EdgeLeakage, State, State], Awaitable[None]],
+        self, meter: LeakageMeter, on_change: Callable[[EdgeLeakage, State, State], Awaitable[None]]
     ) -> None:
         self._meter, self._on_change = meter, on_change
         self._measured = {e.name: e.measured_at_s or 0.0 for e in meter.snapshot()}
