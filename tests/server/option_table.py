@@ -81,7 +81,7 @@ EDGE_OPTIONS = {
 KEY_OPTIONS = {
     "tenant": "test_proxy.py::test_tenants_are_apart_from_end_to_end",
     "agent": "test_proxy.py::test_one_publishes_another_consumes_and_a_third_is_refused",
-    "role": "test_proxy.py::test_who_lists_inspects_and_revokes",
+    "role": "test_proxy_roles.py::test_who_lists_inspects_and_revokes",
     "expires_at": "test_a_key_expires",
     "models": "test_models_of_a_key",
     "limits.requests_per_min": "test_requests_per_min",
