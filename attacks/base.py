@@ -149,7 +149,7 @@ class ScheduledAttack(BaseAttack):
 
     @dataclass(frozen=True)
     class Config(BaseAttack.Config):
-        fit: FitConfig = field(default_factory=FitConfig)
+        fit: FitConfig = field(default_factory=FitConfig, kw_only=True)
 
     @classmethod
     def stressed(cls, options: Mapping[str, Any], steps: int, width: int) -> dict[str, Any]:

@@ -30,7 +30,9 @@ class ProbeAttack(ScheduledAttack):
         width: int = 192
         layers: tuple[int, ...] = ()
         """Only these layers' keys and values; empty: all."""
-        fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch=2048))
+        fit: FitConfig = field(
+            default_factory=lambda: FitConfig(steps=300, batch=2048), kw_only=True
+        )
         """``batch`` counts tokens here."""
 
     def __init__(self, config: Config | None = None) -> None:

@@ -57,7 +57,9 @@ class TriggerAttack(ScheduledAttack):
         """Own records that they are tried on; as many again decide whether to use a trigger."""
         width: int = 192
         """Of the reader, a ``probe``."""
-        fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch=2048))
+        fit: FitConfig = field(
+            default_factory=lambda: FitConfig(steps=300, batch=2048), kw_only=True
+        )
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__(config)
