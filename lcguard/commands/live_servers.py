@@ -26,7 +26,7 @@ from lcguard.private_files import private_log
 from lcguard.server.engine import EnginePlan, lower_priority
 from lcguard.server.settings import EngineSettings
 
-START_S = 300.0
+START_S = 900.0
 UPSTREAM_KEY = "LCGUARD_UPSTREAM_KEY"
 
 
