@@ -36,10 +36,10 @@ def run(path: Path) -> Any:
     return notebook
 
 
-def printed(notebook: Any) -> list[list[str]]:
-    """The text of each cell's output."""
+def printed(notebook: Any) -> list[str]:
+    """The text of each cell's output: in how many pieces it comes hangs on the machine."""
     return [
-        [o.get("text") or o["data"]["text/plain"] for o in cell.get("outputs", ())]
+        "".join(o.get("text") or o["data"]["text/plain"] for o in cell.get("outputs", ()))
         for cell in notebook.cells
     ]
 

@@ -38,6 +38,7 @@ class HopSegments(Segments):
     """
 
     name = "hop"
+    several = False
 
     def __init__(
         self,

@@ -165,8 +165,7 @@ class Runner:
         seen = case.hops.observed(case.guard, case.policy, case.seed, side)
         if not _joint(case):
             return seen.single
-        if seen.joint is None:
-            raise ValueError(f"attack {case.names['attack']!r} reads several hops; this is one")
+        assert seen.joint is not None
         return seen.joint
 
     def warm_start(self, case: Case) -> BaseAttack | None:
@@ -257,7 +256,11 @@ class Runner:
 
 
 def _joint(case: Case) -> bool:
-    return case.attack is not None and attack_class(case.attack.attack).reads_joint
+    return (
+        case.hops.several
+        and case.attack is not None
+        and attack_class(case.attack.attack).reads_joint
+    )
 
 
 def _attempt(case: Case, record: TokenRecord, **found: Any) -> Attempt:

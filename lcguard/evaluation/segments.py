@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lcguard.evaluation.outcomes import Kind
 from lcguard.evaluation.plan import GuardSpec, PolicySpec
@@ -59,6 +59,8 @@ class Segments(ABC):
 
     name: str
     """Of the topology."""
+    several: ClassVar[bool] = True
+    """False over one hop: its segment is all that an attack on several together could read."""
     replies: bool = False
     """True where an answer counts by what it says, not by exact match of the bare value."""
 
