@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+from collections.abc import Callable
+from typing import Any
 
 KEY_BYTES = 32
 """Length of a deployment's key, at least."""
 
 
-def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys, without spaces, in ASCII. Raises ``ValueError`` for NaN, infinities
-    and ``TypeError`` for what JSON cannot hold."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+def canonical_json(value: object, default: Callable[[Any], Any] | None = None) -> bytes:
+    """JSON with sorted keys, without spaces, in ASCII; ``default`` makes JSON of what is none.
+    Raises ``ValueError`` for NaN, infinities and ``TypeError`` for what JSON cannot hold."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=default
+    )
+    return text.encode()
 
 
 def canonical_digest(value: object) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
-from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.policy import Policy
 from lcguard.handoff.policy_reader import PolicyReader
 from lcguard.reloading import ReloadingFile
@@ -220,7 +219,7 @@ def certificates(folders: Mapping[str, str]) -> dict[str, float]:
     out = {}
     for name, folder in folders.items():
         with suppress(GuardError):
-            card = FrozenGuard.from_pretrained(guard_folder(folder)).card
+            card = FrozenGuard.from_pretrained(folder).card
             if card.certificate is not None:
                 out[name] = float(card.certificate["mean_nats"])
     return out

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from lcguard.canonical import canonical_json
 
 
 def canonical(obj: Any) -> str:
@@ -15,9 +16,7 @@ def canonical(obj: Any) -> str:
     Raises ``ValueError`` for NaN, infinities and objects that JSON cannot hold.
     """
     try:
-        return json.dumps(
-            obj, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain
-        )
+        return canonical_json(obj, default=_plain).decode()
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{str(obj)[:120]!r} has no canonical JSON ({error}): "

@@ -14,7 +14,6 @@ from lcguard.categories import CATEGORIES
 from lcguard.evaluation.plan import AttackSpec, DataConfig, GuardSpec
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.guards.erasure import ErasureGuard
-from lcguard.guards.shipped import guard_folder
 from lcguard.records import TokenRecord
 from lcguard.training.fit_erasure import fit_erasure
 
@@ -25,7 +24,7 @@ def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
         raise ValueError(f"guard {spec.name!r}: give either guard (a name) or path, not both")
     if spec.path:
         return FrozenGuard.from_pretrained(
-            guard_folder(spec.path), model_digest=backend.digest, shape=backend.source.shape
+            spec.path, model_digest=backend.digest, shape=backend.source.shape
         )
     cls = guard_class(spec.guard)
     if cls.trained:

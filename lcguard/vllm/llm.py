@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,7 @@ class GenerateRequest(TypedDict):
     """vLLM's ``SamplingParams``; greedy and at most 256 tokens by default."""
 
 
-class _GuardedEngine:
+class _GuardedEngine(ABC):
     """What the two wrappers share: how an engine is started, and what it is asked."""
 
     def __init__(self, engine: Any) -> None:
@@ -107,8 +108,9 @@ class _GuardedEngine:
         return cls(cls._start(model=model, kv_transfer_config=config, **AS_TRANSFORMERS | options))
 
     @staticmethod
+    @abstractmethod
     def _start(**options: Any) -> Any:
-        raise NotImplementedError
+        """vLLM's engine with these options."""
 
     def _publishing(
         self,

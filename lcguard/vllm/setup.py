@@ -10,7 +10,6 @@ from lcguard.cache import kv_shape
 from lcguard.categories import CATEGORIES
 from lcguard.guards import FrozenGuard, GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import GuardError, saved_class
-from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.gatekeeper import Gatekeeper
 from lcguard.handoff.keys import deployment_key
 from lcguard.handoff.plan import ModelFacts
@@ -111,7 +110,7 @@ def guard_names(settings: Settings) -> list[str]:
 def guard_classes(settings: Settings) -> dict[str, type[GuardModule]]:
     """What kinds of guards the settings name. Raises ``StartError``."""
     try:
-        return {n: saved_class(guard_folder(at)) for n, at in settings.guards.items()}
+        return {n: saved_class(at) for n, at in settings.guards.items()}
     except GuardError as error:
         raise StartError(f"guards: {error}") from None
 
@@ -124,7 +123,7 @@ def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, F
         try:
             if name in settings.guards:
                 out[name] = FrozenGuard.from_pretrained(
-                    guard_folder(settings.guards[name]), model_digest=facts.revision, shape=shape
+                    settings.guards[name], model_digest=facts.revision, shape=shape
                 )
                 if tuple(out[name].card.categories) != CATEGORIES:
                     raise GuardError("it knows other categories")
