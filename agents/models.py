@@ -23,6 +23,8 @@ class NamedModel:
     ready: Callable[[], bool]
     prepare: Callable[[Say], Path]
     """Makes the folder where it is missing; raises ``ValueError`` in one line."""
+    reader: Path | None = None
+    """Folder of the adapters that it answers with, if it comes with some."""
 
 
 NAMED = {
@@ -41,6 +43,7 @@ NAMED = {
             smollm2.model_folder,
             smollm2.ready,
             smollm2.prepare,
+            smollm2.READER,
         ),
     )
 }
@@ -50,3 +53,9 @@ def model_location(name: str, say: Say = lambda text: None) -> str:
     """A folder for a name of ours, prepared where it has to be; anything else as it is: a folder
     or a hub repository. Raises ``ValueError`` in one line where it cannot be prepared."""
     return str(NAMED[name].prepare(say)) if name in NAMED else name
+
+
+def reader_folder(name: str) -> Path | None:
+    """Where the adapters are that a model answers with; None where it answers as it is."""
+    folder = NAMED[name].reader if name in NAMED else None
+    return folder if folder is not None and (folder / "adapter_config.json").is_file() else None

@@ -30,6 +30,9 @@ class ProbeAttack(ScheduledAttack):
         width: int = 192
         layers: tuple[int, ...] = ()
         """Only these layers' keys and values; empty: all."""
+        tied: bool = False
+        """Name tokens by the model's own embeddings: a large vocabulary, of which the training
+        pairs hold a part, is read like the rest."""
         fit: FitConfig = field(
             default_factory=lambda: FitConfig(steps=300, batch=2048), kw_only=True
         )
@@ -51,9 +54,10 @@ class ProbeAttack(ScheduledAttack):
             _Standardise(center, scale),
             nn.Linear(x.shape[1], c.width),
             nn.GELU(),
-            nn.Linear(c.width, pairs.special.vocab),
+            self._names(pairs.special.vocab),
         ).to(x.device)
-        optimizer = torch.optim.AdamW(self.net.parameters(), lr=c.fit.lr)
+        learnt = [p for p in self.net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learnt, lr=c.fit.lr)
         rng = torch.Generator().manual_seed(seed)
         inside, outside = secret.nonzero()[:, 0], (~secret).nonzero()[:, 0]
         half = max(1, c.fit.batch // 2)
@@ -73,6 +77,16 @@ class ProbeAttack(ScheduledAttack):
             loss.backward()
             optimizer.step()
         return self
+
+    def _names(self, vocab: int) -> nn.Module:
+        """Hidden state to logits."""
+        if not self.config.tied:
+            return nn.Linear(self.config.width, vocab)
+        table = self.known.source.model.get_input_embeddings().weight.detach()[:vocab].float()
+        # rows of one size: which token is a matter of direction
+        rows = nn.Linear(table.shape[1], vocab, bias=False).requires_grad_(False)
+        rows.weight.copy_(F.normalize(table, dim=1) * table.shape[1] ** 0.5)
+        return nn.Sequential(nn.Linear(self.config.width, table.shape[1]), rows)
 
     @torch.no_grad()
     def recover(self, data: AttackData) -> list[Guess]:

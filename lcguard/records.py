@@ -83,14 +83,18 @@ def pack_questions(
     pad_id: int = 0,
 ) -> PackedQuestions:
     """Packs the wanted questions of every record, in order."""
+    return pack_rows([[q for q in r.questions if wanted(r, q)] for r in records], pad_id)
+
+
+def pack_rows(rows: Sequence[Sequence[TokenQuestion]], pad_id: int = 0) -> PackedQuestions:
+    """Packs each row's questions, in order."""
     ids: list[list[int]] = []
     block: list[list[int]] = []
     step: list[list[int]] = []
     labels: list[list[int]] = []
-    for record in records:
+    for asked in rows:
         row: list[list[int]] = [[], [], [], []]
-        chosen = [q for q in record.questions if wanted(record, q)]
-        for i, q in enumerate(chosen):
+        for i, q in enumerate(asked):
             tokens = (*q.prompt, *q.answer[:-1])
             row[0] += tokens
             row[1] += [i] * len(tokens)

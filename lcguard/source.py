@@ -1,5 +1,8 @@
 """The agents' model as training and evaluation use it: prefill contexts, ask about segments.
 
+The receiver may answer with an adapted copy of the model (``lcguard.training.fit_reader``); what a
+sender reads passes through the plain one.
+
 Works with any transformers causal LM that ``lcguard.cache`` supports; nothing here knows the nano
 agent. Loss and exact match are teacher-forced: a greedy answer is right exactly when the argmax is
 right at every answer token given the right ones before, so one forward pass tells what greedy
@@ -37,9 +40,11 @@ class ModelSource:
     Raises ``UnsupportedModelError`` for models whose KV cannot cross a hop exactly.
     """
 
-    def __init__(self, model: Any, pad_id: int = 0) -> None:
+    def __init__(self, model: Any, pad_id: int = 0, *, reader: Any = None) -> None:
+        """``reader``: the model, adapted, that answers; it shares shapes and vocabulary."""
         check_supported(model.config)
         self.model = model.eval().requires_grad_(False)
+        self.reader = self.model if reader is None else reader
         self.config = model.config
         self.rotary = Rotary.from_config(model.config)
         self.shape = kv_shape(model.config)
@@ -77,7 +82,7 @@ class ModelSource:
     def _fresh(self, ids: Tensor) -> KVBatch:
         cache = DynamicCache(config=None)
         # causal attention: padding on the right never reaches the tokens before it
-        self._backbone()(input_ids=ids, past_key_values=cache, use_cache=True)
+        _backbone(self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
         return cache_to_kv(cache, self.rotary)
 
     def _behind(self, ids: Tensor, on: KVBatch) -> KVBatch:
@@ -88,7 +93,7 @@ class ModelSource:
         past = on.valid[:, None, :].expand(-1, n, -1)
         mask = torch.cat((past, causal.expand(len(ids), -1, -1)), -1)[:, None]
         cache = kv_to_cache(on, self.rotary, self.config, suffix_tokens=n)
-        self._backbone()(
+        _backbone(self.model)(
             input_ids=ids,
             position_ids=lengths[:, None] + torch.arange(n, device=ids.device),
             attention_mask=additive(mask, self.dtype),
@@ -105,7 +110,7 @@ class ModelSource:
         """
         packed = _to(packed, self.device)
         lengths = kv.valid.sum(1)
-        hidden = self._backbone()(
+        hidden = _backbone(self.reader)(
             input_ids=packed.ids,
             position_ids=packed.positions(lengths),
             attention_mask=additive(packed.mask(kv.valid), self.dtype),
@@ -116,11 +121,8 @@ class ModelSource:
         ).last_hidden_state
         return self._head(hidden[packed.labels != IGNORE])
 
-    def _backbone(self) -> nn.Module:
-        return getattr(self.model, self.model.base_model_prefix)  # type: ignore[no-any-return]
-
     def _head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        logits: Tensor = self.reader.get_output_embeddings()(hidden)
         scaling = getattr(self.config, "logits_scaling", None)  # Granite
         logits = logits / scaling if scaling else logits
         cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
@@ -183,7 +185,7 @@ class ModelSource:
             causal = torch.ones(width, width, dtype=torch.bool).tril()
             own = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool)
             mask = torch.cat((seen[:, None, :].expand(-1, width, -1), own), -1)[:, None]
-            hidden = self._backbone()(
+            hidden = _backbone(self.reader)(
                 input_ids=ids.to(self.device),
                 position_ids=(lengths[:, None] + step).to(self.device),
                 attention_mask=additive(mask, self.dtype).to(self.device),
@@ -206,6 +208,10 @@ class ModelSource:
             ids, last = token[:, None], torch.zeros(n, dtype=torch.long)
             valid = torch.ones(n, 1, dtype=torch.bool)
         return [tuple(a) for a in answers]
+
+
+def _backbone(model: Any) -> nn.Module:
+    return getattr(model, model.base_model_prefix)  # type: ignore[no-any-return]
 
 
 def _longest(packed: PackedQuestions) -> int:

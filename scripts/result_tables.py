@@ -322,7 +322,7 @@ def agents(report: Row) -> str:
 # File of results -> how it is made.
 OUT = "--out benchmarks/results"
 COMMANDS = {
-    "main": "lcguard eval run main --out runs/main",
+    "demo": "lcguard demo --out runs/demo",
     "agentleak": "lcguard eval run agentleak --data PATH --out runs/agentleak",
     "draws": f"python scripts/measure_draws.py --secrets 4 {OUT}/draws.json",
     "residual_search": "python scripts/search_residual.py",
@@ -335,12 +335,12 @@ COMMANDS = {
 
 # Marker -> the file of results, and what makes a table of it.
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "headline": ("main", headline),
-    "main": ("main", guards),
-    "likelihood": ("main", likelihood),
-    "policies": ("main", policies),
-    "derived": ("main", derived),
-    "certificate": ("main", certificate),
+    "headline": ("demo", headline),
+    "demo": ("demo", guards),
+    "likelihood": ("demo", likelihood),
+    "policies": ("demo", policies),
+    "derived": ("demo", derived),
+    "certificate": ("demo", certificate),
     "agentleak": ("agentleak", guards),
     "draws": ("draws", draws),
     "residual_search": ("residual_search", search),

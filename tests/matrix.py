@@ -48,6 +48,10 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "likelihood": {"lists": (4, 8), "max_records": 4, "calibration": 2},
     "linear": {"max_tokens": 1500},
     "gradient_prediction": {"records": 32, "steps": 50},
+    "tuned_receiver": {
+        "max_tokens": 8,
+        "fit": {"steps": 60, "batch": 16, "lr": 1e-2, "warmup": 4},
+    },
     "trigger": {
         "length": 2,
         "max_perplexity": 5000.0,

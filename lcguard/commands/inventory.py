@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.table import Table
 
+from lcguard.agents.models import NAMED
 from lcguard.attacks.base import BROKEN, attack_class
 from lcguard.attacks.base import names as attack_names
 from lcguard.config import read_mapping
 from lcguard.evaluation.folder import RunFolder
-from lcguard.evaluation.presets import PRESETS
+from lcguard.evaluation.presets import EMBEDDED, shipped
 from lcguard.evaluation.results import Report
 from lcguard.guards import guard_class
 from lcguard.guards import names as guard_names
@@ -167,13 +168,21 @@ def guard_table() -> Table:
     return table
 
 
+_COMMANDS = {"train-": "train", "detect-": "detect train"}
+"""What runs a preset, by the beginning of its name; others are evaluations."""
+
+
 def preset_table() -> Table:
     table = Table("preset", "command", "title")
-    for path in sorted(PRESETS.glob("*.yaml")):
-        found = read_mapping(path)
-        train = path.stem.startswith("train-")
-        name = path.stem.removeprefix("train-")
-        command = f"lcguard {'train' if train else 'eval run'} {name}"
-        title = found.get("title") or f"trains {found.get('train', {}).get('guard', '?')}"
-        table.add_row(path.stem, command, str(title))
+    for model in NAMED:
+        for path in shipped(model):
+            found = read_mapping(path)
+            prefix = next((p for p in _COMMANDS if path.stem.startswith(p)), "")
+            name = path.stem.removeprefix(prefix)
+            command = f"lcguard {_COMMANDS.get(prefix, 'eval run')} {name}"
+            if model != EMBEDDED:
+                command += f" --set model={model}"
+            guard = found.get("train", {}).get("guard", name)
+            title = found.get("title") or f"trains {guard}"
+            table.add_row(path.stem, command, str(title))
     return table

@@ -99,6 +99,7 @@ def hops_for(data: DataConfig) -> tuple[list[Hop], list[Hop]]:
                 n=n,
                 min_fields=data.min_fields,
                 max_fields=data.max_fields,
+                forms=data.forms,
             )[:n]
             for split, n, seed in wanted
         )

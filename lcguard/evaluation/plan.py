@@ -81,6 +81,8 @@ class DataConfig:
     test_records: int = 256
     min_fields: int = 5
     max_fields: int = 8
+    forms: tuple[str, ...] = ("note",)
+    """Layouts of generated records: note, json, table, mail, chat, ticket, sections."""
 
 
 @dataclass(frozen=True)

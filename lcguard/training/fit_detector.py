@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lcguard.canonical import canonical_digest
 from lcguard.categories import CATEGORIES
 from lcguard.guards.twin import TwinGuard
 from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord, value_labels
 from lcguard.source import ModelSource
+from lcguard.training.kept_tensors import KeptTensors
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,35 @@ def read_records(
     source: ModelSource,
     batch: int = 16,
     progress: Callable[[int], None] = lambda n: None,
+    kept: KeptTensors | None = None,
 ) -> ReadRecords:
-    """Prefills each distinct context once. Statistics are fitted on the first records where the
-    module has none."""
-    known: dict[tuple[int, ...], Tensor] = {}
+    """Prefills each distinct context once, or takes what ``kept`` has of it. Statistics are fitted
+    on some of the first records where the module has none."""
     contexts = sorted({r.ids for r in records}, key=len)
+    kept = kept or KeptTensors()
     if bool((module.center == 0).all()):
         some = random.Random(0).sample(contexts, min(128, len(contexts)))
-        module.fit_statistics(_float(source.prefill(some, batch)))
-    for first in range(0, len(contexts), batch):
-        part = contexts[first : first + batch]
+        found = kept.get(["statistics", some])
+        if found is None:
+            module.fit_statistics(_float(source.prefill(some, batch)))
+            kept.put(["statistics", some], {"center": module.center, "scale": module.scale})
+        else:
+            module.center.copy_(found["center"])
+            module.scale.copy_(found["scale"])
+    read = [list(module.layers), module.center.tolist(), module.scale.tolist()]
+    statistics = canonical_digest(read)
+    known: dict[tuple[int, ...], Tensor] = {}
+    for ids in contexts:
+        if (found := kept.get([statistics, ids])) is not None:
+            known[ids] = found["x"]
+    progress(len(known))
+    missing = [ids for ids in contexts if ids not in known]
+    for first in range(0, len(missing), batch):
+        part = missing[first : first + batch]
         x = module.features(source.prefill(part, batch)).cpu()
         for ids, row in zip(part, x, strict=True):
             known[ids] = row[: len(ids)].to(torch.bfloat16, copy=True)
+            kept.put([statistics, ids], {"x": known[ids]})
         progress(len(part))
     return ReadRecords(tuple(records), tuple(known[r.ids] for r in records))
 

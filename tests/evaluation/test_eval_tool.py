@@ -19,6 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lcguard.agents.models import NAMED
 from lcguard.attacks.probe import ProbeAttack
 from lcguard.commands.inventory import count_units, find_runs
 from lcguard.commands.progress import progress
@@ -28,7 +29,7 @@ from lcguard.evaluation.folder import RunFolder
 from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec
-from lcguard.evaluation.presets import PRESETS
+from lcguard.evaluation.presets import shipped
 from lcguard.evaluation.stress import stressed
 from lcguard.training.dataset import attack_data
 from tests.fixtures import World
@@ -384,8 +385,8 @@ def test_a_folder_of_weights_is_recognised(tmp_path: Path) -> None:
 
 
 def test_shipped_presets_are_fresh() -> None:
-    for path in PRESETS.glob("*.yaml"):
-        if not path.stem.startswith("train-"):
+    for path in (p for model in NAMED for p in shipped(model)):
+        if not path.stem.startswith(("train-", "detect-")):
             check_fresh(load_config(EvalConfig, path))
 
 

@@ -1,0 +1,136 @@
+"""Trains the reader of SmolLM2: adapters with which it answers by the value alone.
+
+    LCGUARD_DATA=PATH python scripts/train_reader.py --out agents/smollm2/reader
+
+Contexts are read by the plain model, as they stand or with what their policy forbids replaced by
+neutral tokens; what is hidden, or not there, is to be answered with "not stated". Then counts right
+answers on raw KV of held-out records, with the adapters and without, into --results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lcguard.agents.backends.hf import HFBackend, load_backend
+from lcguard.agents.scenarios.phrasing import ABSENT
+from lcguard.config import load_config
+from lcguard.evaluation.answers import VALUE_ONLY, said_right
+from lcguard.evaluation.load import hops_for
+from lcguard.evaluation.manifest import run_manifest
+from lcguard.evaluation.plan import DataConfig
+from lcguard.protocols import KVBatch
+from lcguard.records import PackedQuestions, TokenRecord, pack_questions
+from lcguard.source import ModelSource
+from lcguard.training.fit_reader import ReaderConfig, fit_reader, merged
+from lcguard.training.twins import neutral_twin
+
+CONFIG = Path(__file__).parent.parent / "agents" / "smollm2" / "reader.yaml"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class ReaderRun:
+    model: str = "smollm2"
+    sources: tuple[DataConfig, ...] = ()
+    weights: tuple[float, ...] = ()
+    """How often a step draws from each source, in the sources' order."""
+    records: int = 6
+    """A step."""
+    questions: int = 6
+    """A record, at most."""
+    hidden: float = 0.3
+    """Share of records whose forbidden values are hidden."""
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+
+
+class Lessons:
+    """Draws each step's records and questions; the same step always gives the same."""
+
+    def __init__(self, run: ReaderRun, backend: HFBackend, sides: Sequence[Sequence[Any]]) -> None:
+        plain, terse = backend.encoder, backend.encoder.asking(VALUE_ONLY)
+        self._sets = [[e.encode(hops) for e in (plain, terse)] for hops in sides]
+        self._run, self._backend = run, backend
+        self._absent = plain.answer(ABSENT)
+
+    def __call__(self, step: int) -> tuple[KVBatch, PackedQuestions]:
+        rng = random.Random(f"reader/{self._run.reader.seed}/{step}")
+        chosen = rng.choices(self._sets, self._run.weights, k=self._run.records)
+        records = [self._lesson(rng, rng.choice(rng.choice(each))) for each in chosen]
+        source = self._backend.source
+        return source.prefill([r.ids for r in records]), pack_questions(
+            records, pad_id=source.pad_id
+        )
+
+    def _lesson(self, rng: random.Random, record: TokenRecord) -> TokenRecord:
+        asked = rng.sample(record.questions, min(len(record.questions), self._run.questions))
+        ids = record.ids
+        if rng.random() < self._run.hidden:
+            ids = neutral_twin(record, record.forbid, self._backend.special.neutral_id)
+            asked = [
+                replace(q, answer=self._absent) if q.category in record.forbid else q for q in asked
+            ]
+        return replace(record, ids=ids, questions=tuple(asked))
+
+
+def answered(backend: HFBackend, source: ModelSource, hops: Sequence[Any]) -> dict[str, Any]:
+    """Right answers to direct questions on raw KV."""
+    records = backend.encoder.asking(VALUE_ONLY).encode(hops)
+    kv = source.prefill([r.ids for r in records])
+    right = said_right(source, backend.decode, records, kv, lambda r, q: q.kind == "direct")
+    found = [ok for row in right for ok in row]
+    return {"right": sum(found), "asked": len(found), "share": sum(found) / max(1, len(found))}
+
+
+def save(model: Any, folder: Path) -> None:
+    """Adapters in half precision, without this machine's paths."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    model.peft_config["default"].base_model_name_or_path = HUB_NAME
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapters")
+    parser.add_argument("--results", type=Path, help="JSON file for the counts")
+    parser.add_argument("--asked-records", type=int, default=60, help="held out, of each source")
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="override a key")
+    args = parser.parse_args()
+    run = load_config(ReaderRun, CONFIG, args.sets)
+    backend = load_backend(run.model, reader=False)
+    train, held = zip(*(hops_for(data) for data in run.sources), strict=True)
+
+    def say(step: int, loss: float) -> None:
+        if step % 10 == 0:
+            print(f"step {step}: {loss:.3f}", flush=True)
+
+    model = fit_reader(backend.source, Lessons(run, backend, train), run.reader, say)
+    save(model, args.out)
+    plain = backend.source
+    reader = ModelSource(plain.model, plain.pad_id, reader=merged(model.float()))
+    figures: dict[str, Any] = {}
+    for data, hops in zip(run.sources, held, strict=True):
+        some = hops[: args.asked_records]
+        sides = {"without": plain, "with": reader}
+        figures[data.source] = {name: answered(backend, s, some) for name, s in sides.items()}
+        print(data.source, json.dumps(figures[data.source]), flush=True)
+    if args.results:
+        whole = {
+            "answers": figures,
+            "run": run_manifest(shlex.join(["python", *sys.argv]), [run.reader.seed], run),
+        }
+        args.results.write_text(json.dumps(whole, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
