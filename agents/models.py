@@ -23,6 +23,8 @@ class NamedModel:
     ready: Callable[[], bool]
     prepare: Callable[[Say], Path]
     """Makes the folder where it is missing; raises ``ValueError`` in one line."""
+    guards: tuple[str, ...] = ()
+    """Shipped ones that its server offers."""
     reader: Path | None = None
     """Folder of the adapters that it answers with, if it comes with some."""
 
@@ -36,6 +38,7 @@ NAMED = {
             lambda: MODEL,
             lambda: (MODEL / "model.safetensors").is_file(),
             lambda say: model_path(),
+            ("gate",),
         ),
         NamedModel(
             "smollm2",
@@ -43,6 +46,7 @@ NAMED = {
             smollm2.model_folder,
             smollm2.ready,
             smollm2.prepare,
+            ("twin",),
             smollm2.READER,
         ),
     )
@@ -53,6 +57,11 @@ def model_location(name: str, say: Say = lambda text: None) -> str:
     """A folder for a name of ours, prepared where it has to be; anything else as it is: a folder
     or a hub repository. Raises ``ValueError`` in one line where it cannot be prepared."""
     return str(NAMED[name].prepare(say)) if name in NAMED else name
+
+
+def served_guards(name: str) -> dict[str, str]:
+    """Guards that come with a model: name as policies use it -> ``MODEL:NAME``."""
+    return {g: f"{name}:{g}" for g in NAMED[name].guards} if name in NAMED else {}
 
 
 def reader_folder(name: str) -> Path | None:

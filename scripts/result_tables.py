@@ -149,6 +149,24 @@ def draws(report: Row) -> str:
     return table(head, [*rows, ("chance", *map(cell("floor"), found["1"].values()))])
 
 
+def real(reports: Sequence[Row]) -> str:
+    """The main table of several data sets, on a real model."""
+    columns: Columns = {
+        "records": lambda r: r["source"],
+        "guard": text("guard"),
+        **UTILITY,
+        "of what raw KV answers": cell("utility_kept"),
+        "fresh ASR [95%]": cell("asr_fresh"),
+        "best attack": text("asr_fresh_best"),
+        "injection": cell("asr_injection"),
+        "floor": plain("floor"),
+        "ceiling": cell("ceiling"),
+    }
+    return by(
+        columns, [{**r, "source": b["data"]["source"]} for b in reports for r in b["results"]]
+    )
+
+
 def policies(report: Row) -> str:
     """One gate under several policies."""
     columns: Columns = {
@@ -319,7 +337,36 @@ def agents(report: Row) -> str:
     return by(columns, report["curves"]["agents"])
 
 
-# File of results -> how it is made.
+def detected(reports: Sequence[Row]) -> str:
+    """Values found whole and task spans touched, source by source, beside Presidio's."""
+    columns: Columns = {
+        "held-out text": lambda r: f"{r['source']} ({r['records']} records)",
+        "values found": lambda r: f"{r['found']} of {r['total']}",
+        "recall (at least, 95%)": lambda r: told(r["recall"], figure(r["recall_lower"])),
+        "task spans touched": plain("task_touched"),
+        "other tokens hidden": plain("tokens_flagged"),
+        "Presidio: recall / touched": lambda r: (
+            f"{figure(r['presidio']['recall'])} / {figure(r['presidio']['task_touched'])}"
+        ),
+    }
+    return by(columns, reports)
+
+
+def readers(report: Row) -> str:
+    """Right answers with the adapters and without."""
+    columns: Columns = {
+        "held-out questions": text("source"),
+        "without": lambda r: of_asked(r["without"]),
+        "with the reader": lambda r: of_asked(r["with"]),
+    }
+    return by(columns, [{"source": name, **r} for name, r in report["answers"].items()])
+
+
+def of_asked(found: Row) -> str:
+    return f"{figure(found['share'])} ({found['right']} of {found['asked']})"
+
+
+# File of results, or several -> how it is made.
 OUT = "--out benchmarks/results"
 COMMANDS = {
     "demo": "lcguard demo --out runs/demo",
@@ -331,6 +378,9 @@ COMMANDS = {
     "soak": f"python scripts/soak.py --concurrency 32 --minutes 10 {OUT}/soak.json",
     "multihop": "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
     "nano": "python scripts/train_nano.py --check agents/nano/model",
+    "detect-*": "lcguard detect eval --source SOURCE --data PATH --against presidio --out FILE",
+    "reader": "python scripts/train_reader.py --out agents/smollm2/reader --results FILE",
+    "smollm2-*": "lcguard eval run NAME --set model=smollm2 --data PATH --out runs/NAME",
 }
 
 # Marker -> the file of results, and what makes a table of it.
@@ -352,6 +402,9 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "hops": ("multihop", hops),
     "agents": ("multihop", agents),
     "nano": ("nano", nano),
+    "detect": ("detect-*", detected),
+    "reader": ("reader", readers),
+    "real": ("smollm2-*", real),
 }
 
 
@@ -359,10 +412,10 @@ def sections() -> dict[str, str]:
     """Marker -> table and where it comes from; results that were not made are left out."""
     out: dict[str, str] = {}
     for marker, (name, make) in TABLES.items():
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            made = f"From `benchmarks/results/{path.name}`, made by `{COMMANDS[name]}`."
-            out[marker] = f"{make(json.loads(path.read_text()))}\n\n{made}"
+        found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}.json"))]
+        if found:
+            made = f"From `benchmarks/results/{name}.json`, made by `{COMMANDS[name]}`."
+            out[marker] = f"{make(found if '*' in name else found[0])}\n\n{made}"
     return out
 
 

@@ -72,11 +72,12 @@ class EngineSettings:
     """The vLLM that ``lcguard serve`` starts."""
 
     model: str = "nano"
-    """Folder, hub repository, or ``nano``."""
+    """A name (``lcguard models list``), folder or hub repository."""
     served_model_name: str = ""
     """Default: the model's name."""
-    guards: dict[str, str] = field(default_factory=lambda: {"gate": "nano:gate"})
-    """Guard name as the policy uses it -> folder, hub repository or ``nano:NAME``."""
+    guards: dict[str, str] = field(default_factory=dict)
+    """Guard name as the policy uses it -> folder, hub repository or ``MODEL:NAME``; empty: those
+    that come with the model."""
     args: tuple[str, ...] = ()
     """Further arguments of vLLM's server."""
     nice: Annotated[int, Field(ge=0, le=19)] = 10

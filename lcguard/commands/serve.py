@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from rich.console import Console
 
+from lcguard.agents.models import model_location, served_guards
 from lcguard.commands.policy import warnings
 from lcguard.config import load_config
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
@@ -46,9 +47,10 @@ def load_settings(
     settings = load_config(
         ServerSettings, found if config is not None or found.exists() else None, overrides
     )
-    folder = state.resolve()
+    folder, engine = state.resolve(), settings.engine
     return replace(
         settings,
+        engine=replace(engine, guards=engine.guards or served_guards(engine.model)),
         policy=folder / settings.policy,
         keys=folder / settings.keys,
         database=folder / settings.database,
@@ -104,13 +106,11 @@ def _loopback(host: str) -> bool:
 
 
 def model_of(settings: ServerSettings) -> tuple[str, str, tuple[str, ...]]:
-    """Path, served name, and vLLM's arguments."""
+    """Path, served name, and vLLM's arguments; makes the folder of a named model."""
     engine = settings.engine
-    if engine.model == "nano":
-        from lcguard.agents.nano.load import model_path
-
-        return str(model_path()), engine.served_model_name or "nano", NANO_ARGS + engine.args
-    return engine.model, engine.served_model_name or Path(engine.model).name, engine.args
+    name = engine.served_model_name or Path(engine.model).name
+    where = model_location(engine.model, lambda text: print(text, file=sys.stderr))
+    return where, name, (NANO_ARGS if engine.model == "nano" else ()) + engine.args
 
 
 def engine_guards(settings: ServerSettings) -> set[str] | None:

@@ -28,6 +28,9 @@ def serve(
     upstream: Annotated[
         str | None, typer.Option(help="URL of a running vLLM with the connector.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name (lcguard models list), folder or repository.")
+    ] = None,
     host: Annotated[str | None, typer.Option()] = None,
     port: Annotated[int | None, typer.Option()] = None,
     sets: Sets = None,
@@ -36,7 +39,8 @@ def serve(
     from lcguard.commands.serve import load_settings
     from lcguard.commands.serve import serve as run
 
-    given = [f"{k}={v}" for k, v in (("host", host), ("port", port)) if v is not None]
+    options = {"engine.model": model, "host": host, "port": port}
+    given = [f"{k}={v}" for k, v in options.items() if v is not None]
     settings = load_settings(state, config, [*(sets or []), *given], upstream)
     code = run(state, settings, Console(stderr=True))
     if code:

@@ -17,6 +17,10 @@ LIKELIHOOD = "likelihood"
 """The attack whose figures stand apart: its task, and so its floor, is another."""
 
 
+ENTRY_READERS = ("probe", "inversion", "linear")
+"""Attacks that name what stands at an entry, and learn no values: their guess is no floor."""
+
+
 @dataclass(frozen=True)
 class GuardSpec:
     """A guard under test."""
@@ -144,7 +148,7 @@ class EvalConfig(Plan):
         """Nothing is to be found in another record's segment, so the cheapest writer of values will
         do; one that starts warm starts cold here."""
         writers = [a for a in self.attacks if not a.lists]
-        writer = next((a for a in writers if a.attack != "probe"), writers[0])
+        writer = next((a for a in writers if a.attack not in ENTRY_READERS), writers[0])
         return replace(writer, name=f"{writer.name}-blind", warm=False)
 
     @property

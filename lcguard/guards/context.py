@@ -37,11 +37,13 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """``valid``: ``[B, T]``, or ``[B, T, T]`` which tokens each one sees."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         positions = torch.arange(x.shape[1], device=x.device)
-        seen = valid[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        if valid.ndim == 2:
+            valid = valid[:, None].expand(-1, x.shape[1], -1)
         out = F.scaled_dot_product_attention(
-            rotate_half(q, positions), rotate_half(k, positions), v, attn_mask=seen
+            rotate_half(q, positions), rotate_half(k, positions), v, attn_mask=valid[:, None]
         )
         x = x + self.out(out.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]

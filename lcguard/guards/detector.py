@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,11 +20,15 @@ from lcguard.guards.context import Block
 class LatentDetector(nn.Module):
     """Features ``[B, T, F]`` to logits ``[B, T, C]``.
 
+    A block sees ``reach`` tokens to either side: in a long text as in the short ones it learnt on.
     Raises ``ValueError`` for a width that is no multiple of 32, the size of a head.
     """
 
-    def __init__(self, features: int, n_categories: int, width: int, blocks: int) -> None:
+    def __init__(
+        self, features: int, n_categories: int, width: int, blocks: int, reach: int = 256
+    ) -> None:
         super().__init__()
+        self.reach = reach
         if width % 32:
             raise ValueError(f"width {width} must be a multiple of 32, the size of a head")
         self.read = nn.Linear(features, width)
@@ -39,8 +44,12 @@ class LatentDetector(nn.Module):
         if dropout:
             x = F.dropout(x, dropout, self.training)
         x = self.read(x)
+        at = torch.arange(x.shape[1], device=x.device)
+        away = (at[:, None] - at).abs()
+        # padding sees itself, or its softmax would be empty and its gradient not a number
+        seen = (valid[:, None] & (away <= self.reach)) | (away == 0)
         for block in self.blocks:
-            x = block(x, valid)
+            x = block(x, seen)
         return self.category(self.norm(x))  # type: ignore[no-any-return]
 
 

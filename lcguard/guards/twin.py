@@ -39,6 +39,8 @@ class TwinGuard(GuardModule):
         """Layers whose keys and values are read; empty: six, evenly spaced."""
         width: int = 160
         blocks: int = 2
+        reach_tokens: int = 256
+        """How far the detector's blocks see, to either side."""
         thresholds: tuple[float, ...] = ()
         """Logit above which a token belongs to a category, one each; empty: -3 for all. Chosen on
         validation records for a stated recall."""
@@ -62,7 +64,7 @@ class TwinGuard(GuardModule):
             raise ValueError(f"{len(thresholds)} thresholds for {n_categories} categories")
         self.thresholds = torch.tensor(thresholds, dtype=torch.float64)
         features = len(self.layers) * 2 * shape.kv_heads * shape.head_dim
-        self.detector = LatentDetector(features, n_categories, c.width, c.blocks)
+        self.detector = LatentDetector(features, n_categories, c.width, c.blocks, c.reach_tokens)
 
     def options(self) -> dict[str, Any]:
         """With the layers and thresholds that the defaults stand for."""
