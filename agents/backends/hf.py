@@ -15,16 +15,20 @@ from transformers.utils import logging as hf_logging
 from lcguard.agents.models import model_location, reader_folder
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.cache import check_supported
+from lcguard.categories import CATEGORIES
 from lcguard.detokenize import TokenTexts
 from lcguard.handoff.redaction import redact
 from lcguard.hub import local_folder, quiet_hub, why_not_loaded
 from lcguard.model_digest import checkpoint_digest
 from lcguard.model_files import ModelFolderError, check_texts, check_weights, refuse_packed
-from lcguard.protocols import KVBatch
+from lcguard.protocols import Guard, KVBatch
+from lcguard.records import mask_of
 from lcguard.rope import UnsupportedModelError
+from lcguard.rule import Rule
 from lcguard.source import ModelSource
 from lcguard.tokens import Special
 from lcguard.training.fit_reader import load_reader
+from lcguard.training.twins import found_twin
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,45 @@ class HFBackend:
         and in every spelling: the twin that guard ``redact`` sends. Raises ``RedactionError`` for
         one that is not in the text.
         """
+        return self.source.prefill([self._ids(text, hide)])
+
+    def publish(
+        self,
+        text: str,
+        guard: Guard,
+        forbid: Sequence[str] = CATEGORIES,
+        derive: Sequence[str] = (),
+        secrets: Sequence[str] = (),
+    ) -> KVBatch:
+        """KV ``[1, L, H, T, D]`` of a context as this agent hands it over: through a guard, which
+        finds the forbidden itself or hides it everywhere, and without ``secrets``, values that are
+        read as neutral tokens.
+
+        Raises ``ValueError`` for unknown categories, and for a guard that has to be told what to
+        hide and is not; ``RedactionError`` for a secret that is not in the text.
+        """
+        ids, mask = self._ids(text, secrets), mask_of([Rule.of(forbid, derive)])
+        kv, twin = self.source.prefill([ids]), None
+        if guard.needs_twin:
+            found = guard.marks(kv, mask)
+            if found is None and not secrets:
+                raise ValueError(
+                    f"guard {guard.name!r} is told what to hide: give secrets=[...], or take one "
+                    "that finds it"
+                )
+            marks = [-1] * len(ids) if found is None else found[0].tolist()
+            special = self.special
+            shown = found_twin(ids, marks, guard.placeholder, special.neutral_id, special.typed)
+            twin = self.source.prefill([shown])
+        return guard(kv, mask, twin=twin).kv
+
+    def _ids(self, text: str, hide: Sequence[str]) -> list[int]:
         ids = list(self.encoder.context(text))
         if hide:
             found = redact(TokenTexts(self.tokenizer).of(ids), ids, self.tokenizer, hide)
             for start, end in found.spans:
                 ids[start:end] = [self.special.neutral_id] * (end - start)
-        return self.source.prefill([ids])
+        return ids
 
     def answer(self, kv: KVBatch, question: str, max_tokens: int = 24) -> str:
         """Greedy answer to a question after a context of which only ``kv``, one record, is

@@ -30,7 +30,6 @@ from lcguard.records import TokenRecord, masks
 from lcguard.source import ModelSource
 from lcguard.training.fit_detector import (
     DetectorConfig,
-    ReadRecords,
     choose_thresholds,
     fit_detector,
     read_records,
@@ -107,11 +106,7 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
         )
         task = bar.add_task("fit", total=run.detector.steps)
         fit_detector(module, train, run.detector, lambda step, loss: bar.advance(task))
-    pooled = ReadRecords(
-        tuple(r for d in validation for r in d.records),
-        tuple(x for d in validation for x in d.features),
-    )
-    options = module.options() | {"thresholds": choose_thresholds(module, pooled, run.detector)}
+    options = module.options() | {"thresholds": choose_thresholds(module, validation, run.detector)}
     done = TwinGuard.build(module.shape, len(CATEGORIES), options)
     done.load_state_dict(module.state_dict())
     guard = FrozenGuard(done)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from rich.console import Console
 
-from lcguard.agents.models import model_location, served_guards
+from lcguard.agents.models import NAMED, model_location, served_guards
 from lcguard.commands.policy import warnings
 from lcguard.config import load_config
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
@@ -35,6 +35,7 @@ from lcguard.server.state import Proxy
 from lcguard.vllm.settings import PLAIN
 
 NANO_ARGS = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
+CPU_INFO = Path("/proc/cpuinfo")
 KEY_FILE = "deployment.key"
 
 
@@ -110,7 +111,18 @@ def model_of(settings: ServerSettings) -> tuple[str, str, tuple[str, ...]]:
     engine = settings.engine
     name = engine.served_model_name or Path(engine.model).name
     where = model_location(engine.model, lambda text: print(text, file=sys.stderr))
-    return where, name, (NANO_ARGS if engine.model == "nano" else ()) + engine.args
+    return where, name, _own_args(engine.model) + engine.args
+
+
+def _own_args(model: str) -> tuple[str, ...]:
+    """Arguments of vLLM for a model of ours: they are small enough for a CPU, where bfloat16 is
+    emulated on processors that lack it."""
+    if model not in NAMED:
+        return ()
+    flags = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+    if model != "nano" and ("avx512_bf16" in flags or "amx_bf16" in flags):
+        return NANO_ARGS[2:]
+    return NANO_ARGS
 
 
 def engine_guards(settings: ServerSettings) -> set[str] | None:

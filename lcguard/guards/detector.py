@@ -38,12 +38,9 @@ class LatentDetector(nn.Module):
         # rare: most tokens belong to no category
         nn.init.constant_(self.category.bias, -4.0)
 
-    def forward(self, features: Tensor, valid: Tensor, dropout: float = 0.0) -> Tensor:
-        """``valid [B, T]``; ``dropout`` only while it is trained, on the features."""
-        x = F.layer_norm(features, features.shape[-1:])
-        if dropout:
-            x = F.dropout(x, dropout, self.training)
-        x = self.read(x)
+    def forward(self, features: Tensor, valid: Tensor) -> Tensor:
+        """``valid [B, T]``."""
+        x = self.read(F.layer_norm(features, features.shape[-1:]))
         at = torch.arange(x.shape[1], device=x.device)
         away = (at[:, None] - at).abs()
         # padding sees itself, or its softmax would be empty and its gradient not a number

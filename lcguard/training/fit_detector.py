@@ -1,9 +1,10 @@
 """Fits the detector of guard ``twin``: which tokens belong to a value of which category.
 
-Binary cross-entropy per token and category on labelled records, values weighted up. The model is
-frozen and read once: a record's features are kept, so an epoch costs the small network alone.
-Thresholds come afterwards, from validation records: the highest one that still reaches a category's
-wanted recall, since every other token that it flags costs the receiver something.
+Binary cross-entropy per token and category on labelled records, what a value and what the task
+needs weighted up. The model is frozen and read once: a record's features are kept, so an epoch
+costs the small network alone. Thresholds come afterwards, from validation records: every value that
+is missed stands in clear, every task value that is touched costs the receiver an answer, and
+``touch_cost`` says how many of the first one of the second is worth.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ class DetectorConfig:
     lr: float = 1.5e-3
     warmup: int = 30
     value_weight: float = 3.0
-    """Of a value's tokens against all others."""
-    dropout: float = 0.1
-    """Share of the features that a step does not see."""
-    recall: float = 0.98
-    """Share of validation values, per category, that thresholds have to reach."""
+    """Of a value's tokens against others."""
+    task_weight: float = 3.0
+    """Of a task value's tokens: to hide those costs the receiver most."""
+    dropout: float = 0.15
+    """Share of the features that a record of a step does without."""
+    touch_cost: float = 0.5
+    """What a touched task value costs, in missed values."""
     thresholds: tuple[float, float] = (-7.0, 0.0)
     """Lowest and highest threshold that may be chosen."""
     seed: int = 0
@@ -130,8 +133,11 @@ def fit_detector(
         at = [rng.randrange(len(source.records)) for _ in range(config.batch)]
         records, x, valid = source.rows(at)
         y = value_labels(records, x)
-        logits = module.detector(x, valid, config.dropout)
-        weight = 1 + (config.value_weight - 1) * y
+        if config.dropout:  # whole features: neighbouring tokens would tell what single ones lack
+            kept = torch.rand(len(x), 1, x.shape[2]) >= config.dropout
+            x = x * kept / (1 - config.dropout)
+        logits = module.detector(x, valid)
+        weight = torch.where(y > 0, config.value_weight, _task_weight(records, x, config))
         each = F.binary_cross_entropy_with_logits(logits, y, reduction="none") * weight
         loss = each[valid].mean()
         if not bool(torch.isfinite(loss)):
@@ -147,28 +153,61 @@ def fit_detector(
     module.eval()
 
 
+def _task_weight(records: Sequence[TokenRecord], like: Tensor, config: DetectorConfig) -> Tensor:
+    """``[B, T, 1]``."""
+    out = torch.ones(*like.shape[:2], 1)
+    for row, record in zip(out, records, strict=True):
+        for span in record.spans:
+            if span.category is None:
+                row[span.start : span.end] = config.task_weight
+    return out
+
+
 @torch.no_grad()
 def choose_thresholds(
-    module: TwinGuard, data: ReadRecords, config: DetectorConfig
+    module: TwinGuard, data: Sequence[ReadRecords], config: DetectorConfig
 ) -> tuple[float, ...]:
-    """For each category the highest threshold at which its wanted share of values is found whole.
+    """For each category the threshold that costs least: the share of its values that are missed,
+    and ``touch_cost`` times the share of task values that are touched, every source counting alike.
 
-    A value is found once all its tokens are above: it counts with its lowest token's logit. A
-    category without validation values takes the lowest threshold.
+    A value is found once all its tokens are above, a task value is touched once any is. A category
+    without validation values takes the lowest threshold.
     """
-    lowest: list[list[float]] = [[] for _ in CATEGORIES]
-    for records, x, valid in data.batches(config.batch):
-        logits = module.detector(x, valid)
-        for row, record in zip(logits, records, strict=True):
-            for span, c in record.categorised():
-                lowest[c].append(float(row[span.start : span.end, c].min()))
-    out = []
+    found: list[list[tuple[float, float]]] = [[] for _ in CATEGORIES]
+    touched: list[list[tuple[float, float]]] = [[] for _ in CATEGORIES]
+    for source in data:
+        spans = [s for r in source.records for s in r.spans]
+        each_task = config.touch_cost / max(1, sum(s.category is None for s in spans))
+        each_value = 1 / max(1, sum(s.category is not None for s in spans))
+        for records, x, valid in source.batches(config.batch):
+            for row, record in zip(module.detector(x, valid), records, strict=True):
+                for span, c in record.categorised():
+                    lowest = float(row[span.start : span.end, c].min())
+                    found[c].append((lowest, each_value))
+                for span in record.spans:
+                    if span.category is None:
+                        highest = row[span.start : span.end].max(0).values
+                        for c, forbidden in enumerate(CATEGORIES):
+                            if forbidden in record.forbid:
+                                touched[c].append((float(highest[c]), each_task))
     low, high = config.thresholds
-    for values in lowest:
-        if not values:
-            out.append(low)
-            continue
-        may_miss = int((1 - config.recall) * len(values))
-        # just below the value that has to be found
-        out.append(min(high, max(low, sorted(values)[may_miss] - 1e-3)))
-    return tuple(round(v, 3) for v in out)
+    return tuple(_cheapest(v, t, low, high) for v, t in zip(found, touched, strict=True))
+
+
+def _cheapest(
+    values: Sequence[tuple[float, float]],
+    tasks: Sequence[tuple[float, float]],
+    low: float,
+    high: float,
+) -> float:
+    """Both lists hold logits and what a wrong one costs."""
+    if not values:
+        return low
+    # just below a value that is to be found
+    candidates = {round(min(high, max(low, x - 1e-3)), 3) for x, _ in values}
+
+    def cost(threshold: float) -> tuple[float, float]:
+        missed = sum(w for x, w in values if x <= threshold)
+        return missed + sum(w for x, w in tasks if x > threshold), -threshold
+
+    return min(candidates, key=cost)

@@ -14,6 +14,7 @@ from lcguard.agents.models import NAMED, model_location
 from lcguard.agents.smollm2 import prepare as smollm2
 from lcguard.cli import app
 from lcguard.model_digest import checkpoint_digest
+from tests.docs.blocks import block
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,16 @@ def test_the_folder_is_an_ordinary_model(folder: Path) -> None:
     kv = model.source.prefill([prompt[:-1]])
     (said,) = model.source.generate(kv, [prompt[-1:]], 3, model.special.end_id)
     assert "Paris" in model.decode(said)
+
+
+def test_the_documented_lines_guard_a_text(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(block("docs/guards.md", 'load_guard("smollm2:twin"').code, {})
+    said = capsys.readouterr().out
+    assert "back pain" in said
+    assert "912" not in said
+    assert "1029" not in said
 
 
 def test_bfloat16_is_computed_in_where_the_processor_does(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lcguard
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.check import accuracy
 from lcguard.agents.nano.load import model_path
@@ -41,6 +42,28 @@ def test_it_answers_as_text_and_as_a_segment_alike() -> None:
         whole = agent.source.model.generate(ids, max_new_tokens=24, do_sample=False)
         answer = [t for t in whole[0, ids.shape[1] :].tolist() if t != end]
         assert answer == list(segment)
+
+
+NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
+
+
+def test_an_agent_publishes_through_a_guard_that_is_told() -> None:
+    agent = load_backend("nano")
+    redact = lcguard.load_guard("redact", agent)
+    sent = agent.publish(NOTE, redact, secrets=["912-55-1029"])
+    assert torch.equal(sent.keys, agent.read(NOTE, hide=["912-55-1029"]).keys)
+    with pytest.raises(ValueError, match="guard 'redact' is told what to hide"):
+        agent.publish(NOTE, redact)
+
+
+def test_an_agent_publishes_through_a_guard_that_finds() -> None:
+    agent = load_backend("nano")
+    gate = lcguard.load_guard("nano:gate", agent)
+    sent = agent.publish(NOTE, gate, forbid=["government_id"])
+    assert agent.answer(sent, "What is the chief complaint?") == "back pain"
+    assert "912-55-1029" not in agent.answer(sent, "What is the SSN?")
+    with pytest.raises(ValueError, match="ssn"):
+        agent.publish(NOTE, gate, forbid=["ssn"])
 
 
 @pytest.mark.parametrize("name", ["gate", "regress", "residual"])

@@ -33,6 +33,7 @@ ELSEWHERE = {
     ("docs/vllm.md", "GuardedLLM.build("): "tests/vllm/test_vllm_handoff.py",
     ("docs/vllm.md", "OpenAI(base_url="): "tests/vllm/test_vllm_server.py",
     ("docs/vllm.md", "vllm.entrypoints.openai.api_server"): "tests/vllm/test_vllm_server.py",
+    ("docs/guards.md", "smollm2:twin"): "tests/agents/test_models.py",
     ("docs/proxy.md", "PermissionDeniedError"): "tests/docs/test_blocks.py",
 }
 

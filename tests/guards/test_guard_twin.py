@@ -7,6 +7,7 @@ from math import comb
 
 import pytest
 import torch
+from torch import Tensor
 
 from lcguard.categories import CATEGORIES
 from lcguard.evaluation.detection import asr_ceiling, measure, recall_lower
@@ -26,7 +27,7 @@ from lcguard.training.fit_detector import (
 from lcguard.training.twins import found_twin, neutral_twin
 from tests.fixtures import World, make_records
 
-CONFIG = DetectorConfig(steps=150, batch=8, lr=4e-3, warmup=10, dropout=0.0, recall=1.0)
+CONFIG = DetectorConfig(steps=150, batch=8, lr=4e-3, warmup=10, dropout=0.0, touch_cost=0.0)
 OPTIONS = {"width": 32, "blocks": 1}
 
 
@@ -40,7 +41,7 @@ def fitted(world: World) -> Fitted:
     module = TwinGuard.build(KVShape(*world.source.shape), len(CATEGORIES), OPTIONS)
     read = read_records(module, records, world.source)
     fit_detector(module, [read], CONFIG)
-    options = module.options() | {"thresholds": choose_thresholds(module, read, CONFIG)}
+    options = module.options() | {"thresholds": choose_thresholds(module, [read], CONFIG)}
     done = TwinGuard.build(KVShape(*world.source.shape), len(CATEGORIES), options)
     done.load_state_dict(module.state_dict())
     return done, records, read
@@ -98,25 +99,37 @@ def test_marks_do_not_depend_on_the_batch(world: World, fitted: Fitted) -> None:
     assert bool((whole[~kv.valid] == -1).all())
 
 
-def test_thresholds_are_the_highest_that_reach_the_recall(world: World, fitted: Fitted) -> None:
+@pytest.mark.parametrize("touch_cost", [0.0, 0.5, 5.0])
+def test_thresholds_cost_least(world: World, fitted: Fitted, touch_cost: float) -> None:
     module, _, read = fitted
-    wanted = replace(CONFIG, recall=0.8, thresholds=(-99.0, 99.0))
-    for c, limit in enumerate(choose_thresholds(module, read, wanted)):
-        lowest = []
-        for records, x, valid in read.batches(8):
-            with torch.no_grad():
-                logits = module.detector(x, valid)
-            lowest += [
-                float(row[s.start : s.end, c].min())
-                for row, r in zip(logits, records, strict=True)
-                for s in r.spans
-                if s.category == CATEGORIES[c]
-            ]
-        if lowest:
-            assert sum(v > limit for v in lowest) >= 0.8 * len(lowest)
-            assert sum(v > limit + 0.01 for v in lowest) < len(lowest)
-        else:
+    wide = replace(CONFIG, touch_cost=touch_cost, thresholds=(-99.0, 99.0))
+    spans = [s for r in read.records for s in r.spans]
+    n_values, n_tasks = (sum((s.category is None) == t for s in spans) for t in (False, True))
+    logits: list[tuple[TokenRecord, Tensor]] = []
+    for records, x, valid in read.batches(8):
+        with torch.no_grad():
+            logits += zip(records, module.detector(x, valid), strict=True)
+    for c, limit in enumerate(choose_thresholds(module, [read], wide)):
+        values, tasks = [], []
+        for record, row in logits:
+            for s in record.spans:
+                part = row[s.start : s.end, c]
+                if s.category == CATEGORIES[c]:
+                    values.append(float(part.min()))
+                elif s.category is None and CATEGORIES[c] in record.forbid:
+                    tasks.append(float(part.max()))
+
+        def cost(at: float, values: list[float] = values, tasks: list[float] = tasks) -> float:
+            missed, touched = sum(v <= at for v in values), sum(t > at for t in tasks)
+            return missed / n_values + touch_cost * touched / n_tasks
+
+        if not values:
             assert limit == -99.0
+            continue
+        assert all(cost(limit) <= cost(v - 2e-3) + 1e-9 for v in values)
+        if touch_cost == 0:
+            assert all(v > limit for v in values)
+            assert min(values) - limit < 0.01
 
 
 def test_placeholders(world: World) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.fixtures import World
 
 from lcguard.protocols import KVBatch
 from lcguard.records import IGNORE, PackedQuestions, pack_questions
 from lcguard.source import ModelSource
 from lcguard.training.fit_reader import ReaderConfig, fit_reader, load_reader, merged
+from tests.fixtures import World
 
 CONFIG = ReaderConfig(rank=4, steps=30, lr=1e-2, warmup=2)
 
