@@ -337,19 +337,19 @@ def agents(report: Row) -> str:
     return by(columns, report["curves"]["agents"])
 
 
-def detected(reports: Sequence[Row]) -> str:
+def detected(report: Row) -> str:
     """Values found whole and task spans touched, source by source, beside Presidio's."""
     columns: Columns = {
-        "held-out text": lambda r: f"{r['source']} ({r['records']} records)",
+        "held-out text": text("source"),
         "values found": lambda r: f"{r['found']} of {r['total']}",
         "recall (at least, 95%)": lambda r: told(r["recall"], figure(r["recall_lower"])),
         "task spans touched": plain("task_touched"),
-        "other tokens hidden": plain("tokens_flagged"),
+        "tokens hidden": plain("tokens_flagged"),
         "Presidio: recall / touched": lambda r: (
             f"{figure(r['presidio']['recall'])} / {figure(r['presidio']['task_touched'])}"
         ),
     }
-    return by(columns, reports)
+    return by(columns, [{"source": name, **r} for name, r in report["held_out"].items()])
 
 
 def readers(report: Row) -> str:
@@ -378,7 +378,7 @@ COMMANDS = {
     "soak": f"python scripts/soak.py --concurrency 32 --minutes 10 {OUT}/soak.json",
     "multihop": "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
     "nano": "python scripts/train_nano.py --check agents/nano/model",
-    "detect-*": "lcguard detect eval --source SOURCE --data PATH --against presidio --out FILE",
+    "detect": "lcguard detect train twin --set model=smollm2 --out runs/twin",
     "reader": "python scripts/train_reader.py --out agents/smollm2/reader --results FILE",
     "smollm2-*": "lcguard eval run NAME --set model=smollm2 --data PATH --out runs/NAME",
 }
@@ -402,7 +402,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "hops": ("multihop", hops),
     "agents": ("multihop", agents),
     "nano": ("nano", nano),
-    "detect": ("detect-*", detected),
+    "detect": ("detect", detected),
     "reader": ("reader", readers),
     "real": ("smollm2-*", real),
 }

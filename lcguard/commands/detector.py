@@ -6,8 +6,9 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress
@@ -30,6 +31,7 @@ from lcguard.records import TokenRecord, masks
 from lcguard.source import ModelSource
 from lcguard.training.fit_detector import (
     DetectorConfig,
+    ReadRecords,
     choose_thresholds,
     fit_detector,
     read_records,
@@ -52,6 +54,8 @@ class DetectorRun:
     options: dict[str, Any] = field(default_factory=dict)
     """Of guard ``twin``."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
+    against: Literal["presidio"] | None = None
+    """Measured on the held-out records too."""
 
 
 def found_by(
@@ -83,37 +87,40 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
         raise ValueError(f"validation_share = {run.validation_share}: use a share between 0 and 1")
     backend = load_backend(run.model)
     module = TwinGuard.build(KVShape(*backend.source.shape), len(CATEGORIES), dict(run.options))
-    parts = [_parts(data, run.validation_share, backend) for data in run.sources]
+    parts = [_Parts.of(data, run.validation_share, backend) for data in run.sources]
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(run))
-    counts = [sum(map(len, part)) for part in zip(*parts, strict=True)]
-    say("{} training, {} validation and {} held-out records".format(*counts))
+    counts = (sum(len(p.train) for p in parts), sum(len(p.validation) for p in parts))
+    held = sum(len(p.held) for p in parts)
+    say("{} training, {} validation and {} held-out records".format(*counts, held))
     kept = KeptTensors(out / "features", backend.digest)
+    texts = {r.ids for p in parts for r in p.train + p.validation}
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("read", total=sum(len({r.ids for r in p[0] + p[1]}) for p in parts))
-        train, validation = (
-            [
-                read_records(
-                    module,
-                    p[i],
-                    backend.source,
-                    progress=lambda n: bar.advance(task, n),
-                    kept=kept,
-                )
-                for p in parts
-            ]
-            for i in (0, 1)
-        )
+        task = bar.add_task("read", total=len(texts))
+
+        def read(records: list[TokenRecord]) -> ReadRecords:
+            step = partial(bar.advance, task)
+            return read_records(module, records, backend.source, progress=step, kept=kept)
+
+        train = [read(p.train) for p in parts]
+        validation = [read(p.validation) for p in parts]
         task = bar.add_task("fit", total=run.detector.steps)
-        fit_detector(module, train, run.detector, lambda step, loss: bar.advance(task))
+        key = _fit_key(run, module, train)
+        if (fitted := kept.get(key)) is not None:
+            module.detector.load_state_dict(fitted)
+        else:
+            fit_detector(module, train, run.detector, lambda step, loss: bar.advance(task))
+            kept.put(key, module.detector.state_dict())
     options = module.options() | {"thresholds": choose_thresholds(module, validation, run.detector)}
     done = TwinGuard.build(module.shape, len(CATEGORIES), options)
     done.load_state_dict(module.state_dict())
     guard = FrozenGuard(done)
-    figures = {
-        _label(data): measure(held, found_by(guard, backend.source, held))
-        for data, (_, _, held) in zip(run.sources, parts, strict=True)
-    }
+    figures: dict[str, Any] = {}
+    for data, part in zip(run.sources, parts, strict=True):
+        figures[_label(data)] = measure(part.held, found_by(guard, backend.source, part.held))
+        if run.against:
+            marks = PresidioText().marks(part.hops, backend.encoder)
+            figures[_label(data)][run.against] = measure(part.held, marks)
     guard = guard.with_card(
         model_id=run.model,
         model_digest=backend.digest,
@@ -131,17 +138,33 @@ def _label(data: DataConfig) -> str:
     return data.source if data.forms == DataConfig.forms else f"{data.source}, other forms"
 
 
-Parts = tuple[list[TokenRecord], list[TokenRecord], list[TokenRecord]]
+def _fit_key(run: DetectorRun, module: TwinGuard, train: Sequence[ReadRecords]) -> list[Any]:
+    """All that the fitted detector depends on; thresholds come after it."""
+    config = {
+        k: v for k, v in asdict(run.detector).items() if k not in ("touch_cost", "thresholds")
+    }
+    options = {k: module.options()[k] for k in ("layers", "width", "blocks", "reach_tokens")}
+    return ["detector", config, options, [[r.ids for r in part.records] for part in train]]
 
 
-def _parts(data: DataConfig, share: float, backend: HFBackend) -> Parts:
-    """Training, validation and held-out records of a source."""
-    train, held = hops_for(data)
-    if not train or not held:
-        raise ValueError(f"{data.source}: {len(train)} training and {len(held)} held-out records")
-    fitted, chosen = split_hops(train, 1 - share, data.seed)
-    encode = backend.encoder.encode
-    return encode(fitted), encode(chosen), encode(held)
+@dataclass(frozen=True)
+class _Parts:
+    """Records of a source; no scenario is in two of the parts."""
+
+    train: list[TokenRecord]
+    validation: list[TokenRecord]
+    held: list[TokenRecord]
+    hops: list[Hop]
+    """Of ``held``."""
+
+    @classmethod
+    def of(cls, data: DataConfig, share: float, backend: HFBackend) -> _Parts:
+        train, held = hops_for(data)
+        if not train or not held:
+            raise ValueError(f"{data.source}: {len(train)} training, {len(held)} held-out records")
+        fitted, chosen = split_hops(train, 1 - share, data.seed)
+        encode = backend.encoder.encode
+        return cls(encode(fitted), encode(chosen), encode(held), held)
 
 
 def measure_detector(

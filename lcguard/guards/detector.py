@@ -74,6 +74,18 @@ def bridged(marks: Tensor, gap_tokens: int) -> Tensor:
     return out
 
 
+def peaked(marks: Tensor, over: Tensor, peak: float) -> Tensor:
+    """``marks [B, T]`` without the runs of marked tokens, of whatever categories, in which none is
+    ``peak`` over its threshold; ``over [B, T]``: what each is over it."""
+    out = marks.clone()
+    for row, height in zip(out, over.tolist(), strict=True):
+        at = (row >= 0).int().tolist()
+        for start, end, _ in runs([0 if m else -1 for m in at]):
+            if max(height[start:end]) <= peak:
+                row[start:end] = -1
+    return out
+
+
 def runs(marks: Sequence[int]) -> list[tuple[int, int, int]]:
     """Token ranges ``(start, end, category)`` of equal marks; -1 is none."""
     out = []

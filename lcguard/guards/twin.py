@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lcguard.guards.base import GuardModule, KVShape, Placeholder, Rewrite, register
-from lcguard.guards.detector import LatentDetector, bridged, evenly_spaced
+from lcguard.guards.detector import LatentDetector, bridged, evenly_spaced, peaked
 from lcguard.protocols import KVBatch, Mask
 
 
@@ -43,7 +43,10 @@ class TwinGuard(GuardModule):
         """How far the detector's blocks see, to either side."""
         thresholds: tuple[float, ...] = ()
         """Logit above which a token belongs to a category, one each; empty: -3 for all. Chosen on
-        validation records for a stated recall."""
+        validation records."""
+        peak: float = 2.0
+        """What one token of a value at least must have over its threshold: a value has a token that
+        is sure, and the others may be less so. 0: none."""
         gap_tokens: int = 1
         """Holes of so many tokens inside a found value are closed."""
         placeholder: Placeholder = "neutral"
@@ -94,7 +97,8 @@ class TwinGuard(GuardModule):
         over = (logits - self.thresholds.to(logits.device)).masked_fill(~forbid, -torch.inf)
         best = over.max(2)
         hit = (best.values > 0) & valid
-        return bridged(best.indices.masked_fill(~hit, -1), self.config.gap_tokens)
+        marks = bridged(best.indices.masked_fill(~hit, -1), self.config.gap_tokens)
+        return peaked(marks, best.values, self.config.peak)
 
     def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
         # given the twin's KV, which holds nothing of what was found

@@ -38,9 +38,9 @@ class DetectorConfig:
     """Of a task value's tokens: to hide those costs the receiver most."""
     dropout: float = 0.15
     """Share of the features that a record of a step does without."""
-    touch_cost: float = 0.5
+    touch_cost: float = 0.3
     """What a touched task value costs, in missed values."""
-    thresholds: tuple[float, float] = (-7.0, 0.0)
+    thresholds: tuple[float, float] = (-7.0, -3.0)
     """Lowest and highest threshold that may be chosen."""
     seed: int = 0
 
@@ -170,8 +170,9 @@ def choose_thresholds(
     """For each category the threshold that costs least: the share of its values that are missed,
     and ``touch_cost`` times the share of task values that are touched, every source counting alike.
 
-    A value is found once all its tokens are above, a task value is touched once any is. A category
-    without validation values takes the lowest threshold.
+    A value is found once all its tokens are above, a task value is touched once any is. That a run
+    needs a ``peak`` spares most of the touched ones, and is not counted on here. A category without
+    validation values takes the lowest threshold.
     """
     found: list[list[tuple[float, float]]] = [[] for _ in CATEGORIES]
     touched: list[list[tuple[float, float]]] = [[] for _ in CATEGORIES]

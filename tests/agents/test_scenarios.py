@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from stdnum import luhn
 from stdnum.iso7064 import mod_97_10
 
 from lcguard.agents.scenarios import phrasing, values
+from lcguard.agents.scenarios.forms import ALL_FORMS
 from lcguard.agents.scenarios.generator import (
     GeneratorConfig,
     choose_fields,
@@ -50,6 +52,36 @@ def test_seed_split_and_index_each_change_the_scenario() -> None:
     ]
     texts = [s.agents[0].records[0].text for s in others]
     assert len({base, *texts}) == 4
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_every_layout_holds_the_same_fields(form: str) -> None:
+    texts = set()
+    for i in range(40):
+        (plain, *_), (hop, *_) = (
+            hops_of([make_scenario(GeneratorConfig(seed=i, forms=(f,)), 0)]) for f in ("note", form)
+        )
+        texts.add(hop.record.text.splitlines()[0])
+        # a record checks that its spans read their values
+        assert {s.value for s in hop.record.spans} == {s.value for s in plain.record.spans}
+        assert all(
+            hop.record.text.count(q.answer) or q.kind != "direct" for q in hop.record.questions
+        )
+    assert len(texts) > 10 or form == "json"
+
+
+def test_tool_results_are_json() -> None:
+    for i in range(40):
+        record = hops_of([make_scenario(GeneratorConfig(seed=i, forms=("json",)), 0)])[0].record
+        assert {s.value for s in record.spans} <= set(json.loads(record.text).values())
+
+
+def test_several_layouts_take_turns_and_unknown_ones_are_refused() -> None:
+    hops = load_hops("generator", seed=1, n=60, forms=("json", "mail"))
+    kinds = {h.record.text.startswith("From: ") for h in hops}
+    assert kinds == {True, False}
+    with pytest.raises(ValueError, match=r"forms = \['poem'\]: use one or more of note, json"):
+        load_hops("generator", n=2, forms=("poem",))
 
 
 @pytest.mark.parametrize("name", ["first", "last", "word"])

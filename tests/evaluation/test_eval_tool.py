@@ -29,7 +29,7 @@ from lcguard.evaluation.folder import RunFolder
 from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
 from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec
-from lcguard.evaluation.presets import shipped
+from lcguard.evaluation.presets import load_plan, preset, shipped
 from lcguard.evaluation.stress import stressed
 from lcguard.training.dataset import attack_data
 from tests.fixtures import World
@@ -382,6 +382,15 @@ def test_a_folder_of_weights_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="saved weights"):
         check_fresh(spec(words=str(tmp_path)))
+
+
+def test_a_model_has_presets_of_its_own_and_else_the_embedded_ones() -> None:
+    own = load_plan(EvalConfig, "agentleak", ["model=smollm2"], None)
+    assert [g.path for g in own.guards if g.path] == ["smollm2:twin"]
+    assert "nano:gate" in [g.path for g in load_plan(EvalConfig, "agentleak", [], None).guards]
+    assert load_plan(EvalConfig, "demo", ["model=smollm2"], None).title.startswith("LCGuard demo")
+    with pytest.raises(ValueError, match="with model=smollm2 also: agentleak, detect-twin"):
+        preset("nothing", "smollm2")
 
 
 def test_shipped_presets_are_fresh() -> None:

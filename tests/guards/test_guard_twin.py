@@ -12,7 +12,7 @@ from torch import Tensor
 from lcguard.categories import CATEGORIES
 from lcguard.evaluation.detection import asr_ceiling, measure, recall_lower
 from lcguard.guards import FrozenGuard, KVShape
-from lcguard.guards.detector import bridged, evenly_spaced, runs
+from lcguard.guards.detector import bridged, evenly_spaced, peaked, runs
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenRecord, mask_of, masks
 from lcguard.rule import Rule
@@ -28,7 +28,7 @@ from lcguard.training.twins import found_twin, neutral_twin
 from tests.fixtures import World, make_records
 
 CONFIG = DetectorConfig(steps=150, batch=8, lr=4e-3, warmup=10, dropout=0.0, touch_cost=0.0)
-OPTIONS = {"width": 32, "blocks": 1}
+OPTIONS = {"width": 32, "blocks": 1, "peak": 0.0}
 
 
 Fitted = tuple[TwinGuard, list[TokenRecord], ReadRecords]
@@ -130,6 +130,13 @@ def test_thresholds_cost_least(world: World, fitted: Fitted, touch_cost: float) 
         if touch_cost == 0:
             assert all(v > limit for v in values)
             assert min(values) - limit < 0.01
+
+
+def test_a_run_without_a_sure_token_is_no_value() -> None:
+    marks = torch.tensor([[-1, 0, 0, -1, 2, 2, 1, -1, 3]])
+    over = torch.tensor([[9.0, 0.5, 1.9, 9.0, 0.1, 2.1, 0.3, 9.0, 2.0]])
+    assert peaked(marks, over, 2.0).tolist() == [[-1, -1, -1, -1, 2, 2, 1, -1, -1]]
+    assert torch.equal(peaked(marks, over, 0.0), marks)
 
 
 def test_placeholders(world: World) -> None:
