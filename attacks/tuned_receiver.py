@@ -45,9 +45,11 @@ class TunedReceiverAttack(ScheduledAttack):
     def fit(self, pairs: AttackData, *, seed: int = 0) -> TunedReceiverAttack:
         """Starts from the model that the receiver answers with. Raises ``ValueError`` where the
         pairs hold no secret, or peft is not installed."""
-        rows = [i for i, secrets in enumerate(pairs.secrets) if secrets]
-        if not rows:
+        if not any(pairs.secrets):
             raise ValueError("no secret in the training pairs: nothing is forbidden on these edges")
+        rows = [i for i, prompts in enumerate(pairs.prompts) if any(prompts)]
+        if not rows:
+            raise ValueError("no secret in the training pairs has a question to ask the receiver")
         c, source, rng = self.config, self.known.source, random.Random(f"tuned/{seed}")
 
         def draw(step: int) -> tuple[KVBatch, PackedQuestions]:
@@ -67,8 +69,10 @@ class TunedReceiverAttack(ScheduledAttack):
             raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
         plain = self.known.source
         source = ModelSource(plain.model, plain.pad_id, reader=self._reader)
-        flat = [(i, k) for i, secrets in enumerate(data.secrets) for k in range(len(secrets))]
-        out: list[Guess] = []
+        flat = [
+            (i, k) for i, asked in enumerate(data.prompts) for k in range(len(asked)) if asked[k]
+        ]
+        out: dict[tuple[int, int], Guess] = {}
         for first in range(0, len(flat), 32):
             part = flat[first : first + 32]
             kv = data.kv[torch.tensor([i for i, _ in part])].trim()
@@ -78,8 +82,12 @@ class TunedReceiverAttack(ScheduledAttack):
             nats = _nats(source, kv, packed)
             for (i, k), ids, nll in zip(part, said, nats, strict=True):
                 s = data.secrets[i][k]
-                out.append(Guess(data.record_ids[i], s.category, s.field, ids, nll))
-        return out
+                out[i, k] = Guess(data.record_ids[i], s.category, s.field, ids, nll)
+        return [
+            out.get((i, k)) or Guess(data.record_ids[i], s.category, s.field, ())
+            for i, secrets in enumerate(data.secrets)
+            for k, s in enumerate(secrets)
+        ]
 
 
 def _question(data: AttackData, row: int, which: int) -> TokenQuestion:
@@ -91,8 +99,8 @@ def _question(data: AttackData, row: int, which: int) -> TokenQuestion:
 
 
 def _questions(data: AttackData, row: int, rng: random.Random, most: int) -> list[TokenQuestion]:
-    n = len(data.secrets[row])
-    return [_question(data, row, k) for k in rng.sample(range(n), min(n, most))]
+    asked = [k for k, prompt in enumerate(data.prompts[row]) if prompt]
+    return [_question(data, row, k) for k in rng.sample(asked, min(len(asked), most))]
 
 
 def _nats(source: ModelSource, kv: KVBatch, packed: PackedQuestions) -> Iterable[float]:
