@@ -149,24 +149,6 @@ def draws(report: Row) -> str:
     return table(head, [*rows, ("chance", *map(cell("floor"), found["1"].values()))])
 
 
-def real(reports: Sequence[Row]) -> str:
-    """The main table of several data sets, on a real model."""
-    columns: Columns = {
-        "records": lambda r: r["source"],
-        "guard": text("guard"),
-        **UTILITY,
-        "of what raw KV answers": cell("utility_kept"),
-        "fresh ASR [95%]": cell("asr_fresh"),
-        "best attack": text("asr_fresh_best"),
-        "injection": cell("asr_injection"),
-        "floor": plain("floor"),
-        "ceiling": cell("ceiling"),
-    }
-    return by(
-        columns, [{**r, "source": b["data"]["source"]} for b in reports for r in b["results"]]
-    )
-
-
 def policies(report: Row) -> str:
     """One gate under several policies."""
     columns: Columns = {
@@ -366,7 +348,7 @@ def of_asked(found: Row) -> str:
     return f"{figure(found['share'])} ({found['right']} of {found['asked']})"
 
 
-# File of results, or several -> how it is made.
+# File of results -> how it is made.
 OUT = "--out benchmarks/results"
 COMMANDS = {
     "demo": "lcguard demo --out runs/demo",
@@ -380,7 +362,6 @@ COMMANDS = {
     "nano": "python scripts/train_nano.py --check agents/nano/model",
     "detect": "lcguard detect train twin --set model=smollm2 --out runs/twin",
     "reader": "python scripts/train_reader.py --out agents/smollm2/reader --results FILE",
-    "smollm2-*": "lcguard eval run NAME --set model=smollm2 --data PATH --out runs/NAME",
 }
 
 # Marker -> the file of results, and what makes a table of it.
@@ -404,7 +385,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "nano": ("nano", nano),
     "detect": ("detect", detected),
     "reader": ("reader", readers),
-    "real": ("smollm2-*", real),
 }
 
 
@@ -412,10 +392,10 @@ def sections() -> dict[str, str]:
     """Marker -> table and where it comes from; results that were not made are left out."""
     out: dict[str, str] = {}
     for marker, (name, make) in TABLES.items():
-        found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}.json"))]
-        if found:
-            made = f"From `benchmarks/results/{name}.json`, made by `{COMMANDS[name]}`."
-            out[marker] = f"{make(found if '*' in name else found[0])}\n\n{made}"
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            made = f"From `benchmarks/results/{path.name}`, made by `{COMMANDS[name]}`."
+            out[marker] = f"{make(json.loads(path.read_text()))}\n\n{made}"
     return out
 
 

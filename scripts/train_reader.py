@@ -95,7 +95,7 @@ def save(model: Any, folder: Path) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
     model.peft_config["default"].base_model_name_or_path = HUB_NAME
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
 
 

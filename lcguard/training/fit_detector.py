@@ -40,7 +40,7 @@ class DetectorConfig:
     """Share of the features that a record of a step does without."""
     touch_cost: float = 0.3
     """What a touched task value costs, in missed values."""
-    thresholds: tuple[float, float] = (-7.0, -3.0)
+    thresholds: tuple[float, float] = (-7.0, 0.0)
     """Lowest and highest threshold that may be chosen."""
     seed: int = 0
 

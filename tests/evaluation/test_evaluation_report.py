@@ -452,7 +452,7 @@ def test_commands_are_fit_to_publish(given: str, shown: str) -> None:
     assert clean_command(given) == shown
 
 
-@pytest.mark.parametrize("name", ["main", "multihop", "agentleak"])
+@pytest.mark.parametrize("name", ["demo", "multihop", "agentleak"])
 def test_committed_results_are_reports(name: str) -> None:
     """Nothing of them is lost or unknown, and both kinds can be shown."""
     given = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
