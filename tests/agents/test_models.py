@@ -59,7 +59,7 @@ def test_the_folder_is_an_ordinary_model(folder: Path) -> None:
 def test_the_documented_lines_guard_a_text(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exec(block("docs/guards.md", 'load_guard("smollm2:twin"'), {})
+    exec(block("docs/guards.md", "smollm2:twin"), {})
     said = capsys.readouterr().out
     assert "back pain" in said
     assert "912" not in said
