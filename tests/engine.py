@@ -68,7 +68,9 @@ def guard_folders(agent: HFBackend, folder: Path) -> dict[str, str]:
 
 def fit_twin(agent: HFBackend) -> FrozenGuard:
     """Guard ``twin`` with a small detector, fitted in seconds: it finds most values."""
-    config = DetectorConfig(steps=120, batch=8, lr=4e-3, warmup=10, dropout=0.0, touch_cost=0.0)
+    config = DetectorConfig(
+        steps=120, batch=8, lr=4e-3, warmup=10, dropout=0.0, touch_cost=0.0, task_weight=1.0
+    )
     shape = KVShape(*agent.source.shape)
     module = TwinGuard.build(shape, len(CATEGORIES), {"width": 32, "blocks": 1, "peak": 0.0})
     read = read_records(module, records(agent, 64, seed=5), agent.source)

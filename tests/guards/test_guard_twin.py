@@ -27,7 +27,9 @@ from lcguard.training.fit_detector import (
 from lcguard.training.twins import found_twin, neutral_twin
 from tests.fixtures import World, make_records
 
-CONFIG = DetectorConfig(steps=150, batch=8, lr=4e-3, warmup=10, dropout=0.0, touch_cost=0.0)
+CONFIG = DetectorConfig(
+    steps=150, batch=8, lr=4e-3, warmup=10, dropout=0.0, touch_cost=0.0, task_weight=1.0
+)
 OPTIONS = {"width": 32, "blocks": 1, "peak": 0.0}
 
 
