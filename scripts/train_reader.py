@@ -21,6 +21,7 @@ from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.scenarios.phrasing import ABSENT
+from lcguard.commands.script import run_script
 from lcguard.config import load_config
 from lcguard.evaluation.answers import VALUE_ONLY, said_right
 from lcguard.evaluation.load import hops_for
@@ -99,13 +100,13 @@ def save(model: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapters")
     parser.add_argument("--results", type=Path, help="JSON file for the counts")
     parser.add_argument("--asked-records", type=int, default=60, help="held out, of each source")
     parser.add_argument("--set", dest="sets", action="append", default=[], help="override a key")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     run = load_config(ReaderRun, CONFIG, args.sets)
     backend = load_backend(run.model, reader=False)
     train, held = zip(*(hops_for(data) for data in run.sources), strict=True)
@@ -130,7 +131,8 @@ def main() -> None:
             "run": run_manifest(shlex.join(["python", *sys.argv]), [run.reader.seed], run),
         }
         args.results.write_text(json.dumps(whole, indent=1, default=str) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

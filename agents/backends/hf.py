@@ -74,7 +74,8 @@ class HFBackend:
         hide and is not; ``RedactionError`` for a secret that is not in the text.
         """
         ids, mask = self._ids(text, secrets), mask_of([Rule.of(forbid, derive)])
-        kv, twin = self.source.prefill([ids]), None
+        kv = self.source.prefill([ids])
+        twin = kv if guard.needs_twin else None
         if guard.needs_twin:
             found = guard.marks(kv, mask)
             if found is None and not secrets:
@@ -82,10 +83,10 @@ class HFBackend:
                     f"guard {guard.name!r} is told what to hide: give secrets=[...], or take one "
                     "that finds it"
                 )
-            marks = [-1] * len(ids) if found is None else found[0].tolist()
-            special = self.special
-            shown = found_twin(ids, marks, guard.placeholder, special.neutral_id, special.typed)
-            twin = self.source.prefill([shown])
+            if found is not None:
+                marks, special = found[0].tolist(), self.special
+                shown = found_twin(ids, marks, guard.placeholder, special.neutral_id, special.typed)
+                twin = self.source.prefill([shown])
         return guard(kv, mask, twin=twin).kv
 
     def _ids(self, text: str, hide: Sequence[str]) -> list[int]:

@@ -85,7 +85,7 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     """
     if not 0 < run.validation_share < 1:
         raise ValueError(f"validation_share = {run.validation_share}: use a share between 0 and 1")
-    backend = load_backend(run.model)
+    backend = load_backend(run.model, reader=False)
     module = TwinGuard.build(KVShape(*backend.source.shape), len(CATEGORIES), dict(run.options))
     parts = [_Parts.of(data, run.validation_share, backend) for data in run.sources]
     out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def measure_detector(
     data: DataConfig, model: str, guard: str, against: str | None, command: str
 ) -> dict[str, Any]:
     """Figures of a guard's detector on a source's records, with Presidio's beside them."""
-    backend = load_backend(model)
+    backend = load_backend(model, reader=False)
     loaded = load_guard(GuardSpec("detector", path=guard), backend)
     hops = all_hops(data)
     records = backend.encoder.encode(hops)
