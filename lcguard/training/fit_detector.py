@@ -23,6 +23,7 @@ from lcguard.guards.twin import TwinGuard
 from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord, value_labels
 from lcguard.source import ModelSource
+from lcguard.training.descent import Descent
 from lcguard.training.kept_tensors import KeptTensors
 
 
@@ -126,7 +127,9 @@ def fit_detector(
         raise ValueError("a source has no records to train a detector on")
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(module.detector.parameters(), lr=config.lr, weight_decay=0.01)
+    descent = Descent(
+        module.detector.parameters(), config.steps, config.lr, config.warmup, weight_decay=0.01
+    )
     module.train()
     for step in range(config.steps):
         source = data[step % len(data)]
@@ -140,16 +143,7 @@ def fit_detector(
         weight = torch.where(y > 0, config.value_weight, _task_weight(records, x, config))
         each = F.binary_cross_entropy_with_logits(logits, y, reduction="none") * weight
         loss = each[valid].mean()
-        if not bool(torch.isfinite(loss)):
-            raise ValueError(f"the detector's loss is {float(loss)} at step {step}: lower lr")
-        rate = min(1.0, (step + 1) / config.warmup) * (1 - step / config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * rate
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.detector.parameters(), 1.0)
-        optimizer.step()
-        say(step, float(loss.detach()))
+        say(step, descent.down(step, loss))
     module.eval()
 
 

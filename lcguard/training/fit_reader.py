@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lcguard.protocols import KVBatch
 from lcguard.records import IGNORE, PackedQuestions
 from lcguard.source import ModelSource
+from lcguard.training.descent import Descent
 
 Draw = Callable[[int], tuple[KVBatch, PackedQuestions]]
 """Segments and questions, with their answers, of a step."""
@@ -61,23 +62,14 @@ def fit_reader(
     model = adapted(source.model, config).to(source.device)
     reader = ModelSource(source.model, source.pad_id, reader=model.base_model.model)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0)
+    descent = Descent(weights, config.steps, config.lr, config.warmup)
     for step in range(config.steps):
         kv, packed = draw(step)
         due = packed.labels[packed.labels != IGNORE].to(source.device)
         if not due.numel():
             raise ValueError(f"step {step} has no question with an answer")
         loss = F.cross_entropy(reader.answer_logits(kv, packed).float(), due)
-        if not bool(torch.isfinite(loss)):
-            raise ValueError(f"the reader's loss is {float(loss)} at step {step}: lower lr")
-        rate = min(1.0, (step + 1) / config.warmup) * (1 - step / config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * rate
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        say(step, float(loss.detach()))
+        say(step, descent.down(step, loss))
     return model.eval()
 
 
