@@ -55,11 +55,12 @@ def adapted(model: Any, config: ReaderConfig) -> Any:
 def fit_reader(
     source: ModelSource, draw: Draw, config: ReaderConfig, say: Say = lambda step, loss: None
 ) -> Any:
-    """Adapters trained to answer; a model of peft's. ``source`` stays as it is.
+    """Adapters trained to answer, on top of what answers now; a model of peft's. ``source`` stays
+    as it is.
 
     Raises ``ValueError`` where a step has no answer to learn, or the loss is not finite.
     """
-    model = adapted(source.model, config).to(source.device)
+    model = adapted(source.reader, config).to(source.device)
     reader = ModelSource(source.model, source.pad_id, reader=model.base_model.model)
     weights = [p for p in model.parameters() if p.requires_grad]
     descent = Descent(weights, config.steps, config.lr, config.warmup)
