@@ -16,11 +16,15 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast lint docs bench help venv vllm clean
+.PHONY: demo demo-real test test-fast lint docs bench help venv vllm clean
 
 demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
 	@$(BIN)/lcguard demo --out runs/demo
+
+demo-real: $(READY)  ## The same on SmolLM2-135M-Instruct
+	@echo "demo-real: lcguard demo --set model=smollm2 --out runs/demo-real"
+	@$(BIN)/lcguard demo --set model=smollm2 --out runs/demo-real
 
 # Two processes, each with whole files: a file's engine starts once.
 test: $(ENGINE)  ## Run the tests (ARGS="-k policy" for some)

@@ -77,6 +77,11 @@ class LikelihoodAttack(BaseAttack):
         for name in ("batch", "calibration"):
             if getattr(c, name) < 1:
                 raise ValueError(f"{name} {getattr(c, name)} must be at least 1")
+        if known.guard is not None and known.guard.keeps_later:
+            raise ValueError(
+                f"attack 'likelihood' has none for guard {known.guard.name!r}, which sends raw "
+                "entries beside the twin's: leave it out of the guard's attacks"
+            )
         records = _records(pairs)[: c.calibration]
         self._candidates = Candidates(pairs.secrets, known.decode, known.encode, known.sample)
         raw = known.source.prefill([r.ids for r in records], on=_behind(pairs, range(len(records))))

@@ -14,6 +14,7 @@ from lcguard.attacks.soft import embedding_table
 from lcguard.noise import noise_key
 from lcguard.protocols import AttackData, KVBatch, Secret
 from lcguard.records import IGNORE, pad
+from lcguard.tokens import Special
 from lcguard.training.twins import found_twin
 
 
@@ -71,7 +72,7 @@ def publish(data: AttackData, known: Knowledge, salt: str) -> AttackData:
                 contexts: list[Sequence[int]] = [_neutral(r, s, filler) for r, s in pairs]
                 if marks is not None:  # a guard that finds them itself
                     contexts = [
-                        found_twin(r, m[: len(r)], "neutral", filler)
+                        found_twin(r, m[: len(r)], "neutral", Special(0, filler, 0))
                         for r, m in zip(rows[cut], marks.tolist(), strict=True)
                     ]
                 twin = known.source.prefill(contexts, on=on)

@@ -134,6 +134,8 @@ class Guard(Protocol):
     name: str
     needs_twin: bool
     """True where the guard sends the KV of the twin instead (secret spans known, or found)."""
+    keeps_later: bool
+    """True where it sends raw entries of the tokens that the twin does not replace."""
     placeholder: str
     """What stands for a value in that twin."""
 

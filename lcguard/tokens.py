@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hmac
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lcguard.categories import CATEGORIES, Category
 from lcguard.rule import Rule
+
+NEAREST = 64
+"""Values, nearest in length to the one they stand for, among which a surrogate is drawn."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,13 @@ class Special:
     special_ids: tuple[int, ...] = ()
     typed: tuple[tuple[int, ...], ...] = ()
     """Each category's name in brackets: what a typed placeholder reads."""
+    values: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """Each category's made-up values: what stands for a real one as its surrogate."""
 
     @classmethod
-    def of(cls, tokenizer: Any, vocab: int) -> Special:
-        """Neutral token: the letter X, which every vocabulary has."""
+    def of(cls, tokenizer: Any, vocab: int, values: Sequence[Sequence[str]] = ()) -> Special:
+        """Neutral token: the letter X, which every vocabulary has. ``values``: texts of each
+        category."""
 
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -110,4 +117,21 @@ class Special:
             vocab=vocab,
             special_ids=tuple(sorted(tokenizer.all_special_ids)),
             typed=tuple(ids(f"[{c.upper()}]") for c in CATEGORIES),
+            values=tuple(tuple(dict.fromkeys(ids(f" {v}") for v in row)) for row in values),
         )
+
+    def surrogate(self, category: int, value: Sequence[int], key: bytes) -> tuple[int, ...]:
+        """Another value of the category, of about as many tokens: the same one for the same value
+        under the same key, and for nobody else to foresee.
+
+        Raises ``ValueError`` where there is no key, or no other value of the category.
+        """
+        if not key:
+            raise ValueError("a surrogate needs its segment's key")
+        others = [v for v in self.values[category] if v != tuple(value)] if self.values else []
+        if not others:
+            raise ValueError(f"no surrogates for {CATEGORIES[category]}: this model has none")
+        near = sorted(others, key=lambda v: abs(len(v) - len(value)))[:NEAREST]
+        told = b"".join(i.to_bytes(4, "big") for i in (category, *value))
+        drawn = hmac.digest(key, told, "sha256")
+        return near[int.from_bytes(drawn[:8], "big") % len(near)]

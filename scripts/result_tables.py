@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +334,70 @@ def detected(report: Row) -> str:
     return by(columns, [{"source": name, **r} for name, r in report["held_out"].items()])
 
 
+def real(reports: Mapping[str, Row]) -> str:
+    """The real model, text by text: the task, the best fresh attacker, the ceiling that recall
+    puts on every other one, and Presidio on the same source's held-out text."""
+    columns: Columns = {
+        "text (SmolLM2)": text("source"),
+        "task answers right: raw KV, `redact`, `twin`": lambda r: beside(r, "utility"),
+        "secrets recovered, best fresh attack: raw KV": lambda r: figure(
+            r["identity"]["asr_fresh"]
+        ),
+        "`twin` [95%] (floor)": lambda r: told(
+            r["twin"]["asr_fresh"], figure(r["twin"]["floor"]), interval(r["twin"]["asr_fresh_ci"])
+        ),
+        "values found by `twin` / task spans touched": lambda r: recall_touched(
+            r["twin"]["detection"]
+        ),
+        "no attacker exceeds": lambda r: figure(r["twin"]["detection"]["asr_ceiling"]),
+        "Presidio + spaCy: found / touched": lambda r: recall_touched(r["presidio"]),
+    }
+    return by(columns, real_rows(reports))
+
+
+def real_attacks(reports: Mapping[str, Row]) -> str:
+    """Attack by attack on the real model."""
+    names = ("inversion", "probe", "tuned-receiver")
+    columns: Columns = {
+        "text (SmolLM2)": text("source"),
+        "guard": text("guard"),
+        **UTILITY,
+        "injection": cell("asr_injection"),
+        **{n: lambda r, n=n: by_attack(r, n) for n in names},
+        "floor": plain("floor"),
+        "recovered / resisted": GUARDS["recovered / resisted"],
+    }
+    rows = [
+        {"source": one["source"], **row} for one in real_rows(reports) for row in one["results"]
+    ]
+    return by(columns, rows)
+
+
+def real_rows(reports: Mapping[str, Row]) -> list[Row]:
+    presidio = reports["detect"]["held_out"]
+    out = []
+    for report in reports.values():
+        if "results" in report:
+            source = report["data"]["source"]
+            rows = {r["guard"]: r for r in report["results"]}
+            own = {"source": source, "results": report["results"]}
+            out.append({**rows, **own, "presidio": presidio[source]["presidio"]})
+    return out
+
+
+def beside(row: Row, key: str) -> str:
+    return ", ".join(figure(row[name][key]) for name in ("identity", "redact", "twin"))
+
+
+def recall_touched(detected: Row) -> str:
+    return f"{figure(detected['recall'])} / {figure(detected['task_touched'])}"
+
+
+def by_attack(row: Row, name: str) -> str:
+    one = row["asr_fresh_by_attack"].get(name)
+    return "-" if one is None else figure(one["asr"]) + interval(one["ci"])
+
+
 def readers(report: Row) -> str:
     """Right answers with the adapters and without."""
     columns: Columns = {
@@ -362,7 +426,16 @@ COMMANDS = {
     "nano": "python scripts/train_nano.py --check agents/nano/model",
     "detect": "lcguard detect train twin --set model=smollm2 --out runs/twin",
     "reader": "python scripts/train_reader.py --out agents/smollm2/reader --results FILE",
+    **{
+        f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH"
+        for name in ("agentleak", "privacylens", "magpie")
+    },
+    "smollm2-main": "lcguard eval run main --set model=smollm2",
 }
+
+# Marker -> what makes a table of several files, by name, and which.
+REAL = ("smollm2-agentleak", "smollm2-main", "smollm2-magpie", "smollm2-privacylens", "detect")
+JOINED: dict[str, Callable[[Mapping[str, Any]], str]] = {"real": real, "real_attacks": real_attacks}
 
 # Marker -> the file of results, and what makes a table of it.
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -392,11 +465,24 @@ def sections() -> dict[str, str]:
     """Marker -> table and where it comes from; results that were not made are left out."""
     out: dict[str, str] = {}
     for marker, (name, make) in TABLES.items():
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            made = f"From `benchmarks/results/{path.name}`, made by `{COMMANDS[name]}`."
-            out[marker] = f"{make(json.loads(path.read_text()))}\n\n{made}"
+        if found := read([name]):
+            out[marker] = f"{make(found[name])}\n\n{source(found)}"
+    several = read(REAL)
+    for marker, join in JOINED.items():
+        if len(several) > 1 and "detect" in several:
+            out[marker] = f"{join(several)}\n\n{source(several)}"
     return out
+
+
+def read(names: Sequence[str]) -> dict[str, Any]:
+    """Those of the files of results that there are."""
+    paths = [RESULTS / f"{name}.json" for name in names]
+    return {p.stem: json.loads(p.read_text()) for p in paths if p.exists()}
+
+
+def source(names: Iterable[str]) -> str:
+    made = [f"`benchmarks/results/{name}.json`, made by `{COMMANDS[name]}`" for name in names]
+    return f"From {'; '.join(made)}."
 
 
 def fill(page: str, tables: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ class ReaderRun:
     model: str = "smollm2"
     sources: tuple[DataConfig, ...] = ()
     weights: tuple[float, ...] = ()
-    """How often a step draws from each source, in the sources' order."""
+    """How often a step is of each source, in the sources' order."""
     records: int = 6
     """A step."""
     questions: int = 6
@@ -63,8 +63,10 @@ class Lessons:
 
     def __call__(self, step: int) -> tuple[KVBatch, PackedQuestions]:
         rng = random.Random(f"reader/{self._run.reader.seed}/{step}")
-        chosen = rng.choices(self._sets, self._run.weights, k=self._run.records)
-        records = [self._lesson(rng, rng.choice(rng.choice(each))) for each in chosen]
+        (chosen,) = rng.choices(self._sets, self._run.weights)  # one source: little padding
+        records = [
+            self._lesson(rng, rng.choice(rng.choice(chosen))) for _ in range(self._run.records)
+        ]
         source = self._backend.source
         return source.prefill([r.ids for r in records]), pack_questions(
             records, pad_id=source.pad_id

@@ -15,6 +15,7 @@ GUARDS: dict[str, dict[str, Any]] = {
     "gate": {"width": 32, "blocks": 1, "words": 3, "noise": 0.1},
     "regress": {"width": 32, "blocks": 1, "noise": 0.2},
     "redact": {},
+    "evict": {},
     "twin": {"width": 32, "blocks": 1},
     "erasure": {"values": 1},
     "compose": {

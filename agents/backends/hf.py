@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from lcguard.agents.models import model_location, reader_folder
 from lcguard.agents.scenarios.encode import Encoder
+from lcguard.agents.scenarios.schema import category_values
 from lcguard.cache import check_supported
 from lcguard.categories import CATEGORIES
 from lcguard.detokenize import TokenTexts
@@ -21,6 +22,7 @@ from lcguard.handoff.redaction import redact
 from lcguard.hub import local_folder, quiet_hub, why_not_loaded
 from lcguard.model_digest import checkpoint_digest
 from lcguard.model_files import ModelFolderError, check_texts, check_weights, refuse_packed
+from lcguard.noise import new_noise_key
 from lcguard.protocols import Guard, KVBatch
 from lcguard.records import mask_of
 from lcguard.rope import UnsupportedModelError
@@ -85,7 +87,7 @@ class HFBackend:
                 )
             if found is not None:
                 marks, special = found[0].tolist(), self.special
-                shown = found_twin(ids, marks, guard.placeholder, special.neutral_id, special.typed)
+                shown = found_twin(ids, marks, guard.placeholder, special, new_noise_key())
                 twin = self.source.prefill([shown])
         return guard(kv, mask, twin=twin).kv
 
@@ -154,7 +156,7 @@ def load_backend(
         name,
         ModelSource(model, int(pad), reader=answering),
         Encoder(tokenizer),
-        Special.of(tokenizer, model.config.vocab_size),
+        Special.of(tokenizer, model.config.vocab_size, [category_values(c) for c in CATEGORIES]),
         digest,
     )
 

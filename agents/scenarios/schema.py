@@ -116,6 +116,13 @@ FIELD_CATEGORY: dict[str, str] = {
 }
 
 
+def category_values(category: str, n: int = 256) -> list[str]:
+    """Made-up values of a category, of all its fields in turn, in the training vocabulary."""
+    fields = [f for r in RECORD_TYPES for f in r.fields if f.category == category]
+    rng = random.Random(f"surrogates/{category}")
+    return [fields[i % len(fields)].sample(rng, "train") for i in range(n)]
+
+
 def sample_value(field: str, rng: random.Random, split: str = "test") -> str | None:
     """A value of a field, as a record of the split would have it; None for a field that no record
     type has. Types that share a field's name sample it alike, or take turns."""

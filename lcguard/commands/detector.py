@@ -21,13 +21,13 @@ from lcguard.atomic_file import replace_file
 from lcguard.categories import CATEGORIES
 from lcguard.commands.presidio import PresidioText
 from lcguard.config import dump_config
-from lcguard.evaluation.detection import measure
+from lcguard.evaluation.detection import BATCH, hidden_tokens, measure
 from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.guards import FrozenGuard, KVShape
 from lcguard.guards.twin import TwinGuard
-from lcguard.records import TokenRecord, masks
+from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
 from lcguard.training.fit_detector import (
     DetectorConfig,
@@ -67,14 +67,13 @@ def found_by(
     """
     out: dict[int, Tensor] = {}
     order = sorted(range(len(records)), key=lambda i: len(records[i].ids))
-    for first in range(0, len(order), 16):
-        at = order[first : first + 16]
+    for first in range(0, len(order), BATCH):
+        at = order[first : first + BATCH]
         rows = [records[i] for i in at]
-        found = guard.marks(source.prefill([r.ids for r in rows], len(rows)), masks(rows))
+        found = hidden_tokens(guard, source.prefill([r.ids for r in rows], len(rows)), rows)
         if found is None:
             raise ValueError(f"guard {guard.name!r} finds nothing itself: give one with a detector")
-        for i, row, record in zip(at, found.cpu(), rows, strict=True):
-            out[i] = row[: len(record.ids)] >= 0
+        out |= dict(zip(at, found, strict=True))
     return [out[i] for i in range(len(records))]
 
 

@@ -13,9 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lcguard.records import TokenRecord
+from lcguard.protocols import Guard, KVBatch
+from lcguard.records import TokenRecord, masks
 
 LEVEL = 0.95
+BATCH = 16
+"""Records that a detector reads at once."""
 
 
 @dataclass
@@ -58,6 +61,19 @@ def asr_ceiling(found: int, total: int, blind_guess: float, level: float = LEVEL
     """
     low = recall_lower(found, total, level)
     return (1 - low) + low * blind_guess
+
+
+def hidden_tokens(guard: Guard, kv: KVBatch, records: Sequence[TokenRecord]) -> list[Tensor] | None:
+    """What a guard's detector marks in the raw KV of records under their own policies: one bool
+    tensor ``[T]`` a record; None for a guard that is told what to hide, or hides all alike."""
+    mask, out = masks(records), list[Tensor]()
+    for first in range(0, len(records), BATCH):
+        part = slice(first, first + BATCH)
+        marks = guard.marks(kv[part].trim(), mask[part])
+        if marks is None:
+            return None
+        out += [m[: len(r.ids)] >= 0 for m, r in zip(marks.cpu(), records[part], strict=True)]
+    return out
 
 
 def measure(

@@ -59,7 +59,7 @@ class HopSegments(Segments):
         self.replies = scoring == "said"
         self.timing: Timing = {}
         """Milliseconds a record, under ``prefill`` and each guard's name."""
-        self._raw: tuple[KVBatch, KVBatch] | None = None
+        self._raw: dict[Side, KVBatch] = {}
         self._seen: dict[tuple[str, str, int, Side], Observed] = {}
 
     @property
@@ -68,12 +68,11 @@ class HopSegments(Segments):
 
     def raw(self, side: Side) -> KVBatch:
         """Unguarded KV of one side's records."""
-        if self._raw is None:
-            started = time.perf_counter()
-            train, test = (self.model.source.prefill([r.ids for r in rs]) for rs in self.sides)
-            self._raw = train, test
-            n = sum(map(len, self.sides))
-            self.timing["prefill"] = {"ms": (time.perf_counter() - started) / n * 1e3}
+        if side not in self._raw:
+            records, started = self.sides[side], time.perf_counter()
+            self._raw[side] = self.model.source.prefill([r.ids for r in records])
+            spent = (time.perf_counter() - started) / max(1, len(records)) * 1e3
+            self.timing["prefill"] = {"ms": spent}
         return self._raw[side]
 
     def records(self, policy: PolicySpec | None, side: Side) -> list[TokenRecord]:
@@ -82,7 +81,8 @@ class HopSegments(Segments):
         return with_policy(self.sides[side], policy.forbid, policy.derive)
 
     def prepare(self, guard: GuardSpec | None, policy: PolicySpec | None, seed: int) -> None:
-        self.raw(VICTIM)  # a child guards what it attacks itself
+        for side in (ATTACKER, VICTIM):  # a child guards what it attacks itself
+            self.raw(side)
 
     def observed(
         self, guard: GuardSpec | None, policy: PolicySpec | None, seed: int, side: Side

@@ -114,6 +114,14 @@ def hops_for(data: DataConfig) -> tuple[list[Hop], list[Hop]]:
         min_fields=data.min_fields,
         max_fields=data.max_fields,
     )
-    share = data.train_records / (data.train_records + data.test_records)
-    train, test = split_hops(hops, share, data.seed)
-    return train[: data.train_records], test[: data.test_records]
+    n, m = data.train_records, data.test_records
+    if data.train_share is None:
+        train, test = split_hops(hops, n / (n + m), data.seed)
+        return train[:n], test[:m]
+    train, test = split_hops(hops, data.train_share, data.seed)
+    return _evenly(train, n), _evenly(test, m)
+
+
+def _evenly(hops: list[Hop], n: int) -> list[Hop]:
+    """``n`` of them, or all, evenly over the list, in which a scenario's stand together."""
+    return hops if n >= len(hops) else [hops[i * len(hops) // n] for i in range(n)]

@@ -83,6 +83,10 @@ class DataConfig:
     seed: int = 1000
     train_records: int = 1200
     test_records: int = 256
+    train_share: float | None = None
+    """Share of a benchmark's scenarios on the attackers' side, so that a detector's split stays
+    when fewer records are measured; these are then taken evenly. None: by the records asked for,
+    the first ones."""
     min_fields: int = 5
     max_fields: int = 8
     forms: tuple[str, ...] = ("note",)

@@ -158,6 +158,30 @@ class Certificate(Part):
     n_pairs: Count = None
 
 
+class Recall(Part):
+    """Values that a detector finds whole."""
+
+    found: Count = None
+    total: Count = None
+    recall: Figure = None
+    recall_lower: Figure = None
+    """Clopper and Pearson's one-sided bound."""
+
+
+class Detection(Recall):
+    """What a guard finds that is not told, and what it hides beside."""
+
+    level: Figure = None
+    task_spans: Count = None
+    task_touched: Figure = None
+    """Share of values that no policy forbids of which any token is hidden."""
+    tokens_flagged: Figure = None
+    categories: Annotated[dict[str, Recall], _Dict] = {}
+    blind_guess: Figure = None
+    asr_ceiling: Figure = None
+    """What no attacker exceeds on values like these: a missed one counts as recovered."""
+
+
 class BestFigures(Part):
     """Of the attack that recovers most on an edge or a path."""
 
@@ -205,6 +229,8 @@ class GuardRow(Part):
     latency_ms: Annotated[dict[str, Figure], _Dict] = {}
     bytes_share: Figure = None
     certificate: Certificate | None = None
+    detection: Detection | None = None
+    """Of guards that find values themselves."""
     claim: str | None = None
     note: str | None = None
     guard_digest: str | None = None

@@ -62,7 +62,9 @@ class HopRun:
         )
 
     def utility(self, guard: GuardSpec | None, policy: PolicySpec | None = None) -> list[Attempt]:
-        """With all seeds; without a guard there is no noise, so the first will do."""
+        """With all seeds; what passes raw has no noise, so the first will do, asked once a run."""
+        if guard is not None and guard.guard == "identity" and not guard.options:
+            guard = None
         seeds = self.plan.seeds if guard else self.plan.seeds[:1]
         return [a for s in seeds for a in self.runner.utility(self.case(guard, policy, s))]
 
@@ -124,7 +126,9 @@ class HopRun:
         for c in challenges:
             if c.policy is None or c.policy is not self.plan.derived:
                 rest += self.on_lists(c)
-        self.runner.fit(rest)
+        # the longest first, so that no core waits at the end for a long fit of another
+        rank = {a.name: k for k, a in enumerate(a for a in self.plan.attacks if not a.lists)}
+        self.runner.fit(sorted(rest, key=lambda c: -rank.get(c.names["attack"], 0)))
 
     def challenges(self) -> Iterator[Challenge]:
         """Every guard under the records' own policies, and one of them under the others."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lcguard.evaluation.detection import asr_ceiling, hidden_tokens, measure
 from lcguard.evaluation.lists import list_figures
 from lcguard.evaluation.outcomes import Attempt
 from lcguard.evaluation.plan import GuardSpec, PolicySpec
@@ -106,9 +107,26 @@ def guard_row(run: HopRun, spec: GuardSpec, attempts: Sequence[Attempt]) -> dict
             "guard": timing.get(spec.name, {}).get("ms"),
         },
         "certificate": guard.card.certificate,
+        "detection": detection(run, guard),
         "claim": guard.card.claim,
         "guard_digest": guard.digest,
     }
+
+
+def detection(run: HopRun, guard: FrozenGuard) -> dict[str, Any] | None:
+    """What a guard that finds values itself finds of the test records', and the ceiling that its
+    recall puts on every attacker; None for the others."""
+    if not guard.module.finds_secrets:
+        return None
+    records, kv = run.hops.sides[VICTIM], run.hops.raw(VICTIM)
+    marks = hidden_tokens(guard, kv, records)
+    assert marks is not None
+    found, blind = measure(records, marks), mean_over_categories(run.floor())
+    guess = blind.ci[1] if blind.ci else blind.value
+    if guess is None or not found["total"]:
+        return found
+    limit = asr_ceiling(found["found"], found["total"], guess)
+    return {**found, "blind_guess": guess, "asr_ceiling": limit}
 
 
 def policy_row(run: HopRun, policy: PolicySpec) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcguard.evaluation.intervals import zero_success_caveat
-from lcguard.evaluation.results import LIST, Counts, GuardRow, Report
+from lcguard.evaluation.results import LIST, Counts, GuardRow, Recall, Report
 from lcguard.evaluation.verdict import (
     NOT_MEASURED,
     RULE,
@@ -67,7 +67,7 @@ def overview(found: Report | Mapping[str, Any]) -> Table:
 def details(report: Report) -> list[Table]:
     """All other tables, those without rows included: the writers say so."""
     makers = (_attackers, _attempts, _by_attack, _by_category, _lists, _cost, _certificates)
-    return [make(report) for make in (*makers, _policies, _derived, _length_channel)]
+    return [make(report) for make in (*makers, _detections, _policies, _derived, _length_channel)]
 
 
 def _attackers(report: Report) -> Table:
@@ -223,6 +223,38 @@ def _certificates(report: Report) -> Table:
     title = "Certificates: what one draw of the segment can tell at most"
     note = "Figures in nats. A vacuous certificate rules nothing out."
     return _per_guard(report, title, headers, lines, note)
+
+
+def _detections(report: Report) -> Table:
+    def lines(row: GuardRow) -> list[tuple[str, ...]]:
+        whole = row.detection
+        if whole is None:
+            return []
+        rest = (whole.task_touched, whole.tokens_flagged, whole.asr_ceiling)
+        first = ("all", *_recall(whole), *map(percent, rest))
+        empty = ("", "", "")
+        return [first, *((name, *_recall(r), *empty) for name, r in whole.categories.items())]
+
+    headers = (
+        "Category",
+        "Values found",
+        "Recall",
+        "At least (95%)",
+        "Task values touched",
+        "Tokens hidden",
+        "ASR no attacker exceeds",
+    )
+    note = (
+        "Of guards that find the values themselves, on the records measured here. The last column: "
+        "every value that the bound allows to be missed counts as recovered, every other one is "
+        "guessed blindly."
+    )
+    return _per_guard(report, "What the detector finds", headers, lines, note)
+
+
+def _recall(found: Recall) -> tuple[str, str, str]:
+    of = f"{count(found.found)} of {count(found.total)}"
+    return of, percent(found.recall), percent(found.recall_lower)
 
 
 def _policies(report: Report) -> Table:

@@ -34,7 +34,7 @@ class KVShape(NamedTuple):
         return self.layers * 2 * self.kv_heads * self.head_dim
 
 
-Placeholder = Literal["neutral", "fixed_length", "typed"]
+Placeholder = Literal["neutral", "fixed_length", "typed", "surrogate"]
 Draws = torch.Generator | Sequence[bytes] | None
 """Where noise comes from: a generator in training, a key for each record on a hop, fresh secrets
 where None."""
@@ -65,12 +65,14 @@ class GuardModule(nn.Module):
     """True where a record under a policy that forbids nothing passes without noise."""
     finds_secrets: ClassVar[bool] = False
     """True where ``marks`` finds what to hide; otherwise the guard is told, or hides all alike."""
+    keeps_later: ClassVar[bool] = False
+    """True for a guard with ``needs_twin`` that sends raw entries of the other tokens."""
     locks: ClassVar[bool] = False
     """True for a guard of the wire alone, which the receiver undoes with a key by ``unlock``; its
     tokens change places."""
     placeholder: Placeholder = "neutral"
     """What stands for a replaced value, for guards that send a twin: a neutral token for each of
-    its own, a run of fixed length, or its category's name in brackets."""
+    its own, a run of fixed length, its category's name in brackets, or another value like it."""
     claim: ClassVar[str] = ""
     """What the guard claims, and against whom; printed on its card."""
 
@@ -134,6 +136,10 @@ class GuardModule(nn.Module):
         x = x.unflatten(4, (self.shape.kv_heads, self.shape.head_dim))
         x = x.permute(0, 2, 3, 4, 1, 5).to(like.keys.dtype)  # [B, L, 2, H, T, D]
         return KVBatch(x[:, :, 0], x[:, :, 1], like.valid)
+
+    def start(self, kv: KVBatch, twin: KVBatch) -> KVBatch:
+        """For a guard with ``needs_twin``: what it rewrites, from raw KV and the twin's."""
+        return twin
 
     def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
         """The deterministic part: ``z [B, T, L, 2, H * D]`` to the mean of the output."""

@@ -50,6 +50,8 @@ class ComposeGuard(GuardModule):
                     f"parts[{i}]: {part.name!r} sends the twin's KV and would undo the parts "
                     "before it; put it first"
                 )
+            if part.keeps_later:
+                raise ValueError(f"parts[{i}]: {part.name!r} is measured alone, as a yardstick")
         self.parts = nn.ModuleList(made)
         # of this guard, not of all composed ones
         self.needs_twin = made[0].needs_twin  # type: ignore[misc]

@@ -63,6 +63,7 @@ class FrozenGuard:
         self.module = module.eval().requires_grad_(False)
         self.name = module.name
         self.needs_twin = module.needs_twin
+        self.keeps_later = module.keeps_later
         self.placeholder: str = module.placeholder
         self.card = card or Card(
             guard=module.name,
@@ -152,7 +153,10 @@ class FrozenGuard:
                     f"twin of shape {tuple(twin.keys.shape)} is not KV of the model that made "
                     f"{tuple(kv.keys.shape)}"
                 )
-            kv = twin
+            try:
+                kv = self.module.start(kv, twin)
+            except ValueError as error:
+                raise GuardError(str(error)) from error
         if keys is None:
             keys = [new_noise_key() for _ in range(len(kv))]
         out, rewrite = self.module(kv, mask, keys)

@@ -6,8 +6,9 @@ so there is no noise, and later tokens keep no trace. What was missed stands in 
 that happens is measured on held-out values and bounded (``lcguard.training.recall``).
 
 The placeholder is the publisher's choice: neutral tokens (``neutral``: one for one, so that the
-segment's length tells the value's), a run of fixed length (``fixed_length``), or the category's
-name in brackets (``typed``).
+segment's length tells the value's), a run of fixed length (``fixed_length``), the category's name
+in brackets (``typed``), or another value of the category (``surrogate``): the same one wherever the
+value stands in the segment, and what the detector missed stands among them.
 """
 
 from __future__ import annotations

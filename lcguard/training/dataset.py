@@ -68,7 +68,7 @@ def guard_all(
     mask = masks(records)
     twin = None
     if guard.needs_twin:
-        twin = source.prefill(twin_contexts(guard, records, kv, special, fixed_length))
+        twin = source.prefill(twin_contexts(guard, records, kv, special, fixed_length, seed=seed))
     parts = []
     for first in range(0, len(records), batch):
         rows = slice(first, first + batch)
@@ -86,9 +86,11 @@ def twin_contexts(
     special: Special,
     fixed_length: bool = False,
     batch: int = 16,
+    seed: int = 0,
 ) -> list[tuple[int, ...]]:
     """What is prefilled again for a guard that sends a twin: the contexts without what it finds in
-    raw ``kv``, or, for a guard that is told, without the values that each policy forbids."""
+    raw ``kv``, or, for a guard that is told, without the values that each policy forbids. ``seed``
+    is what surrogates are drawn from."""
     make = fixed_length_twin if fixed_length else neutral_twin
     mask, out = masks(records), list[tuple[int, ...]]()
     for first in range(0, len(records), batch):
@@ -100,9 +102,8 @@ def twin_contexts(
             else:
                 placeholder = "fixed_length" if fixed_length else guard.placeholder
                 marks = found[i, : len(record.ids)].tolist()
-                out.append(
-                    found_twin(record.ids, marks, placeholder, special.neutral_id, special.typed)
-                )
+                key = noise_key(seed, f"surrogates {record.record_id}")
+                out.append(found_twin(record.ids, marks, placeholder, special, key))
     return out
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from lcguard.categories import CATEGORIES
 from lcguard.guards.detector import runs
 from lcguard.records import TokenRecord, TokenSpan
+from lcguard.tokens import Special
 
 Key = tuple[str, int, str | None]
 
@@ -43,24 +44,26 @@ def found_twin(
     ids: Sequence[int],
     marks: Sequence[int],
     placeholder: str,
-    neutral_id: int,
-    typed: Sequence[Sequence[int]] = (),
+    special: Special,
+    key: bytes = b"",
     length_tokens: int = 4,
 ) -> tuple[int, ...]:
     """The context with what a detector marked replaced; ``marks``: see ``GuardModule.marks``.
 
-    ``typed``: the tokens of each category's name, for the placeholder ``typed``. Raises
-    ``ValueError`` for a placeholder that is not known.
+    ``key``: the segment's secret, for the placeholder ``surrogate``. Raises ``ValueError`` for a
+    placeholder that is not known, and where there is no surrogate.
     """
-    fill: dict[str, Callable[[int, int], Sequence[int]]] = {
-        "neutral": lambda n, category: (neutral_id,) * n,
-        "fixed_length": lambda n, category: (neutral_id,) * length_tokens,
-        "typed": lambda n, category: typed[category],
+    neutral = (special.neutral_id,)
+    fill: dict[str, Callable[[Sequence[int], int], Sequence[int]]] = {
+        "neutral": lambda value, category: neutral * len(value),
+        "fixed_length": lambda value, category: neutral * length_tokens,
+        "typed": lambda value, category: special.typed[category],
+        "surrogate": lambda value, category: special.surrogate(category, value, key),
     }
     if placeholder not in fill:
         raise ValueError(f"placeholder {placeholder!r} is unknown: use {', '.join(fill)}")
     chosen = fill[placeholder]
-    return replaced(ids, [(a, b, chosen(b - a, c)) for a, b, c in runs(marks)])
+    return replaced(ids, [(a, b, chosen(ids[a:b], c)) for a, b, c in runs(marks)])
 
 
 def replaced(

@@ -388,8 +388,11 @@ def test_a_model_has_presets_of_its_own_and_else_the_embedded_ones() -> None:
     own = load_plan(EvalConfig, "agentleak", ["model=smollm2"], None)
     assert [g.path for g in own.guards if g.path] == ["smollm2:twin"]
     assert "nano:gate" in [g.path for g in load_plan(EvalConfig, "agentleak", [], None).guards]
-    assert load_plan(EvalConfig, "demo", ["model=smollm2"], None).title.startswith("LCGuard demo")
-    with pytest.raises(ValueError, match="with model=smollm2 also: agentleak, detect-twin"):
+    assert load_plan(EvalConfig, "demo", ["model=smollm2"], None).model == "smollm2"
+    assert load_plan(EvalConfig, "demo", ["model=other"], None).guards == (
+        load_plan(EvalConfig, "demo", [], None).guards
+    )
+    with pytest.raises(ValueError, match="with model=smollm2 also: agentleak, demo, detect-twin"):
         preset("nothing", "smollm2")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcguard.agents.scenarios.schema import category_values
 from lcguard.categories import CATEGORIES
 from lcguard.evaluation.detection import asr_ceiling, measure, recall_lower
 from lcguard.guards import FrozenGuard, KVShape
@@ -16,6 +17,7 @@ from lcguard.guards.detector import bridged, evenly_spaced, peaked, runs
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenRecord, mask_of, masks
 from lcguard.rule import Rule
+from lcguard.tokens import Special
 from lcguard.training.dataset import guard_all, twin_contexts, with_policy
 from lcguard.training.fit_detector import (
     DetectorConfig,
@@ -143,13 +145,36 @@ def test_a_run_without_a_sure_token_is_no_value() -> None:
 
 def test_placeholders(world: World) -> None:
     ids, marks = (1, 2, 3, 4, 5, 6), (-1, 0, 0, -1, 3, -1)
-    assert found_twin(ids, marks, "neutral", 9) == (1, 9, 9, 4, 9, 6)
-    assert found_twin(ids, marks, "fixed_length", 9) == (1, 9, 9, 9, 9, 4, 9, 9, 9, 9, 6)
+    special = replace(world.special, neutral_id=9)
+    assert found_twin(ids, marks, "neutral", special) == (1, 9, 9, 4, 9, 6)
+    assert found_twin(ids, marks, "fixed_length", special) == (1, 9, 9, 9, 9, 4, 9, 9, 9, 9, 6)
     typed = world.special.typed
-    assert found_twin(ids, marks, "typed", 9, typed) == (1, *typed[0], 4, *typed[3], 6)
+    assert found_twin(ids, marks, "typed", special) == (1, *typed[0], 4, *typed[3], 6)
     assert world.tokenizer.decode(typed[0]).replace(" ", "") == "[PERSON]"
     with pytest.raises(ValueError, match="placeholder 'stars' is unknown: use neutral"):
-        found_twin(ids, marks, "stars", 9)
+        found_twin(ids, marks, "stars", special)
+
+
+def test_surrogates_are_other_values_of_the_kind_one_for_each_value(world: World) -> None:
+    person = CATEGORIES.index("person")
+    special = Special.of(world.tokenizer, 0, [category_values(c) for c in CATEGORIES])
+    ada = tuple(world.tokenizer(" Ada Long", add_special_tokens=False)["input_ids"])
+    ids = (*ada, 5, *ada, 6, *ada[::-1])
+    marks = [person] * len(ada) + [-1] + [person] * len(ada) + [-1] + [person] * len(ada)
+    out = found_twin(ids, marks, "surrogate", special, b"k" * 32)
+    first = special.surrogate(person, ada, b"k" * 32)
+    assert first in special.values[person]
+    assert out == (*first, 5, *first, 6, *special.surrogate(person, ada[::-1], b"k" * 32))
+    assert ada not in (out[i : i + len(ada)] for i in range(len(out)))
+    drawn = {special.surrogate(person, ada, bytes([k]) * 32) for k in range(1, 40)}
+    assert len(drawn) > 15  # nobody without the key foresees it
+    # never the value itself, even where it is one of those to draw from
+    held = special.values[person][0]
+    assert held not in {special.surrogate(person, held, bytes([k])) for k in range(1, 200)}
+    with pytest.raises(ValueError, match="needs its segment's key"):
+        found_twin(ids, marks, "surrogate", special)
+    with pytest.raises(ValueError, match="no surrogates for person"):
+        replace(special, values=()).surrogate(person, ada, b"k")
 
 
 @pytest.mark.parametrize(

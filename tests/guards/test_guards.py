@@ -24,7 +24,9 @@ from lcguard.guards.frozen import CARD, WEIGHTS, FrozenGuard, GuardError
 from lcguard.guards.gate import GateGuard
 from lcguard.noise import noise_key, segment_noise
 from lcguard.protocols import Guard, Guarded, KVBatch, Mask
-from tests.fixtures import forbid_all, random_kv
+from lcguard.records import masks
+from lcguard.training.twins import neutral_twin
+from tests.fixtures import World, forbid_all, make_records, random_kv
 from tests.matrix import GUARDS
 
 SHAPE = KVShape(2, 2, 8)
@@ -150,7 +152,12 @@ class TestEveryGuard:
         for m in guards_in(guard.module):
             m.center.fill_(1e6)  # cancels where the entry passes, overflows with any noise
             m.scale.fill_(1e6)
-        if name in ("identity", "redact", "twin"):  # nothing is computed, so nothing overflows
+        if name in (
+            "identity",
+            "redact",
+            "evict",
+            "twin",
+        ):  # nothing is computed, so nothing overflows
             assert same(guard(kv, forbid_all(3), twin=kv).kv, kv)
             return
         with pytest.raises(GuardError, match="not finite; withheld"):
@@ -189,6 +196,31 @@ class TestRedact:
             out = guard(random_kv(LENGTHS, seed=seed), forbid_all(3), twin=twin)
             assert same(out.kv, twin)
             assert torch.equal(out.kv.valid, twin.valid)
+
+
+class TestEvict:
+    def test_own_entries_are_the_twins_and_later_ones_stay(self, world: World) -> None:
+        """Later tokens were made with the value in sight: that is what the yardstick measures."""
+        records = make_records(world.encoder, 6, seed=3)
+        kv = world.source.prefill([r.ids for r in records])
+        ids = [neutral_twin(r, r.forbid, world.special.neutral_id) for r in records]
+        twin = world.source.prefill(ids, batch=1)  # another batch: the same tokens all the same
+        module = guard_class("evict").build(KVShape(*world.source.shape), len(CATEGORIES), {})
+        sent = FrozenGuard(module)(kv, masks(records), twin=twin).kv
+        for i, (record, new) in enumerate(zip(records, ids, strict=True)):
+            stays = torch.tensor([a == b for a, b in zip(record.ids, new, strict=True)])
+            assert not stays.all()
+            for got, raw, told in (
+                (sent.keys, kv.keys, twin.keys),
+                (sent.values, kv.values, twin.values),
+            ):
+                row, before, other = (x[i, :, :, : len(new)] for x in (got, raw, told))
+                assert torch.equal(row[:, :, stays], before[:, :, stays])
+                assert torch.equal(row[:, :, ~stays], other[:, :, ~stays])
+
+    def test_a_twin_of_another_length_is_refused(self) -> None:
+        with pytest.raises(GuardError, match="another length than the segment"):
+            guard_of("evict")(random_kv(LENGTHS), forbid_all(3), twin=random_kv((5, 8, 2)))
 
 
 def test_identity_is_exact() -> None:
