@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import lcguard
 from lcguard.agents.backends.hf import HFBackend
-from lcguard.guards import FrozenGuard, GuardError
+from lcguard.categories import CATEGORIES
+from lcguard.guards import FrozenGuard, GuardError, KVShape, guard_class
 from lcguard.handoff.redaction import RedactionError
 from lcguard.records import mask_of
 from lcguard.rule import Rule
@@ -96,6 +99,29 @@ def test_guards_are_loaded_by_name_or_folder(agent: HFBackend, tmp_path: Path) -
         lcguard.load_guard("nano:gate", agent, noise=0.5)
     with pytest.raises(ValueError, match="not shipped"):
         lcguard.load_guard("nano:gaet", agent)
+
+
+def test_the_placeholder_of_a_saved_guard_can_be_chosen(agent: HFBackend, tmp_path: Path) -> None:
+    shape, path = KVShape(*agent.source.shape), str(tmp_path / "twin")
+    module = guard_class("twin").build(shape, len(CATEGORIES), {"width": 32, "blocks": 1})
+    FrozenGuard(module).with_card(model_digest=agent.digest).save_pretrained(path)
+    plain, other = (
+        lcguard.load_guard(path, agent, **options) for options in ({}, {"placeholder": "surrogate"})
+    )
+    assert (plain.placeholder, other.placeholder) == ("neutral", "surrogate")
+    assert plain.digest != other.digest
+    kv, mask = agent.read(NOTE), mask_of([Rule.of(CATEGORIES, ())])
+    assert torch.equal(plain.module.logits(kv), other.module.logits(kv))
+    # everything is found: what is sent has other values, and other ones each time
+    other.module.thresholds.fill_(-1e9)
+    other.module.config = replace(other.module.config, peak=0.0)
+    assert bool((other.marks(kv, mask) >= 0).all())
+    sent = [agent.publish(NOTE, other) for _ in range(4)]
+    assert len({tuple(kv.keys.flatten().tolist()) for kv in sent}) > 1
+    with pytest.raises(ValueError, match="placeholder 'stars' is unknown"):
+        lcguard.load_guard(path, agent, placeholder="stars")
+    with pytest.raises(ValueError, match="its placeholder can be chosen: leave out width"):
+        lcguard.load_guard(path, agent, width=64)
 
 
 def test_an_evaluation_runs_in_one_line(tmp_path: Path) -> None:

@@ -39,13 +39,12 @@ def load_guard(name: str, agent: HFBackend, **options: Any) -> FrozenGuard:
     Args:
         name: ``nano:gate`` (one that comes with the package), a guard's folder or repository, or
             the registered name of a guard without weights, such as ``redact``.
-        options: of a guard without weights, such as ``noise=1.0`` for ``gaussian``.
+        options: of a guard without weights, such as ``noise=1.0`` for ``gaussian``; of a saved one
+            that replaces values, its ``placeholder``.
 
     Raises ``ValueError`` for an unknown guard, and for one made for another model or revision.
     """
     known = name in names()
-    if options and not known:
-        raise ValueError(f"guard {name!r} is loaded with its own options: leave out {[*options]}")
     source = (name, "") if known else ("", name)
     return load_spec(GuardSpec(name, *source, options=options), agent)
 

@@ -23,9 +23,10 @@ def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
     if bool(spec.guard) == bool(spec.path):
         raise ValueError(f"guard {spec.name!r}: give either guard (a name) or path, not both")
     if spec.path:
-        return FrozenGuard.from_pretrained(
+        saved = FrozenGuard.from_pretrained(
             spec.path, model_digest=backend.digest, shape=backend.source.shape
         )
+        return saved.with_options(**spec.options) if spec.options else saved
     cls = guard_class(spec.guard)
     if cls.trained:
         raise ValueError(f"guard {spec.name!r}: {spec.guard!r} is trained; give path to its folder")

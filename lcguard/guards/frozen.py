@@ -168,6 +168,24 @@ class FrozenGuard:
         """The same guard with changed card entries."""
         return FrozenGuard(self.module, self.card.model_copy(update=changes))
 
+    def with_options(self, **options: Any) -> FrozenGuard:
+        """The same weights with another ``placeholder``: of a saved guard the only choice that
+        leaves true what its card says.
+
+        Raises ``GuardError`` for another option, and for a guard without placeholders.
+        """
+        known = self.module.options()
+        if wrong := sorted(k for k in options if k != "placeholder" or k not in known):
+            what = "its placeholder" if "placeholder" in known else "nothing"
+            raise GuardError(
+                f"guard {self.name!r} is loaded with its own options, of which {what} can be "
+                f"chosen: leave out {', '.join(wrong)}"
+            )
+        changed = self.card.model_copy(update={"options": known | options})
+        module = _build(changed)
+        module.load_state_dict(self.module.state_dict())
+        return FrozenGuard(module, changed)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes card and weights atomically; an existing guard folder is replaced whole."""
         target = Path(folder).resolve()
