@@ -93,12 +93,12 @@ class ProbeAttack(ScheduledAttack):
         """One guess a secret; raises ``ValueError`` if not fitted."""
         if self.net is None:
             raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
-        features, out = _features(data.kv, self.config.layers).float(), []
+        seen, out = features(data.kv, self.config.layers).float(), []
         for i, (record, secrets) in enumerate(zip(data.record_ids, data.secrets, strict=True)):
             for s in secrets:
                 start, end = s.positions
-                true = torch.tensor(s.ids, device=features.device)
-                here = features[i, start:end]
+                true = torch.tensor(s.ids, device=seen.device)
+                here = seen[i, start:end]
                 if len(here) < len(s.ids):  # the guard moved the tokens: nothing to read
                     out.append(Guess(record, s.category, s.field, (), None, 0.0))
                     continue
@@ -131,7 +131,7 @@ class _Standardise(nn.Module):
         return (x - self.center) / self.scale
 
 
-def _features(kv: KVBatch, layers: Sequence[int]) -> Tensor:
+def features(kv: KVBatch, layers: Sequence[int]) -> Tensor:
     """``[B, T, F]``: the chosen layers' keys and values of a token side by side, or all."""
     if not layers:
         return kv.features()
@@ -160,5 +160,5 @@ def _positions(pairs: AttackData, layers: Sequence[int] = ()) -> tuple[Tensor, T
     random.Random(0).shuffle(order)
     rows = torch.tensor(order[:1024])  # enough tokens to learn from, little enough to hold
     known_rows = known[rows]
-    features = _features(pairs.kv[rows], layers).float()[known_rows]
-    return features, ids[rows][known_rows].to(features.device), secret[rows][known_rows]
+    x = features(pairs.kv[rows], layers).float()[known_rows]
+    return x, ids[rows][known_rows].to(x.device), secret[rows][known_rows]

@@ -53,6 +53,11 @@ ATTACKS: dict[str, dict[str, Any]] = {
         "max_tokens": 8,
         "fit": {"steps": 60, "batch": 16, "lr": 1e-2, "warmup": 4},
     },
+    "soft_prefix": {
+        "max_tokens": 8,
+        "width": 32,
+        "fit": {"steps": 60, "batch": 16, "lr": 2e-4, "warmup": 4},
+    },
     "trigger": {
         "length": 2,
         "max_perplexity": 5000.0,
