@@ -29,10 +29,13 @@ from lcguard.source import Wanted
 from lcguard.training.dataset import attack_data, guard_all, with_policy
 
 Timing = dict[str, dict[str, float]]
+Key = tuple[str, str, int, Side]
+"""Guard, policy, seed and side."""
 
 
 class HopSegments(Segments):
-    """A sender's records and what reaches the receiver; the last guard's segments are kept.
+    """A sender's records and what reaches the receiver. The last guard's segments are kept, and
+    those of every guard that has the model prefill again.
 
     Raises ``ValueError`` where a scenario is on both sides.
     """
@@ -60,7 +63,8 @@ class HopSegments(Segments):
         self.timing: Timing = {}
         """Milliseconds a record, under ``prefill`` and each guard's name."""
         self._raw: dict[Side, KVBatch] = {}
-        self._seen: dict[tuple[str, str, int, Side], Observed] = {}
+        self._seen: dict[Key, Observed] = {}
+        self._twins: dict[Key, Observed] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -83,18 +87,22 @@ class HopSegments(Segments):
     def prepare(self, guard: GuardSpec | None, policy: PolicySpec | None, seed: int) -> None:
         for side in (ATTACKER, VICTIM):  # a child guards what it attacks itself
             self.raw(side)
+            if guard is not None and self.guards[guard.name].needs_twin:  # but does not prefill
+                self.observed(guard, policy, seed, side)
 
     def observed(
         self, guard: GuardSpec | None, policy: PolicySpec | None, seed: int, side: Side
     ) -> Observed:
-        key = (guard.name if guard else "", policy.name if policy else "", seed)
-        if any(k[:3] != key for k in self._seen):
-            self._seen.clear()
-        if (*key, side) not in self._seen:
+        key = (guard.name if guard else "", policy.name if policy else "", seed, side)
+        kept = self._seen
+        if guard is not None and self.guards[guard.name].needs_twin:
+            kept = self._twins
+        elif any(k[:3] != key[:3] for k in kept):
+            kept.clear()
+        if key not in kept:
             records = self.records(policy, side)
-            data = self._attacked(guard, records, seed, side)
-            self._seen[*key, side] = Observed(data, tuple(records))
-        return self._seen[*key, side]
+            kept[key] = Observed(self._attacked(guard, records, seed, side), tuple(records))
+        return kept[key]
 
     def _attacked(
         self, guard: GuardSpec | None, records: Sequence[TokenRecord], seed: int, side: Side

@@ -20,15 +20,18 @@ import torch
 from rich.console import Console
 
 from lcguard.agents.models import NAMED
+from lcguard.agents.scenarios.load import load_hops
 from lcguard.attacks.probe import ProbeAttack
+from lcguard.commands.detector import DetectorRun
 from lcguard.commands.inventory import count_units, find_runs
 from lcguard.commands.progress import progress
 from lcguard.config import dump_config, load_config
 from lcguard.evaluation.compare import compare
 from lcguard.evaluation.folder import RunFolder
 from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
+from lcguard.evaluation.load import hops_for
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
-from lcguard.evaluation.plan import AttackSpec, EvalConfig, GuardSpec
+from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
 from lcguard.evaluation.presets import load_plan, preset, shipped
 from lcguard.evaluation.stress import stressed
 from lcguard.training.dataset import attack_data
@@ -394,6 +397,39 @@ def test_a_model_has_presets_of_its_own_and_else_the_embedded_ones() -> None:
     )
     with pytest.raises(ValueError, match="with model=smollm2 also: agentleak, demo, detect-twin"):
         preset("nothing", "smollm2")
+
+
+def test_a_share_keeps_the_split_whatever_the_number_of_records(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hops = load_hops("generator", path=None, seed=1, split="test", n=60)
+
+    monkeypatch.setattr("lcguard.evaluation.load.load_hops", lambda *args, **options: hops)
+    data = DataConfig("agentleak", train_records=4500, test_records=1500)  # all there are
+
+    def names(data: DataConfig) -> list[set[str]]:
+        return [{h.scenario_id for h in side} for side in hops_for(data)]
+
+    fitted, held = names(data)
+    for n in (4, 7):
+        few = replace(data, train_records=n, test_records=n, train_share=0.75)
+        train, test = hops_for(few)
+        assert (len(train), len(test)) == (n, n)
+        assert names(few)[0] <= fitted
+        assert names(few)[1] <= held
+    loose = names(replace(data, train_records=7, test_records=14))[1]
+    assert loose & fitted  # without it fewer records move the border
+
+
+def test_no_preset_measures_what_the_shipped_detector_was_fitted_on() -> None:
+    """The scenarios' order is the seed's, so a border that is not before the detector's will do."""
+    detector = load_plan(DetectorRun, "twin", ["model=smollm2"], None, "detect-")
+    fitted = {d.source: d for d in detector.sources if d.source != "generator"}
+    for name, own in fitted.items():
+        data = load_plan(EvalConfig, name, ["model=smollm2"], None).data
+        assert data.seed == own.seed
+        assert data.train_share is not None
+        assert data.train_share >= own.train_records / (own.train_records + own.test_records)
 
 
 def test_shipped_presets_are_fresh() -> None:

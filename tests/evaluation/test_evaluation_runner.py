@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 
+from lcguard.agents.backends.hf import load_backend
+from lcguard.categories import CATEGORIES
+from lcguard.evaluation.detection import asr_ceiling
 from lcguard.evaluation.hop_segments import HopSegments
 from lcguard.evaluation.outcomes import Journal, read_attempts
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec, PolicySpec
 from lcguard.evaluation.run import evaluate, load
 from lcguard.evaluation.runner import Case, Runner
+from lcguard.evaluation.segments import ATTACKER, VICTIM
+from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.source import ModelSource
 
 TINY = EvalConfig(
     title="tiny",
@@ -119,6 +125,44 @@ def test_an_attack_fitted_on_test_records_is_refused() -> None:
     train, test = made.hop.sides
     with pytest.raises(ValueError, match="both"):
         HopSegments(made.setup.model, made.setup.guards, (train + test[:1], test), ONE_GUARD.data)
+
+
+def test_a_twin_is_prefilled_once_for_all_its_attackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the children are forked, each of which would do it again."""
+    made = load(replace(TINY, data=replace(TINY.data, train_records=8, test_records=4)))
+    assert made.hop is not None
+    for guard in TINY.guards[1:3]:
+        made.hop.prepare(guard, None, 0)
+    monkeypatch.setattr(ModelSource, "prefill", None)
+    for guard in TINY.guards[1:3]:
+        for side in (ATTACKER, VICTIM):
+            assert len(made.hop.observed(guard, None, 0, side).single) in (8, 4)
+
+
+def test_a_guard_that_finds_values_itself_is_measured_and_bounded(tmp_path: Path) -> None:
+    """The report's ceiling is that of what was found of these very records, and its guess that of
+    the floor's upper end."""
+    model = load_backend("nano")
+    shape, options = KVShape(*model.source.shape), {"width": 32, "blocks": 1, "peak": 0.0}
+    module = guard_class("twin").build(
+        shape, len(CATEGORIES), {**options, "thresholds": [-1e9] * len(CATEGORIES)}
+    )
+    FrozenGuard(module).with_card(model_digest=model.digest).save_pretrained(tmp_path / "all")
+    plan = EvalConfig(
+        data=DataConfig(seed=31, train_records=24, test_records=12),
+        guards=(GuardSpec("identity", guard="identity"), GuardSpec("all", path=f"{tmp_path}/all")),
+        attacks=(AttackSpec("probe", "probe", {"fit": {"steps": 5}}),),
+        policy_guard="all",
+    )
+    found = evaluate(plan, tmp_path / "run", "test")
+    assert row(found, "identity")["detection"] is None
+    said = row(found, "all")["detection"]
+    assert said["found"] == said["total"] == found["data"]["secrets"]
+    assert said["task_touched"] == said["tokens_flagged"] == 1.0  # it hides everything
+    floor = row(found, "all")["floor_ci"][1]
+    assert said["asr_ceiling"] == asr_ceiling(said["found"], said["total"], floor)
+    assert 0 < said["asr_ceiling"] < 1
+    assert "What the detector finds" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_changed_options_are_not_taken_from_the_journal(tmp_path: Path) -> None:
