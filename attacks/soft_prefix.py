@@ -124,8 +124,8 @@ class SoftMap(nn.Module):
         gram = z.T @ z
         gram.diagonal().add_(ridge * len(z))
         more = torch.linalg.solve(gram, z.T @ (left - mean)).T
-        self.linear.weight[:, :n] += more.float()
-        self.linear.bias += (mean - more @ middle).float()
+        self.linear.weight[:, :n].add_(more.float())
+        self.linear.bias.add_((mean - more @ middle).float())
 
     def forward(self, x: Tensor) -> Tensor:
         z = (x - self.center) / self.scale

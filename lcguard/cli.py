@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lcguard import __version__
 from lcguard.commands import detect, models, service
 from lcguard.commands.script import command_line
 
@@ -20,7 +21,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Guards for the KV caches that LLM agents hand to each other.",
 )
 eval_app = typer.Typer(no_args_is_help=True, help="Measure what a guarded hop leaks.")
 policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
@@ -41,6 +41,21 @@ FailIf = Annotated[
 ]
 Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU by default.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lcguard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """Guards for the KV caches that LLM agents hand to each other."""
 
 
 def _table_console() -> Console:

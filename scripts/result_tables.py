@@ -416,7 +416,6 @@ def of_asked(found: Row) -> str:
 OUT = "--out benchmarks/results"
 COMMANDS = {
     "demo": "lcguard demo --out runs/demo",
-    "agentleak": "lcguard eval run agentleak --data PATH --out runs/agentleak",
     "draws": f"python scripts/measure_draws.py --secrets 4 {OUT}/draws.json",
     "residual_search": "python scripts/search_residual.py",
     "handoff": f"python scripts/bench_handoff.py --repeats 11 {OUT}/handoff.json",
@@ -427,10 +426,10 @@ COMMANDS = {
     "detect": "lcguard detect train twin --set model=smollm2 --out runs/twin",
     "reader": "python scripts/train_reader.py --out agents/smollm2/reader --results FILE",
     **{
-        f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH"
+        f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH --out DIR"
         for name in ("agentleak", "privacylens", "magpie")
     },
-    "smollm2-main": "lcguard eval run main --set model=smollm2",
+    "smollm2-main": "lcguard eval run main --set model=smollm2 --out DIR",
 }
 
 # Marker -> what makes a table of several files, by name, and which.
@@ -445,7 +444,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "policies": ("demo", policies),
     "derived": ("demo", derived),
     "certificate": ("demo", certificate),
-    "agentleak": ("agentleak", guards),
     "draws": ("draws", draws),
     "residual_search": ("residual_search", search),
     "handoff": ("handoff", handoff),

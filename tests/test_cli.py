@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,11 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     return lines[0]
+
+
+def test_the_version_is_the_packages(tmp_path: Path) -> None:
+    assert lcguard("--version", cwd=tmp_path).stdout == f"lcguard {version('lcguard')}\n"
+    assert "Guards for the KV caches" in lcguard("--help", cwd=tmp_path).stdout
 
 
 def test_train_then_explain(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ ELSEWHERE = {
     ("docs/vllm.md", "vllm.entrypoints.openai.api_server"): "tests/vllm/test_vllm_server.py",
     ("docs/guards.md", "smollm2:twin"): "tests/agents/test_models.py",
     ("docs/proxy.md", "PermissionDeniedError"): "tests/docs/test_blocks.py",
+    ("docs/proxy.md", "lcguard.client"): "tests/server/test_client.py",
 }
 
 # Commands that are run here, in an empty folder; what they print is not looked at.

@@ -227,6 +227,9 @@ def test_verdict_admits_its_limits() -> None:
     assert "interval still reaches 20.0%" in verdict(base | {"asr_fresh_ci": [0, 0.2]}).reason
     assert "without any guard too" in verdict(base | {"ceiling": 0.05}).reason
     assert "no attacker enumerated candidates" in verdict(base | {"likelihood": {}}).reason
+    lost = verdict(base | {"utility": 0.2, "utility_vanilla": 0.2})
+    assert lost.word == "not measured"
+    assert "the unguarded receiver answers only 20.0% of its task" in lost.reason
     assert "100 candidates is 4.0 points above chance" in verdict(base | listed(0.05, 0.06)).reason
     errors = {"counts": {"error": 3}}
     assert "3 attempts ended in an error" in verdict(base | errors).reason
@@ -452,7 +455,7 @@ def test_commands_are_fit_to_publish(given: str, shown: str) -> None:
     assert clean_command(given) == shown
 
 
-@pytest.mark.parametrize("name", ["demo", "multihop", "agentleak"])
+@pytest.mark.parametrize("name", ["demo", "multihop", "smollm2-agentleak"])
 def test_committed_results_are_reports(name: str) -> None:
     """Nothing of them is lost or unknown, and both kinds can be shown."""
     given = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())

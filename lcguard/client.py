@@ -1,0 +1,274 @@
+"""A client of the proxy, on the ``openai`` package: publish, consume, inspect, revoke, leakage.
+
+intake = Client("http://127.0.0.1:8080/v1", api_key=key)
+sent = intake.publish(note, audience="billing", secrets=["Ada Long"])
+print(billing.ask("What is the chief complaint?", sent))
+
+``Client`` and ``AsyncClient`` have the same methods. What the proxy refuses is raised as the
+``openai`` package raises it (``PermissionDeniedError``, ``BadRequestError``, ...), with the reason
+as its message. For everything else that an OpenAI client does there is ``client.openai``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+try:
+    from openai import AsyncOpenAI, OpenAI, RequestOptions
+    from openai.types.chat import ChatCompletion
+except ImportError as error:
+    raise ImportError(
+        "lcguard.client needs the openai package: pip install 'lcguard[client]'"
+    ) from error
+
+Messages = str | Sequence[Mapping[str, Any]]
+"""A prompt: a text, or a conversation as OpenAI writes it."""
+
+
+class _Shown(BaseModel):
+    """What the proxy says; what this version does not know is kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Published(_Shown):
+    """A segment that its publisher made."""
+
+    handle: str
+    source: str
+    audience: str
+    expires_at_s: float
+    guard: str
+    forbid: tuple[str, ...] = ()
+    derive: tuple[str, ...] = ()
+    n_tokens: int
+    redacted_spans: int | None = None
+    """Places where a named or found value was overwritten; None for other guards."""
+
+
+class Segment(_Shown):
+    """A segment as its publisher, its audience or an auditor may see it."""
+
+    handle: str
+    source: str
+    audience: str
+    created_at_s: float
+    expires_at_s: float
+    n_tokens: int
+    """Rounded up for the audience (``length_bucket`` of the edge)."""
+    guard: str
+    manifest: dict[str, Any] | None = None
+    """Verified; only of a segment that was asked for by its handle."""
+
+
+class Revoked(_Shown):
+    revoked: tuple[str, ...]
+    """The handle, and with ``cascade`` those that were published on top of it."""
+    ended_requests: int
+    still_in_store: tuple[str, ...] = ()
+
+
+class EdgeLeakage(_Shown):
+    """What canaries lost on an edge."""
+
+    tenant: str
+    source: str
+    audience: str
+
+
+Handle = str | Published | Segment
+Body = dict[str, Any]
+
+
+def _name(handle: Handle) -> str:
+    return handle if isinstance(handle, str) else handle.handle
+
+
+def _chat(prompt: Messages, role: str, handoff: Body, options: Mapping[str, Any]) -> Body:
+    """The arguments of a chat request with a handoff."""
+    messages = [{"role": role, "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    extra = {**options.get("extra_body", {}), "lcguard": handoff}
+    return {**options, "messages": messages, "extra_body": extra}
+
+
+def _publish(
+    prompt: Messages,
+    publish: Body,
+    consume: Sequence[Handle],
+    options: Mapping[str, Any],
+) -> Body:
+    told = {k: v for k, v in publish.items() if v is not None}
+    read = {"consume": [_name(h) for h in consume]} if consume else {}
+    body = _chat(prompt, "system", {"publish": told, **read}, {"max_tokens": 1, **options})
+    # only what is read is published: nothing of an answer's beginning
+    body["extra_body"].setdefault("add_generation_prompt", False)
+    return body
+
+
+def _consume(prompt: Messages, handles: Sequence[Handle], options: Mapping[str, Any]) -> Body:
+    return _chat(prompt, "user", {"consume": [_name(h) for h in handles]}, options)
+
+
+def _at(base_url: object, path: str) -> str:
+    """An address of the proxy's own, beside OpenAI's."""
+    root = str(base_url).rstrip("/").removesuffix("/v1")
+    return f"{root}/lcguard/v1/{path}"
+
+
+def _cascade(cascade: bool) -> RequestOptions:
+    return {"params": {"cascade": "true"}} if cascade else {}
+
+
+def _published(answer: ChatCompletion) -> Published:
+    found: Any = (answer.model_extra or {}).get("lcguard") or {}
+    if "published" not in found:
+        raise ValueError(
+            "the answer says nothing of a published segment: is base_url that of an LCGuard proxy?"
+        )
+    return Published.model_validate(found["published"])
+
+
+def _text(answer: ChatCompletion) -> str:
+    return answer.choices[0].message.content or ""
+
+
+class Client:
+    """One agent; its key says which.
+
+    Args:
+        base_url: of the proxy, as for ``OpenAI``: it ends in ``/v1``.
+        api_key: as ``lcguard keys new`` printed it; None reads ``OPENAI_API_KEY``.
+        model: to answer; None takes the first that the key is for.
+        options: of ``openai.OpenAI``, such as ``timeout`` or ``max_retries``.
+    """
+
+    def __init__(
+        self, base_url: str, api_key: str | None = None, model: str | None = None, **options: Any
+    ) -> None:
+        self.model = model
+        self.openai = OpenAI(base_url=base_url, api_key=api_key, **options)
+
+    def publish(
+        self,
+        prompt: Messages,
+        audience: str,
+        *,
+        secrets: Sequence[str] | None = None,
+        forbid: Sequence[str] = (),
+        ttl_s: float | None = None,
+        record: str | None = None,
+        consume: Sequence[Handle] = (),
+        **options: Any,
+    ) -> Published:
+        """Reads a text, or a conversation, for another agent, which gets it behind the guard.
+
+        Args:
+            secrets: values to overwrite, for an edge with guard ``redact``; ``[]`` for none.
+            forbid: categories to hide beyond those of the policy.
+            ttl_s: seconds to live; the policy's where None, which it cannot exceed.
+            record: what this is of, for the edge's budget of draws.
+            consume: segments that the text is read on top of.
+            options: of the chat route, such as ``model``.
+        """
+        told: Body = {"audience": audience, "forbid": [*forbid], "ttl_s": ttl_s, "record": record}
+        told["secrets"] = None if secrets is None else [*secrets]
+        return _published(self._create(_publish(prompt, told, consume, options)))
+
+    def consume(
+        self, prompt: Messages, handles: Sequence[Handle], **options: Any
+    ) -> ChatCompletion:
+        """OpenAI's answer to a question, or a conversation, on top of segments."""
+        return self._create(_consume(prompt, handles, options))
+
+    def ask(self, question: Messages, *handles: Handle, **options: Any) -> str:
+        """The text of ``consume``."""
+        return _text(self.consume(question, handles, **options))
+
+    def inspect(self, handle: Handle) -> Segment:
+        """A segment that this agent published or may consume, with its manifest."""
+        return Segment.model_validate(self._get(f"segments/{_name(handle)}"))
+
+    def segments(self) -> list[Segment]:
+        """All of them."""
+        return [Segment.model_validate(row) for row in self._get("segments")["data"]]
+
+    def revoke(self, handle: Handle, *, cascade: bool = False) -> Revoked:
+        """Nobody consumes it from now on; with ``cascade`` nor what was published on top of it."""
+        at = _at(self.openai.base_url, f"segments/{_name(handle)}")
+        found: Any = self.openai.delete(at, cast_to=object, options=_cascade(cascade))
+        return Revoked.model_validate(found)
+
+    def leakage(self) -> list[EdgeLeakage]:
+        """What canaries lost on the edges of this agent."""
+        return [EdgeLeakage.model_validate(row) for row in self._get("leakage")["edges"]]
+
+    def _create(self, body: Body) -> ChatCompletion:
+        if self.model is None and "model" not in body:
+            self.model = self.openai.models.list().data[0].id
+        told: Body = {"model": self.model, **body}
+        found: ChatCompletion = self.openai.chat.completions.create(**told)
+        return found
+
+    def _get(self, path: str) -> Any:
+        return self.openai.get(_at(self.openai.base_url, path), cast_to=object)
+
+
+class AsyncClient:
+    """``Client`` with coroutines."""
+
+    def __init__(
+        self, base_url: str, api_key: str | None = None, model: str | None = None, **options: Any
+    ) -> None:
+        self.model = model
+        self.openai = AsyncOpenAI(base_url=base_url, api_key=api_key, **options)
+
+    async def publish(
+        self,
+        prompt: Messages,
+        audience: str,
+        *,
+        secrets: Sequence[str] | None = None,
+        forbid: Sequence[str] = (),
+        ttl_s: float | None = None,
+        record: str | None = None,
+        consume: Sequence[Handle] = (),
+        **options: Any,
+    ) -> Published:
+        told: Body = {"audience": audience, "forbid": [*forbid], "ttl_s": ttl_s, "record": record}
+        told["secrets"] = None if secrets is None else [*secrets]
+        return _published(await self._create(_publish(prompt, told, consume, options)))
+
+    async def consume(
+        self, prompt: Messages, handles: Sequence[Handle], **options: Any
+    ) -> ChatCompletion:
+        return await self._create(_consume(prompt, handles, options))
+
+    async def ask(self, question: Messages, *handles: Handle, **options: Any) -> str:
+        return _text(await self.consume(question, handles, **options))
+
+    async def inspect(self, handle: Handle) -> Segment:
+        return Segment.model_validate(await self._get(f"segments/{_name(handle)}"))
+
+    async def segments(self) -> list[Segment]:
+        return [Segment.model_validate(row) for row in (await self._get("segments"))["data"]]
+
+    async def revoke(self, handle: Handle, *, cascade: bool = False) -> Revoked:
+        at = _at(self.openai.base_url, f"segments/{_name(handle)}")
+        found: Any = await self.openai.delete(at, cast_to=object, options=_cascade(cascade))
+        return Revoked.model_validate(found)
+
+    async def leakage(self) -> list[EdgeLeakage]:
+        return [EdgeLeakage.model_validate(row) for row in (await self._get("leakage"))["edges"]]
+
+    async def _create(self, body: Body) -> ChatCompletion:
+        if self.model is None and "model" not in body:
+            self.model = (await self.openai.models.list()).data[0].id
+        told: Body = {"model": self.model, **body}
+        found: ChatCompletion = await self.openai.chat.completions.create(**told)
+        return found
+
+    async def _get(self, path: str) -> Any:
+        return await self.openai.get(_at(self.openai.base_url, path), cast_to=object)

@@ -1,0 +1,120 @@
+"""The Python client before a real proxy and engine, both of its kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from openai import APIStatusError, BadRequestError, NotFoundError, PermissionDeniedError
+
+from lcguard.client import AsyncClient, Client, Published
+from lcguard.commands.live_servers import Running
+from tests.docs.blocks import block
+from tests.engine import needs_vllm
+from tests.server.proxy import ALL, ASK_COMPLAINT, ASK_SSN, COMPLAINT, NAME, NOTE, SSN, Front
+
+pytest_plugins = ("tests.server.proxy_fixtures",)
+pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+
+class Waiting:
+    """An ``AsyncClient`` whose methods are waited for, so that both kinds pass the same test."""
+
+    def __init__(self, client: AsyncClient, loop: asyncio.AbstractEventLoop) -> None:
+        self.client, self.loop = client, loop
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            return self.loop.run_until_complete(getattr(self.client, name)(*args, **options))
+
+        return call
+
+
+@pytest.fixture(params=["sync", "async"])
+def agent(request: pytest.FixtureRequest, front: Front) -> Iterator[Any]:
+    """Makes the client of an agent in the tenant whose edges are all `redact`."""
+    loop = asyncio.new_event_loop()
+
+    def made(name: str, **options: Any) -> Any:
+        key = front.auth(name, "unwritten")["Authorization"].removeprefix("Bearer ")
+        url = f"{front.url}/v1"
+        if request.param == "sync":
+            return Client(url, key, **options)
+        return Waiting(AsyncClient(url, key, **options), loop)
+
+    yield made
+    loop.close()
+
+
+def test_a_note_is_published_asked_about_inspected_and_revoked(agent: Any) -> None:
+    intake, billing, mallory = (agent(name) for name in ("intake", "billing", "mallory"))
+    sent = intake.publish(NOTE, "billing", secrets=[NAME, SSN], ttl_s=600)
+    assert isinstance(sent, Published)
+    assert (sent.source, sent.audience, sent.guard) == ("intake", "billing", "redact")
+    assert sent.forbid == tuple(ALL)
+    assert sent.redacted_spans == 2
+    answer = {"max_tokens": 24, "temperature": 0}
+    assert COMPLAINT in billing.ask(ASK_COMPLAINT, sent, **answer)
+    assert SSN not in billing.ask(ASK_SSN, sent.handle, **answer)
+    whole = billing.consume([{"role": "user", "content": ASK_COMPLAINT}], [sent], **answer)
+    assert COMPLAINT in whole.choices[0].message.content
+    assert whole.lcguard["consumed"][0]["handle"] == sent.handle
+    seen = billing.inspect(sent)
+    assert (seen.handle, seen.source) == (sent.handle, "intake")
+    assert seen.manifest["guard_digest"]
+    assert seen.n_tokens >= sent.n_tokens
+    assert sent.handle in {s.handle for s in intake.segments()}
+    with pytest.raises(PermissionDeniedError, match="segment"):
+        mallory.ask(ASK_COMPLAINT, sent, **answer)
+    with pytest.raises(NotFoundError):
+        mallory.inspect(sent)
+    assert intake.revoke(sent).revoked == (sent.handle,)
+    with pytest.raises(APIStatusError, match="segment"):
+        billing.ask(ASK_COMPLAINT, sent, **answer)
+    assert {"intake", "billing"} >= {e.source for e in intake.leakage() if e.audience == "billing"}
+
+
+def test_the_documented_lines_run(
+    front: Front, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LCGUARD_URL", f"{front.url}/v1")
+    for name in ("intake", "billing"):
+        key = front.auth(name, "unwritten")["Authorization"].removeprefix("Bearer ")
+        monkeypatch.setenv(f"{name.upper()}_KEY", key)
+    exec(block("docs/proxy.md", "lcguard.client"), {})
+    hidden, answer, digest, revoked = capsys.readouterr().out.splitlines()
+    assert hidden == "redact 2 values hidden"
+    assert COMPLAINT in answer
+    assert len(digest) == 64
+    assert revoked.startswith("('")
+
+
+def test_what_was_built_on_a_segment_goes_with_it(agent: Any) -> None:
+    intake, billing = agent("intake"), agent("billing")
+    first = intake.publish(NOTE, "billing", secrets=[NAME, SSN])
+    second = billing.publish("Seen today.", "archive", secrets=[], consume=[first])
+    gone = intake.revoke(first, cascade=True).revoked
+    assert set(gone) == {first.handle, second.handle}
+
+
+def test_refusals_are_openais_errors_with_the_reason(agent: Any) -> None:
+    with pytest.raises(BadRequestError, match=r"publish\.forbid"):
+        agent("intake").publish(NOTE, "billing", secrets=[], forbid=["nonsense"])
+    with pytest.raises(BadRequestError, match="not in the prompt"):
+        agent("intake").publish(NOTE, "billing", secrets=["Bob Short"])
+
+
+def test_both_kinds_have_the_same_methods() -> None:
+    for name, method in inspect.getmembers(Client, inspect.isfunction):
+        other = getattr(AsyncClient, name)
+        assert inspect.signature(method) == inspect.signature(other)
+        assert inspect.iscoroutinefunction(other) is (name != "__init__")
+
+
+def test_another_server_publishes_nothing(engine: Running) -> None:
+    """vLLM itself knows no such field; an answer without the proxy's word is no publish."""
+    with pytest.raises(ValueError, match="is base_url that of an LCGuard proxy"):
+        Client(f"{engine.url}/v1", engine.api_key).publish(NOTE, "billing", secrets=[])
