@@ -424,7 +424,7 @@ COMMANDS = {
     "multihop": "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
     "nano": "python scripts/train_nano.py --check agents/nano/model",
     "detect": "lcguard detect train twin --set model=smollm2 --out runs/twin",
-    "reader": "python scripts/train_reader.py --out agents/smollm2/reader --results FILE",
+    "reader": "python scripts/train_reader.py --asked-records 40 --out DIR --results FILE",
     **{
         f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH --out DIR"
         for name in ("agentleak", "privacylens", "magpie")

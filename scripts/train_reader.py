@@ -97,7 +97,9 @@ def save(model: Any, folder: Path) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
-    model.peft_config["default"].base_model_name_or_path = HUB_NAME
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = HUB_NAME
+    config.target_modules = sorted(config.target_modules)  # a set, whose order changes
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
 
