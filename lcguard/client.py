@@ -12,7 +12,7 @@ as its message. For everything else that an OpenAI client does there is ``client
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -205,6 +205,16 @@ class Client:
         """What canaries lost on the edges of this agent."""
         return [EdgeLeakage.model_validate(row) for row in self._get("leakage")["edges"]]
 
+    def close(self) -> None:
+        """Closes its connections; as a context manager it does so itself."""
+        self.openai.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _create(self, body: Body) -> ChatCompletion:
         if self.model is None and "model" not in body:
             self.model = self.openai.models.list().data[0].id
@@ -262,6 +272,15 @@ class AsyncClient:
 
     async def leakage(self) -> list[EdgeLeakage]:
         return [EdgeLeakage.model_validate(row) for row in (await self._get("leakage"))["edges"]]
+
+    async def close(self) -> None:
+        await self.openai.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
 
     async def _create(self, body: Body) -> ChatCompletion:
         if self.model is None and "model" not in body:

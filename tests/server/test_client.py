@@ -36,16 +36,18 @@ class Waiting:
 @pytest.fixture(params=["sync", "async"])
 def agent(request: pytest.FixtureRequest, front: Front) -> Iterator[Any]:
     """Makes the client of an agent in the tenant whose edges are all `redact`."""
-    loop = asyncio.new_event_loop()
+    loop, clients = asyncio.new_event_loop(), list[Any]()
 
-    def made(name: str, **options: Any) -> Any:
+    def made(name: str) -> Any:
         key = front.auth(name, "unwritten")["Authorization"].removeprefix("Bearer ")
         url = f"{front.url}/v1"
-        if request.param == "sync":
-            return Client(url, key, **options)
-        return Waiting(AsyncClient(url, key, **options), loop)
+        sync = request.param == "sync"
+        clients.append(Client(url, key) if sync else Waiting(AsyncClient(url, key), loop))
+        return clients[-1]
 
     yield made
+    for client in clients:
+        client.close()
     loop.close()
 
 
@@ -84,7 +86,10 @@ def test_the_documented_lines_run(
     for name in ("intake", "billing"):
         key = front.auth(name, "unwritten")["Authorization"].removeprefix("Bearer ")
         monkeypatch.setenv(f"{name.upper()}_KEY", key)
-    exec(block("docs/proxy.md", "lcguard.client"), {})
+    names: dict[str, Any] = {}
+    exec(block("docs/proxy.md", "lcguard.client"), names)
+    for name in ("intake", "billing"):
+        names[name].close()
     hidden, answer, digest, revoked = capsys.readouterr().out.splitlines()
     assert hidden == "redact 2 values hidden"
     assert COMPLAINT in answer
@@ -109,12 +114,13 @@ def test_refusals_are_openais_errors_with_the_reason(agent: Any) -> None:
 
 def test_both_kinds_have_the_same_methods() -> None:
     for name, method in inspect.getmembers(Client, inspect.isfunction):
-        other = getattr(AsyncClient, name)
+        other = getattr(AsyncClient, name.replace("__e", "__ae"))
         assert inspect.signature(method) == inspect.signature(other)
         assert inspect.iscoroutinefunction(other) is (name != "__init__")
 
 
 def test_another_server_publishes_nothing(engine: Running) -> None:
     """vLLM itself knows no such field; an answer without the proxy's word is no publish."""
-    with pytest.raises(ValueError, match="is base_url that of an LCGuard proxy"):
-        Client(f"{engine.url}/v1", engine.api_key).publish(NOTE, "billing", secrets=[])
+    with Client(f"{engine.url}/v1", engine.api_key) as client:
+        with pytest.raises(ValueError, match="is base_url that of an LCGuard proxy"):
+            client.publish(NOTE, "billing", secrets=[])
