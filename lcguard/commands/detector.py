@@ -26,6 +26,7 @@ from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.guards import FrozenGuard, KVShape
+from lcguard.guards.frozen import weights_digest
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
@@ -53,6 +54,8 @@ class DetectorRun:
     """Of the training scenarios: thresholds are chosen on them."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of guard ``twin``."""
+    start: str = ""
+    """A guard to go on from, such as ``smollm2:twin``; empty: a fresh one."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     against: Literal["presidio"] | None = None
     """Measured on the held-out records too."""
@@ -85,7 +88,7 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     if not 0 < run.validation_share < 1:
         raise ValueError(f"validation_share = {run.validation_share}: use a share between 0 and 1")
     backend = load_backend(run.model, reader=False)
-    module = TwinGuard.build(KVShape(*backend.source.shape), len(CATEGORIES), dict(run.options))
+    module = _start(run, backend)
     parts = [_Parts.of(data, run.validation_share, backend) for data in run.sources]
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(run))
@@ -110,7 +113,7 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
         else:
             fit_detector(module, train, run.detector, lambda step, loss: bar.advance(task))
             kept.put(key, module.detector.state_dict())
-    options = module.options() | {"thresholds": choose_thresholds(module, validation, run.detector)}
+    options = module.options() | {"thresholds": _thresholds(run, module, validation)}
     done = TwinGuard.build(module.shape, len(CATEGORIES), options)
     done.load_state_dict(module.state_dict())
     guard = FrozenGuard(done)
@@ -132,6 +135,30 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     return summary
 
 
+def _start(run: DetectorRun, backend: HFBackend) -> TwinGuard:
+    """What is trained: a fresh guard, or another's weights, statistics and options."""
+    options = dict(run.options)
+    if not run.start:
+        return TwinGuard.build(KVShape(*backend.source.shape), len(CATEGORIES), options)
+    other = load_guard(GuardSpec("start", path=run.start), backend).module
+    if not isinstance(other, TwinGuard):
+        raise ValueError(f"start: {run.start} is guard {other.name!r}, not 'twin': leave it out")
+    module = TwinGuard.build(other.shape, len(CATEGORIES), other.options() | options)
+    module.load_state_dict(other.state_dict())
+    return module
+
+
+def _thresholds(
+    run: DetectorRun, module: TwinGuard, validation: Sequence[ReadRecords]
+) -> tuple[float, ...]:
+    """Chosen on the validation records; going on from a guard, which may have been fitted on them
+    and is then surer of their values than of others, none is raised above that guard's."""
+    chosen = choose_thresholds(module, validation, run.detector)
+    if not run.start:
+        return chosen
+    return tuple(map(min, chosen, module.thresholds.tolist()))
+
+
 def _label(data: DataConfig) -> str:
     """What a card calls a source."""
     return data.source if data.forms == DataConfig.forms else f"{data.source}, other forms"
@@ -143,7 +170,8 @@ def _fit_key(run: DetectorRun, module: TwinGuard, train: Sequence[ReadRecords]) 
         k: v for k, v in asdict(run.detector).items() if k not in ("touch_cost", "thresholds")
     }
     options = {k: module.options()[k] for k in ("layers", "width", "blocks", "reach_tokens")}
-    return ["detector", config, options, [[r.ids for r in part.records] for part in train]]
+    began = weights_digest(module) if run.start else ""
+    return ["detector", began, config, options, [[r.ids for r in p.records] for p in train]]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import Result
 from typer.testing import CliRunner
 
 from lcguard.atomic_file import replace_file
@@ -34,6 +36,25 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(folder / "out" / "guard")
     return folder / "out" / "guard"
+
+
+def test_training_goes_on_from_a_guard(guard: Path, tmp_path: Path) -> None:
+    def train(*sets: str) -> Result:
+        (tmp_path / "run.yaml").write_text(RUN)
+        told = [word for change in sets for word in ("--set", change)]
+        command = ["detect", "train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
+        return CliRunner().invoke(app, [*command, *told])
+
+    few = ("detector.steps=1", "detector.lr=1e-6", "options={}")
+    done = train(f"start={guard}", *few)
+    assert done.exit_code == 0, done.output
+    first, more = (FrozenGuard.from_pretrained(g).module for g in (guard, tmp_path / "out/guard"))
+    assert more.options() | {"thresholds": []} == first.options() | {"thresholds": []}
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(more.state_dict()[name], tensor, atol=1e-5, rtol=0)
+    refused = train("start=nano:gate", *few)
+    assert refused.exit_code != 0
+    assert "nano:gate is guard 'gate', not 'twin': leave it out" in refused.output
 
 
 def figures(guard: Path, tmp_path: Path, *more: str) -> dict[str, object]:
