@@ -423,7 +423,7 @@ COMMANDS = {
     "soak": f"python scripts/soak.py --concurrency 32 --minutes 10 {OUT}/soak.json",
     "multihop": "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
     "nano": "python scripts/train_nano.py --check agents/nano/model",
-    "detect": "lcguard detect train twin --set model=smollm2 --out runs/twin",
+    "detect": "lcguard detect train twin-more --set model=smollm2 --out runs/twin-more",
     "reader": "python scripts/train_reader.py --asked-records 40 --out DIR --results FILE",
     **{
         f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH --out DIR"
