@@ -54,7 +54,7 @@ def test_training_goes_on_from_a_guard(guard: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(more.state_dict()[name], tensor, atol=1e-5, rtol=0)
     refused = train("start=nano:gate", *few)
     assert refused.exit_code != 0
-    assert "nano:gate is guard 'gate', not 'twin': leave it out" in refused.output
+    assert "nano:gate is guard 'gate', not 'twin': leave it out" in str(refused.exception)
 
 
 def figures(guard: Path, tmp_path: Path, *more: str) -> dict[str, object]:
