@@ -42,6 +42,11 @@ class GuardSpec:
         """What a journal calls it."""
         return self.name
 
+    @property
+    def passes_raw(self) -> bool:
+        """What it lets through is what the unguarded receiver reads."""
+        return self.guard == "identity" and not self.options
+
     def asked(self, attacks: Sequence[AttackSpec]) -> list[AttackSpec]:
         """Those of the attacks that are run on it."""
         return [a for a in attacks if not self.attacks or a.name in self.attacks]
@@ -162,7 +167,8 @@ class EvalConfig(Plan):
         # floors, and the unguarded receiver
         total = seeds * (1 + sum(a.lists for a in self.attacks)) + 1
         for guard in self.guards:
-            total += seeds * (1 + int(self.injection) + len(guard.asked(self.attacks)))
+            utility = int(not guard.passes_raw)
+            total += seeds * (utility + int(self.injection) + len(guard.asked(self.attacks)))
         chosen = len(self.policy_attacks) or len(self.attacks)
         extra = [*self.policies, *([self.derived] if self.derived else [])]
         return total + sum(1 + seeds * (1 + (chosen if p.forbid else 0)) for p in extra)

@@ -63,7 +63,7 @@ class HopRun:
 
     def utility(self, guard: GuardSpec | None, policy: PolicySpec | None = None) -> list[Attempt]:
         """With all seeds; what passes raw has no noise, so the first will do, asked once a run."""
-        if guard is not None and guard.guard == "identity" and not guard.options:
+        if guard is not None and guard.passes_raw:
             guard = None
         seeds = self.plan.seeds if guard else self.plan.seeds[:1]
         return [a for s in seeds for a in self.runner.utility(self.case(guard, policy, s))]

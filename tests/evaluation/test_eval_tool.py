@@ -51,7 +51,7 @@ broken_at: null
 injection: false
 explain: 1
 """
-UNITS = 8
+UNITS = 7
 """A floor, the unguarded receiver, and for each guard its utility and two attacks."""
 
 
