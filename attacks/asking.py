@@ -32,7 +32,8 @@ class AskingAttack(ScheduledAttack):
     def draw(self, pairs: AttackData, rng: random.Random) -> tuple[KVBatch, PackedQuestions]:
         """Segments of a step, and questions about them with the values as answers."""
         config: Any = self.config
-        at = [rng.choice(self._askable(pairs)) for _ in range(config.fit.batch)]
+        rows = self._askable(pairs)
+        at = [rng.choice(rows) for _ in range(config.fit.batch)]
         asked = [_questions(pairs, i, rng, config.questions) for i in at]
         return pairs.kv[torch.tensor(at)].trim(), pack_rows(asked, self.known.source.pad_id)
 

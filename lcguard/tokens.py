@@ -108,8 +108,11 @@ class Special:
         """Neutral token: the letter X, which every vocabulary has. ``values``: texts of each
         category."""
 
+        def every(texts: Sequence[str]) -> list[tuple[int, ...]]:
+            return [tuple(i) for i in tokenizer([*texts], add_special_tokens=False)["input_ids"]]
+
         def ids(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            return every([text])[0]
 
         return cls(
             end_id=int(tokenizer.eos_token_id),
@@ -117,7 +120,7 @@ class Special:
             vocab=vocab,
             special_ids=tuple(sorted(tokenizer.all_special_ids)),
             typed=tuple(ids(f"[{c.upper()}]") for c in CATEGORIES),
-            values=tuple(tuple(dict.fromkeys(ids(f" {v}") for v in row)) for row in values),
+            values=tuple(tuple(dict.fromkeys(every([f" {v}" for v in row]))) for row in values),
         )
 
     def surrogate(self, category: int, value: Sequence[int], key: bytes) -> tuple[int, ...]:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcguard.guards.base import GuardModule, Rewrite, register
-from lcguard.protocols import KVBatch, Mask
+from lcguard.guards.base import register
+from lcguard.guards.redact import RedactGuard
+from lcguard.protocols import KVBatch
 
 SAME = 0.05
 """Entries of one token differ by less, relative to their size, whatever batch they were made in."""
 
 
 @register("evict")
-class EvictGuard(GuardModule):
-    needs_twin = True
-    trained = False
+class EvictGuard(RedactGuard):
     keeps_later = True
     claim = (
         "The told values' own entries are gone. Later tokens keep what they took from them: "
@@ -41,9 +40,6 @@ class EvictGuard(GuardModule):
             torch.where(replaced, twin.values, kv.values),
             kv.valid,
         )
-
-    def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
-        return Rewrite(z, torch.zeros(valid.shape, device=z.device))
 
 
 def _own(kv: KVBatch, twin: KVBatch) -> Tensor:
