@@ -7,6 +7,7 @@ The public API, by what one does with it:
 - ``KVSegment``: guarded KV as it crosses a hop, with a signed manifest
 - ``GuardedLLM``, ``AsyncGuardedLLM``: the same inside vLLM
 - ``Policy``, ``load_policy``, ``PolicyError``, ``CATEGORIES``: who may learn what
+- ``detect``: what is private in a text, for models without a detector of their own
 - ``evaluate``, ``Attack``: what still leaks
 
 Names load on first use, so that ``import lcguard`` (and with it ``lcguard --help`` or a policy
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lcguard.categories import CATEGORIES
     from lcguard.commands.api import evaluate, load_agent, load_guard
+    from lcguard.commands.text_detector import detect
     from lcguard.handoff.policy import Policy, PolicyError, load_policy
     from lcguard.protocols import Attack, Guard, Guarded, KVBatch
     from lcguard.segment import KVSegment
@@ -39,6 +41,7 @@ _EXPORTS = {
     "KVSegment": "lcguard.segment",
     "Policy": "lcguard.handoff.policy",
     "PolicyError": "lcguard.handoff.policy",
+    "detect": "lcguard.commands.text_detector",
     "evaluate": "lcguard.commands.api",
     "load_agent": "lcguard.commands.api",
     "load_guard": "lcguard.commands.api",
@@ -57,6 +60,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "__version__",
+    "detect",
     "evaluate",
     "load_agent",
     "load_guard",

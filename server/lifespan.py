@@ -21,7 +21,7 @@ from lcguard.server.audit.trail import AuditLog, Entry
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.database.writer import Database, DatabaseError
-from lcguard.server.detection.span_finder import SpanFinder
+from lcguard.server.detection.span_finder import SpanFinder, TextFinder
 from lcguard.server.engine import Engine, EnginePlan
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.health.clocks import Clocks
@@ -61,6 +61,8 @@ class Deployment:
     say: Callable[[str], None]
     canary_command: Sequence[str] = ()
     """The worker that plants and attacks; none: no canaries."""
+    text_finder: Callable[[], TextFinder] | None = None
+    """Loads the detector of edges with ``detect: lcguard``."""
     url: str = ""
     """Where the proxy listens."""
     readiness: Readiness = field(default_factory=Readiness)
@@ -169,7 +171,9 @@ def open_proxy(
     """The proxy around all of them."""
     s, key, store, line = deployment.settings, deployment.key, storage.store, storage.line
     audit, meter = storage.audit, storage.meter
-    spans = SpanFinder(upstream, deployment.model, s.limits.redact_timeout_s)
+    spans = SpanFinder(
+        upstream, deployment.model, s.limits.redact_timeout_s, deployment.text_finder
+    )
     stack.callback(spans.close)
     return Proxy(
         settings=s,

@@ -35,7 +35,9 @@ def evaluate(
     source: Annotated[str, typer.Option(help="agentleak, privacylens, magpie, generator, jsonl.")],
     out: Annotated[Path, typer.Option("--out", help="JSON file for the figures.")],
     data: Annotated[Path | None, typer.Option(help="Folder or file of the source.")] = None,
-    model: Annotated[str, typer.Option(help="A model with a shipped twin, or any.")] = "smollm2",
+    model: Annotated[
+        str, typer.Option(help="Read this model's KV; none: the text, as `detect: lcguard` does.")
+    ] = "",
     guard: Annotated[str, typer.Option(help="A guard's folder, or MODEL:NAME.")] = "smollm2:twin",
     against: Annotated[
         Literal["presidio"] | None, typer.Option(help="Measure this beside it.")

@@ -20,6 +20,7 @@ from lcguard.agents.scenarios.types import Hop
 from lcguard.atomic_file import replace_file
 from lcguard.categories import CATEGORIES
 from lcguard.commands.presidio import PresidioText
+from lcguard.commands.text_detector import TextDetector
 from lcguard.config import dump_config
 from lcguard.evaluation.detection import BATCH, hidden_tokens, measure
 from lcguard.evaluation.load import hops_for, load_guard
@@ -197,20 +198,27 @@ class _Parts:
 def measure_detector(
     data: DataConfig, model: str, guard: str, against: str | None, command: str
 ) -> dict[str, Any]:
-    """Figures of a guard's detector on a source's records, with Presidio's beside them."""
-    backend = load_backend(model, reader=False)
-    loaded = load_guard(GuardSpec("detector", path=guard), backend)
+    """Figures of a guard's detector on a source's records, with Presidio's beside them; without
+    ``model``, of the detector of text."""
     hops = all_hops(data)
-    records = backend.encoder.encode(hops)
+    if model:
+        backend = load_backend(model, reader=False)
+        loaded = load_guard(GuardSpec("detector", path=guard), backend)
+        encoder, records = backend.encoder, backend.encoder.encode(hops)
+        marks = found_by(loaded, backend.source, records)
+    else:
+        text = TextDetector(guard=guard)
+        encoder, records = text.encoder, text.encoder.encode(hops)
+        marks = text.marks(hops)
     out: dict[str, Any] = {
         "source": data.source,
-        "model": model,
+        "model": model or None,
         "guard": guard,
         "records": len(records),
-        **measure(records, found_by(loaded, backend.source, records)),
+        **measure(records, marks),
     }
     if against:
-        out[against] = measure(records, PresidioText().marks(hops, backend.encoder))
+        out[against] = measure(records, PresidioText().marks(hops, encoder))
     return out | {"run": run_manifest(command, [data.seed], data)}
 
 

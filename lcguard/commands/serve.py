@@ -21,6 +21,7 @@ from rich.console import Console
 
 from lcguard.agents.models import NAMED, model_location, served_guards
 from lcguard.commands.policy import warnings
+from lcguard.commands.text_detector import MODEL, shared_text_detector
 from lcguard.config import load_config
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
 from lcguard.handoff.policy import load_policy
@@ -168,9 +169,14 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
         say(changed)
     worker = (sys.executable, "-m", "lcguard.commands.canary")
     if settings.policy.exists():
-        for line in warnings(load_policy(settings.policy), settings.keys, engine_guards(settings)):
+        policy = load_policy(settings.policy)
+        for line in warnings(policy, settings.keys, engine_guards(settings)):
             say(line)
-    deployment = Deployment(settings, key, model, name, plan, state.resolve(), say, worker)
+        if any(edge.detect == "lcguard" for edge in policy.edges):
+            model_location(MODEL, say)  # what it lacks is said now, not to the first publisher
+    deployment = Deployment(
+        settings, key, model, name, plan, state.resolve(), say, worker, shared_text_detector
+    )
     failed: list[Exception] = []
 
     @asynccontextmanager

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lcguard.protocols import Guard, KVBatch
 from lcguard.records import TokenRecord, masks
+from lcguard.value_search import Range
 
 LEVEL = 0.95
 BATCH = 16
@@ -73,6 +75,16 @@ def hidden_tokens(guard: Guard, kv: KVBatch, records: Sequence[TokenRecord]) -> 
         if marks is None:
             return None
         out += [m[: len(r.ids)] >= 0 for m, r in zip(marks.cpu(), records[part], strict=True)]
+    return out
+
+
+def overlapping(offsets: Sequence[Range], found: Sequence[Range]) -> Tensor:
+    """Which tokens, told by their characters ``[start, end)``, have a part in any of the ranges:
+    ``[T]`` bool."""
+    out = torch.zeros(len(offsets), dtype=torch.bool)
+    for start, end in found:
+        for i, (a, b) in enumerate(offsets):
+            out[i] |= a < end and b > start
     return out
 
 

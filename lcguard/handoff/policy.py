@@ -94,8 +94,9 @@ class Edge(_Model):
     """Seconds after which the segment's handle is dead."""
     fixed_length: bool = False
     """Pad to a fixed token count, so that the length of the segment says nothing."""
-    detect: Literal["none", "presidio"] = "none"
-    """For ``redact``: hide what it finds beside what the publisher names, who must name it."""
+    detect: Literal["none", "presidio", "lcguard"] = "none"
+    """For ``redact``: hide what it finds beside what the publisher names, who must name it.
+    ``presidio`` goes by patterns, ``lcguard`` reads the text with a small language model."""
     max_segments: Annotated[int, Field(ge=1)] | None = None
     """Composition budget: distinct segments of one source that an audience may receive within
     ``window_s``. None: any number."""

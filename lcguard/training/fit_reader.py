@@ -34,15 +34,19 @@ class ReaderConfig:
     lr: float = 1e-3
     warmup: int = 10
     seed: int = 0
+    start: str = ""
+    """Folder of adapters to go on from, whose ``rank`` and ``alpha`` hold; empty starts anew."""
 
 
 def adapted(model: Any, config: ReaderConfig) -> Any:
-    """A copy of a causal LM with fresh adapters on every linear layer, only they trainable.
+    """A copy of a causal LM with adapters on every linear layer, only they trainable.
 
-    Raises ``ValueError`` where peft is not installed.
+    Raises ``ValueError`` where peft is not installed, or ``config.start`` does not fit the model.
     """
     peft = _peft()
     torch.manual_seed(config.seed)
+    if config.start:
+        return _with_adapters(model, config.start, is_trainable=True)
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -84,12 +88,18 @@ def load_reader(model: Any, folder: Path) -> Any:
 
     Raises ``ValueError`` where peft is not installed, or the folder does not fit the model.
     """
+    return merged(_with_adapters(model, folder))
+
+
+def _with_adapters(model: Any, folder: str | Path, **options: Any) -> Any:
+    """A copy of the model that has a folder's adapters."""
     peft = _peft()
+    if not Path(folder).is_dir():  # else peft looks for it on the hub
+        raise ValueError(f"the reader {folder} does not exist: give a folder of adapters")
     try:
-        found = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder), **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"the reader {folder} does not fit the model: {error}") from error
-    return merged(found)
 
 
 def _peft() -> Any:

@@ -8,12 +8,14 @@ others refuses it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from lcguard.categories import Category
 from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.handoff.policy import Edge, PolicyError
 from lcguard.handoff.redaction import RedactionError, redact
@@ -23,6 +25,7 @@ from lcguard.server.detection.cpu_worker import CpuWorker
 from lcguard.server.detection.detector import Detector, vouched
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
+from lcguard.value_search import Range
 
 Endpoint = Literal["chat", "completions"]
 _HANDOFF = "kv_transfer_params"
@@ -49,12 +52,28 @@ class Spans:
     """Of the tokens on which they were counted."""
 
 
+class TextFinder(Protocol):
+    """Finds what is private in a text by itself."""
+
+    def find(self, text: str, forbid: Collection[Category], /) -> Sequence[Any]:
+        """Spans with ``start`` and ``end``, in order, none overlapping."""
+        ...
+
+
 class SpanFinder:
     """Spans of one model's prompts."""
 
-    def __init__(self, upstream: Upstream, model: str, timeout_s: float = 30.0) -> None:
-        """``model``: folder or hub repository with the tokenizer; empty where it is not known."""
-        self.upstream, self.model = upstream, model
+    def __init__(
+        self,
+        upstream: Upstream,
+        model: str,
+        timeout_s: float = 30.0,
+        text_finder: Callable[[], TextFinder] | None = None,
+    ) -> None:
+        """``model``: folder or hub repository with the tokenizer; empty where it is not known.
+        ``text_finder``: loads what edges with ``detect: lcguard`` use, at the first of them."""
+        self.upstream, self.model, self._load = upstream, model, text_finder
+        self._loading = asyncio.Lock()
         # what is searched is bounded by the model's context, the search grows with it
         self._worker = CpuWorker(timeout_s, "looking for what to redact")
 
@@ -85,6 +104,26 @@ class SpanFinder:
         except PolicyError as error:
             raise _refused(str(error)) from None
 
+    @cached_property
+    def text_finder(self) -> TextFinder:
+        """Raises ``ProxyError`` (400) where it cannot be loaded."""
+        if self._load is None:
+            raise _refused("this server has no detector for detect: lcguard")
+        try:
+            return self._load()
+        except ValueError as error:
+            raise _refused(f"detect: lcguard: {error}") from None
+
+    def _detect(self, text: str, edge: Edge) -> list[Range]:
+        """What the edge's detector finds, by itself."""
+        match edge.detect:
+            case "presidio":
+                return self.detector.find(text, edge.forbid)
+            case "lcguard":
+                return [(s.start, s.end) for s in self.text_finder.find(text, edge.forbid)]
+            case "none":
+                return []
+
     async def find(
         self, endpoint: Endpoint, body: dict[str, Any], edge: Edge, secrets: Sequence[str] | None
     ) -> Spans:
@@ -103,6 +142,9 @@ class SpanFinder:
                 "hide in lcguard.publish.secrets, [] for none, or choose another guard for "
                 f"{edge.name.in_words} in the policy"
             )
+        if edge.detect == "lcguard":
+            async with self._loading:  # once, and not on the time of who comes first
+                await asyncio.to_thread(lambda: self.text_finder)
         texts = await self._worker.run(lambda: self.texts)
         ids = await self._tokens(texts, endpoint, body)
         return await self._worker.run(self._spans, texts, ids, edge, secrets or ())
@@ -152,7 +194,7 @@ class SpanFinder:
                 ids,
                 texts.tokenizer,
                 secrets,
-                lambda text: self.detector.find(text, edge.forbid) if edge.detect != "none" else (),
+                lambda text: self._detect(text, edge),
             )
         except (TokenTextError, RedactionError) as error:
             raise _refused(str(error)) from None

@@ -121,6 +121,18 @@ def test_detect_presidio_finds_the_ssn(front: Front) -> None:
     assert COMPLAINT not in front.answer(who, ASK_COMPLAINT, both["handle"])
 
 
+def test_detect_lcguard_reads_the_name_too(front: Front) -> None:
+    """No pattern tells a name; SmolLM2 reads it for an engine that serves another model."""
+    intake, who = front.auth("intake"), front.auth("read")
+    unsaid = front.publish(intake, "read")
+    assert error(unsaid) == (400, "spans")  # it vouches for nothing
+    assert "person, government_id" in unsaid.json()["error"]["message"]
+    made = front.publish(intake, "read", secrets=[]).json()["lcguard"]["published"]
+    assert (made["guard"], made["redacted_spans"]) == ("redact", 2)
+    assert SSN not in front.answer(who, ASK_SSN, made["handle"])
+    assert COMPLAINT in front.answer(who, ASK_COMPLAINT, made["handle"])
+
+
 def test_redact_without_a_detector_takes_secrets(front: Front) -> None:
     intake, who = front.auth("intake"), front.auth("named")
     unsaid = front.publish(intake, "named")
