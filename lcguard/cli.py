@@ -21,7 +21,6 @@ from lcguard.commands.script import command_line, existing, one_line, resumable
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 eval_app = typer.Typer(no_args_is_help=True, help="Measure what a guarded hop leaks.")
 policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
@@ -235,6 +234,33 @@ def train(
         summary = run_training(run, out, command_line(), _say(console), device)
     for line in lines(summary, out):
         typer.echo(line)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="Name (lcguard models list), folder or repository.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Where the files go.")] = Path(),
+) -> None:
+    """Write policy, server and training configuration for a model, with what they will take."""
+    from lcguard.commands.init import init as make
+
+    make(model, folder, typer.echo)
+
+
+@app.command()
+def label(
+    texts: Annotated[Path, typer.Argument(help="A text a line, or JSONL with `text`.")],
+    out: Annotated[Path, typer.Option("--out", help="JSONL for training and evaluation.")],
+    detectors: Annotated[
+        list[str] | None,
+        typer.Option("--detector", help="presidio, MODEL:NAME or a guard's folder; repeatable."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Of a guard's folder.")] = "smollm2",
+) -> None:
+    """Pre-annotate texts with what detectors find in them; a person checks the spans."""
+    from lcguard.commands.label import label as run
+
+    run(texts, out, detectors or ["smollm2:twin"], model, typer.echo)
 
 
 @app.command()

@@ -76,6 +76,8 @@ def test_train_then_explain(tmp_path: Path) -> None:
     card = json.loads((tmp_path / "run" / "guard" / "lcguard_config.json").read_text())
     assert card["certificate"]["n_pairs"] == 20
     assert card["certificate"]["vacuous"] is True  # two steps protect nothing, and it says so
+    assert "batch 4: about 0." in done.stderr
+    assert "GiB of memory, and " in done.stderr
     said = done.stdout.splitlines()
     assert len(said) <= 8
     assert any(x.startswith("verdict: unproven: its certificate of ") for x in said), done.stdout
@@ -269,6 +271,19 @@ def test_the_guard_to_go_on_from_is_made_first(tmp_path: Path) -> None:
         "lcguard: init 'runs/gate/guard' is not there: make it first with "
         "`lcguard train gate --out runs/gate`"
     )
+
+
+def test_explain_says_what_is_withheld_where_there_is_no_colour(tmp_path: Path) -> None:
+    text = "The patient's name is Ada Long. SSN: 912-55-1029. The chief complaint is back pain."
+    shown = lcguard("explain", "--forbid", "government_id", text, cwd=tmp_path).stdout
+    marked = re.findall(r"\[([^|]*)\|(\d+)%\]", shown)
+    hidden = "".join(text for text, share in marked if int(share) >= 50)
+    assert "912" in hidden, shown
+    assert "back pain" not in hidden, shown
+    for nothing in ("", "none"):
+        shown = lcguard("explain", "--forbid", nothing, text, cwd=tmp_path).stdout
+        assert "forbidden: nothing; 100% of the entries pass" in shown
+        assert text in shown
 
 
 TINY = ("--set", "train.steps=2", "--set", "train.batch=2", "--set", "train.label_steps=0")

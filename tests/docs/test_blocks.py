@@ -70,6 +70,8 @@ HEAVY = {
     "eval record": "tests/evaluation/test_record.py",
     "eval list": "tests/evaluation/test_eval_tool.py",
     "train": "tests/training/test_training.py",
+    "init": "tests/test_init_label.py",
+    "label": "tests/test_init_label.py",
     "detect train": "tests/training/test_detect.py",
     "detect eval": "tests/training/test_detect.py",
 }
