@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from lcguard.agents.nano.load import MODEL, model_path
 from lcguard.agents.smollm2 import prepare as smollm2
+from lcguard.nearest import unknown
 
 Say = Callable[[str], None]
+_LIKE = 0.75
+"""How like one of ours a name is that was mistyped; no repository of the hub's is called so."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,20 @@ NAMED = {
 
 def model_location(name: str, say: Say = lambda text: None) -> str:
     """A folder for a name of ours, prepared where it has to be; anything else as it is: a folder
-    or a hub repository. Raises ``ValueError`` in one line where it cannot be prepared."""
-    return str(NAMED[name].prepare(say)) if name in NAMED else name
+    or a hub repository. Raises ``ValueError`` in one line where it cannot be prepared, for a name
+    like one of ours that is no folder, and for a path of none."""
+    if name in NAMED:
+        return str(NAMED[name].prepare(say))
+    if name.startswith((".", "/", "~")):
+        if not (folder := Path(name).expanduser()).is_dir():
+            raise ValueError(
+                f"model {name!r} is not a folder; give a model folder or a hub repository"
+            )
+        return str(folder)
+    like = "/" not in name and get_close_matches(name, NAMED, 1, _LIKE)
+    if like and not Path(name).is_dir():
+        raise ValueError(unknown("model", name, like))
+    return name
 
 
 def served_guards(name: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
+from lcguard.nearest import unknown
 from lcguard.protocols import AttackData, Guard, Guess
 from lcguard.source import ModelSource
 from lcguard.training.adversary import Adversary
@@ -236,7 +237,7 @@ def attack_class(name: str) -> type[BaseAttack]:
     load_all()
     if name not in _REGISTRY:
         broken = "".join(f"; plugin {label} is broken: {why}" for label, why in BROKEN.items())
-        raise ValueError(f"attack {name!r} is unknown; known attacks: {', '.join(names())}{broken}")
+        raise ValueError(unknown("attack", name, names()) + broken)
     return _REGISTRY[name]
 
 

@@ -24,8 +24,15 @@ class State(TypedDict):
     answers: Annotated[list[str], operator.add]
 
 
+def key_of(agent: str) -> str:
+    name = f"{agent.upper()}_KEY"
+    if name not in os.environ:
+        raise SystemExit(f'{name} is not set: eval "$(lcguard keys new {agent})"')
+    return os.environ[name]
+
+
 def chat(agent: str, role: str, text: str, handoff: dict[str, Any], **more: Any) -> Any:
-    client = OpenAI(base_url=URL, api_key=os.environ[f"{agent.upper()}_KEY"])
+    client = OpenAI(base_url=URL, api_key=key_of(agent))
     messages = [{"role": role, "content": text}]
     options = {"model": "nano", "temperature": 0, "max_tokens": 24}
     return client.chat.completions.create(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,12 +16,11 @@ from rich.table import Table
 
 from lcguard import __version__
 from lcguard.commands import detect, models, service
-from lcguard.commands.script import command_line
+from lcguard.commands.script import command_line, existing, one_line, resumable
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 eval_app = typer.Typer(no_args_is_help=True, help="Measure what a guarded hop leaks.")
 policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
@@ -72,7 +72,8 @@ def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str]
     from lcguard.commands.evaluation import rendered, run
 
     console = Console(stderr=True)
-    code = run(config, out, command_line(), console, device=device, fail_if=fail_if)
+    with resumable(f"lcguard eval resume {shlex.quote(str(out))}"):
+        code = run(config, out, command_line(), console, device=device, fail_if=fail_if)
     _table_console().print(rendered(out, "table"))
     console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
     if code:
@@ -107,7 +108,7 @@ def eval_run(
     """Run an evaluation, or go on with one that was interrupted."""
     from lcguard.commands.evaluation import load
 
-    _evaluate(load(config, sets or [], data, stress), out, device, fail_if or [])
+    _evaluate(load(config, sets or [], existing(data), stress), out, device, fail_if or [])
 
 
 @eval_app.command("resume")
@@ -167,6 +168,19 @@ def eval_compare(
         raise typer.Exit(3)
 
 
+@eval_app.command("record")
+def eval_record(
+    folder: Folder,
+    guard: Annotated[str, typer.Argument(help="The guard's name in that run.")],
+    card: Annotated[Path, typer.Argument(help="Folder of the guard that was measured.")],
+) -> None:
+    """Write what a run measured of a guard onto its card, which servers read."""
+    from lcguard.commands.record import record
+
+    found = record(folder, guard, card)
+    typer.echo(f"{card}: {found['verdict']}: {found['reason']}")
+
+
 @eval_app.command("schema")
 def eval_schema() -> None:
     """Print the JSON Schema of report.json."""
@@ -211,12 +225,42 @@ def train(
 ) -> None:
     """Train a guard, certify it, and write it to OUT/guard."""
     from lcguard.commands.train import TrainRun, run_training
+    from lcguard.commands.train_summary import lines
     from lcguard.evaluation.presets import load_plan
 
     console = Console(stderr=True)
-    run = load_plan(TrainRun, config, sets or [], data, prefix="train-")
-    summary = run_training(run, out, command_line(), _say(console), device)
-    Console().print_json(data=summary)
+    run = load_plan(TrainRun, config, sets or [], existing(data), prefix="train-")
+    with resumable(command_line()):
+        summary = run_training(run, out, command_line(), _say(console), device)
+    for line in lines(summary, out):
+        typer.echo(line)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="Name (lcguard models list), folder or repository.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Where the files go.")] = Path(),
+) -> None:
+    """Write policy, server and training configuration for a model, with what they will take."""
+    from lcguard.commands.init import init as make
+
+    make(model, folder, typer.echo)
+
+
+@app.command()
+def label(
+    texts: Annotated[Path, typer.Argument(help="A text a line, or JSONL with `text`.")],
+    out: Annotated[Path, typer.Option("--out", help="JSONL for training and evaluation.")],
+    detectors: Annotated[
+        list[str] | None,
+        typer.Option("--detector", help="presidio, MODEL:NAME or a guard's folder; repeatable."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Of a guard's folder.")] = "smollm2",
+) -> None:
+    """Pre-annotate texts with what detectors find in them; a person checks the spans."""
+    from lcguard.commands.label import label as run
+
+    run(texts, out, detectors or ["smollm2:twin"], model, typer.echo)
 
 
 @app.command()
@@ -226,13 +270,16 @@ def explain(
     ] = None,
     guard: Annotated[str, typer.Option(help="Folder or nano:NAME.")] = "nano:gate",
     model: Annotated[str, typer.Option()] = "nano",
-    forbid: Annotated[str, typer.Option(help="Comma-separated categories.")] = "",
+    forbid: Annotated[str, typer.Option(help="Categories with commas, all or none.")] = "all",
     seed: Annotated[int, typer.Option(help="Which generated context.")] = 0,
 ) -> None:
     """Show a context with each token shaded by how much of it the guard withholds."""
     from lcguard.commands.explain import explain_text
 
-    Console().print(explain_text(text, guard, model, forbid, seed))
+    console = Console()
+    plain = console.color_system is None
+    shown = explain_text(text, guard, model, forbid, seed, plain)
+    console.print(shown, highlight=False, soft_wrap=plain)
 
 
 @app.command()
@@ -245,10 +292,10 @@ def probe(
     """Show what the installed vLLM, its KV pages and a model support, and why not."""
     from lcguard.vllm.probe import probe as look
 
-    if model == "nano":
-        from lcguard.agents.nano.load import model_path
+    if model is not None:
+        from lcguard.agents.models import model_location
 
-        model = str(model_path())
+        model = model_location(model, lambda text: typer.echo(text, err=True))
     if engine and model is None:
         raise ValueError("--engine needs --model: the pages depend on it")
     found = look(model, engine)
@@ -308,8 +355,8 @@ def main() -> int:
     warnings.formatwarning = _one_line
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"lcguard: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"lcguard: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

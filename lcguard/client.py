@@ -47,6 +47,8 @@ class Published(_Shown):
     n_tokens: int
     redacted_spans: int | None = None
     """Places where a named or found value was overwritten; None for other guards."""
+    unproven: str = ""
+    """Why nothing shows that the guard withholds anything; empty where something does."""
 
 
 class Segment(_Shown):

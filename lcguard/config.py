@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
+from lcguard.nearest import hint
 from lcguard.strict_yaml import YamlError, dump_yaml, parse_yaml
 
 T = TypeVar("T")
@@ -65,9 +66,7 @@ def explain(error: ValidationError, keys: Iterable[str]) -> str:
         fix = f"{where} = {value}: unknown key; {_nearest(loc, list(keys))}"
     elif kind == "literal_error":
         valid = re.findall(r"'([^']*)'", str(first["ctx"]["expected"]))
-        close = difflib.get_close_matches(str(first["input"]), valid, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use {first['ctx']['expected']}"
-        fix = f"{where} = {value}: not a valid value; {hint}"
+        fix = f"{where} = {value} is unknown: {hint(first['input'], valid)}"
     else:
         reason = str(first["msg"]).removeprefix("Value error, ")
         fix = f"{where} = {value}: {reason[:1].lower()}{reason[1:]}"

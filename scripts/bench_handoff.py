@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(model_path()) if nano else args.model,
             policy=policy(args.guard),
             guards={args.guard: args.guard_path},
+            unproven=[args.guard],
             store=f"file://{folder}/store",
             dtype=args.dtype,
             max_model_len=longest,

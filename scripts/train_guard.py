@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcguard.commands.script import run_script
+from lcguard.commands.script import existing, run_script
 from lcguard.commands.train import TrainRun, run_training
 from lcguard.evaluation.presets import load_plan
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
-    run = load_plan(TrainRun, args.config, args.sets, args.data, prefix="train-")
+    run = load_plan(TrainRun, args.config, args.sets, existing(args.data), prefix="train-")
     command = "python scripts/train_guard.py " + " ".join([args.config, *args.sets])
     summary = run_training(run, args.out, command, print, args.device)
     print(json.dumps({k: v for k, v in summary.items() if k != "run"}, indent=1))

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
@@ -54,6 +54,7 @@ def make_app(lifespan: Lifespan) -> FastAPI:
     for path, endpoint in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
         # before the others: a request tries the routes one by one
         app.router.routes.insert(0, Route(path, _Relayed(endpoint, path), methods=["POST"]))
+    app.add_api_route("/", root, include_in_schema=False, response_class=Response)
     app.add_api_route("/dashboard", dashboard, include_in_schema=False, response_class=Response)
     app.add_exception_handler(ProxyError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -76,19 +77,27 @@ class _Relayed:
         await self._relay(scope, receive, send)
 
 
+async def root(request: Request) -> Response:
+    """Whoever opens the address that `lcguard serve` prints is led to the page for people."""
+    return RedirectResponse("/dashboard")
+
+
 async def dashboard(request: Request) -> Response:
     """The page for people; a browser asks for the key as the password of any user."""
     proxy: Proxy = request.app.state.proxy
     try:
-        operator(proxy.authenticate_basic(request.headers))
+        who = proxy.authenticate_basic(request.headers)
+        tenant = who.tenant if who.role == "auditor" else ""
+        if not tenant:
+            operator(who)
     except ProxyError as error:
         # A challenge to the page's own refresh would hang it behind a dialog.
         whole = request.headers.get("sec-fetch-dest", "document") == "document"
-        realm = 'Basic realm="LCGuard: any user, an admin key as password"'
+        realm = 'Basic realm="LCGuard: any user, an admin or auditor key as password"'
         challenge = {"WWW-Authenticate": realm} if whole and error.status == 401 else None
         return JSONResponse(error.body(), error.status, challenge)
     nonce = new_nonce()
-    page = render(await overview(proxy), nonce)
+    page = render(await overview(proxy, tenant), nonce)
     return Response(page, media_type="text/html; charset=utf-8", headers=dashboard_headers(nonce))
 
 

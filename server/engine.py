@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -24,6 +25,8 @@ MIDDLEWARE = "lcguard.vllm.authentication.AuthenticationMiddleware"
 _STOP_S = 20.0
 _BACKOFF_S = (1.0, 5.0, 15.0)
 _LOOK_S = 0.5
+_USAGE = 2
+"""Exit code for arguments that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,11 @@ class Engine:
         key: bytes,
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        refuse: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self.plan, self._say, self._clock = plan, say, clock
+        """``refuse`` is told why it will never start: the connector, or vLLM's own reading of its
+        arguments, refused the first start."""
+        self.plan, self._say, self._clock, self._refuse = plan, say, clock, refuse
         self._deaths_s: list[float] = []
         """Within the window."""
         self.port = _free_port()
@@ -166,9 +172,20 @@ class Engine:
             code = await self._process.wait()
             await self._end()  # its workers may have outlived it
             reason = f"vLLM ended with {code}: {self._late or self._why()}"
+            if self._never(code):
+                self.failure = reason
+                self._refuse(reason)
+                return
             await self._wait(reason)
             self.failure = ""
             await self._spawn()
+
+    def _never(self, code: int) -> bool:
+        """Whether the first start ended in what another would end in too. Whoever served once may
+        have been killed by a request, and is started again."""
+        if self.starts > 1 or self.answered or self._late:
+            return False
+        return code == _USAGE or "StartError" in _reason_line(self.plan.log, self._log_start)
 
     def _why(self) -> str:
         """What a start failed on, in vLLM's words: nobody had asked it anything. Later they may
@@ -227,15 +244,20 @@ def last_reason(log: Path, start: int = 0) -> str:
     """The line of vLLM's log, from byte ``start`` on, that says why it gave up, as far as one can
     tell."""
     try:
-        with log.open("rb") as file:
-            file.seek(max(start, log.stat().st_size - 64 * 1024))
-            lines = file.read().decode(errors="replace").splitlines()
+        wanted = _reason_line(log, start)
     except OSError as error:
         return f"{log.name} cannot be read: {error.strerror}"
-    errors = [x for x in lines if "StartError" in x or "Error: " in x]
-    wanted = next((x for x in errors if "StartError" in x), errors[-1] if errors else "")
-    text = wanted[wanted.find("Error: ") + 7 :] if wanted else "no reason in its log"
+    text = re.split(r"[Ee]rror: ", wanted, maxsplit=1)[-1] if wanted else "no reason in its log"
     return f"{' '.join(text.split())[:400]} (log: {log})"
+
+
+def _reason_line(log: Path, start: int) -> str:
+    """The connector's own where there is one, or the last error. Raises ``OSError``."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 64 * 1024))
+        lines = file.read().decode(errors="replace").splitlines()
+    errors = [x for x in lines if "StartError" in x or re.search(r"[Ee]rror: ", x)]
+    return next((x for x in errors if "StartError" in x), errors[-1] if errors else "")
 
 
 def _free_port() -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lcguard.guards import FrozenGuard
 from lcguard.guards.frozen import GuardError
+from lcguard.guards.standing import unproven_guards
 from lcguard.handoff.policy import Policy
 from lcguard.handoff.policy_reader import PolicyReader
 from lcguard.reloading import ReloadingFile
@@ -67,6 +68,9 @@ class Deployment:
     """Where the proxy listens."""
     readiness: Readiness = field(default_factory=Readiness)
     engine: Engine | None = None
+
+    refuse: Callable[[str], None] = lambda reason: None
+    """Told why the engine that was to be started never will."""
 
     def drain(self) -> None:
         """Not ready from now on; what runs may end."""
@@ -132,7 +136,9 @@ async def open_upstream(deployment: Deployment, stack: AsyncExitStack) -> Upstre
     settings = deployment.settings.upstream
     url, api_key = settings.url, os.environ.get(settings.api_key_env, "")
     if deployment.plan is not None:
-        deployment.engine = engine = Engine(deployment.plan, deployment.key, deployment.say)
+        deployment.engine = engine = Engine(
+            deployment.plan, deployment.key, deployment.say, refuse=deployment.refuse
+        )
         url, api_key = engine.url, engine.api_key
         await engine.start()
         stack.push_async_callback(engine.stop)
@@ -171,6 +177,7 @@ def open_proxy(
     """The proxy around all of them."""
     s, key, store, line = deployment.settings, deployment.key, storage.store, storage.line
     audit, meter = storage.audit, storage.meter
+    unproven = unproven_guards(s.engine.guards)
     spans = SpanFinder(
         upstream, deployment.model, s.limits.redact_timeout_s, deployment.text_finder
     )
@@ -189,7 +196,7 @@ def open_proxy(
         authority=Authority(
             policy, store, line, key, audit, meter, spans, conditions.publishing_blocked
         ),
-        settlement=Settlement(store, line, key, audit),
+        settlement=Settlement(store, line, key, audit, unproven),
         readiness=deployment.readiness,
         limits=KeyLimits(Limits(concurrency=s.limits.key_concurrency)),
         concurrency=ConcurrencyLimit(
@@ -198,6 +205,7 @@ def open_proxy(
         policy_error=lambda: policy.error,
         context=lambda: conditions.selftest.context,
         certificates=certificates(s.engine.guards),
+        unproven=unproven,
     )
 
 

@@ -78,6 +78,8 @@ class EngineSettings:
     guards: dict[str, str] = field(default_factory=dict)
     """Guard name as the policy uses it -> folder, hub repository or ``MODEL:NAME``; empty: those
     that come with the model."""
+    unproven: tuple[str, ...] = ()
+    """Guards that are served though nothing was measured of them, or that they leak."""
     args: tuple[str, ...] = ()
     """Further arguments of vLLM's server."""
     nice: Annotated[int, Field(ge=0, le=19)] = 10

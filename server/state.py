@@ -93,6 +93,8 @@ class Proxy:
     canaries: CanaryRunner | None = None
     certificates: dict[str, float] = field(default_factory=dict)
     """Guard to the mean pair leak of its segments, in nats."""
+    unproven: dict[str, str] = field(default_factory=dict)
+    """Guard to why nothing shows that it withholds anything."""
     publish_ms: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
     """The last publications of each edge."""
 

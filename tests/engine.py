@@ -163,6 +163,7 @@ def make_engine(folder: Path) -> Iterator[Engine]:
         str(model_path()),
         policy=policy(),
         guards=guard_folders(agent, folder / "guards"),
+        unproven=GUARDS,
         store=f"file://{folder / 'store'}",
         dtype="float32",
         block_size=32,

@@ -72,7 +72,7 @@ def test_where_nothing_is_named_everything_is_hidden(agent: HFBackend, gate: Fro
 
 def test_what_contradicts_or_is_unknown_is_refused(agent: HFBackend, gate: FrozenGuard) -> None:
     kv = agent.read(NOTE)
-    with pytest.raises(GuardError, match=r"unknown categories \['helth'\]; known: person"):
+    with pytest.raises(GuardError, match=r"category 'helth' is unknown: did you mean 'health'\?"):
         gate(kv, forbid=["helth"])
     with pytest.raises(GuardError, match="give one"):
         gate(kv, mask_of([Rule()]), forbid=["health"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from lcguard.agents.models import model_location, reader_folder
@@ -19,7 +19,7 @@ from lcguard.cache import check_supported
 from lcguard.categories import CATEGORIES
 from lcguard.detokenize import TokenTexts
 from lcguard.handoff.redaction import redact
-from lcguard.hub import local_folder, quiet_hub, why_not_loaded
+from lcguard.hub import local_folder, quiet_hub, read_tokenizer, why_not_loaded
 from lcguard.model_digest import checkpoint_digest
 from lcguard.model_files import ModelFolderError, check_texts, check_weights, refuse_packed
 from lcguard.noise import new_noise_key
@@ -118,13 +118,7 @@ def load_backend(
     Raises ``ValueError`` in one line where the model cannot be loaded or is not supported.
     """
     path = model_location(name, lambda text: print(text, file=sys.stderr))
-    folder = Path(path).expanduser()
-    if path.startswith((".", "/", "~")):
-        path = str(folder)
-        if not folder.is_dir():
-            raise ValueError(
-                f"model {name!r} is not a folder; give a model folder or a hub repository"
-            )
+    folder, chosen = Path(path), chosen_device(device)
     hf_logging.disable_progress_bar()
     try:
         with quiet_hub():
@@ -136,7 +130,7 @@ def load_backend(
             refuse_packed(config.to_dict(), path)
             if folder.is_dir():
                 check_weights(folder)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = read_tokenizer(path)
             model: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
             digest = checkpoint_digest(local_folder(path))
     except (ModelFolderError, UnsupportedModelError) as error:
@@ -145,7 +139,6 @@ def load_backend(
         raise ValueError(why_not_loaded(name, error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"model {name!r} comes with an adapter: merge it into the weights")
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model.to(chosen)
     if chosen == "cpu" and model.dtype is torch.bfloat16 and not _fast_bfloat16():
@@ -159,6 +152,24 @@ def load_backend(
         Special.of(tokenizer, model.config.vocab_size, [category_values(c) for c in CATEGORIES]),
         digest,
     )
+
+
+def chosen_device(wanted: str | None) -> str:
+    """The device that is wanted, or the first GPU, or the CPU.
+
+    Raises ``ValueError`` for one that this machine or this build of torch does not have.
+    """
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    # torch raises what it likes, in many lines
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:120]
+        known = f"cpu or cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        fix = known if torch.cuda.is_available() else "cpu: torch finds no CUDA device"
+        raise ValueError(f"device {wanted!r} cannot be used ({first}): use {fix}") from None
+    return wanted
 
 
 def _fast_bfloat16() -> bool:

@@ -37,6 +37,7 @@ from lcguard.agents.scenarios.offsets import Offsets, misread, untidy
 from lcguard.agents.scenarios.repeats import REPEAT, cover_repeats
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Question, Record, Scenario, Span
 from lcguard.categories import CATEGORIES
+from lcguard.nearest import unknown
 from lcguard.rule import Rule
 
 SENDER: Final = "sender"
@@ -50,7 +51,7 @@ _AGAIN: Final = "a span's value stands there again; guarded like it, and not sco
 
 def _known(category: str) -> str:
     if category not in CATEGORIES:
-        raise ValueError(f"unknown category; use one of {', '.join(CATEGORIES)}")
+        raise ValueError(unknown("category", category, CATEGORIES))
     return category
 
 

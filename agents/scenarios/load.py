@@ -16,6 +16,7 @@ from lcguard.agents.scenarios.privacylens import read_privacylens
 from lcguard.agents.scenarios.schema import RECORD_TYPES
 from lcguard.agents.scenarios.types import Hop, Scenario, hops_of
 from lcguard.agents.scenarios.values import SPLITS
+from lcguard.nearest import unknown
 
 Source = Literal["generator", "agentleak", "privacylens", "magpie", "jsonl"]
 SOURCES: tuple[Source, ...] = get_args(Source)
@@ -48,7 +49,7 @@ def load_hops(
     of range, and whatever the readers refuse.
     """
     if source not in SOURCES:
-        raise ValueError(f"source {source!r} is unknown; use one of {', '.join(SOURCES)}")
+        raise ValueError(unknown("source", source, SOURCES))
     if n is not None and n < 1:
         raise ValueError(f"n = {n}: ask for at least one scenario")
     if source == "generator":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
+from lcguard.commands.script import existing
 from lcguard.evaluation.load import load_guard as load_spec
 from lcguard.evaluation.plan import GuardSpec
 from lcguard.evaluation.presets import load_evaluation
@@ -70,7 +71,7 @@ def evaluate(
     Raises ``ValueError`` for a configuration that cannot be run, and where ``out`` holds a run
     with another one.
     """
-    plan = load_evaluation(Path(config), sets, Path(data) if data is not None else None)
+    plan = load_evaluation(Path(config), sets, existing(Path(data) if data is not None else None))
     words = ["lcguard", "eval", "run", str(config), "--out", str(out)]
     words += [word for change in sets for word in ("--set", change)]
     words += ["--data", str(data)] if data is not None else []

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from lcguard.atomic_file import replace_file
-from lcguard.commands.script import command_line
+from lcguard.commands.script import command_line, existing
+from lcguard.nearest import unknown
 
 detect_app = typer.Typer(no_args_is_help=True, help="Find what a policy forbids, and say how well.")
 
@@ -51,9 +52,9 @@ def evaluate(
     from lcguard.evaluation.plan import DataConfig
 
     if source not in SOURCES:
-        raise ValueError(f"source {source!r} is unknown; use one of {', '.join(SOURCES)}")
+        raise ValueError(unknown("source", source, SOURCES))
     n = records or (300 if source == "generator" else 0)
-    config = DataConfig(source, str(data or ""), seed, 0, n)
+    config = DataConfig(source, str(existing(data) or ""), seed, 0, n)
     figures = measure_detector(config, model, guard, against, command_line())
     replace_file(out, (json.dumps(figures, indent=1, default=str) + "\n").encode())
     Console().print(_line("found", figures), highlight=False)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lcguard.agents.models import NAMED
+from lcguard.nearest import unknown
 
 models_app = typer.Typer(no_args_is_help=True, help="Models that go by a name of ours.")
 
@@ -28,7 +29,7 @@ def list_models() -> None:
 def prepare(name: Annotated[str, typer.Argument(help="A name of `lcguard models list`.")]) -> None:
     """Make a model's folder in the cache, where it is not there already; prints it."""
     if name not in NAMED:
-        raise ValueError(f"model {name!r} has no recipe; these have: {', '.join(NAMED)}")
+        raise ValueError(unknown("model", name, NAMED))
     errors = Console(stderr=True)
     folder = NAMED[name].prepare(lambda text: errors.print(text, highlight=False, markup=False))
     typer.echo(folder)

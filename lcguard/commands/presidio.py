@@ -34,7 +34,12 @@ class PresidioText:
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Character ranges of all entities."""
-        return [(r.start, r.end) for r in self._engine.analyze(text=text, language="en")]
+        return [(start, end) for start, end, _ in self.entities(text)]
+
+    def entities(self, text: str) -> list[tuple[int, int, str]]:
+        """Character ranges with what Presidio calls them, surest first."""
+        found = self._engine.analyze(text=text, language="en")
+        return [(r.start, r.end, r.entity_type) for r in sorted(found, key=lambda r: -r.score)]
 
     def marks(self, hops: Sequence[Hop], encoder: Encoder) -> list[Tensor]:
         """For each hop's context, which tokens overlap an entity: ``[T]`` bool."""

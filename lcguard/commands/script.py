@@ -4,10 +4,15 @@ the user's making: in one line, with a non-zero exit."""
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import multiprocessing
+import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,57 @@ def command_line() -> str:
     return shlex.join(["lcguard", *sys.argv[1:]])
 
 
+def one_line(error: Exception) -> str:
+    """What is said of an error of the user's making, or of the machine's."""
+    full = isinstance(error, OSError) and error.errno in _FULL
+    text = " ".join(str(error).split())
+    if not full:
+        return text
+    return f"{text}: make room and run the same command again; what was done is kept"
+
+
+_STOPPED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def resumable(again: str) -> Iterator[None]:
+    """Ctrl-C within it ends in one line that says how to go on, and exit code 130."""
+    owner = os.getpid()
+
+    def stop(sig: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            os._exit(_STOPPED)  # a forked fit: its parent says it
+        for child in multiprocessing.active_children():
+            child.terminate()  # or the end of its fit would be waited for
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nlcguard: stopped; resume with: {again}", file=sys.stderr, flush=True)
+        sys.exit(_STOPPED)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def existing(data: Path | None) -> Path | None:
+    """What ``--data`` names, also for a source that would not look at it.
+
+    Raises ``ValueError`` where it does not exist: whoever gave it meant it.
+    """
+    if data is not None and not data.exists():
+        raise ValueError(f"--data {data} does not exist: give a folder or file, or leave it out")
+    return data
+
+
 def run_script(main: Callable[[Sequence[str] | None], int]) -> None:
     """Calls ``main`` with the command line and exits with what it returns."""
     try:
         sys.exit(main(None))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,10 +6,11 @@ import importlib.util
 import logging
 import math
 import os
+import socket
 import stat
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -23,9 +24,9 @@ from lcguard.agents.models import NAMED, model_location, served_guards
 from lcguard.commands.policy import warnings
 from lcguard.commands.text_detector import MODEL, shared_text_detector
 from lcguard.config import load_config
+from lcguard.guards.standing import check_proven
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
 from lcguard.handoff.policy import load_policy
-from lcguard.model_files import check_readable
 from lcguard.private_files import private_folder
 from lcguard.server.app import make_app
 from lcguard.server.engine import EnginePlan
@@ -33,6 +34,7 @@ from lcguard.server.gateway.timed_http import TimedHttp
 from lcguard.server.lifespan import Deployment, lifespan
 from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
+from lcguard.vllm.preflight import check_start
 from lcguard.vllm.settings import PLAIN
 
 NANO_ARGS = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
@@ -144,13 +146,38 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
             f"{settings.keys} does not exist: nobody could ask anything. Make a key with: "
             f"lcguard keys new AGENT --dir {state}"
         )
+    with listening(settings.host, settings.port) as door:
+        return _serve(state, settings, console, door)
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket with the address, taken before anything else is started.
+
+    Raises ``ValueError`` for an address that is in use or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            made.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"{host}:{port} cannot be listened on: {error.strerror or error}; give another "
+                "--host or --port, or end what uses it"
+            ) from None
+        yield made
+
+
+def _serve(state: Path, settings: ServerSettings, console: Console, door: socket.socket) -> int:
     changed = private_folder(state)
     key = state_key(state)
     model, name, args = model_of(settings)
-    plan = None
+    plan, engine = None, settings.engine
+    check_proven(engine.guards, engine.unproven, "--set engine.unproven=[{}]")
     if not settings.upstream.url:
-        if Path(model).is_dir():
-            check_readable(Path(model))
+        own = not any("tokenizer" in word for word in settings.engine.args)
+        check_start(model, settings.engine.guards, tokenizer=own)
         plan = EnginePlan(
             replace(settings.engine, args=args),
             model,
@@ -205,13 +232,14 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
         date_header=False,
     )
     server, log = _Server(config, deployment), logging.getLogger("uvicorn.error")
+    deployment.refuse = server.refuse
 
     def unsaid(record: logging.LogRecord) -> bool:
         return not failed  # said below in one line, not as a traceback
 
     log.addFilter(unsaid)
     try:
-        server.run()
+        server.run([door])
     except SystemExit:
         if not failed:
             raise
@@ -219,6 +247,8 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
         log.removeFilter(unsaid)
     if failed:
         raise ValueError(f"cannot start: {failed[0]}")
+    if server.refused:
+        raise ValueError(f"cannot start: {server.refused}")
     return 0 if server.started else 1
 
 
@@ -228,6 +258,12 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, deployment: Deployment) -> None:
         super().__init__(config)
         self._deployment = deployment
+        self.refused = ""
+        """Why the engine will never start as it was told."""
+
+    def refuse(self, reason: str) -> None:
+        """Ends the server: starting the engine again would end in the same way."""
+        self.refused, self.should_exit = reason, True
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._deployment.drain()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
+from lcguard.atomic_file import PUBLIC, replace_file
 from lcguard.attacks.base import attack_class
 from lcguard.categories import CATEGORIES
-from lcguard.config import dump_config
+from lcguard.commands.train_summary import verdict_of
+from lcguard.config import dump_config, load_config
+from lcguard.evaluation.folder import first_difference, plain
 from lcguard.evaluation.hop_segments import is_task
 from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.manifest import run_manifest
@@ -23,6 +27,7 @@ from lcguard.training.adversary import Adversary
 from lcguard.training.certificate import certify
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import with_policy
+from lcguard.training.estimate import estimate, machine_bytes
 from lcguard.training.joint import guarded_path, observed
 from lcguard.training.trainer import Run, check_trained, make_module, train_guard
 
@@ -70,6 +75,7 @@ def run_training(
     """
     # everything that can be wrong with the input is found before anything is written
     check_trained(run.train.guard)
+    check_folder(run, out)
     backend = load_backend(run.model, device)
     make_module(run.train, backend.source)
     first = start_guard(run, backend)
@@ -81,8 +87,12 @@ def run_training(
     if not train or not test:
         raise ValueError(f"{run.data.source}: no records to train on or to certify with")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(run))
+    replace_file(out / "config.yaml", dump_config(run).encode(), mode=PUBLIC)
     say(f"{len(train)} training and {len(test)} held-out records, model {run.model}")
+    takes = estimate(backend.source.model.config.get_text_config(), run.train.batch)
+    say(f"batch {run.train.batch}: {takes.line(run.train.steps)}")
+    if takes.bytes > machine_bytes():
+        say("that is more memory than this machine has: lower train.batch")
     done = train_guard(
         run.train,
         train,
@@ -102,11 +112,28 @@ def run_training(
         "guard": run.train.guard,
         "seconds": round(done.seconds, 1),
         **figures,
+        "verdict": verdict_of(guard.card, figures),
         "run": run_manifest(command, [run.train.seed], run),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
+    text = json.dumps(summary, indent=1, default=str) + "\n"
+    replace_file(out / "summary.json", text.encode(), mode=PUBLIC)
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return summary
+
+
+def check_folder(run: TrainRun, out: Path) -> None:
+    """Raises ``ValueError`` where ``out`` holds a training with another configuration, finished or
+    not, naming the first key in which they differ."""
+    kept = out / "config.yaml"
+    if not kept.exists():
+        return
+    found = first_difference(plain(load_config(TrainRun, kept)), plain(run))
+    if found is not None:
+        name, there, here = found
+        raise ValueError(
+            f"{out} holds a run with another configuration: {name} is {there!r} there and {here!r} "
+            f"here; go on with `lcguard train {kept} --out {out}`, or give another --out"
+        )
 
 
 def average_weights(guard: FrozenGuard, other: FrozenGuard, share: float) -> None:
@@ -158,6 +185,12 @@ def load_other(run: TrainRun, backend: HFBackend) -> FrozenGuard:
 
 
 def _same_guard(key: str, path: str, run: TrainRun, backend: HFBackend) -> FrozenGuard:
+    made = re.fullmatch(r"runs/([\w-]+)/guard", path)
+    if made and not Path(path).is_dir():
+        raise ValueError(
+            f"{key} {path!r} is not there: make it first with "
+            f"`lcguard train {made[1]} --out runs/{made[1]}`"
+        )
     guard = load_guard(GuardSpec(key, path=path), backend)
     wanted = make_module(run.train, backend.source)
     # the noise is no weight: another level of it fits the same ones

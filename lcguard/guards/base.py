@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lcguard.discrete_gaussian import STEPS
 from lcguard.grid import SMALLEST, noisy, to_grid
+from lcguard.nearest import unknown
 from lcguard.noise import new_noise_key, segment_noise
 from lcguard.protocols import KVBatch, Mask
 
@@ -239,7 +240,7 @@ def register(name: str) -> Callable[[M], M]:
 def guard_class(name: str) -> type[GuardModule]:
     """Raises ``ValueError`` naming the registered guards."""
     if name not in _REGISTRY:
-        raise ValueError(f"guard {name!r} is unknown; known guards: {', '.join(names())}")
+        raise ValueError(unknown("guard", name, names()))
     return _REGISTRY[name]
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.shipped import CARD, guard_folder
 from lcguard.model_digest import add_tensor
+from lcguard.nearest import unknown
 from lcguard.noise import new_noise_key
 from lcguard.protocols import Guarded, KVBatch, Mask
 from lcguard.records import mask_of
@@ -196,7 +197,7 @@ class FrozenGuard:
         old = part.with_name(part.name + "-old")
         try:
             state = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
-            save_file(state, part / WEIGHTS)
+            (part / WEIGHTS).write_bytes(save(state))
             card = self.card.model_copy(
                 update={"weights_sha256": hashlib.sha256((part / WEIGHTS).read_bytes()).hexdigest()}
             )
@@ -260,16 +261,22 @@ class FrozenGuard:
         return cls(module, card)
 
 
+def read_card(name_or_path: str | os.PathLike[str]) -> Card:
+    """The card alone of what ``from_pretrained`` loads. Raises ``GuardError``."""
+    return _read_card(_find(str(name_or_path), None))
+
+
 def _same_mask(n: int, forbid: Sequence[str], derive: Sequence[str]) -> Mask:
-    if unknown := {*forbid, *derive} - {*CATEGORIES}:
-        raise GuardError(f"unknown categories {sorted(unknown)}; known: {', '.join(CATEGORIES)}")
+    for name in (*forbid, *derive):
+        if name not in CATEGORIES:
+            raise GuardError(unknown("category", name, CATEGORIES))
     rule = Rule(Rule.hiding(forbid).forbid, Rule.hiding(derive).forbid)
     return mask_of([rule] * n)
 
 
 def saved_class(name_or_path: str | os.PathLike[str]) -> type[GuardModule]:
     """What kind of guard is saved there, by its card alone. Raises ``GuardError``."""
-    card = _read_card(_find(str(name_or_path), None))
+    card = read_card(name_or_path)
     try:
         return guard_class(card.guard)
     except ValueError as error:
@@ -302,7 +309,12 @@ def _read_card(folder: Path) -> Card:
 
 def _find(name: str, revision: str | None) -> Path:
     folder = Path(guard_folder(name))
-    return folder if folder.is_dir() else _download(name, revision)
+    if folder.is_dir():
+        return folder
+    # a repository is OWNER/NAME: nothing else is worth asking the hub for
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise GuardError(f"guard {name!r} is not a folder; give a guard's folder or repository")
+    return _download(name, revision)
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -313,7 +325,9 @@ def _download(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[CARD, WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).splitlines()[0]
-        raise GuardError(f"guard {repo!r} is neither a folder nor reachable: {first}") from error
+        raise GuardError(
+            f"guard {repo!r} is no folder here, and as a hub repository: {first}"
+        ) from error
 
 
 def weights_digest(module: torch.nn.Module) -> str:

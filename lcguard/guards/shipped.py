@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from lcguard.nearest import unknown
+
 CARD = "lcguard_config.json"
 
 
@@ -23,7 +25,5 @@ def guard_folder(path: str) -> str:
         return path
     shipped = sorted(p.parent.name for p in root.glob(f"*/{CARD}"))
     if name not in shipped:
-        raise ValueError(
-            f"{model} guard {name!r} is not shipped; shipped: {', '.join(shipped) or 'none'}"
-        )
+        raise ValueError(unknown("guard", path, [f"{model}:{s}" for s in shipped]))
     return str(root / name)

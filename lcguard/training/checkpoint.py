@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from lcguard.atomic_file import PUBLIC, replace_file
 
 
 def save_checkpoint(
@@ -20,7 +21,10 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer] = (),
     meta: dict[str, Any] | None = None,
 ) -> None:
-    """Writes one file atomically: module weights, optimiser state, JSON metadata."""
+    """Writes one file atomically: module weights, optimiser state, JSON metadata.
+
+    Raises ``OSError`` where the disk is full; the checkpoint before stays.
+    """
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         tensors |= {f"module/{name}/{k}": v for k, v in module.state_dict().items()}
@@ -29,10 +33,8 @@ def save_checkpoint(
             tensors |= {f"opt/{i}/{index}/{k}": torch.as_tensor(v) for k, v in state.items()}
     # tied weights share memory, which safetensors refuses; a checkpoint may hold them twice
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    part = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, part, metadata={"meta": json.dumps(meta or {})})
-    os.replace(part, path)
+    replace_file(path, save(tensors, metadata={"meta": json.dumps(meta or {})}), mode=PUBLIC)
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lcguard.atomic_file import PUBLIC, replace_file
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard
@@ -289,9 +290,7 @@ def _note(row: dict[str, float]) -> str:
 
 
 def _write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    part.replace(path)
+    replace_file(path, "".join(json.dumps(r) + "\n" for r in rows).encode(), mode=PUBLIC)
 
 
 def _kept_metrics(path: Path, steps: int) -> list[dict[str, Any]]:

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any, NotRequired, Self, TypedDict, Unpack
 
 from lcguard.detokenize import TokenTextError, TokenTexts
+from lcguard.guards.standing import check_proven
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.handle import Handle, consume_params, publish_params
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
 from lcguard.handoff.redaction import RedactionError, redact
 from lcguard.handoff.request import PARAM
-from lcguard.model_files import AS_TRANSFORMERS, check_readable
+from lcguard.model_files import AS_TRANSFORMERS
 from lcguard.vllm import CONNECTOR
 from lcguard.vllm.frontend import after_scan, failure_of
-from lcguard.vllm.settings import transfer_config
+from lcguard.vllm.preflight import check_start
+from lcguard.vllm.settings import extra_config, policy_of, read_settings, transfer_config
 
 Prompt = str | Sequence[int]
 Call = tuple[Any, Any]
@@ -83,6 +85,7 @@ class _GuardedEngine(ABC):
         guards: Mapping[str, str] | None = None,
         store: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        unproven: Sequence[str] = (),
         **options: Any,
     ) -> Self:
         """Starts an engine.
@@ -93,17 +96,23 @@ class _GuardedEngine(ABC):
             guards: guard name as the policy uses it -> folder, hub repository or ``nano:NAME``.
             store: URL; None keeps segments in a temporary folder.
             settings: further settings of the connector, see ``lcguard.vllm.settings``.
+            unproven: names of guards that are served though nothing was measured of them, or that
+                they leak; others of that kind are refused.
             options: those of ``vllm.LLM``, or of ``AsyncEngineArgs``.
 
-        Raises ``ModelFolderError`` for a model folder that is damaged.
+        Raises ``StartError`` in one line, before vLLM loads anything, for a policy, guard, key or
+        model that cannot be served, and ``ModelFolderError`` for a model folder that is damaged.
         """
-        if Path(model).is_dir():
-            check_readable(Path(model))
         if KEY_VARIABLE not in os.environ:
             # a key for this process and its workers: nothing outside has to read these segments
             os.environ[KEY_VARIABLE] = new_key()
         if store is None:
             store = "file://" + tempfile.mkdtemp(prefix="lcguard-")
+        found = read_settings(extra_config(store, policy, guards or {}, **settings or {}))
+        policy_of(found)
+        own = not options.get("skip_tokenizer_init") and "tokenizer" not in options
+        check_start(model, found.guards, tokenizer=own)
+        check_proven(found.guards, unproven, "unproven=[{!r}]")
         config = transfer_config(store, policy, guards or {}, **settings or {})
         return cls(cls._start(model=model, kv_transfer_config=config, **AS_TRANSFORMERS | options))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key
-from lcguard.hub import quiet_hub, why_not_loaded
+from lcguard.hub import quiet_hub, read_tokenizer, why_not_loaded
 from lcguard.model_files import check_texts, check_weights, refuse_packed
 from lcguard.vllm import TESTED_VERSIONS
 
@@ -35,7 +35,8 @@ def probe(model: str | None = None, engine: bool = False) -> list[Finding]:
         model: folder or hub repository.
         engine: also starts an engine on the model and runs the layout probe.
 
-    Raises ``ModelFolderError`` for a model that is damaged, or packed as no guard can be made for.
+    Raises ``ModelFolderError`` for a model that is damaged, without tokenizer, or packed as no
+    guard can be made for.
     """
     found = [_machine(), *_vllm()]
     if importlib.util.find_spec("vllm") is not None:
@@ -134,6 +135,8 @@ def _model(model: str) -> Finding:
             f"{detail}; sliding windows of {window} tokens are supported by the "
             "transformers backend alone, not inside vLLM",
         )
+    with quiet_hub():
+        read_tokenizer(str(folder) if folder.is_dir() else model)
     return Finding("model", True, detail)
 
 

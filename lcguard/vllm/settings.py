@@ -75,6 +75,17 @@ def policy_of(settings: Settings) -> Policy | ReloadingFile[Policy]:
         raise StartError(str(error)) from None
 
 
+def extra_config(
+    store: str,
+    policy: str | Path | Mapping[str, Any] | None,
+    guards: Mapping[str, str],
+    **more: Any,
+) -> dict[str, Any]:
+    """The settings as vLLM's configuration holds them."""
+    shown = str(policy) if isinstance(policy, Path) else policy
+    return {"store": store, "policy": shown, "guards": dict(guards), **more}
+
+
 def transfer_config(
     store: str,
     policy: str | Path | Mapping[str, Any] | None,
@@ -84,10 +95,9 @@ def transfer_config(
     """vLLM's ``KVTransferConfig`` with the connector and these settings."""
     from vllm.config import KVTransferConfig
 
-    shown = str(policy) if isinstance(policy, Path) else policy
     return KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path="lcguard.vllm.connector",
         kv_role="kv_both",
-        kv_connector_extra_config={"store": store, "policy": shown, "guards": dict(guards), **more},
+        kv_connector_extra_config=extra_config(store, policy, guards, **more),
     )

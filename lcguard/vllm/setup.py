@@ -27,7 +27,8 @@ def settings_of(config: Any) -> Settings:
 
 
 @lru_cache(maxsize=4)
-def _digest(folder: Path) -> str:
+def digest_of(folder: Path) -> str:
+    """Digest of a folder's weights, which are read once. Raises ``ModelFolderError``."""
     return checkpoint_digest(folder)
 
 
@@ -35,7 +36,7 @@ def weights_digest(config: Any) -> str:
     """Digest of the weights that a ``VllmConfig`` loads. Raises ``StartError``."""
     try:
         model = config.model_config
-        return _digest(loaded_folder(config.load_config, str(model.model), model.revision))
+        return digest_of(loaded_folder(config.load_config, str(model.model), model.revision))
     except ValueError as error:
         raise StartError(str(error)) from None
 
@@ -120,20 +121,25 @@ def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, F
     shape = kv_shape(config.model_config.hf_text_config)
     out = {}
     for name in guard_names(settings):
-        try:
-            if name in settings.guards:
-                out[name] = FrozenGuard.from_pretrained(
-                    settings.guards[name], model_digest=facts.revision, shape=shape
-                )
-                if tuple(out[name].card.categories) != CATEGORIES:
-                    raise GuardError("it knows other categories")
-                _check_twin(out[name].module)
-            else:
-                module = guard_class(name).build(KVShape(*shape), len(CATEGORIES), {})
-                out[name] = FrozenGuard(module)
-        except ValueError as error:  # also a name that is not shipped
-            raise StartError(f"guards.{name}: {error}") from None
+        if name in settings.guards:
+            out[name] = saved_guard(name, settings.guards[name], facts.revision, shape)
+        else:
+            module = guard_class(name).build(KVShape(*shape), len(CATEGORIES), {})
+            out[name] = FrozenGuard(module)
     return out
+
+
+def saved_guard(
+    name: str, path: str, model_digest: str | None, shape: tuple[int, int, int]
+) -> FrozenGuard:
+    """The guard that policies call ``name``, made for a model of this shape and these weights;
+    None: they are not known yet. Raises ``StartError``."""
+    try:
+        guard = FrozenGuard.from_pretrained(path, model_digest=model_digest, shape=shape)
+        _check_twin(guard.module)
+    except ValueError as error:  # also a name that is not shipped
+        raise StartError(f"guards.{name}: {error}") from None
+    return guard
 
 
 def _check_twin(module: GuardModule) -> None:

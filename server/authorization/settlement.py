@@ -6,7 +6,7 @@ The segment is looked at where it lies: what was stored counts, not what was ord
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from sqlite3 import Connection
@@ -38,8 +38,11 @@ class Settlement:
         line: StoreLine,
         key: bytes,
         audit: AuditLog,
+        unproven: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """``unproven``: guard to why nothing shows that it withholds anything."""
+        self.unproven = unproven or {}
         self.store, self.line, self.key = store, line, key
         self.audit, self.clock = audit, clock
 
@@ -170,6 +173,7 @@ class Settlement:
             "forbid": list(edge.forbid),
             "derive": list(edge.derive),
             **({} if approved.n_redacted is None else {"redacted_spans": approved.n_redacted}),
+            **({"unproven": why} if (why := self.unproven.get(edge.guard)) else {}),
         }
 
 

@@ -127,12 +127,13 @@ def _row(
     )
 
 
-async def overview(proxy: Proxy) -> DashboardView:
-    """The dashboard's view. Raises ``DatabaseError``."""
-    return await asyncio.to_thread(_overview, proxy)
+async def overview(proxy: Proxy, tenant: str = "") -> DashboardView:
+    """The dashboard's view; with ``tenant`` what its auditor may see: its audit, and whether the
+    server works. Raises ``DatabaseError``."""
+    return await asyncio.to_thread(_overview, proxy, tenant)
 
 
-def _overview(proxy: Proxy) -> DashboardView:
+def _overview(proxy: Proxy, tenant: str) -> DashboardView:
     state, now = proxy.readiness, time.time()
     codes = Counter[str]()
     n_requests = n_5xx = 0
@@ -145,9 +146,9 @@ def _overview(proxy: Proxy) -> DashboardView:
                 codes[sample.labels["code"]] += int(sample.value)
     head = proxy.audit.head()
     segments: list[Segment] = []
-    for tenant in proxy.tenants():
-        segments += proxy.database.read(partial(live, tenant=tenant, now_s=now))
-    rows = proxy.database.read(lambda c: recent(c, last=RECENT_ROWS * 20))
+    for name in [tenant] if tenant else proxy.tenants():
+        segments += proxy.database.read(partial(live, tenant=name, now_s=now))
+    rows = proxy.database.read(partial(recent, last=RECENT_ROWS * 20, tenant=tenant or None))
     rows = [r for r in rows if r["tenant"] != CANARY_TENANT][-RECENT_ROWS:]
     return DashboardView(
         model=proxy.model,
@@ -160,10 +161,11 @@ def _overview(proxy: Proxy) -> DashboardView:
         policy_error=proxy.policy_error(),
         threshold=proxy.settings.canaries.threshold,
         agents=tuple(
-            AgentRow(tenant, agent, n.requests, n.in_flight, n.refused, n.tokens)
-            for (tenant, agent), n in sorted(proxy.agents.items())
+            AgentRow(of, agent, n.requests, n.in_flight, n.refused, n.tokens)
+            for (of, agent), n in sorted(proxy.agents.items())
+            if not tenant
         ),
-        edges=tuple(edge_rows(proxy)),
+        edges=() if tenant else tuple(edge_rows(proxy)),
         totals=Totals(n_requests, tuple(codes.most_common()), n_5xx),
         ttfb=Latency(*percentiles(proxy.metrics.recent_first_ms)),
         overhead=Latency(*percentiles(proxy.metrics.recent_overhead_ms)),
@@ -184,6 +186,8 @@ def _overview(proxy: Proxy) -> DashboardView:
             for r in reversed(rows)
         ),
         next_steps=NEXT_STEPS,
+        unproven=tuple(sorted(proxy.unproven.items())),
+        tenant=tenant,
     )
 
 

@@ -144,3 +144,7 @@ class DashboardView:
     recent: tuple[AuditRow, ...] = ()
     """Newest first."""
     next_steps: tuple[NextStep, ...] = NEXT_STEPS
+    unproven: tuple[tuple[str, str], ...] = ()
+    """Guards that are served though nothing shows that they withhold anything, and why."""
+    tenant: str = ""
+    """Whose audit alone is shown, for an auditor; empty: everything, for an admin."""

@@ -34,6 +34,8 @@ def outcome_headers(outcome: Mapping[str, Any]) -> dict[str, str]:
             "x-lcguard-guard": made["guard"],
             "x-lcguard-policy": made["policy_digest"],
         }
+        if made.get("unproven"):
+            out["x-lcguard-unproven"] = made["guard"]
     if got := outcome.get("consumed"):
         out["x-lcguard-consumed"] = ",".join(s["handle"] for s in got)
     return out

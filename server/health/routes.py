@@ -28,6 +28,7 @@ async def readyz(proxy: Running) -> Response:
         "ready": state.ready,
         "checks": {c.name: {"ok": c.ok, "detail": c.detail} for c in state.conditions.values()},
         "reasons": state.reasons(),
+        "unproven": proxy.unproven,
     }
     return Response(json.dumps(body), 200 if state.ready else 503, media_type="application/json")
 

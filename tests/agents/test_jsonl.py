@@ -91,7 +91,7 @@ def span(**change: Any) -> dict[str, Any]:
 BAD = {
     "category": (
         span(category="nam"),
-        r"spans\[0\].category = 'nam': unknown category; use one "
+        r"spans\[0\].category = 'nam': category 'nam' is unknown: use one "
         r"of person, government_id, .*confidential",
     ),
     "order": (span(start=7), r"spans\[0\]: start 7 is not before end 7; end is exclusive"),
@@ -120,7 +120,7 @@ BAD = {
     "unknown key": ({**GOOD, "span": []}, r"span = \[\]: unknown key; .*spans"),
     "question category": (
         {**GOOD, "questions": [{"question": "a", "answer": "b", "category": "x"}]},
-        r"questions\[0\].category = 'x': unknown category",
+        r"questions\[0\].category = 'x': category 'x' is unknown",
     ),
     "empty answer": (
         {**GOOD, "questions": [{"question": "a", "answer": ""}]},

@@ -125,7 +125,7 @@ def test_without_gguf(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_name_without_recipe() -> None:
     done = CliRunner().invoke(app, ["models", "prepare", "llama"])
-    assert "'llama' has no recipe; these have: nano, smollm2" in str(done.exception)
+    assert "model 'llama' is unknown: use one of nano, smollm2" in str(done.exception)
 
 
 def test_list() -> None:

@@ -90,10 +90,10 @@ def test_the_log_belongs_to_the_configuration() -> None:
 
 def test_names_of_shipped_guards() -> None:
     gates = {"gate", "gate-agentleak", "gate-full"}
-    with pytest.raises(ValueError, match="'none' is not shipped; shipped: ") as caught:
-        guard_folder("nano:none")
-    names = str(caught.value).partition("; shipped: ")[2].split(", ")
-    assert set(names) == {*gates, "regress", "residual", "residual-full"}
+    with pytest.raises(ValueError, match="guard 'nano:xyz' is unknown: use one of ") as caught:
+        guard_folder("nano:xyz")
+    names = str(caught.value).partition(" use one of ")[2].split(", ")
+    assert set(names) == {f"nano:{n}" for n in (*gates, "regress", "residual", "residual-full")}
 
 
 def test_weights_are_float32() -> None:

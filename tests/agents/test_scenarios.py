@@ -244,7 +244,7 @@ def test_load_hops_of_the_generator() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"source": "mapgie", "n": 1}, "source 'mapgie' is unknown; use one of generator"),
+        ({"source": "mapgie", "n": 1}, "source 'mapgie' is unknown: did you mean 'magpie'"),
         ({"source": "generator"}, "pass n"),
         ({"source": "generator", "n": 0}, "n = 0: ask for at least one"),
         ({"source": "generator", "n": 1, "split": "dev"}, "split 'dev' is unknown"),

@@ -429,5 +429,5 @@ def test_attacks_without_metadata_are_refused() -> None:
     Mute.reference = "somewhere"
     with pytest.raises(ValueError, match="attack name 'decoder' is taken by DecoderAttack"):
         register("decoder")(Mute)
-    with pytest.raises(ValueError, match="attack 'mute' is unknown; known attacks: c"):
+    with pytest.raises(ValueError, match="attack 'mute' is unknown: use one of c"):
         attack_class("mute")

@@ -77,7 +77,7 @@ def test_without_a_file() -> None:
         ("name: x\noptim: {steps: '3'}", "optim.steps = '3'"),
         ("name: x\noptim: {steps: 3.0}", "optim.steps = 3.0"),
         ("name: x\noptim: {steps: true}", "optim.steps = True"),
-        ("name: x\noptim: {kind: adm}", "optim.kind = 'adm': not a valid value; did you mean"),
+        ("name: x\noptim: {kind: adm}", "optim.kind = 'adm' is unknown: did you mean"),
         ("name: x\nresume: no", "resume = 'no'"),
         ("name: 3", "name = 3"),
         ("name: x\noptim:", "optim = None"),

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.cli import app
 from lcguard.commands.detector import DetectorRun
+from lcguard.commands.train import TrainRun
 from lcguard.config import load_config
 from lcguard.evaluation.plan import EvalConfig
 from lcguard.evaluation.presets import preset
@@ -66,8 +67,11 @@ HEAVY = {
     "eval resume": "tests/evaluation/test_eval_tool.py",
     "eval report": "tests/evaluation/test_eval_tool.py",
     "eval compare": "tests/evaluation/test_eval_tool.py",
+    "eval record": "tests/evaluation/test_record.py",
     "eval list": "tests/evaluation/test_eval_tool.py",
     "train": "tests/training/test_training.py",
+    "init": "tests/test_init_label.py",
+    "label": "tests/test_init_label.py",
     "detect train": "tests/training/test_detect.py",
     "detect eval": "tests/training/test_detect.py",
 }
@@ -140,6 +144,7 @@ YAML = {
     "docs/evaluation.md": read_as(EvalConfig),
     "docs/guards.md": read_as(DetectorRun),
     "docs/proxy.md": read_policy,
+    "docs/training.md": read_as(TrainRun),
 }
 
 

@@ -112,7 +112,7 @@ def test_the_twin_is_sent_by_the_first_part_alone() -> None:
         (["gaussian"], r"parts\[0\]: 'gaussian' is no part; give \{guard: NAME"),
         ([{"options": {}}], "is no part"),
         ([{"guard": "gaussian", "colour": 1}], "is no part"),
-        ([part("nothing")], "guard 'nothing' is unknown; known guards: "),
+        ([part("nothing")], "guard 'nothing' is unknown: use one of "),
         ([part("gaussian", colour=1)], r"parts\[0\]: guard 'gaussian' has no option 'colour'"),
         ([part("gaussian", noise=-1.0)], r"parts\[0\]: noise -1.0 must be a finite number"),
         ([part("compose", parts=[part("gaussian")])], "'compose' cannot be part of another"),

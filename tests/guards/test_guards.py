@@ -393,7 +393,7 @@ def folder(tmp_path: Path) -> Path:
     [
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"format": 99}, "has format 99, this release reads 1"),
-        ({"guard": "nothing"}, "guard 'nothing' is unknown; known guards: "),
+        ({"guard": "nothing"}, "guard 'nothing' is unknown: use one of "),
         ({"options": {"colour": 1}}, "guard 'gate' has no option 'colour'"),
         ({"options": {"width": 31}}, "width 31 must be a multiple of 32"),
         ({"options": {"width": "wide"}}, CARD),
@@ -494,5 +494,5 @@ def test_save_replaces_guards_and_nothing_else(folder: Path) -> None:
 def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match="guard name 'gate' is taken by GateGuard"):
         register("gate")(type("Other", (GuardModule,), {}))
-    with pytest.raises(ValueError, match="guard 'none' is unknown; known guards: "):
+    with pytest.raises(ValueError, match="guard 'none' is unknown: use one of "):
         guard_class("none")

@@ -48,6 +48,7 @@ OPTIONS = {
     "canaries.attack": "test_canary_worker.py",
     "engine.model": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.served_model_name": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
+    "engine.unproven": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.guards": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.args": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.nice": "test_lcguard_serve_starts_the_engine_that_its_options_describe",

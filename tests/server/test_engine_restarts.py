@@ -23,7 +23,7 @@ class Dies(EnginePlan):
     """A plan whose process says why it ends, and does."""
 
     def command(self, port: int) -> list[str]:
-        return [sys.executable, "-c", "print('StartError: it broke'); raise SystemExit(3)"]
+        return [sys.executable, "-c", "print('RuntimeError: it broke'); raise SystemExit(3)"]
 
 
 class Clock:
@@ -73,6 +73,38 @@ def test_deaths_are_counted_within_a_window_and_none_is_the_last(
             assert engine.starts == restarts + 1
             clock.now_s = first_death_s + WINDOW_S
             await until(lambda: engine.starts == restarts + 2)
+        finally:
+            await engine.stop()
+
+    asyncio.run(run())
+
+
+@dataclass(frozen=True)
+class Refuses(EnginePlan):
+    """As the connector refuses a start, or vLLM an argument that it does not know."""
+
+    code: int = 1
+
+    def command(self, port: int) -> list[str]:
+        said = "lcguard.vllm.errors.StartError: no such guard" if self.code == 1 else "error: --x?"
+        return [sys.executable, "-c", f"print({said!r}); raise SystemExit({self.code})"]
+
+
+@pytest.mark.parametrize(("code", "said"), [(1, "no such guard"), (2, "--x?")])
+def test_a_start_that_can_never_succeed_is_tried_once(tmp_path: Path, code: int, said: str) -> None:
+    told, refused = list[str](), list[str]()
+    plan = Refuses(
+        EngineSettings(nice=0), "m", "m", "", "memory://x", None, tmp_path / "vllm.log", code=code
+    )
+
+    async def run() -> None:
+        engine = Engine(plan, bytes(32), told.append, refuse=refused.append)
+        await engine.start()
+        try:
+            await until(lambda: refused)
+            assert refused[0].startswith(f"vLLM ended with {code}: {said}")
+            assert engine.failure == refused[0]
+            assert (engine.starts, told) == (1, [])
         finally:
             await engine.stop()
 

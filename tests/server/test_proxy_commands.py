@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lcguard.cli import main
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
 from lcguard.server.access.keyring import load_keys
 from lcguard.strict_yaml import parse_yaml
+from tests.engine import needs_vllm
+from tests.vllm.test_preflight import unproven_guard, wrong_start
 
 UPSTREAM = "http://127.0.0.1:1"
 
@@ -164,6 +169,89 @@ def test_serve_refuses_a_wrong_input_in_one_line(tmp_path: Path, case: str) -> N
     assert said in err
 
 
+def test_serve_says_at_once_that_its_port_is_in_use(tmp_path: Path) -> None:
+    ok(tmp_path, "keys", "new", "intake")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        code, _, err = lcguard(tmp_path, "serve", "--port", port, "--upstream", UPSTREAM)
+    assert code == 2
+    said = f"127.0.0.1:{port} cannot be listened on: Address already in use"
+    assert err.startswith(f"lcguard: {said}")
+    assert len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "lcguard.sqlite").exists()  # nothing was started
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["another model's guard", "unproven guard", "no tokenizer"])
+def test_serve_says_what_its_engine_would_refuse(tmp_path: Path, name: str) -> None:
+    state = tmp_path / "state"
+    ok(state, "keys", "new", "intake")
+    model, guards, said = wrong_start(name, tmp_path)
+    sets = [f"engine.guards={json.dumps(guards)}"] if guards else []
+    words = [word for text in sets for word in ("--set", text)]
+    code, _, err = lcguard(state, "serve", "--port", "0", "--model", model, *words)
+    assert code == 2, err
+    assert len(err.strip().splitlines()) == 1, err
+    assert said in err
+    assert not (state / "vllm.log").exists()
+
+
+def test_a_browser_is_led_to_the_dashboard_and_an_auditor_to_the_audit(tmp_path: Path) -> None:
+    secret = {
+        name: ok(tmp_path, "keys", "new", name, "--role", role, "--tenant", tenant)
+        .strip()
+        .partition("=")[2]
+        for name, role, tenant in (
+            ("root", "admin", "default"),
+            ("eve", "auditor", "acme"),
+            ("intake", "agent", "acme"),
+        )
+    }
+    policy = "version: 1\nedges: [{source: intake, audience: billing}]\n"
+    (tmp_path / "policy.yaml").write_text(policy)
+    guards = json.dumps({"mine": unproven_guard(tmp_path / "g")})
+    (tmp_path / "server.yaml").write_text(f"engine: {{guards: {guards}, unproven: [mine]}}\n")
+    with serving(tmp_path, new_key()) as url, httpx.Client(base_url=url) as http:
+        assert http.get("/").headers["location"] == "/dashboard"
+        assert "vacuous" in http.get("/readyz").json()["unproven"]["mine"]
+        # a row of the auditor's tenant, and one of another's
+        for name in ("intake", "root"):
+            http.post(
+                "/v1/chat/completions",
+                headers={"authorization": f"Bearer {secret[name]}"},
+                json={
+                    "model": "nano",
+                    "messages": [{"role": "user", "content": "x"}],
+                    "lcguard": {"publish": {"audience": "billing", "secrets": []}},
+                },
+            )
+        page = {n: http.get("/dashboard", auth=("any", key)) for n, key in secret.items()}
+        assert [page[n].status_code for n in ("root", "eve", "intake")] == [200, 200, 403]
+        audit = page["eve"].text.partition('id="audit-h"')[2].partition("</table>")[0]
+        assert "intake" in audit
+        assert "root" not in audit
+        assert 'id="edges-h"' in page["root"].text
+        assert "A guard is served unproven" in page["root"].text
+        assert 'id="edges-h"' not in page["eve"].text
+        assert 'id="agents-h"' not in page["eve"].text
+
+
+@contextlib.contextmanager
+def serving(folder: Path, key: str) -> Iterator[str]:
+    """The proxy before no vLLM at all; its address."""
+    words = ("serve", "--dir", str(folder), "--port", "0", "--upstream", UPSTREAM)
+    command = [sys.executable, "-m", "lcguard.cli", *words, "--set", "canaries.enabled=false"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {KEY_VARIABLE: key}
+    )
+    assert process.stderr is not None
+    with process.stderr as said:
+        yield next(x for x in said if x.startswith("listening")).split()[-1]
+        process.terminate()
+        said.read()
+    assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -188,31 +276,8 @@ def test_audit_verify_finds_an_altered_row(tmp_path: Path) -> None:
     """On a real trail: the proxy writes its start, even where no vLLM answers."""
     ok(tmp_path, "keys", "new", "intake")
     key = new_key()
-    command = [
-        sys.executable,
-        "-m",
-        "lcguard.cli",
-        "serve",
-        "--dir",
-        str(tmp_path),
-        "--port",
-        "0",
-        "--upstream",
-        UPSTREAM,
-        "--set",
-        "canaries.enabled=false",
-    ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {KEY_VARIABLE: key}
-    )
-    assert process.stderr is not None
-    with process.stderr as said:
-        for line in said:
-            if line.startswith("listening"):
-                break
-        process.terminate()
-        said.read()
-    assert process.wait(60) == 0
+    with serving(tmp_path, key):
+        pass
     code, out, err = lcguard(tmp_path, "audit", "verify", **{KEY_VARIABLE: key})
     assert (code, err) == (0, "")
     assert "2 rows, whole" in out

@@ -275,6 +275,7 @@ def test_lcguard_serve_starts_the_engine_that_its_options_describe(tmp_path: Pat
             "served_model_name": "small",
             "args": args,
             "guards": {"gate": "nano:gate", "residual": "nano:residual"},
+            "unproven": ["residual"],
             "nice": 7,
         },
     }
@@ -297,6 +298,7 @@ def test_lcguard_serve_starts_the_engine_that_its_options_describe(tmp_path: Pat
         )
         published = made.json()["lcguard"]["published"]
         assert published["guard"] == "residual"
+        assert published["unproven"] == "its evaluation says that it leaks"
         first = f"/lcguard/v1/segments/{published['handle']}"
         assert front.http.get(first, headers=intake).status_code == 200
         # further segments push the oldest out of a store of this size

@@ -113,14 +113,14 @@ def test_presidio_beside_it(guard: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--source", "mail"], "source 'mail' is unknown; use one of generator, agentleak"),
+        (["--source", "mail"], "source 'mail' is unknown: use one of generator, agentleak"),
         (
             ["--source", "generator", "--model", "nano", "--guard", "nano:gate"],
             "guard 'gate' finds nothing itself: give one with a detector",
         ),
         (
             ["--source", "generator", "--model", "nano", "--guard", "nano:eyes"],
-            "nano guard 'eyes' is not shipped; shipped: gate",
+            "guard 'nano:eyes' is unknown: ",
         ),
         (["--source", "agentleak", "--data", "nowhere", "--model", "nano"], "nowhere"),
     ],

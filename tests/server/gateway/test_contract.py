@@ -58,6 +58,8 @@ def test_what_openai_s_clients_send_unasked_is_no_error(handoff: bool) -> None:
         "modalities": ["text"],
     }
     assert check("chat", asked | more, handoff, handoff) == asked
+    told = {"prompt": "x"}
+    assert check("completions", told | {"metadata": {"run": "7"}}, handoff, handoff) == told
     for name, value in {"modalities": ["audio"], "functions": [], "prediction": {}}.items():
         assert refusal(asked | {name: value}).param == name
 

@@ -1,0 +1,53 @@
+"""What a training says at its end: a few lines and a verdict; ``summary.json`` has the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcguard.evaluation.verdict import UTILITY_SHARE, figure
+from lcguard.guards.frozen import Card
+from lcguard.guards.standing import unproven
+
+
+def verdict_of(card: Card, figures: Mapping[str, Any]) -> str:
+    """One line: what may be said of a guard that no fresh attacker has tried yet."""
+    why = unproven(card)
+    if why:
+        found = f"unproven: {why}"
+    else:
+        certificate = card.certificate or {}
+        found = (
+            f"certified: no attacker recovers a given secret more often than "
+            f"{certificate['asr_ceiling']:.1%}, in expectation over records like the held-out ones"
+        )
+    right, raw = figures.get("utility"), figures.get("utility_vanilla")
+    if raw and right is not None and right < UTILITY_SHARE * raw:
+        found += f"; the receiver keeps {right / raw:.1%} of its right answers"
+    return found
+
+
+def lines(summary: Mapping[str, Any], out: Path) -> list[str]:
+    """The end of a training for people."""
+    certificate, attacked = summary["certificate"], summary["asr_train"]
+    said = [
+        f"guard {summary['guard']}: {out / 'guard'}, {summary['seconds']:.0f} s of training",
+        f"task answers right: {figure(summary['utility'])}, on raw KV "
+        f"{figure(summary['utility_vanilla'])}",
+    ]
+    if certificate is not None:
+        said.append(
+            f"certificate: {figure(certificate['mean_nats'], 'nats')}, at most "
+            f"{figure(certificate['upper_nats'])} ({certificate['level']:.0%}), on "
+            f"{certificate['n_pairs']} held-out pairs; raw KV {figure(certificate['raw_nats'])}"
+        )
+    if attacked is not None:
+        said.append(f"its own attacker recovers: {attacked:.1%} (no figure of privacy)")
+    said.append(f"verdict: {summary['verdict']}")
+    if summary["verdict"].startswith("unproven"):
+        said.append(
+            "next: an evaluation with this folder as a guard's `path`, `lcguard eval run`, then "
+            f"`lcguard eval record RUN NAME {out / 'guard'}`; until then it is served by name alone"
+        )
+    return [*said, f"all figures: {out / 'summary.json'}"]
