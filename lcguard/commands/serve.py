@@ -22,8 +22,9 @@ from rich.console import Console
 from lcguard.agents.models import NAMED, model_location, served_guards
 from lcguard.commands.policy import warnings
 from lcguard.config import load_config
+from lcguard.guards.frozen import finders
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
-from lcguard.handoff.policy import load_policy
+from lcguard.handoff.policy import Policy, check_finders, load_policy
 from lcguard.model_files import check_readable
 from lcguard.private_files import private_folder
 from lcguard.server.app import make_app
@@ -130,6 +131,15 @@ def engine_guards(settings: ServerSettings) -> set[str] | None:
     return None if settings.upstream.url else {*PLAIN, *settings.engine.guards}
 
 
+def policy_in(settings: ServerSettings) -> Policy:
+    """The policy's file, held against the guards of the engine that ``serve`` starts. Raises
+    ``PolicyError``, and ``GuardError`` for a guard that cannot be read."""
+    policy = load_policy(settings.policy)
+    if not settings.upstream.url:
+        check_finders(policy, finders(settings.engine.guards), str(settings.policy))
+    return policy
+
+
 def serve(state: Path, settings: ServerSettings, console: Console) -> int:
     """Runs until SIGTERM or Ctrl-C. Raises ``ValueError`` for what cannot be served."""
     check_exposure(settings)
@@ -168,7 +178,7 @@ def serve(state: Path, settings: ServerSettings, console: Console) -> int:
         say(changed)
     worker = (sys.executable, "-m", "lcguard.commands.canary")
     if settings.policy.exists():
-        for line in warnings(load_policy(settings.policy), settings.keys, engine_guards(settings)):
+        for line in warnings(policy_in(settings), settings.keys, engine_guards(settings)):
             say(line)
     deployment = Deployment(settings, key, model, name, plan, state.resolve(), say, worker)
     failed: list[Exception] = []
