@@ -6,6 +6,7 @@ new category is appended, never inserted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Literal, get_args
 
 Category = Literal[
@@ -26,3 +27,14 @@ DESCRIPTIONS: Final[dict[Category, str]] = {
 
 DERIVABLE: Final[tuple[Category, ...]] = ("health", "finance")
 """Categories with a derived value (a risk or salary band) that a policy may allow on its own."""
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Each name once: these categories in mask order, then those that a policy defines itself."""
+    found = set(names)
+    return (*(c for c in CATEGORIES if c in found), *sorted(found - {*CATEGORIES}))
+
+
+def own_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Those that a policy defines itself (``lcguard.custom_categories``): no guard learnt them."""
+    return tuple(name for name in names if name not in CATEGORIES)

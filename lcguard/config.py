@@ -12,11 +12,12 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lcguard.nearest import hint
 from lcguard.strict_yaml import YamlError, dump_yaml, parse_yaml
@@ -48,31 +49,43 @@ def read_mapping(path: Path) -> dict[str, Any]:
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
-def explain(error: ValidationError, keys: Iterable[str]) -> str:
+def explain(
+    error: ValidationError, keys: Iterable[str], shown: Collection[str] | None = None
+) -> str:
     """The first error as one line: key path, value, and the fix.
 
-    ``keys`` are the valid dotted keys without list indices (``edges.forbid``).
+    ``keys`` are the valid dotted keys without list indices (``edges.forbid``), with ``*`` for a
+    name that the file chooses. ``shown``: top-level keys whose values may be shown; None: all.
     """
     errors = error.errors(include_url=False)
     # A misspelt required key is missing too, and the misspelling is what to say.
     first = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])
-    kind, loc = first["type"], first["loc"]
+    # in brackets: which form of a value was tried (the tag of a union)
+    kind, loc = first["type"], tuple(p for p in first["loc"] if not str(p).startswith("("))
     where = _dotted(loc) or "top level"
     value = repr(first["input"])
-    value = value if len(value) <= 60 else value[:57] + "..."
+    value = f" = {value if len(value) <= 60 else value[:57] + '...'}:"
+    if shown is not None and not (loc and loc[0] in shown and _flat(kind, first["input"])):
+        value = ":"
     if kind in ("missing", "missing_argument"):
         fix = f"{where}: missing; add `{loc[-1]}: ...`"
     elif kind in _UNKNOWN:
-        fix = f"{where} = {value}: unknown key; {_nearest(loc, list(keys))}"
+        fix = f"{where}{value} unknown key; {_nearest(loc, list(keys))}"
     elif kind == "literal_error":
         valid = re.findall(r"'([^']*)'", str(first["ctx"]["expected"]))
-        fix = f"{where} = {value} is unknown: {hint(first['input'], valid)}"
+        at = f"{where}{value}".removesuffix(":")
+        fix = f"{at} is unknown: {hint(first['input'], valid)}"
     else:
         reason = str(first["msg"]).removeprefix("Value error, ")
-        fix = f"{where} = {value}: {reason[:1].lower()}{reason[1:]}"
+        fix = f"{where}{value} {reason[:1].lower()}{reason[1:]}"
     others = len(errors) - 1
     fix += f" (and {others} more)" if others else ""
     return " ".join(fix.split())  # keys and messages may carry line breaks
+
+
+def _flat(kind: str, value: object) -> bool:
+    """Not a part of a file that has got to where nothing of it belongs."""
+    return kind not in _UNKNOWN or not isinstance(value, dict)
 
 
 def _dotted(loc: Sequence[int | str]) -> str:
@@ -82,19 +95,20 @@ def _dotted(loc: Sequence[int | str]) -> str:
 
 def _nearest(loc: Sequence[int | str], keys: list[str]) -> str:
     """The valid key most like the last one of ``loc``: a sibling first, then anywhere."""
-    parent = ".".join(part for part in loc[:-1] if isinstance(part, str))
-    prefix = f"{parent}." if parent else ""
-    siblings = [
-        key.removeprefix(prefix)
-        for key in keys
-        if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-    ]
+    parent = [part for part in loc[:-1] if isinstance(part, str)]
+    siblings = [path[-1] for key in keys if _within(path := key.split("."), parent)]
     name = str(loc[-1])
     if close := difflib.get_close_matches(name, siblings, 1):
         return f"did you mean {close[0]!r}?"
     if moved := [key for key in keys if key.rsplit(".", 1)[-1] == name]:
         return f"did you mean {moved[0]!r}?"
     return f"valid keys: {', '.join(siblings)}"
+
+
+def _within(path: Sequence[str], parent: Sequence[str]) -> bool:
+    return len(path) == len(parent) + 1 and all(
+        part in ("*", name) for part, name in zip(path, parent, strict=False)
+    )
 
 
 def field_paths(cls: Any, prefix: str = "") -> Iterator[str]:
@@ -138,14 +152,27 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
         raise ConfigError(f"{name}: {explain(stripped, field_paths(cls))}") from None
 
 
-def validated(model: type[M], data: Any, name: str, keys: Iterable[str]) -> M:
+def validated(
+    model: type[M],
+    data: Any,
+    name: str,
+    keys: Iterable[str],
+    shown: Collection[str] | None = None,
+) -> M:
     """Parsed YAML as a pydantic model; ``name`` stands for the file in the one-line
-    ``ConfigError``, ``keys`` as for ``explain``."""
+    ``ConfigError``, ``keys`` and ``shown`` as for ``explain``."""
     try:
         # through JSON, as in ``load_config``
         return model.model_validate_json(_as_json(data, name))
     except ValidationError as error:
-        raise ConfigError(f"{name}: {explain(error, keys)}") from None
+        raise ConfigError(f"{name}: {explain(error, keys, shown)}") from None
+
+
+def located(loc: Sequence[int | str], value: object, message: str) -> ValidationError:
+    """What a validator of a whole model raises for one value in it."""
+    kind = PydanticCustomError("value_error", "{message}", {"message": message})
+    line: InitErrorDetails = {"type": kind, "loc": (*loc,), "input": value}
+    return ValidationError.from_exception_data("", [line])
 
 
 def _as_json(data: Any, name: str) -> str:

@@ -12,12 +12,21 @@ import hmac
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from lcguard.canonical import canonical_hmac, canonical_json
-from lcguard.categories import Category
+from lcguard.custom_categories import CategoryName
 from lcguard.rule import Rule
 
 if TYPE_CHECKING:
@@ -79,14 +88,25 @@ class Lineage(_Frozen):
 
     Not shown to its audience."""
 
-    forbid: tuple[Category, ...]
+    forbid: tuple[CategoryName, ...]
     """What it was guarded against: its edge's rule and that of all it stands on."""
-    derive: tuple[Category, ...] = ()
+    derive: tuple[CategoryName, ...] = ()
     """Of these, whose derived value may pass."""
     origins: tuple[Name, ...]
     """Agents whose text it stands on, its source among them; sorted."""
     raw: bool = False
     """Its guard hides nothing, whatever the rule says."""
+    custom: dict[CategoryName, Digest] = {}
+    """Of the forbidden categories that the policy defined itself, the definitions that were looked
+    for: one that has changed since was not guarded against."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As before there were own categories, where there is none."""
+        out: dict[str, Any] = dump(self)
+        if not self.custom:
+            del out["custom"]
+        return out
 
     @property
     def rule(self) -> Rule:

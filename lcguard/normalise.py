@@ -53,6 +53,17 @@ def folded(text: str) -> Form:
     return _form(_spaced(_clusters(text)))
 
 
+def unwrapped(text: str) -> Form:
+    """As ``folded``, with lines joined where they break: a value that was wrapped is whole."""
+    form = folded(text)
+    parts = zip(form.text, form.starts, form.ends, strict=True)
+    return _form((c, a, b) for c, a, b in parts if not (c == " " and _breaks(text[a:b])))
+
+
+def _breaks(space: str) -> bool:
+    return len(f"{space}.".splitlines()) > 1
+
+
 def unspaced(text: str) -> Form:
     """All that is seen, NFKC and case-folded, without white space and accents; dashes are ``-``."""
     return _form(

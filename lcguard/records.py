@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcguard.categories import CATEGORIES
+from lcguard.categories import CATEGORIES, own_names
 from lcguard.protocols import Mask
 from lcguard.rule import Rule
 from lcguard.tokens import TokenQuestion as TokenQuestion
@@ -22,7 +22,12 @@ IGNORE = -100
 
 
 def mask_of(rules: Sequence[Rule]) -> Mask:
-    """Category masks ``[B, C]``, one rule a record."""
+    """Category masks ``[B, C]``, one rule a record.
+
+    Raises ``ValueError`` for a category that no guard learnt: it would pass unseen.
+    """
+    if own := [c for r in rules for c in own_names(r.forbid)]:
+        raise ValueError(f"no guard learnt the category {own[0]!r}, which a policy defines itself")
     both = [r.forbid for r in rules], [r.derive for r in rules]
     rows = [[[c in names for c in CATEGORIES] for names in which] for which in both]
     return Mask(*(torch.tensor(r, dtype=torch.bool).view(-1, len(CATEGORIES)) for r in rows))

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from lcguard.categories import CATEGORIES, DERIVABLE, Category
+from lcguard.categories import CATEGORIES, DERIVABLE, in_order
 
 
 @dataclass(frozen=True)
 class Rule:
     """Categories that are hidden, and how far."""
 
-    forbid: tuple[Category, ...] = ()
-    derive: tuple[Category, ...] = ()
+    forbid: tuple[str, ...] = ()
+    """Of the library, or of a policy's own (``lcguard.custom_categories``)."""
+    derive: tuple[str, ...] = ()
     """Forbidden categories whose derived value (a band) may pass."""
 
     @classmethod
     def of(cls, forbid: Iterable[str], derive: Iterable[str] = ()) -> Rule:
         """A rule of names that a person wrote, in their order. Raises ``ValueError`` for one that
-        is no category, or has no derived value, or is derived without being forbidden."""
+        is none of the library's categories, or has no derived value, or is derived without being
+        forbidden."""
         hidden = _known("forbid", forbid, CATEGORIES)
         return cls(hidden, _known("derive", derive, [c for c in DERIVABLE if c in hidden]))
 
@@ -33,7 +35,7 @@ class Rule:
         """The rule that is as strict as all of them: a category is forbidden if any forbids it, and
         a value may be derived only where every rule that forbids it says so."""
         found = list(rules)
-        forbid = tuple(c for c in CATEGORIES if any(c in rule.forbid for rule in found))
+        forbid = in_order(c for rule in found for c in rule.forbid)
         exact = {c for rule in found for c in rule.forbid if c not in rule.derive}
         return cls(forbid, tuple(c for c in forbid if c not in exact))
 
@@ -44,7 +46,7 @@ class Rule:
             tuple(c for c in self.derive if c not in categories),
         )
 
-    def missing(self, wanted: Rule) -> tuple[Category, ...]:
+    def missing(self, wanted: Rule) -> tuple[str, ...]:
         """Categories that ``wanted`` forbids, or forbids to derive, and this rule does not."""
         return tuple(
             c
@@ -53,11 +55,9 @@ class Rule:
         )
 
 
-def _known(which: str, names: Iterable[str], valid: Collection[Category]) -> tuple[Category, ...]:
-    by_name = {str(category): category for category in valid}
-    out = []
-    for name in names:
-        if name not in by_name:
+def _known(which: str, names: Iterable[str], valid: Collection[str]) -> tuple[str, ...]:
+    out = tuple(names)
+    for name in out:
+        if name not in valid:
             raise ValueError(f"{which} names {name!r}; use {', '.join(valid) or 'none'}")
-        out.append(by_name[name])
-    return tuple(out)
+    return out

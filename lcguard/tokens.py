@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcguard.categories import CATEGORIES, Category
+from lcguard.categories import CATEGORIES
 from lcguard.rule import Rule
 
 NEAREST = 64
@@ -68,11 +68,11 @@ class TokenRecord:
     """Of the edge."""
 
     @property
-    def forbid(self) -> tuple[Category, ...]:
+    def forbid(self) -> tuple[str, ...]:
         return self.rule.forbid
 
     @property
-    def derive(self) -> tuple[Category, ...]:
+    def derive(self) -> tuple[str, ...]:
         return self.rule.derive
 
     def categorised(self) -> Iterator[tuple[TokenSpan, int]]:

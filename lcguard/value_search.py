@@ -15,10 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from lcguard.normalise import Form, runs, skeleton, unspaced
+from lcguard.normalise import Form, find_all, runs, skeleton, unspaced
 from lcguard.unescape import unescaped
 
 Range = tuple[int, int]
+SHORTEST = 5
+"""Letters and digits that a value needs to be looked for inside words too, where nobody named it
+for this text: a shorter one is part of too many others."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,28 @@ class Spellings:
             for form, wanted in ((bare, {k.bare for k in keys}), (signs, {k.signs for k in keys})):
                 found |= {form.origin(a, b) for a, b in runs(form.text, wanted)}
         return merged(found)
+
+    def find_words(self, *keys: Key) -> list[Range]:
+        """As ``find``, but only where no letter or digit stands right before or behind."""
+        found: set[Range] = set()
+        for bare, signs in self._readings:
+            for form, wanted in ((bare, {k.bare for k in keys}), (signs, {k.signs for k in keys})):
+                for value in wanted:
+                    places = ((i, i + len(value)) for i in find_all(form.text, value))
+                    found |= {form.origin(a, b) for a, b in places if self._is_word(form, a, b)}
+        return merged(found)
+
+    def _is_word(self, form: Form, start: int, end: int) -> bool:
+        return self._parted(form, start) and self._parted(form, end)
+
+    def _parted(self, form: Form, at: int) -> bool:
+        """Whether a word may end between the characters before and at ``at``."""
+        if not 0 < at < len(form.text):
+            return True
+        if not (form.text[at - 1].isalnum() and form.text[at].isalnum()):
+            return True
+        between = self.text[form.ends[at - 1] : form.starts[at]]
+        return any(c.isspace() for c in between) or bool(unspaced(between).text)
 
     def forms(self) -> list[str]:
         """Every form of the text that a key's are looked for in."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lcguard.guards import FrozenGuard
-from lcguard.guards.frozen import GuardError
+from lcguard.guards.frozen import GuardError, finders
 from lcguard.guards.standing import unproven_guards
 from lcguard.handoff.policy import Policy
 from lcguard.handoff.policy_reader import PolicyReader
@@ -80,9 +80,12 @@ class Deployment:
 def policy_of(settings: ServerSettings) -> ReloadingFile[Policy]:
     """The policy's file, followed; until there is one, everything is forbidden.
 
-    Raises ``PolicyError``.
+    Raises ``PolicyError``, and ``GuardError`` for a guard that cannot be read.
     """
-    return ReloadingFile(settings.policy, PolicyReader(), absent=Policy(version=1, edges=()))
+    # the guards of an engine that others started are its own to know: it refuses what they miss
+    known = None if settings.upstream.url else finders(settings.engine.guards)
+    nothing = Policy(version=1, edges=())
+    return ReloadingFile(settings.policy, PolicyReader(known), absent=nothing)
 
 
 @dataclass(frozen=True)

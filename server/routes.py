@@ -67,7 +67,8 @@ async def contract(who: Caller) -> dict[str, Any]:
 
 @router.get("/lcguard/v1/policy", tags=["lcguard"])
 async def policy(proxy: Running, who: Caller) -> dict[str, Any]:
-    """The rules that concern the caller; all of them for an admin."""
+    """The rules that concern the caller; all of them for an admin. Of the policy's own categories
+    how many terms and patterns each has: which, nobody is shown."""
     found = proxy.authority.policy
 
     def concerns(edge: Edge) -> bool:
@@ -83,6 +84,10 @@ async def policy(proxy: Running, who: Caller) -> dict[str, Any]:
         "error": proxy.policy_error(),
         "default": "every category is forbidden on an edge that no rule matches",
         "edges": [e.model_dump(mode="json") for e in found.edges if concerns(e)],
+        "categories": {
+            tenant: {name: category.size for name, category in found.custom_of(tenant).items()}
+            for tenant in ((ANY, *found.tenants) if who.role == "admin" else (who.tenant,))
+        },
     }
 
 

@@ -97,7 +97,9 @@ class Planter:
         return Plant(
             KVBatch(keys, values, valid),
             AppliedGuard(
-                str(made["guard"]), m.guard_digest, Rule.of(made["forbid"], made["derive"])
+                str(made["guard"]),
+                m.guard_digest,
+                Rule(tuple(made["forbid"]), tuple(made["derive"])),
             ),
             m.policy_digest,
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from lcguard.handoff.names import ANY
 from lcguard.handoff.policy import Policy, load_policy
 from lcguard.handoff.policy_reader import is_whole
-from lcguard.handoff.policy_review import never, unserved, why
+from lcguard.handoff.policy_review import idle, never, unserved, why
 
 
 def check_command(
@@ -35,7 +36,9 @@ def check_command(
 
 
 def summary(policy: Policy) -> str:
-    return f"{len(policy.edges)} edges, digest {policy.digest[:12]}"
+    own = {name for tenant in (ANY, *policy.tenants) for name in policy.custom_of(tenant)}
+    named = f"own categories {', '.join(sorted(own))}, " if own else ""
+    return f"{len(policy.edges)} edges, {named}digest {policy.digest[:12]}"
 
 
 def warnings(
@@ -51,5 +54,5 @@ def warnings(
         from lcguard.server.access.keyring import load_keys  # here: it needs the extra `server`
 
         agents = {(k.tenant, k.agent) for k in load_keys(keys).keys if k.role == "agent"}
-    found = (*never(policy, agents), *unserved(policy, guards))
+    found = (*never(policy, agents), *unserved(policy, guards), *idle(policy))
     return [f"warning: {line}" for line in found]

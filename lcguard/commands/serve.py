@@ -24,9 +24,10 @@ from lcguard.agents.models import NAMED, model_location, served_guards
 from lcguard.commands.policy import warnings
 from lcguard.commands.text_detector import MODEL, shared_text_detector
 from lcguard.config import load_config
+from lcguard.guards.frozen import finders
 from lcguard.guards.standing import check_proven
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
-from lcguard.handoff.policy import load_policy
+from lcguard.handoff.policy import Policy, check_finders, load_policy
 from lcguard.private_files import private_folder
 from lcguard.server.app import make_app
 from lcguard.server.engine import EnginePlan
@@ -133,6 +134,15 @@ def engine_guards(settings: ServerSettings) -> set[str] | None:
     return None if settings.upstream.url else {*PLAIN, *settings.engine.guards}
 
 
+def policy_in(settings: ServerSettings) -> Policy:
+    """The policy's file, held against the guards of the engine that ``serve`` starts. Raises
+    ``PolicyError``, and ``GuardError`` for a guard that cannot be read."""
+    policy = load_policy(settings.policy)
+    if not settings.upstream.url:
+        check_finders(policy, finders(settings.engine.guards), str(settings.policy))
+    return policy
+
+
 def serve(state: Path, settings: ServerSettings, console: Console) -> int:
     """Runs until SIGTERM or Ctrl-C. Raises ``ValueError`` for what cannot be served."""
     check_exposure(settings)
@@ -196,7 +206,7 @@ def _serve(state: Path, settings: ServerSettings, console: Console, door: socket
         say(changed)
     worker = (sys.executable, "-m", "lcguard.commands.canary")
     if settings.policy.exists():
-        policy = load_policy(settings.policy)
+        policy = policy_in(settings)
         for line in warnings(policy, settings.keys, engine_guards(settings)):
             say(line)
         if any(edge.detect == "lcguard" for edge in policy.edges):

@@ -105,15 +105,14 @@ def keys_revoke(
 def config_check(state: State = STATE, config: Config = None, sets: Sets = None) -> None:
     """Check server.yaml, keys and policy as the server would."""
     from lcguard.commands.policy import summary, warnings
-    from lcguard.commands.serve import check_exposure, engine_guards, load_settings
-    from lcguard.handoff.policy import load_policy
+    from lcguard.commands.serve import check_exposure, engine_guards, load_settings, policy_in
     from lcguard.server.access.keyring import load_keys
 
     settings = load_settings(state, config, sets or [], None)
     check_exposure(settings)
     n = len(load_keys(settings.keys).keys)
     if settings.policy.exists():
-        policy = load_policy(settings.policy)
+        policy = policy_in(settings)
         rules = summary(policy)
         for line in warnings(policy, settings.keys, engine_guards(settings)):
             typer.echo(line, err=True)

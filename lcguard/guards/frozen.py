@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,12 @@ def saved_class(name_or_path: str | os.PathLike[str]) -> type[GuardModule]:
         return guard_class(card.guard)
     except ValueError as error:
         raise GuardError(f"{CARD}: {error}") from error
+
+
+def finders(guards: Mapping[str, str]) -> frozenset[str]:
+    """Names of guards that leave out what they are told: ``redact``, and those of ``guards`` (name
+    to folder, repository or ``MODEL:NAME``) that look for secrets. Raises ``GuardError``."""
+    return frozenset({"redact", *(n for n, at in guards.items() if saved_class(at).finds_secrets)})
 
 
 def _build(card: Card) -> GuardModule:

@@ -22,13 +22,20 @@ from lcguard.handoff.grants import (
 )
 from lcguard.handoff.lineage import check_current, check_guard, on_top, origins
 from lcguard.handoff.plan import ModelFacts, Plan, PublishPlan
-from lcguard.handoff.policy import Edge, Policy
+from lcguard.handoff.policy import Edge, Policy, cannot_find
 from lcguard.handoff.redaction import covered
-from lcguard.handoff.request import Consume, EnginePublish, Handoff, edge_of
+from lcguard.handoff.request import (
+    Consume,
+    EnginePublish,
+    Handoff,
+    check_findable,
+    edge_of,
+)
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.reloading import ReloadingFile, in_force
 from lcguard.rule import Rule
 from lcguard.store import SegmentNotFound, SegmentStore, StoreError
+from lcguard.value_search import merged
 
 SCAN_S = 600
 """Seconds for which the engine's word on a scanned prompt holds."""
@@ -180,6 +187,7 @@ class Gatekeeper:
                 f"the policy wants guard {edge.guard!r} on {edge.name.in_words}, the engine has "
                 f"{', '.join(self.guards)}: add it to guards",
             )
+        check_findable(edge)
         if edge.fixed_length:
             raise HandoffError(
                 400, "fixed_length is not supported inside vLLM: segments keep their token count"
@@ -190,6 +198,7 @@ class Gatekeeper:
         own_tokens = prompt[start:]
         if not own_tokens:
             raise HandoffError(400, "the prompt has no tokens of its own to publish")
+        self._check_custom(edge, publish, own_tokens)
         scan = edge.guard in self.finders and publish.scan is None
         if edge.guard == "redact":
             self._check_redacted(publish, own_tokens)
@@ -223,9 +232,33 @@ class Gatekeeper:
             expires_at_s=int(self.clock() + edge.ttl_s),
             hop=max((m.hop for m in consumed), default=-1) + 1,
             start_token=start,
+            custom=edge.definitions,
             content=content,
             scan=scan,
+            told=publish.told or (),
         )
+
+    def _check_custom(self, edge: Edge, publish: EnginePublish, own: Sequence[int]) -> None:
+        """The policy's own categories must have been looked for, as it defines them now."""
+        told = edge.guard in self.finders
+        if publish.told is not None:
+            if not told:
+                raise HandoffError(
+                    400, f"told is for guards that find secrets, not {edge.guard!r}: leave it out"
+                )
+            self._check_covered(publish.told, own)
+        if not edge.custom:
+            return
+        if edge.guard != "redact" and not told:
+            raise HandoffError(400, f"{edge.name.in_words}: {cannot_find(edge.guard, edge.custom)}")
+        looked_for = publish.looked_for or {}
+        stale = [c for c, digest in edge.definitions.items() if looked_for.get(c) != digest]
+        if stale or (told and publish.told is None):
+            raise HandoffError(
+                400,
+                f"nobody looked in this prompt for {', '.join(stale or edge.custom)} as the policy "
+                "in force defines it: publish through the proxy or GuardedLLM, or try again",
+            )
 
     def _check_redacted(self, publish: EnginePublish, own: Sequence[int]) -> None:
         """Every span must already hold neutral tokens: the front end overwrites them."""
@@ -256,6 +289,7 @@ class Gatekeeper:
     ) -> dict[str, Any]:
         """What the front end needs to publish a prompt that the guard has looked for secrets in:
         ``found``, token ranges of ``own``, and the engine's word on what is left."""
+        found = merged([*found, *plan.told])
         ids = covered(own, found, self.facts.neutral_id)
         until_s = int(self.clock()) + SCAN_S
         signature = sign_scan(self.key, plan.policy_digest, ids, until_s)

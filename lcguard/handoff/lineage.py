@@ -4,14 +4,16 @@ An agent that consumed a segment knows what it said, and its own tokens' KV carr
 what it publishes on top is under three rules joined: the edge's own, the rule of each consumed
 segment, and the rule from each agent whose text stands in them to the new audience: who may not
 hear it from Alice does not hear it from Bob. ``declassify`` in the edge lifts categories of the
-latter two.
+latter two. Categories that a policy defines itself travel as the others do; a segment was guarded
+against those whose definition is still the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+from lcguard.categories import own_names
 from lcguard.handoff.errors import LineageError
 from lcguard.handoff.policy import Edge, Policy, PolicyError
 from lcguard.rule import Rule
@@ -26,6 +28,8 @@ class Lineage(Protocol):
     def origins(self) -> tuple[str, ...]: ...
     @property
     def raw(self) -> bool: ...
+    @property
+    def custom(self) -> Mapping[str, str]: ...
 
 
 class Restricted(Protocol):
@@ -84,17 +88,20 @@ def check_guard(
             here, and another looks.
     """
     hop = edge.name.in_words
-    if edge.guard == "redact":
+    for segment in consumed:
         # exact for the prompt's own spans, whose KV has read what was consumed
-        for segment in consumed:
-            lineage = segment.lineage
-            held = Rule() if lineage is None or lineage.raw else lineage.rule
-            if missing := held.missing(edge.rule):
-                raise LineageError(
-                    f"guard 'redact' on {hop} would pass on what was consumed: the segment of "
-                    f"{segment.source_agent} was not guarded against {', '.join(missing)}; use "
-                    "guard 'gate' on this edge, or publish without consuming"
-                )
+        missing = _held(segment, edge.definitions).missing(edge.rule)
+        custom = own_names(missing)
+        if edge.guard != "redact":
+            missing = custom  # a guard that learnt the others looks for those itself
+        if missing:
+            fix = "let it forbid that too" if custom else "use guard 'gate' on this edge"
+            raise LineageError(
+                f"guard {edge.guard!r} on {hop} would pass on what was consumed: the segment of "
+                f"{segment.source_agent} was not guarded against {', '.join(missing)}; {fix}, or "
+                "publish without consuming"
+            )
+    if edge.guard == "redact":
         return
     added = own.rule.missing(edge.rule)
     if added and (reads_policy is False or edge.guard == "identity"):
@@ -112,8 +119,9 @@ def check_current(segment: Restricted, policy: Policy) -> None:
     lineage = segment.lineage
     behind = [o for o in lineage.origins if o != segment.source_agent] if lineage else []
     extra = Rule.joined(_from_origins(policy, behind, segment.audience)).without(edge.declassify)
-    held = lineage.rule if lineage else Rule()
-    if missing := held.missing(Rule.joined([edge.rule, extra])):
+    wanted = edge.under(Rule.joined([edge.rule, extra]))
+    held = _current(lineage, wanted.definitions) if lineage else Rule()
+    if missing := held.missing(wanted.rule):
         raise LineageError(
             f"it was not guarded against {', '.join(missing)}, which the policy now forbids "
             f"{segment.audience}: publish it again"
@@ -124,6 +132,20 @@ def origins(source: str, consumed: Sequence[Restricted]) -> tuple[str, ...]:
     """Agents whose text a segment of ``source`` on top of ``consumed`` stands on."""
     behind = {o for m in consumed if m.lineage is not None for o in m.lineage.origins}
     return tuple(sorted({source, *behind}))
+
+
+def _held(segment: Restricted, definitions: Mapping[str, str]) -> Rule:
+    """What a segment's KV is free of, given the definitions that hold now."""
+    lineage = segment.lineage
+    return Rule() if lineage is None or lineage.raw else _current(lineage, definitions)
+
+
+def _current(lineage: Lineage, definitions: Mapping[str, str]) -> Rule:
+    """A segment's rule without own categories that were defined otherwise when it was made."""
+    own = own_names(lineage.rule.forbid)
+    return lineage.rule.without(
+        [c for c in own if c not in definitions or lineage.custom.get(c) != definitions[c]]
+    )
 
 
 def _from_origins(policy: Policy, names: Iterable[str], audience: str) -> list[Rule]:

@@ -47,6 +47,10 @@ class PublishPlan:
     scan: bool = False
     """True for a prompt that the guard still has to look for secrets in: nothing is stored, and the
     answer says what was found."""
+    told: tuple[tuple[int, int], ...] = ()
+    """What is hidden in the prompt before the guard looks at it."""
+    custom: dict[str, str] = field(default_factory=dict)
+    """Of the rule's own categories, the definitions that were looked for in the prompt."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ Fails closed: an edge that no entry matches has every category forbidden, a cate
 policy does not list as known is forbidden everywhere, and a file with any unknown key is refused.
 A guard that is not named is ``redact``: it takes no publish that does not say what is secret.
 
+``categories`` as a mapping defines further ones (``lcguard.custom_categories``), and so does
+``tenants: {acme: {categories: ...}}`` for one tenant. Edges name them as they name the others.
+
 A deployment of several tenants names its agents ``tenant/agent``. An entry gives the two apart: it
 holds for every tenant unless it names one, a tenant's own entries go before the others, and no hop
 crosses tenants.
@@ -18,6 +21,8 @@ crosses tenants.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -28,14 +33,18 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    PrivateAttr,
     StringConstraints,
+    Tag,
     model_validator,
 )
 
 from lcguard.canonical import canonical_digest
-from lcguard.categories import CATEGORIES, DERIVABLE, Category
-from lcguard.config import ConfigError, read_mapping, validated
+from lcguard.categories import CATEGORIES, DERIVABLE, Category, in_order, own_names
+from lcguard.config import ConfigError, located, read_mapping, validated
+from lcguard.custom_categories import CategoryName, CustomCategory
 from lcguard.handoff.names import ANY, EdgeName, PolicyName, is_agent, split_tenant
 from lcguard.rule import Rule
 
@@ -44,15 +53,27 @@ class PolicyError(ValueError):
     """A policy that cannot be used; the message is one line with the fix."""
 
 
-def _canonical(categories: tuple[Category, ...]) -> tuple[Category, ...]:
-    """In mask order, so that equal policies have equal digests; a repeated name is a mistake."""
+def _canonical(categories: tuple[str, ...]) -> tuple[str, ...]:
+    """In one order, so that equal policies have equal digests; a repeated name is a mistake."""
     repeated = [c for i, c in enumerate(categories) if c in categories[:i]]
     if repeated:
         raise ValueError(f"{repeated[0]!r} is listed twice; remove one")
-    return tuple(sorted(categories, key=CATEGORIES.index))
+    return in_order(categories)
 
 
-CategorySet = Annotated[tuple[Category, ...], AfterValidator(_canonical)]
+def _new(name: str) -> str:
+    if name in CATEGORIES:
+        raise ValueError(f"{name!r} is a built-in category: choose another name for your own")
+    return name
+
+
+CategorySet = Annotated[tuple[CategoryName, ...], AfterValidator(_canonical)]
+KnownCategories = Annotated[tuple[Category, ...], AfterValidator(_canonical)]
+CustomCategories = dict[Annotated[CategoryName, AfterValidator(_new)], CustomCategory]
+
+
+def _form(value: Any) -> str:
+    return "(mapping)" if isinstance(value, Mapping) else "(list)"
 
 
 def _apart(name: Any) -> Any:
@@ -60,6 +81,12 @@ def _apart(name: Any) -> Any:
     if isinstance(name, str) and "/" in name:
         raise ValueError("no agent and no tenant has '/' in its name; give the tenant as `tenant:`")
     return name
+
+
+def _one(tenant: str) -> str:
+    if tenant == ANY:
+        raise ValueError("what holds for every tenant stands under categories")
+    return tenant
 
 
 AgentName = Annotated[PolicyName, BeforeValidator(_apart)]
@@ -86,7 +113,7 @@ class Edge(_Model):
     """Categories that ``source`` may pass on from what it consumed, although the consumed segment,
     or the agent it came from, forbids them: else such restrictions travel. Audited each time."""
     guard: Annotated[str, StringConstraints(min_length=1)] = "redact"
-    """Registered name of the guard. By default the one whose segment is made without the values, so
+    """Name of the guard. By default the one whose segment is made without the values, so
     that nobody can tell by trying them; its publishers name them."""
     on_failure: Literal["block"] = "block"
     """No guarded segment, no hop: raw KV is never sent instead."""
@@ -131,6 +158,19 @@ class Edge(_Model):
         """What the audience may know of a segment's length."""
         return -(-n_tokens // self.length_bucket) * self.length_bucket
 
+    _custom: Mapping[str, CustomCategory] = PrivateAttr(default_factory=dict)
+    """Of the hop's tenant, forbidden here or not; put in by ``Policy.for_edge``."""
+
+    @property
+    def custom(self) -> dict[str, CustomCategory]:
+        """The forbidden categories that the policy defines itself, as it defines them."""
+        return {name: self._custom[name] for name in self.forbid if name in self._custom}
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Digests of ``custom``: secret, see there."""
+        return {name: category.digest for name, category in self.custom.items()}
+
     @property
     def name(self) -> EdgeName:
         return EdgeName(self.source, self.audience)
@@ -152,23 +192,34 @@ class Edge(_Model):
 _CLOSED = Edge(source=ANY, audience=ANY, forbid=CATEGORIES)
 
 
+class TenantRules(_Model):
+    """What holds for one tenant."""
+
+    categories: CustomCategories
+    """As ``Policy.categories`` defines them for all: both together where both have a name."""
+
+
 class Policy(_Model):
     """All edges of a deployment."""
 
     version: Literal[1]
     """Version of this file format."""
-    categories: CategorySet = CATEGORIES
-    """Categories that the author knew. Any other category is forbidden on every edge, so that a
-    library update which adds one opens nothing."""
+    categories: Annotated[
+        Annotated[KnownCategories, Tag("(list)")] | Annotated[CustomCategories, Tag("(mapping)")],
+        Discriminator(_form),
+    ] = CATEGORIES
+    """A mapping defines categories of your own, beside the built-in ones. A list names the built-in
+    categories that the author knew: any other is forbidden on every edge, so that a library update
+    which adds one opens nothing."""
+    tenants: dict[Annotated[AgentName, AfterValidator(_one)], TenantRules] = {}
+    """Categories of one tenant's own."""
     edges: tuple[Edge, ...]
 
     @model_validator(mode="after")
     def _unambiguous(self) -> Policy:
         tenants: dict[str, dict[tuple[str, str], int]] = {}
         for i, edge in enumerate(self.edges):
-            for category in edge.forbid:
-                if category not in self.categories:
-                    raise ValueError(f"edges[{i}].forbid names {category!r}; add it to categories")
+            self._check_names(i, edge)
             names = tenants.setdefault(edge.tenant, {})
             first = names.setdefault((edge.source, edge.audience), i)
             if first != i:
@@ -187,12 +238,66 @@ class Policy(_Model):
                     )
         return self
 
+    def _check_names(self, i: int, edge: Edge) -> None:
+        """Raises for a category that nobody knows, or that the edge's guard cannot find."""
+        own = self.custom_of(edge.tenant)
+        for key in ("forbid", "declassify"):
+            for j, name in enumerate(getattr(edge, key)):
+                if name not in CATEGORIES and name not in own:
+                    elsewhere = [t for t, rules in self.tenants.items() if name in rules.categories]
+                    where = (
+                        f"; tenants.{elsewhere[0]} has it for its own edges" if elsewhere else ""
+                    )
+                    message = f"not a valid value{where or _hint(name, own)}"
+                    raise located(("edges", i, key, j), name, message)
+        for category in edge.forbid:
+            if category in CATEGORIES and category not in self.known:
+                raise ValueError(f"edges[{i}].forbid names {category!r}; add it to categories")
+        if (names := own_names(edge.forbid)) and edge.guard not in TOLD:
+            raise located(("edges", i, "guard"), edge.guard, cannot_find(edge.guard, names))
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The built-in categories that the author knew."""
+        return CATEGORIES if isinstance(self.categories, Mapping) else self.categories
+
+    @cached_property
+    def _custom(self) -> dict[str, dict[str, CustomCategory]]:
+        """By tenant; ``*``: for all others."""
+        common = self.categories if isinstance(self.categories, Mapping) else {}
+        out = {ANY: dict(common)}
+        for tenant, rules in self.tenants.items():
+            out[tenant] = dict(common)
+            for name, category in rules.categories.items():
+                both = [common[name], category] if name in common else [category]
+                out[tenant][name] = CustomCategory.joined(both)
+        return out
+
+    def custom_of(self, tenant: str) -> Mapping[str, CustomCategory]:
+        """The categories that the policy defines for a tenant; ``*``: for every tenant."""
+        return self._custom.get(tenant, self._custom[ANY])
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON: the same for any order of edges and categories."""
-        data = self.model_dump(mode="json")
+        """SHA-256 of the canonical JSON: the same for any order of edges and categories.
+
+        Of own categories it says how many terms and patterns they have, not which: it is shown to
+        audiences, who could try terms until one has the digest.
+        """
+        data = self.model_dump(mode="json", exclude={"categories", "tenants"})
+        data["categories"] = list(self.known)
+        if any(self._custom.values()):
+            data["custom"] = {
+                t: {name: category.size for name, category in own.items()}
+                for t, own in self._custom.items()
+            }
         data["edges"].sort(key=lambda edge: (edge["tenant"], edge["source"], edge["audience"]))
         return canonical_digest(data)
+
+    @cached_property
+    def definitions(self) -> dict[str, dict[str, str]]:
+        """Digests of all own categories by tenant: secret, see ``CustomCategory.digest``."""
+        return {t: {n: c.digest for n, c in own.items()} for t, own in self._custom.items()}
 
     def for_edge(self, source: str, audience: str) -> Edge:
         """The rule for one hop, under its concrete names; everything forbidden without a match.
@@ -201,11 +306,14 @@ class Policy(_Model):
         another.
         """
         found = self.matching(source, audience)
+        own = self.custom_of(split_tenant(source)[0])
         edge = self.edges[found[0]] if found else _CLOSED
-        unknown = tuple(c for c in CATEGORIES if c not in self.categories)
-        forbid = _canonical(edge.forbid + unknown)
+        unknown = tuple(c for c in CATEGORIES if c not in self.known)
+        forbid = in_order((*edge.forbid, *unknown, *(() if found else own)))
         names = {"source": source, "audience": audience}
-        return edge.model_copy(update={**names, "forbid": forbid})
+        hop = edge.model_copy(update={**names, "forbid": forbid})
+        hop._custom = own
+        return hop
 
     def matching(self, source: str, audience: str) -> list[int]:
         """Which of ``edges`` match a hop, most specific first: the first decides.
@@ -226,10 +334,35 @@ class Policy(_Model):
         return [at[names] for names in wanted if names in at]
 
 
+TOLD = ("redact", "twin")
+"""Names of guards that leave out what they are told: those that can hide own categories."""
+
+
+def cannot_find(guard: str, names: Iterable[str]) -> str:
+    """Why a guard is none for own categories."""
+    return (
+        f"guard {guard!r} knows the built-in categories alone and cannot find {', '.join(names)}: "
+        "use redact, or twin"
+    )
+
+
+def _hint(name: str, own: Iterable[str]) -> str:
+    known = [*CATEGORIES, *own]
+    close = difflib.get_close_matches(name, known, 1)
+    rest = "" if own else ", or define it under categories"
+    return f"; did you mean {close[0]!r}?" if close else f"; use {', '.join(known)}{rest}"
+
+
+_CATEGORY = ("*.terms", "*.patterns")
 _KEYS = (
     *Policy.model_fields,
     *(f"edges.{name}" for name in Edge.model_fields),
+    *(f"categories.{name}" for name in _CATEGORY),
+    *(f"tenants.*.{name}" for name in TenantRules.model_fields),
+    *(f"tenants.*.categories.{name}" for name in _CATEGORY),
 )
+_SHOWN = ("version", "edges")
+"""Keys whose values an error may show: it is read by more people than the policy."""
 
 
 def load_policy(path: str | Path) -> Policy:
@@ -244,9 +377,22 @@ def load_policy(path: str | Path) -> Policy:
 def parse_policy(data: dict[str, Any], name: str = "policy") -> Policy:
     """Checks a policy that is already parsed; ``name`` stands for the file in errors."""
     try:
-        return validated(Policy, data, name, _KEYS)
+        return validated(Policy, data, name, _KEYS, _SHOWN)
     except ConfigError as error:
         raise PolicyError(str(error)) from None
+
+
+def check_finders(policy: Policy, finders: Collection[str], name: str = "policy") -> None:
+    """Raises ``PolicyError`` for an edge whose own categories its guard cannot leave out, given the
+    names of those that can (``lcguard.guards.frozen.finders``)."""
+    for i, edge in enumerate(policy.edges):
+        own = own_names(edge.forbid)
+        if own and edge.guard not in finders:
+            raise PolicyError(
+                f"{name}: edges[{i}].guard = {edge.guard!r}: none of the engine's guards of that "
+                f"name looks for secrets, so it cannot find {', '.join(own)}: use redact, or give "
+                "the engine a twin under that name"
+            )
 
 
 def policy_schema() -> dict[str, Any]:

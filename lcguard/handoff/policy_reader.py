@@ -15,11 +15,11 @@ as strict as the one before, edge by edge: then a cut did no harm.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lcguard.handoff.names import ANY
-from lcguard.handoff.policy import Edge, Policy, PolicyError, load_policy
+from lcguard.handoff.policy import Edge, Policy, PolicyError, check_finders, load_policy
 
 _ANYBODY = "somebody-else"
 _LESS = ("ttl_s", "max_segments", "max_draws")
@@ -29,14 +29,18 @@ _LESS = ("ttl_s", "max_segments", "max_draws")
 class PolicyReader:
     """``parse`` of a ``ReloadingFile`` policy: each call is held against the last that was good."""
 
-    def __init__(self) -> None:
+    def __init__(self, finders: Collection[str] | None = None) -> None:
+        """``finders``: see ``check_finders``; None where the engine's guards are not known."""
         self._last: Policy | None = None
+        self._finders = finders
 
     def __call__(self, path: Path) -> Policy:
         """Raises ``PolicyError``, also for a change that only a whole file may make."""
         before = _mark(path)
         whole = is_whole(path)
         policy = load_policy(path)
+        if self._finders is not None:
+            check_finders(policy, self._finders, str(path))
         if _mark(path) != before:
             raise PolicyError(f"{path}: changed while it was read")
         if self._last is not None and not whole and (why := loosened(self._last, policy)):
@@ -81,6 +85,9 @@ def _looser(old: Edge, new: Edge) -> str:
     lost = [c for c in old.forbid if c not in new.forbid]
     if lost:
         return f"{', '.join(lost)} no longer forbidden"
+    less = [c for c, own in old.custom.items() if not new.custom[c].covers(own)]
+    if less:
+        return f"{', '.join(less)} has lost terms or patterns"
     told = [c for c in new.derive if c not in old.derive]
     if told:
         return f"the derived value of {', '.join(told)} now passes"

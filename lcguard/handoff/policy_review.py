@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 
 from pydantic import TypeAdapter, ValidationError
 
+from lcguard.custom_categories import CustomCategory
 from lcguard.handoff.names import ANY, KeyName
 from lcguard.handoff.policy import Edge, Policy
 
@@ -29,6 +30,10 @@ def why(policy: Policy, source: str, audience: str) -> list[str]:
     lines.append(
         f"forbid {_listed(edge.forbid)}; derive {_listed(edge.derive)}; {lifted}{_rest(edge)}"
     )
+    lines += [
+        f"{name}: {_size(category)}, found in any spelling"
+        for name, category in edge.custom.items()
+    ]
     lines += [f"{_named(policy, i)} matches too and stands back" for i in found[1:]]
     return lines
 
@@ -59,6 +64,23 @@ def unserved(policy: Policy, guards: Collection[str] | None = None) -> Iterator[
                 f"{_named(policy, i)} refuses every publish: guard {edge.guard!r} is none of the "
                 f"engine's ({', '.join(sorted(guards))}); add it to engine.guards"
             )
+
+
+def idle(policy: Policy) -> Iterator[str]:
+    """A line for each own category that no edge of its tenant names."""
+    for tenant in (ANY, *policy.tenants):
+        where = "categories" if tenant == ANY else f"tenants.{tenant}.categories"
+        own = policy.custom_of(tenant)
+        mine = own if tenant == ANY else policy.tenants[tenant].categories
+        edges = [e for e in policy.edges if ANY in (tenant, e.tenant) or e.tenant == tenant]
+        for name in mine:
+            if not any(name in (*e.forbid, *e.declassify) for e in edges):
+                yield f"{where}.{name} is forbidden on no edge, only where none matches"
+
+
+def _size(category: CustomCategory) -> str:
+    counts = category.size.items()
+    return " and ".join(f"{n} {what if n != 1 else what[:-1]}" for what, n in counts if n)
 
 
 def _no_key_can(edge: Edge) -> str:

@@ -1,23 +1,21 @@
 """What guard ``redact`` covers in a prompt: the tokens of every value, and the proof that none is
 left in the others.
 
-What a publisher names is looked for in every spelling. What the detector finds is treated the same
-way: a number that it knew in one place is covered in all.
+What a publisher names is looked for in every spelling, and so are the terms of a policy's own
+categories. What a detector or a pattern finds is treated the same way: a number that it knew in one
+place is covered in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lcguard.custom_categories import CustomCategory, SearchError, find_custom
 from lcguard.detokenize import TokenText
 from lcguard.normalise import runs
-from lcguard.value_search import Key, Range, Spellings, merged
-
-SHORTEST = 5
-"""Letters and digits that a detected value needs to be looked for elsewhere: a shorter one is
-part of too many other words."""
+from lcguard.value_search import SHORTEST, Key, Range, Spellings, merged
 
 
 class RedactionError(Exception):
@@ -40,12 +38,15 @@ def redact(
     tokenizer: Any,
     secrets: Sequence[str],
     detect: Callable[[str], Iterable[Range]] = lambda _: (),
+    custom: Mapping[str, CustomCategory] | None = None,
 ) -> Redaction:
-    """Covers every occurrence of ``secrets`` and of what ``detect`` finds in the prompt.
+    """Covers every occurrence of ``secrets``, of what ``detect`` finds in the prompt and of what
+    belongs to a category of ``custom``.
 
     Raises:
-        RedactionError: for a secret that is nowhere in the prompt or of white space alone, and
-            where a covered value could still be read from the tokens that are left.
+        RedactionError: for a secret that is nowhere in the prompt or of white space alone, for a
+            pattern that takes too long, and where a covered value could still be read from the
+            tokens that are left.
     """
     text = Spellings(prompt.text)
     keys: list[Key] = []
@@ -64,10 +65,15 @@ def redact(
         keys.append(key)
         places += found
     detected = list(detect(prompt.text))
+    custom = custom or {}
+    try:
+        detected += [place for found in find_custom(text, custom).values() for place in found]
+    except SearchError as error:
+        raise RedactionError(str(error)) from None
     values = {Key.of(prompt.text[a:b]) for a, b in detected}
     known = [key for key in values if len(key.bare) >= SHORTEST]
     places = merged([*places, *detected, *text.find(*known)])
-    keys += known
+    keys += [*known, *(key for category in custom.values() for key in category.keys)]
     spans = prompt.tokens(places)
     _check_twin(ids, spans, tokenizer, keys)
     return Redaction(spans, len(places))

@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from lcguard.canonical import canonical_json
-from lcguard.categories import CATEGORIES, Category
+from lcguard.categories import CATEGORIES, in_order, own_names
+from lcguard.custom_categories import CategoryName
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.names import EdgeName, HandleName, QualifiedName
-from lcguard.handoff.policy import Edge, Policy, PolicyError
+from lcguard.handoff.names import EdgeName, HandleName, QualifiedName, split_tenant
+from lcguard.handoff.policy import TOLD, Edge, Policy, PolicyError, cannot_find
+from lcguard.manifest import Digest
 from lcguard.rule import Rule
 
 PARAM = "lcguard"
@@ -36,7 +38,7 @@ class EnginePublish(_Model):
 
     source: QualifiedName
     audience: QualifiedName
-    forbid: tuple[Category, ...] | None = None
+    forbid: tuple[CategoryName, ...] | None = None
     """Categories to hide beyond those of the policy: a request can tighten, never loosen."""
     ttl_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     """Seconds to live; at most the policy's."""
@@ -51,6 +53,13 @@ class EnginePublish(_Model):
     """For guards that find secrets themselves: the engine's word that it looked for them in this
     prompt, and found those at ``spans``. Put in by ``lcguard.vllm``, never by a client; without it
     the engine looks, and stores nothing."""
+    looked_for: dict[CategoryName, Digest] | None = None
+    """The policy's own categories that were looked for in this prompt, each with the digest of its
+    definition: put in by the proxy and by ``GuardedLLM``. Without it an edge that forbids one
+    takes no publish."""
+    told: tuple[tuple[int, int], ...] | None = None
+    """For guards that find secrets themselves: token ranges to hide beside those, which belong to
+    the categories of ``looked_for``."""
     guard: Literal["redact"] | None = None
     """``redact`` in place of the edge's guard, where the policy says ``on_leak: redact``."""
 
@@ -130,8 +139,8 @@ def parse_field(form: type[F], value: object) -> F:
 def edge_of(policy: Policy, publish: EnginePublish) -> Edge:
     """The policy's rule for this hop, tightened by what the request hides beyond it.
 
-    Raises ``HandoffError`` (400) for a hop between tenants, and for a guard that the rule does
-    not let a request choose.
+    Raises ``HandoffError`` (400) for a hop between tenants, for a guard that the rule does not let
+    a request choose, and for a category that nobody knows, or that the edge's guard cannot find.
     """
     try:
         edge = policy.for_edge(publish.source, publish.audience)
@@ -144,12 +153,29 @@ def edge_of(policy: Policy, publish: EnginePublish) -> Edge:
             f"on_leak: {publish.guard}",
         )
     also = publish.forbid or ()
-    rule = Rule(
-        tuple(c for c in CATEGORIES if c in edge.forbid or c in also),
-        tuple(c for c in edge.derive if c not in also),
-    )
+    known = (*CATEGORIES, *policy.custom_of(split_tenant(publish.source)[0]))
+    if unknown := [c for c in also if c not in known]:
+        raise _bad(f"{PARAM}.publish.forbid", f"{unknown[0]!r}: use {', '.join(known)}")
+    rule = Rule(in_order((*edge.forbid, *also)), tuple(c for c in edge.derive if c not in also))
     ttl_s = min(edge.ttl_s, publish.ttl_s or edge.ttl_s)
-    return edge.under(rule, ttl_s=ttl_s, guard=publish.guard or edge.guard)
+    tight = edge.under(rule, ttl_s=ttl_s, guard=publish.guard or edge.guard)
+    check_findable(tight)
+    return tight
+
+
+def check_findable(edge: Edge) -> None:
+    """Raises ``HandoffError`` (400) for an own category that nobody defines, or that the edge's
+    guard cannot find."""
+    own = own_names(edge.forbid)
+    if lost := [c for c in own if c not in edge.custom]:
+        # it travelled with what was consumed, and the policy no longer has it
+        raise HandoffError(
+            400,
+            f"{', '.join(lost)} is forbidden on {edge.name.in_words} and no category of the "
+            "policy: nobody can find it; define it again, or publish without consuming",
+        )
+    if own and edge.guard not in TOLD:
+        raise HandoffError(400, f"{edge.name.in_words}: {cannot_find(edge.guard, own)}")
 
 
 def _bad(param: str, message: str) -> HandoffError:

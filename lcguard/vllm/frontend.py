@@ -127,8 +127,9 @@ class FrontEnd:
                     "the engine reads this prompt as other tokens than its spans were counted "
                     "on: leave out what changes the prompt (tool_choice, response_format)",
                 )
-        if handoff.publish is not None and (spans := handoff.publish.spans):
-            guard = self.gatekeeper.edge(handoff.publish).guard
+        if handoff.publish is not None:
+            spans = [*(handoff.publish.told or ()), *(handoff.publish.spans or ())]
+            guard = self.gatekeeper.edge(handoff.publish).guard if spans else ""
             if guard == "redact" or guard in self.gatekeeper.finders:
                 own = ids[placed:]
                 inside = [(a, b) for a, b in spans if 0 <= a < b <= len(own)]

@@ -16,16 +16,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired, Self, TypedDict, Unpack
 
+from lcguard.custom_categories import CustomCategory
 from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.guards.standing import check_proven
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.handle import Handle, consume_params, publish_params
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
+from lcguard.handoff.lineage import on_top
+from lcguard.handoff.names import split_tenant
+from lcguard.handoff.policy import Edge
 from lcguard.handoff.redaction import RedactionError, redact
-from lcguard.handoff.request import PARAM
+from lcguard.handoff.request import PARAM, parse_handoff
 from lcguard.model_files import AS_TRANSFORMERS
 from lcguard.vllm import CONNECTOR
 from lcguard.vllm.frontend import after_scan, failure_of
+from lcguard.vllm.plugin import front_end
 from lcguard.vllm.preflight import check_start
 from lcguard.vllm.settings import extra_config, policy_of, read_settings, transfer_config
 
@@ -135,14 +140,31 @@ class _GuardedEngine(ABC):
     ) -> Call:
         """What the engine is asked for a ``PublishRequest``. Raises ``HandoffError`` for secrets
         that cannot be covered."""
-        if secrets is not None:
-            if spans is not None:
-                raise HandoffError(400, "secrets and spans both say what to hide: give one")
-            prompt, spans = self._covered(prompt, secrets, bool(consume))
+        if secrets is not None and spans is not None:
+            raise HandoffError(400, "secrets and spans both say what to hide: give one")
         parts = {"publish": publish_params(agent, audience, policy, ttl_s, spans)}
         if consume:
             parts["consume"] = consume_params(agent, consume)
+        edge = self._edge_with_custom(agent, parts)
+        if secrets is not None or edge is not None:
+            custom = edge.custom if edge else {}
+            prompt, found = self._covered(prompt, secrets or (), bool(consume), custom)
+            parts["publish"] |= _told(edge, found, spans, secrets is not None)
         return self._call(agent, prompt, parts, max_tokens=1)
+
+    def _edge_with_custom(self, agent: str, parts: Mapping[str, Any]) -> Edge | None:
+        """The rule of a publish, what it consumes included, where it forbids categories that the
+        policy defines itself. Raises ``HandoffError``."""
+        engine = getattr(self.engine, "llm_engine", None) or self.engine
+        keeper = front_end(engine.input_processor).gatekeeper
+        if not keeper.policy.custom_of(split_tenant(agent)[0]):
+            return None
+        asked = parse_handoff({PARAM: parts})
+        assert asked is not None
+        assert asked.publish is not None
+        consumed = keeper.segments(asked.consume) if asked.consume else ()
+        edge = on_top(keeper.edge(asked.publish), keeper.policy, consumed)
+        return edge if edge.custom else None
 
     def _generating(
         self, *, agent: str, prompt: Prompt, consume: Sequence[Handle] = (), params: Any = None
@@ -152,16 +174,21 @@ class _GuardedEngine(ABC):
         return self._call(agent, prompt, parts, params)
 
     def _covered(
-        self, prompt: Prompt, secrets: Sequence[str], behind: bool
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The prompt's tokens, and the ranges in which the secrets stand."""
+        self,
+        prompt: Prompt,
+        secrets: Sequence[str],
+        behind: bool,
+        custom: Mapping[str, CustomCategory],
+    ) -> tuple[list[int], list[list[int]]]:
+        """The prompt's tokens, and the ranges in which the secrets stand, and what belongs to
+        ``custom``."""
         try:
             texts = self._texts
             ids = self._ids(prompt, behind) if isinstance(prompt, str) else list(prompt)
-            found = redact(texts.of(ids), ids, texts.tokenizer, secrets)
+            found = redact(texts.of(ids), ids, texts.tokenizer, secrets, custom=custom)
         except (TokenTextError, RedactionError) as error:
             raise HandoffError(400, str(error)) from None
-        return ids, [(start, end) for start, end in found.spans]
+        return ids, found.spans
 
     @cached_property
     def _texts(self) -> TokenTexts:
@@ -209,6 +236,25 @@ class _GuardedEngine(ABC):
         if not answer or "handle" not in answer:
             raise HandoffError(400, "the engine answered without a handle: nothing was published")
         return Handle.from_dict(answer)
+
+
+def _told(
+    edge: Edge | None,
+    found: list[list[int]],
+    spans: Sequence[tuple[int, int]] | None,
+    named: bool,
+) -> dict[str, Any]:
+    """What a publish says of the ranges that were ``found``. ``edge``: one that forbids own
+    categories; ``named``: whether its publisher named secrets."""
+    if edge is None:
+        return {"spans": found}
+    looked_for = {"looked_for": edge.definitions}
+    if edge.guard != "redact":
+        return looked_for | {"told": found} | ({"spans": found} if named else {})
+    # who forbids more has to name it: without spans the engine says so
+    if named or spans is not None or {*edge.forbid} == {*edge.custom}:
+        return looked_for | {"spans": [*found, *(list(span) for span in spans or ())]}
+    return looked_for
 
 
 class GuardedLLM(_GuardedEngine):

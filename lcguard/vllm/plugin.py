@@ -68,7 +68,7 @@ def _wrap(cls: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(cls, name, wrapped)
 
 
-def _front_end(processor: Any) -> FrontEnd:
+def front_end(processor: Any) -> FrontEnd:
     """Of an ``InputProcessor``. Opens the store at its first use; raises ``HandoffError``."""
     front = _front_ends.get(processor)
     if front is not None:
@@ -95,7 +95,7 @@ def _process_inputs(original: Any) -> Any:
                 raise HandoffError(400, f"kv_transfer_params is a {kind}: give an object")
             handoff = parse_handoff(transfer)
             if handoff is not None:
-                front = _front_end(self)
+                front = front_end(self)
                 params = front.own(params)
                 prompt = front.admit(handoff, prompt, params)
         except HandoffError as error:
@@ -116,7 +116,7 @@ def _generate(original: Any) -> Any:
                 async for output in original(self, prompt, sampling_params, *args, **kwargs):
                     yield output
                 return
-            front = await asyncio.to_thread(_front_end, self.input_processor)
+            front = await asyncio.to_thread(front_end, self.input_processor)
             if front.must_scan(handoff):
                 sampling_params = await _scanned(
                     original, self, front, handoff, prompt, sampling_params, *args, **kwargs

@@ -18,7 +18,7 @@ from lcguard.handoff.content import chain_of
 from lcguard.handoff.names import EdgeName
 from lcguard.handoff.plan import ModelFacts, PublishPlan
 from lcguard.manifest import Lineage, SegmentError
-from lcguard.protocols import Guarded, KVBatch
+from lcguard.protocols import Guarded, KVBatch, Mask
 from lcguard.records import mask_of
 from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
@@ -128,7 +128,7 @@ class SegmentSaver:
     def _scanned(self, job: SaveJob, keys: Tensor, values: Tensor) -> list[tuple[int, int]]:
         """Token ranges of the prompt that the plan's guard hides. Raises ``GuardError``."""
         plan = job.plan
-        marks = self.guards[plan.guard].marks(self._raw(keys, values), mask_of([plan.rule]))
+        marks = self.guards[plan.guard].marks(self._raw(keys, values), _mask(plan))
         if marks is None:
             raise GuardError(f"guard {plan.guard!r} cannot look for secrets")
         hidden = (marks[0] >= 0).int() - 1
@@ -139,7 +139,7 @@ class SegmentSaver:
         """The segment through the plan's guard: from the pages where that can be, else from the
         gathered KV ``[L, H, T, D]``, which a guard over several ranks' heads needs."""
         plan, pages, raw = job.plan, self._pages, self._raw(keys, values)
-        guard, mask = self.guards[plan.guard], mask_of([plan.rule])
+        guard, mask = self.guards[plan.guard], _mask(plan)
         if pages.world == 1 and has_page_form(guard):
             slots = pages.slots(job.blocks, plan.start_token, job.n_tokens)
             return rewrite_pages(
@@ -192,5 +192,12 @@ class SegmentSaver:
                 derive=plan.rule.derive,
                 origins=plan.origins,
                 raw=type(guard) is FrozenGuard and guard.name == "identity",
+                custom=plan.custom,
             ),
         )
+
+
+def _mask(plan: PublishPlan) -> Mask:
+    """What the guard has to hide: own categories are no longer in the prompt once their definitions
+    were looked for."""
+    return mask_of([plan.rule.without(plan.custom)])

@@ -7,13 +7,13 @@ The deployment key is not among them, because vLLM logs its configuration: ``LCG
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lcguard.handoff.policy import Policy, PolicyError, parse_policy
+from lcguard.handoff.policy import Policy, PolicyError, check_finders, parse_policy
 from lcguard.handoff.policy_reader import PolicyReader
 from lcguard.reloading import ReloadingFile
 from lcguard.vllm import CONNECTOR
@@ -61,16 +61,24 @@ def read_settings(extra: Mapping[str, Any]) -> Settings:
         ) from None
 
 
-def policy_of(settings: Settings) -> Policy | ReloadingFile[Policy]:
-    """The policy, or one that forbids everything. Raises ``StartError`` for a broken one."""
+def policy_of(
+    settings: Settings, finders: Collection[str] = ("redact",)
+) -> Policy | ReloadingFile[Policy]:
+    """The policy, or one that forbids everything. Raises ``StartError`` for a broken one.
+
+    Args:
+        finders: guards that leave out what they are told.
+    """
     try:
         nothing = Policy(version=1, edges=())
         if settings.policy is None:
             return nothing
         if isinstance(settings.policy, str):
             absent = nothing if settings.policy_optional else None
-            return ReloadingFile(settings.policy, PolicyReader(), absent=absent)
-        return parse_policy(settings.policy)
+            return ReloadingFile(settings.policy, PolicyReader(finders), absent=absent)
+        found = parse_policy(settings.policy)
+        check_finders(found, finders)
+        return found
     except PolicyError as error:
         raise StartError(str(error)) from None
 

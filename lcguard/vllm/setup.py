@@ -163,13 +163,14 @@ def gatekeeper_of(config: Any, one_process: bool) -> Gatekeeper:
     """The gatekeeper of an engine or of its front end. Raises ``StartError``."""
     settings = settings_of(config)
     classes = guard_classes(settings)
+    finders = [n for n, cls in classes.items() if cls.finds_secrets]
     return Gatekeeper(
         facts_of(config, settings),
-        policy_of(settings),
+        policy_of(settings, ["redact", *finders]),
         guard_names(settings),
         store_of(settings, one_process),
         key_of(),
         proxy_only=settings.proxy_only,
         policy_guards=[n for n, cls in classes.items() if cls.reads_policy],
-        finders=[n for n, cls in classes.items() if cls.finds_secrets],
+        finders=finders,
     )

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from lcguard.canonical import canonical_digest
 from lcguard.server.audit.trail import Entry, Event
 from lcguard.server.database.writer import DatabaseError
 from lcguard.server.state import Proxy
@@ -23,22 +24,23 @@ async def note_changes(proxy: Proxy) -> None:
         keys = await _note(proxy, "keys", keys, _keys(proxy))
 
 
-def _policy(proxy: Proxy) -> tuple[str, str]:
-    digest = proxy.authority.policy.digest
-    return proxy.policy_error(), digest
+def _policy(proxy: Proxy) -> tuple[str, str, str]:
+    found = proxy.authority.policy
+    # the digest says nothing of terms: what changes with them is seen here, and written nowhere
+    return proxy.policy_error(), found.digest, canonical_digest(found.definitions)
 
 
-def _keys(proxy: Proxy) -> tuple[str, str]:
+def _keys(proxy: Proxy) -> tuple[str, str, str]:
     n = proxy.keyring.n_keys
-    return proxy.keyring.error, f"{n} keys, reading {proxy.keyring.loads}"
+    return proxy.keyring.error, f"{n} keys, reading {proxy.keyring.loads}", ""
 
 
 async def _note(
-    proxy: Proxy, event: Event, before: tuple[str, str], now: tuple[str, str]
-) -> tuple[str, str]:
+    proxy: Proxy, event: Event, before: tuple[str, str, str], now: tuple[str, str, str]
+) -> tuple[str, str, str]:
     if now == before:
         return before
-    error, state = now
+    error, state, _ = now
     if error:
         proxy.metrics.files.labels(event).inc()
         logger.warning("%s: %s; what was in force stays", event, error)

@@ -40,7 +40,8 @@ class ApprovedHandoff:
     """Categories that the rule lets pass from what was consumed."""
     handle: str = ""
     n_redacted: int | None = None
-    """Values that guard ``redact`` covers in the prompt, every occurrence counted."""
+    """Values that were covered in the prompt before any guard, every occurrence counted: what guard
+    ``redact`` hides, and what belongs to the policy's own categories."""
     done: bool = field(default=False, compare=False)
 
     @property

@@ -18,7 +18,7 @@ from lcguard.handoff.grants import make_grant, new_handle
 from lcguard.handoff.lineage import check_guard, declassified, on_top
 from lcguard.handoff.names import split_tenant
 from lcguard.handoff.policy import Policy
-from lcguard.handoff.request import EnginePublish, edge_of
+from lcguard.handoff.request import EnginePublish, check_findable, edge_of
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.reloading import ReloadingFile, in_force
 from lcguard.server.access.keyring import Identity
@@ -187,6 +187,7 @@ class Authority:
                 wish = wish.model_copy(update={"guard": "redact"})
                 own = edge_of(self.policy, wish)
                 approved.edge = edge = on_top(own, self.policy, approved.consumed)
+            check_findable(edge)
             check_guard(edge, own, approved.consumed)
             if own.declassify:
                 approved.declassified = declassified(own, self.policy, approved.consumed)
@@ -207,6 +208,12 @@ class Authority:
                 code="bad_handoff",
                 param="lcguard.publish.secrets",
             )
+        elif edge.custom:
+            found = await self.spans.find(endpoint, body, edge, ())
+            sent["told"], sent["tokens"] = found.spans, found.digest
+            approved.n_redacted = found.n_occurrences
+        if edge.custom:
+            sent["looked_for"] = edge.definitions
         approved.params["publish"] = sent
 
     async def _allow_whole(self, approved: ApprovedHandoff) -> None:
@@ -251,7 +258,9 @@ class Authority:
 
         entries = [consumption(approved, m, "consume") for m in approved.consumed]
         if approved.edge is not None:
-            entries.append(publication(approved, "publish"))
+            own = ", ".join(approved.edge.custom)
+            looked = f"own categories looked for: {own}" if own else ""
+            entries.append(publication(approved, "publish", reason=looked))
         if approved.declassified:
             passed = ", ".join(approved.declassified)
             entries.append(

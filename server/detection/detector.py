@@ -10,7 +10,7 @@ with markup, escapes and separators aside; what it finds is mapped back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from lcguard.categories import Category
 from lcguard.evaluation.intervals import wilson
@@ -91,7 +91,7 @@ class Detector:
                 "detect: presidio needs Presidio: pip install 'lcguard[pii]'"
             ) from None
 
-    def find(self, text: str, forbid: tuple[Category, ...]) -> list[Range]:
+    def find(self, text: str, forbid: Collection[str]) -> list[Range]:
         """Character ranges of what belongs to a forbidden category, in order, none overlapping."""
         wanted = [e for e, category in ENTITIES.items() if category in forbid]
         found: list[Range] = []

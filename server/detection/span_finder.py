@@ -128,14 +128,16 @@ class SpanFinder:
         self, endpoint: Endpoint, body: dict[str, Any], edge: Edge, secrets: Sequence[str] | None
     ) -> Spans:
         """What to overwrite in the request's own prompt, given ``kv_transfer_params`` in ``body``
-        where it consumes: vLLM renders it otherwise then.
+        where it consumes: vLLM renders it otherwise then. With another guard than ``redact`` that
+        is what belongs to the policy's own categories.
 
         Raises:
             ProxyError: 400 where a forbidden category is neither detected nor answered for by
                 ``secrets``, where a secret is not in the prompt, where vLLM refuses the prompt,
                 or where its tokens cannot be read back; 503 where it takes too long.
         """
-        open_ = [c for c in edge.forbid if c not in vouched(edge.detect)]
+        known = (*vouched(edge.detect), *edge.custom)
+        open_ = [c for c in edge.forbid if c not in known]
         if secrets is None and open_:
             raise _refused(
                 f"guard 'redact' finds not all {', '.join(open_)} by itself: name the texts to "
@@ -187,6 +189,7 @@ class SpanFinder:
     def _spans(
         self, texts: TokenTexts, ids: list[int], edge: Edge, secrets: Sequence[str]
     ) -> Spans:
+        detects = edge.guard == "redact" and edge.detect != "none"
         try:
             prompt = texts.of(ids)
             found = redact(
@@ -194,7 +197,8 @@ class SpanFinder:
                 ids,
                 texts.tokenizer,
                 secrets,
-                lambda text: self._detect(text, edge),
+                lambda text: self._detect(text, edge) if detects else (),
+                edge.custom,
             )
         except (TokenTextError, RedactionError) as error:
             raise _refused(str(error)) from None

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
-from lcguard.categories import Category
+from lcguard.custom_categories import CategoryName
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.names import HandleName, KeyName
 from lcguard.handoff.request import PARAM, parse_field
@@ -37,7 +37,7 @@ class Publish(_Model):
 
     audience: KeyName
     """Agent of the same tenant."""
-    forbid: tuple[Category, ...] = ()
+    forbid: tuple[CategoryName, ...] = ()
     """Categories to hide beyond those of the policy: a request tightens, never loosens."""
     ttl_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
     """Seconds to live; at most the policy's."""

@@ -107,6 +107,9 @@ class SelfTest:
             handle=new_handle(),
             ttl_s=60.0,
             spans=() if edge.guard == "redact" else None,
+            # nobody is handed this prompt, so nothing is looked for
+            looked_for=edge.definitions or None,
+            told=() if edge.custom and edge.guard != "redact" else None,
         )
         sent = {"publish": wish.model_dump(mode="json", exclude_none=True)}
         handle = str(wish.handle)

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from lcguard.categories import CATEGORIES
 from lcguard.server.access.keyring import Identity
 from lcguard.server.audit.edge_counts import CANARY_TENANT
 from lcguard.server.dashboard.overview import known_edges
@@ -35,7 +36,8 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
                     "tenant": tenant,
                     "source": source,
                     "audience": audience,
-                    "forbid": list(rule.forbid),
+                    # of the policy's own categories there are no records to plant
+                    "forbid": [c for c in rule.forbid if c in CATEGORIES],
                     "guard": rule.guard,
                 }
             )

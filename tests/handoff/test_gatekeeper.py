@@ -88,7 +88,7 @@ def test_requests_without_the_parameter_are_ordinary() -> None:
         ({"publish": PUBLISH | {"audience": "a b"}}, "publish.audience"),
         ({"publish": PUBLISH | {"audience": "acme/desk/b"}}, "publish.audience"),
         ({"publish": PUBLISH | {"audience": "acme/"}}, "publish.audience"),
-        ({"publish": PUBLISH | {"forbid": ["age"]}}, "publish.forbid"),
+        ({"publish": PUBLISH | {"forbid": ["Age"]}}, "publish.forbid"),
         ({"publish": PUBLISH | {"ttl_s": 0}}, "publish.ttl_s"),
         ({"publish": PUBLISH | {"ttl_s": float("nan")}}, "publish.ttl_s"),
         ({"publish": PUBLISH | {"spans": [[1]]}}, "publish.spans"),
