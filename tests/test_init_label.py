@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from lcguard.agents.models import NAMED
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.categories import CATEGORIES
 from lcguard.commands.label import label, merged, read_texts
@@ -89,21 +88,6 @@ def test_presidio_labels_what_jsonl_reads(tmp_path: Path) -> None:
     assert counts["account"] == 1
     assert load_hops("jsonl", path=tmp_path / "r.jsonl")
     assert said[0].startswith(f"{tmp_path / 'r.jsonl'}: 2 texts, found ")
-
-
-@pytest.mark.slow
-def test_a_guards_detector_labels(tmp_path: Path) -> None:
-    if not NAMED["smollm2"].ready():
-        pytest.skip("SmolLM2 is not prepared: lcguard models prepare smollm2")
-    text = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
-    (tmp_path / "texts.txt").write_text(text + "\n")
-    done = lcguard("label", "texts.txt", "--out", "r.jsonl", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "r.jsonl").read_text())
-    found = {s["value"].rstrip("."): s["category"] for s in row["spans"]}
-    assert found["912-55-1029"] == "government_id"
-    assert found["Ada Long"] == "person"
-    assert "back pain" not in found
 
 
 def test_what_label_refuses(tmp_path: Path) -> None:
