@@ -97,7 +97,7 @@ def test_guards_are_loaded_by_name_or_folder(agent: HFBackend, tmp_path: Path) -
     assert lcguard.load_guard(str(tmp_path / "gate"), agent).name == "gate"
     with pytest.raises(ValueError, match="its own options"):
         lcguard.load_guard("nano:gate", agent, noise=0.5)
-    with pytest.raises(ValueError, match="not shipped"):
+    with pytest.raises(ValueError, match="did you mean 'nano:gate'"):
         lcguard.load_guard("nano:gaet", agent)
 
 

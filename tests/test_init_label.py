@@ -90,6 +90,18 @@ def test_presidio_labels_what_jsonl_reads(tmp_path: Path) -> None:
     assert said[0].startswith(f"{tmp_path / 'r.jsonl'}: 2 texts, found ")
 
 
+def test_a_detector_labels(tmp_path: Path) -> None:
+    text = "Patient: Bob Martinez. SSN: 912-55-1029. The next visit is in spring, by the river."
+    (tmp_path / "texts.txt").write_text(text + "\n")
+    done = lcguard("label", "texts.txt", "--out", "r.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    spans = json.loads((tmp_path / "r.jsonl").read_text())["spans"]
+    assert all(text[s["start"] : s["end"]] == s["value"] for s in spans)
+    assert any("Martinez" in s["value"] and s["category"] == "person" for s in spans)
+    assert any("912-55-1029" in s["value"] for s in spans)
+    assert not any("river" in s["value"] for s in spans)
+
+
 def test_what_label_refuses(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"txt": 1}\n')
     (tmp_path / "empty.txt").write_text("\n")

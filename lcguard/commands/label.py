@@ -5,21 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.atomic_file import PUBLIC, replace_file
-from lcguard.categories import CATEGORIES
 from lcguard.commands.presidio import PresidioText
-from lcguard.evaluation.load import load_guard
-from lcguard.evaluation.plan import GuardSpec
-from lcguard.guards.twin import TwinGuard
-from lcguard.records import mask_of
-from lcguard.rule import Rule
+from lcguard.commands.text_detector import TextDetector
 
 Found = tuple[int, int, str]
 """Characters ``[start, end)`` and category."""
@@ -126,33 +116,5 @@ def _finder(name: str, model: str) -> Callable[[str], list[Found]]:
         return lambda text: [
             (a, b, _ENTITIES[kind]) for a, b, kind in engine.entities(text) if kind in _ENTITIES
         ]
-    shipped = name.partition(":")[0] if ":" in name else model
-    backend = load_backend(shipped, reader=False)
-    guard = load_guard(GuardSpec(name, path=name), backend).module
-    if not isinstance(guard, TwinGuard):
-        raise ValueError(f"guard {guard.name!r} finds nothing itself: give one with a detector")
-    return lambda text: tokens_found(guard, backend, text)
-
-
-@torch.no_grad()
-def tokens_found(guard: TwinGuard, backend: HFBackend, text: str) -> list[Found]:
-    """What a guard's detector marks, as characters without white space around them; a run's
-    category is that which most of its tokens are surest of."""
-    kv = backend.source.prefill([backend.encoder.context(text)])
-    logits = guard.logits(kv)
-    marks = guard.marks_of(logits, kv.valid, mask_of([Rule.of(CATEGORIES)]))[0].tolist()
-    best = (logits[0].double().cpu() - guard.thresholds).argmax(1).tolist()
-    tokens = zip(marks, best, backend.encoder.offsets(text), strict=True)
-    out: list[Found] = []
-    for marked, group in groupby(tokens, lambda token: bool(token[0])):
-        run: list[Any] = list(group)
-        if not marked:
-            continue
-        start, end = max(run[0][2][0], 0), run[-1][2][1]
-        piece = text[start:end]
-        start += len(piece) - len(piece.lstrip())
-        end -= len(piece) - len(piece.rstrip())
-        category = Counter(CATEGORIES[at] for _, at, _ in run).most_common(1)[0][0]
-        if start < end:
-            out.append((start, end, category))
-    return out
+    detector = TextDetector(name.partition(":")[0] if ":" in name else model, name)
+    return lambda text: [(s.start, s.end, s.category) for s in detector.find(text)]

@@ -54,9 +54,11 @@ class TextDetector:
         self.encoder, self.source = backend.encoder, backend.source
         self._guard = load_guard(GuardSpec("detector", path=guard), backend)
         if not self._guard.module.finds_secrets:
-            raise ValueError(f"guard {guard!r} finds nothing itself: give one with a detector")
+            raise ValueError(
+                f"guard {self._guard.name!r} finds nothing itself: give one with a detector"
+            )
 
-    def find(self, text: str, forbid: Collection[Category] = CATEGORIES) -> list[Span]:
+    def find(self, text: str, forbid: Collection[str] = CATEGORIES) -> list[Span]:
         """Values of the categories, in order, none overlapping.
 
         The text is read as it stands and, where that differs, as a person sees it: without
@@ -71,7 +73,7 @@ class TextDetector:
             ]
         return _apart(found)
 
-    def _read(self, text: str, forbid: Collection[Category]) -> list[Span]:
+    def _read(self, text: str, forbid: Collection[str]) -> list[Span]:
         """Of each piece what it shows; the pieces overlap."""
         if not text.strip() or not forbid:
             return []

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lcguard.categories import Category
 from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.handoff.policy import Edge, PolicyError
 from lcguard.handoff.redaction import RedactionError, redact
@@ -55,7 +54,7 @@ class Spans:
 class TextFinder(Protocol):
     """Finds what is private in a text by itself."""
 
-    def find(self, text: str, forbid: Collection[Category], /) -> Sequence[Any]:
+    def find(self, text: str, forbid: Collection[str], /) -> Sequence[Any]:
         """Spans with ``start`` and ``end``, in order, none overlapping."""
         ...
 
