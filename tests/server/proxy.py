@@ -33,8 +33,21 @@ def _kin(source: str, audience: str, forbid: list[str], **more: Any) -> dict[str
     return _to(audience, forbid, **more) | {"tenant": "kin", "source": source}
 
 
+def _labs(source: str, audience: str, forbid: list[str], **more: Any) -> dict[str, Any]:
+    return _kin(source, audience, forbid, **more) | {"tenant": "labs"}
+
+
 POLICY = {
     "version": 1,
+    "categories": {
+        "project_name": {
+            "terms": [
+                *("Zoë Unit 4711", "Zoë Unit 4712", "Blue Heron", "Grey Fox", "Kite"),
+                *("Red Harbour", "Long March", "North Quay", "Élan", "Silver Birch"),
+            ],
+            "patterns": [r"PRJ-\d{4}"],
+        }
+    },
     "edges": [
         _to("open", [], guard="identity"),
         _to("clerk", [], guard="identity"),
@@ -69,6 +82,13 @@ POLICY = {
         _kin("bob", "frank", ["government_id"], guard="redact"),
         _kin("alice", "frank", [], guard="identity"),
         _kin("dave", "erin", [], guard="identity"),
+        # its own category: the team's names go no further
+        _labs("lead", "team", ["project_name"], guard="redact"),
+        _labs("lead", "peer", [], guard="identity"),
+        _labs("peer", "team", [], guard="redact"),
+        _labs("lead", "press", ["health"]),
+        _labs("peer", "partner", [], guard="identity", declassify=["project_name"]),
+        _labs("lead", "partner", ["project_name"], guard="redact"),
         # as if nobody had written a policy: `redact`
         {"tenant": "unwritten", "source": "*", "audience": "*", "forbid": ALL},
         _to("*", ALL),
