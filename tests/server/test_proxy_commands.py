@@ -3,6 +3,7 @@ input."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -16,14 +17,17 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lcguard.cli import main
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
 from lcguard.server.access.keyring import load_keys
+from lcguard.server.audit.trail import AuditLog, Entry
+from lcguard.server.database.writer import Database
 from lcguard.strict_yaml import parse_yaml
 from tests.engine import needs_vllm
-from tests.vllm.test_preflight import wrong_start
+from tests.vllm.test_preflight import unproven_guard, wrong_start
 
 UPSTREAM = "http://127.0.0.1:1"
 
@@ -193,6 +197,40 @@ def test_serve_says_what_its_engine_would_refuse(tmp_path: Path, name: str) -> N
     assert len(err.strip().splitlines()) == 1, err
     assert said in err
     assert not (state / "vllm.log").exists()
+
+
+def test_a_browser_is_led_to_the_dashboard_and_an_auditor_to_the_audit(tmp_path: Path) -> None:
+    secret = {
+        name: ok(tmp_path, "keys", "new", name, "--role", role, "--tenant", tenant)
+        .strip()
+        .partition("=")[2]
+        for name, role, tenant in (
+            ("root", "admin", "default"),
+            ("eve", "auditor", "acme"),
+            ("intake", "agent", "acme"),
+        )
+    }
+    guards = json.dumps({"mine": unproven_guard(tmp_path / "g")})
+    (tmp_path / "server.yaml").write_text(f"engine: {{guards: {guards}, unproven: [mine]}}\n")
+    key = new_key()
+    database = Database(tmp_path / "lcguard.sqlite")
+    log = AuditLog(database, bytes.fromhex(key))
+    for tenant, agent in (("acme", "clerk"), ("default", "stranger")):
+        asyncio.run(log.append(Entry("refused", tenant=tenant, agent=agent)))
+    database.close()
+    with serving(tmp_path, key) as url, httpx.Client(base_url=url) as http:
+        assert http.get("/").headers["location"] == "/dashboard"
+        assert "vacuous" in http.get("/readyz").json()["unproven"]["mine"]
+        page = {n: http.get("/dashboard", auth=("any", key)) for n, key in secret.items()}
+        assert [page[n].status_code for n in ("root", "eve", "intake")] == [200, 200, 403]
+        audit = page["eve"].text.partition('id="audit-h"')[2].partition("</table>")[0]
+        assert "clerk" in audit
+        assert "stranger" not in audit
+        assert "stranger" in page["root"].text
+        assert 'id="edges-h"' in page["root"].text
+        assert "A guard is served unproven" in page["root"].text
+        assert 'id="edges-h"' not in page["eve"].text
+        assert 'id="agents-h"' not in page["eve"].text
 
 
 @contextlib.contextmanager
