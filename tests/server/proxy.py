@@ -103,7 +103,7 @@ class Front:
     def __init__(self, site: Site, running: Running) -> None:
         self.site, self.running, self.url = site, running, running.url
         self.keys: dict[tuple[str, str, str], str] = {}
-        self.http = httpx.Client(base_url=running.url, timeout=60)
+        self.http = httpx.Client(base_url=running.url, timeout=300)  # a busy machine is no failure
 
     def auth(
         self, agent: str, tenant: str = "default", role: Any = "agent", **more: Any
