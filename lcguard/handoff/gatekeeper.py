@@ -193,7 +193,8 @@ class Gatekeeper:
                 400, "fixed_length is not supported inside vLLM: segments keep their token count"
             )
         if consumed:
-            check_guard(edge, own_edge, consumed, edge.guard in self.policy_guards)
+            learnt, finds = edge.guard in self.policy_guards, edge.guard in self.finders
+            check_guard(edge, own_edge, consumed, learnt, finds)
         start = sum(m.n_tokens for m in consumed)
         own_tokens = prompt[start:]
         if not own_tokens:

@@ -77,7 +77,11 @@ def declassified(edge: Edge, policy: Policy, consumed: Sequence[Restricted]) -> 
 
 
 def check_guard(
-    edge: Edge, own: Edge, consumed: Sequence[Restricted], reads_policy: bool | None = None
+    edge: Edge,
+    own: Edge,
+    consumed: Sequence[Restricted],
+    reads_policy: bool | None = None,
+    finds_secrets: bool | None = None,
 ) -> None:
     """Raises ``LineageError`` unless the edge's guard can keep the joined rule.
 
@@ -86,13 +90,16 @@ def check_guard(
         own: the same edge before what was consumed joined it.
         reads_policy: whether the guard hides whatever a rule forbids; None where that is not known
             here, and another looks.
+        finds_secrets: whether it makes the segment of a prompt without what it finds, as ``redact``
+            of one without what it is told; None as above.
     """
     hop = edge.name.in_words
+    exact = edge.guard == "redact" or bool(finds_secrets)
     for segment in consumed:
         # exact for the prompt's own spans, whose KV has read what was consumed
         missing = _held(segment, edge.definitions).missing(edge.rule)
         custom = own_names(missing)
-        if edge.guard != "redact":
+        if not exact:
             missing = custom  # a guard that learnt the others looks for those itself
         if missing:
             fix = "let it forbid that too" if custom else "use guard 'gate' on this edge"
@@ -101,7 +108,7 @@ def check_guard(
                 f"{segment.source_agent} was not guarded against {', '.join(missing)}; {fix}, or "
                 "publish without consuming"
             )
-    if edge.guard == "redact":
+    if exact:
         return
     added = own.rule.missing(edge.rule)
     if added and (reads_policy is False or edge.guard == "identity"):

@@ -166,20 +166,23 @@ def test_without_a_lineage_nothing_stands_on_it() -> None:
         ({"forbid": ("health",), "derive": ("health",)}, False),
     ],
 )
-def test_redact_stands_only_on_what_forbade_as_much(consumed: Any, holds: bool) -> None:
+@pytest.mark.parametrize("guard", ["redact", "twin"])
+def test_an_exact_guard_stands_only_on_what_forbade_as_much(
+    guard: str, consumed: Any, holds: bool
+) -> None:
     """It hides the prompt's own spans, and their neighbours have read what was consumed."""
     rules = policy(
-        ("a", "b", consumed), ("b", "c", {"forbid": ("health",), "guard": "redact"}), ("a", "c", ())
+        ("a", "b", consumed), ("b", "c", {"forbid": ("health",), "guard": guard}), ("a", "c", ())
     )
-    own = rules.for_edge("b", "c")
+    own, known = rules.for_edge("b", "c"), {"redact": (None, None), "twin": (True, True)}[guard]
     for raw in (False, True):
         note = published(rules, "a", "b", raw=raw)
         edge = on_top(own, rules, [note])
         if holds and not raw:
-            check_guard(edge, own, [note], reads_policy=None)
+            check_guard(edge, own, [note], *known)
             continue
         with pytest.raises(LineageError, match=r"segment of a was not guarded against .*health"):
-            check_guard(edge, own, [note], reads_policy=None)
+            check_guard(edge, own, [note], *known)
 
 
 # -- declassify
