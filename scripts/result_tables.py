@@ -373,19 +373,6 @@ def real_attacks(reports: Mapping[str, Row]) -> str:
     return by(columns, rows)
 
 
-def budget(report: Row) -> str:
-    """What the strongest attacker recovers after more and more steps of fitting."""
-    rows = {r["guard"]: r for r in report["results"]}
-    names = rows["identity"]["asr_fresh_by_attack"]
-    columns: Columns = {
-        "`tuned-receiver` fitted for": lambda r: f"{r['attack'].removeprefix('steps-')} steps",
-        "raw KV": lambda r: by_attack(rows["identity"], r["attack"]),
-        "`twin`": lambda r: by_attack(rows["twin"], r["attack"]),
-        "floor": lambda r: figure(rows["twin"]["floor"]),
-    }
-    return by(columns, [{"attack": n} for n in names])
-
-
 def real_rows(reports: Mapping[str, Row]) -> list[Row]:
     presidio = reports["detect"]["held_out"]
     out = []
@@ -441,7 +428,7 @@ COMMANDS = {
     "--results FILE",
     **{
         f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH --out DIR"
-        for name in ("agentleak", "budget", "privacylens", "magpie")
+        for name in ("agentleak", "privacylens", "magpie")
     },
     "smollm2-main": "lcguard eval run main --set model=smollm2 --out DIR",
 }
@@ -468,7 +455,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "hops": ("multihop", hops),
     "agents": ("multihop", agents),
     "nano": ("nano", nano),
-    "budget": ("smollm2-budget", budget),
     "detect": ("detect", detected),
     "reader": ("reader", readers),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-
-from lcguard.atomic_file import PUBLIC, replace_file
 
 
 def save_checkpoint(
@@ -34,7 +33,13 @@ def save_checkpoint(
     # tied weights share memory, which safetensors refuses; a checkpoint may hold them twice
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, save(tensors, metadata={"meta": json.dumps(meta or {})}), mode=PUBLIC)
+    part = path.with_suffix(".part")  # one name: a killed process leaves no more than one
+    try:
+        part.write_bytes(save(tensors, metadata={"meta": json.dumps(meta or {})}))
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_meta(path: Path) -> dict[str, Any]:

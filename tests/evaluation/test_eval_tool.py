@@ -395,7 +395,7 @@ def test_a_model_has_presets_of_its_own_and_else_the_embedded_ones() -> None:
     assert load_plan(EvalConfig, "demo", ["model=other"], None).guards == (
         load_plan(EvalConfig, "demo", [], None).guards
     )
-    with pytest.raises(ValueError, match="with model=smollm2 also: agentleak, demo, detect-twin"):
+    with pytest.raises(ValueError, match="with model=smollm2 also: agentleak, budget, demo"):
         preset("nothing", "smollm2")
 
 

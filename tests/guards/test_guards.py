@@ -453,7 +453,7 @@ def test_a_guard_without_known_model_serves_none(tmp_path: Path) -> None:
         FrozenGuard.from_pretrained(tmp_path / "guard", model_digest="e" * 64)
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.replace"])
+@pytest.mark.parametrize("step", ["save", "os.replace"])
 def test_a_failed_save_leaves_the_old_guard(
     folder: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,7 +470,7 @@ def test_a_failed_save_leaves_the_old_guard(
     if step == "os.replace":
         monkeypatch.setattr(os, "replace", fail)
     else:
-        monkeypatch.setattr(frozen, "save_file", fail)
+        monkeypatch.setattr(frozen, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         guard_of("identity").save_pretrained(folder)
     monkeypatch.undo()

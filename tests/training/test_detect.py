@@ -113,7 +113,7 @@ def test_presidio_beside_it(guard: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--source", "mail"], "source 'mail' is unknown: use one of generator, agentleak"),
+        (["--source", "mail"], "source 'mail' is unknown: did you mean 'magpie'?"),
         (
             ["--source", "generator", "--model", "nano", "--guard", "nano:gate"],
             "guard 'gate' finds nothing itself: give one with a detector",

@@ -612,7 +612,7 @@ def test_a_failed_save_keeps_the_last_checkpoint(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    monkeypatch.setattr(checkpoint_module, "save", full)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, {"tied": module})
     assert path.read_bytes() == before

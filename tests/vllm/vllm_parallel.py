@@ -34,6 +34,7 @@ def main(folder: str) -> None:
         policy=policy(),
         guards={"gate": "nano:gate"},
         store=store,
+        settings={"store_timeout_s": 120},  # a busy machine is no failure
         dtype="bfloat16",
         block_size=32,
         max_model_len=512,
