@@ -57,7 +57,8 @@ class Running:
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
-            return error.code, error.read()
+            with error:  # it holds the connection
+                return error.code, error.read()
         except OSError:
             return 0, b""
 
