@@ -105,6 +105,12 @@ class Front:
         self.keys: dict[tuple[str, str, str], str] = {}
         self.http = httpx.Client(base_url=running.url, timeout=300)  # a busy machine is no failure
 
+    def __enter__(self) -> Front:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.http.close()
+
     def auth(
         self, agent: str, tenant: str = "default", role: Any = "agent", **more: Any
     ) -> dict[str, str]:
@@ -203,11 +209,8 @@ def front_of(
     keys.key("nobody")
     shared = {"policy": str(site.policy), "store": site.store}
     with own.proxy(engine, ready=ready, **{**shared, **settings}) as running:
-        front = Front(keys, running)
-        try:
+        with Front(keys, running) as front:
             yield front
-        finally:
-            front.http.close()
 
 
 def rewrite(path: Path, data: Any) -> None:

@@ -285,36 +285,36 @@ def test_lcguard_serve_starts_the_engine_that_its_options_describe(tmp_path: Pat
         pid, _ = engine_of(running)
         assert os.getpriority(os.PRIO_PROCESS, pid) == max(7, before)
         assert before != 7
-        front = Front(own, running)
-        intake = front.auth("intake")
-        (served,) = front.http.get("/v1/models", headers=intake).json()["data"]
-        assert (served["id"], served["max_model_len"]) == ("small", 777)
-        assert served["root"] == str(model_path())
-        small = {"model": "small", "messages": [{"role": "system", "content": NOTE}]}
-        made = front.publish(intake, "clerk", **{})  # the model is called otherwise
-        assert made.status_code == 404
-        made = front.chat(
-            intake, "", {"publish": {"audience": "clerk"}}, **small, add_generation_prompt=False
-        )
-        published = made.json()["lcguard"]["published"]
-        assert published["guard"] == "residual"
-        assert published["unproven"] == "its evaluation says that it leaks"
-        first = f"/lcguard/v1/segments/{published['handle']}"
-        assert front.http.get(first, headers=intake).status_code == 200
-        # further segments push the oldest out of a store of this size
-        for _ in range(20):
-            again = front.chat(intake, "", {"publish": {"audience": "clerk"}}, **small)
-            assert again.status_code == 200, again.text
-            if front.http.get(first, headers=intake).status_code == 404:
-                break
-        assert front.http.get(first, headers=intake).status_code == 404
-        stored = sum(p.stat().st_size for p in (tmp_path / "segments").rglob("*.safetensors"))
-        assert 0 < stored < 300_000
-        (port,) = {
-            line.rpartition(":")[2] for line in commands(running) if line.startswith("--port:")
-        }
-        direct = httpx.get(f"http://127.0.0.1:{port}/v1/models")
-        assert direct.status_code == 401  # its key is the proxy's alone
+        with Front(own, running) as front:
+            intake = front.auth("intake")
+            (served,) = front.http.get("/v1/models", headers=intake).json()["data"]
+            assert (served["id"], served["max_model_len"]) == ("small", 777)
+            assert served["root"] == str(model_path())
+            small = {"model": "small", "messages": [{"role": "system", "content": NOTE}]}
+            made = front.publish(intake, "clerk", **{})  # the model is called otherwise
+            assert made.status_code == 404
+            made = front.chat(
+                intake, "", {"publish": {"audience": "clerk"}}, **small, add_generation_prompt=False
+            )
+            published = made.json()["lcguard"]["published"]
+            assert published["guard"] == "residual"
+            assert published["unproven"] == "its evaluation says that it leaks"
+            first = f"/lcguard/v1/segments/{published['handle']}"
+            assert front.http.get(first, headers=intake).status_code == 200
+            # further segments push the oldest out of a store of this size
+            for _ in range(20):
+                again = front.chat(intake, "", {"publish": {"audience": "clerk"}}, **small)
+                assert again.status_code == 200, again.text
+                if front.http.get(first, headers=intake).status_code == 404:
+                    break
+            assert front.http.get(first, headers=intake).status_code == 404
+            stored = sum(p.stat().st_size for p in (tmp_path / "segments").rglob("*.safetensors"))
+            assert 0 < stored < 300_000
+            (port,) = {
+                line.rpartition(":")[2] for line in commands(running) if line.startswith("--port:")
+            }
+            direct = httpx.get(f"http://127.0.0.1:{port}/v1/models")
+            assert direct.status_code == 401  # its key is the proxy's alone
 
 
 def commands(running: Running) -> list[str]:
@@ -335,7 +335,7 @@ def test_start_timeout_s_and_restarts(tmp_path: Path) -> None:
         wait_for(lambda: "2 times in 600 s" in running.log.read_text())
         assert "vLLM ended with -9: it did not" in running.log.read_text()
         assert running.log.read_text().count("starting it again") == 1
-        front = Front(own, running)
-        wait_for(lambda: "start_timeout_s=0.5" in front.ready()["reasons"][0])
-        assert front.http.get("/readyz").status_code == 503
-        assert front.http.get("/livez").status_code == 200
+        with Front(own, running) as front:
+            wait_for(lambda: "start_timeout_s=0.5" in front.ready()["reasons"][0])
+            assert front.http.get("/readyz").status_code == 503
+            assert front.http.get("/livez").status_code == 200
