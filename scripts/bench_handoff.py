@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lcguard.agents.nano.load import model_path
@@ -139,9 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             print(f"{n_tokens:6} tokens  " + "  ".join(f"{k} {v:8.2f} ms" for k, v in ttft.items()))
     command = "python scripts/bench_handoff.py --tokens " + " ".join(map(str, args.tokens))
+    if not nano:
+        command += f" --model FOLDER --guard {args.guard} --guard-path {args.guard_path}"
+        command += f" --dtype {args.dtype} --repeats {args.repeats}"
     found = {
         "unit": "ms",
-        "model": args.model,
+        "model": Path(args.model).name,
         "guard": args.guard,
         "repeats": args.repeats,
         # of the longest context where several were measured
