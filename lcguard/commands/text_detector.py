@@ -84,9 +84,7 @@ class TextDetector:
         for first in range(0, len(pieces), BATCH):
             some = pieces[first : first + BATCH]
             kv = self.source.prefill([ids[:own] + ids[a:b] for a, b in some])
-            # in the order of CATEGORIES, by which marks count
-            mask = mask_of([Rule.of(tuple(c for c in CATEGORIES if c in forbid), ())] * len(some))
-            marks = self._guard.marks(kv, mask)
+            marks = self._guard.marks(kv, mask_of([Rule.hiding(forbid)] * len(some)))
             assert marks is not None  # it finds secrets
             for (a, b), row in zip(some, marks.tolist(), strict=True):
                 for start, end, category in runs(row[own : own + b - a]):

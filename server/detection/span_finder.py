@@ -115,13 +115,11 @@ class SpanFinder:
 
     def _detect(self, text: str, edge: Edge) -> list[Range]:
         """What the edge's detector finds, by itself."""
-        match edge.detect:
-            case "presidio":
-                return self.detector.find(text, edge.forbid)
-            case "lcguard":
-                return [(s.start, s.end) for s in self.text_finder.find(text, edge.forbid)]
-            case "none":
-                return []
+        if edge.guard != "redact" or edge.detect == "none":
+            return []
+        if edge.detect == "presidio":
+            return self.detector.find(text, edge.forbid)
+        return [(s.start, s.end) for s in self.text_finder.find(text, edge.forbid)]
 
     async def find(
         self, endpoint: Endpoint, body: dict[str, Any], edge: Edge, secrets: Sequence[str] | None
@@ -143,7 +141,7 @@ class SpanFinder:
                 "hide in lcguard.publish.secrets, [] for none, or choose another guard for "
                 f"{edge.name.in_words} in the policy"
             )
-        if edge.detect == "lcguard":
+        if edge.guard == "redact" and edge.detect == "lcguard":
             async with self._loading:  # once, and not on the time of who comes first
                 await asyncio.to_thread(lambda: self.text_finder)
         texts = await self._worker.run(lambda: self.texts)
@@ -188,7 +186,6 @@ class SpanFinder:
     def _spans(
         self, texts: TokenTexts, ids: list[int], edge: Edge, secrets: Sequence[str]
     ) -> Spans:
-        detects = edge.guard == "redact" and edge.detect != "none"
         try:
             prompt = texts.of(ids)
             found = redact(
@@ -196,7 +193,7 @@ class SpanFinder:
                 ids,
                 texts.tokenizer,
                 secrets,
-                lambda text: self._detect(text, edge) if detects else (),
+                lambda text: self._detect(text, edge),
                 edge.custom,
             )
         except (TokenTextError, RedactionError) as error:
