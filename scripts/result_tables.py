@@ -14,403 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import table_columns as columns
+
 from lcguard.commands.script import run_script
-from lcguard.evaluation.results import LIST
-from lcguard.evaluation.verdict import verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-
-Row = Mapping[str, Any]
-Columns = Mapping[str, Callable[[Any], str]]
-"""Heading -> what stands under it for one row of a report."""
-
-
-def figure(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def interval(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f" [{pair[0]:.3f}, {pair[1]:.3f}]"
-
-
-def told(value: float | None, beside: Any, ci: str = "") -> str:
-    return f"{figure(value)}{ci} ({beside})"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
-
-
-def by(columns: Columns, rows: Sequence[Any]) -> str:
-    if not rows:
-        return "Not in these results."
-    return table([*columns], [[show(row) for show in columns.values()] for row in rows])
-
-
-def cell(key: str, digits: int = 3, ci: str = "") -> Callable[[Row], str]:
-    """A figure, with its interval where there is one."""
-    return lambda row: figure(row[key], digits) + interval(row.get(ci or f"{key}_ci"))
-
-
-def plain(key: str) -> Callable[[Row], str]:
-    return lambda row: figure(row[key])
-
-
-def text(key: str) -> Callable[[Row], str]:
-    return lambda row: str(row[key])
-
-
-def of(key: str, whole: str) -> Callable[[Row], str]:
-    """A figure, and what it is without a guard."""
-    return lambda row: f"{figure(row[key])} of {figure(row[whole])}"
-
-
-def listed(size: str) -> Callable[[Row], str]:
-    """What the optimal attacker recovers who chooses from a list; the interval of the headline."""
-
-    def of_row(row: Row) -> str:
-        if (found := row.get("likelihood", {}).get(size)) is None:
-            return "-"
-        ci = interval(found["ci"]) if size == LIST else ""
-        return told(found["asr"], figure(found["floor"]), ci)
-
-    return of_row
-
-
-UTILITY = {"utility": of("utility", "utility_vanilla")}
-GUARDS: Columns = {
-    "guard": text("guard"),
-    **UTILITY,
-    "training-time ASR": cell("asr_train"),
-    "fresh ASR [95%]": cell("asr_fresh"),
-    "best attack": text("asr_fresh_best"),
-    "injection": cell("asr_injection"),
-    "floor": plain("floor"),
-    "ceiling": cell("ceiling"),
-    "recovered / resisted": lambda r: f"{r['counts']['success']} / {r['counts']['resisted']}",
-    "likelihood@10 (chance)": listed("10"),
-    f"likelihood@{LIST} [95%] (chance)": listed(LIST),
-    "verdict": lambda r: verdict(r).word,
-}
-HEADLINE = {
-    "identity": "none (raw KV)",
-    "gate": "`gate`, finds what the policy forbids",
-    "redact": "`redact`, told what to hide (the default)",
-}
-
-
-def guards(report: Row) -> str:
-    """The main table of a report."""
-    return by(GUARDS, report["results"])
-
-
-def headline(report: Row) -> str:
-    """Three rows of it, for the README."""
-    columns: Columns = {
-        "guard": lambda r: HEADLINE[r["guard"]],
-        "task answers right": UTILITY["utility"],
-        "secrets recovered, best fresh attack [95%]": cell("asr_fresh"),
-        f"value picked from {LIST} (chance)": listed(LIST),
-        "verdict": lambda r: verdict(r).word,
-    }
-    rows = {r["guard"]: r for r in report["results"]}
-    return by(columns, [rows[name] for name in HEADLINE])
-
-
-def likelihood(report: Row) -> str:
-    """The optimal attacker, list by list."""
-    columns: Columns = {
-        "guard": text("guard"),
-        "candidates": lambda r: f"{r['size']:,}",
-        "right [95%]": cell("asr", ci="ci"),
-        "chance": cell("floor"),
-        "blind": cell("blind"),
-        "median rank": lambda r: f"{r['rank_median']:g}",
-        "nats gained": cell("nats", 2),
-        "secrets": text("n"),
-    }
-    rows = [
-        {"guard": r["guard"], "size": int(size), **found}
-        for r in report["results"]
-        for size, found in r.get("likelihood", {}).items()
-        if size.isdigit()
-    ]
-    return by(columns, rows)
-
-
-def draws(report: Row) -> str:
-    """Several draws of one record, averaged."""
-    head = ("draws of one record", *(f"right of {int(n):,} [95%]" for n in report["lists"]))
-    found = report["draws"]
-    rows = [(str(n), *map(cell("asr", ci="ci"), sizes.values())) for n, sizes in found.items()]
-    return table(head, [*rows, ("chance", *map(cell("floor"), found["1"].values()))])
-
-
-def policies(report: Row) -> str:
-    """One gate under several policies."""
-    columns: Columns = {
-        "policy of the gate": lambda p: f"forbid {p['policy']}",
-        "task": of("utility", "utility_vanilla"),
-        "allowed secrets": of("allowed_accuracy", "allowed_accuracy_vanilla"),
-        "fresh ASR on forbidden [95%]": cell("asr_forbidden"),
-        "floor": plain("floor"),
-    }
-    return by(columns, report["policies"])
-
-
-def derived(report: Row) -> str:
-    """Derived answers to values that may not be told."""
-    columns: Columns = {
-        "derived value allowed, exact value forbidden": text("source_category"),
-        "derived answers right": of("accuracy", "accuracy_vanilla"),
-        "fresh ASR of the exact value [95%]": cell("asr_exact"),
-        "best guess knowing the derived value": cell("asr_exact_best_guess"),
-    }
-    return by(columns, report["derived"])
-
-
-def certificate(report: Row) -> str:
-    """What the certified guards' segments can tell at most."""
-    columns: Columns = {
-        "guard": text("guard"),
-        "pair leak, mean": lambda c: f"{c['mean_nats']:.2f} nats",
-        "95% upper bound": cell("upper_nats", 2),
-        "median": cell("median_nats", 2),
-        "99%": cell("p99_nats", 1),
-        "largest": cell("max_nats", 1),
-        "unguarded, same noise": cell("raw_nats", 0),
-        "ASR ceiling": lambda c: "vacuous" if c["vacuous"] else figure(c["asr_ceiling"], 2),
-        "pairs": text("n_pairs"),
-    }
-    found = [r for r in report["results"] if r.get("certificate")]
-    return by(columns, [{"guard": r["guard"], **r["certificate"]} for r in found])
-
-
-def nano(report: Row) -> str:
-    rows = [(k, figure(v), str(report["questions"][k])) for k, v in report["accuracy"].items()]
-    return table(("questions", "exact match", "asked"), rows)
-
-
-def search(report: Row) -> str:
-    """Every setting of the published guard that was tried."""
-    columns: Columns = {
-        "width": text("bottleneck"),
-        **{name: text(name) for name in ("beta", "steps", "lag", "objective")},
-        "utility": cell("utility"),
-        "training-time ASR": cell("asr_train"),
-        "fresh ASR": lambda r: figure(max(r["asr_fresh"].values())),
-    }
-    return by(columns, report["runs"])
-
-
-def ms(value: float) -> str:
-    return f"{value:.1f} ms"
-
-
-def handoff(report: Row) -> str:
-    """Time to first token of the receiver, and what the sender spends."""
-    columns: Columns = {
-        "context": lambda r: f"{r['tokens']:,} tokens",
-        "text": lambda r: ms(r["ttft_ms"]["text"]),
-        "vanilla KV": lambda r: ms(r["ttft_ms"]["vanilla"]),
-        "guarded KV": lambda r: ms(r["ttft_ms"]["guarded"]),
-        "guarded / vanilla": cell("guarded_over_vanilla", 2),
-        "publish vanilla": lambda r: ms(r["publish_ms"]["vanilla"]),
-        "publish guarded": lambda r: ms(r["publish_ms"]["guarded"]),
-    }
-    return by(columns, report["rows"])
-
-
-def proxy(report: Row) -> str:
-    """Latency and throughput by both ways, and of a bare relay."""
-    ours, direct = report["streams"]["proxy"], report["streams"]["direct"]
-    rps = "{proxy:.1f} of {direct:.1f} requests/s".format(**report["throughput_rps"])
-    gaps = f"{ms(ours['gap_p50_ms'])} ({ms(direct['gap_p50_ms'])})"
-    ways = ("paired_", "floor_")
-    times = {"at_concurrency": f"{report['concurrency']} at a time", "alone": "one at a time"}
-    rows = [
-        (f"added latency, p50, {when}", *(ms(report[way + key]["extra_p50_ms"]) for way in ways))
-        for key, when in times.items()
-    ]
-    rows += [
-        ("throughput over direct", f"{report['throughput_share']:.3f} ({rps})", "-"),
-        ("gap between pieces of a stream, p50 (direct)", gaps, "-"),
-        ("pieces of a stream (direct)", f"{ours['pieces']:.1f} ({direct['pieces']:.1f})", "-"),
-    ]
-    return table(("", "proxy", "floor"), rows)
-
-
-def soak(report: Row) -> str:
-    """Requests, memory, latency and the audit."""
-    memory, audit, latency = report["memory"], report["audit"], report["latency"]
-    failed = f"{report['n_5xx']} answered 5xx ({report['n_5xx_without_reason']} without a reason)"
-    grown = f"{memory['slope_mib_per_min']:+.2f} MiB a minute over the second half"
-    first, last = memory["first_quarter_mib"], memory["last_quarter_mib"]
-    quarters = f"{first:.0f} MiB in the first quarter, {last:.0f} in the last"
-    lost = f"{audit['lost']} lost of {sum(audit['told'].values()):,} that clients were told of"
-    times = (
-        f"{kind} {latency[kind]['p50_ms']:.0f} / {latency[kind]['p99_ms']:.0f} ms"
-        for kind in ("chat", "publish", "consume")
-    )
-    rows = (
-        ("requests", f"{report['requests']:,}, {failed}"),
-        ("memory of the proxy", f"{quarters}; {grown}"),
-        ("open files", f"{memory['files_first']} at the start, {memory['files_last']} at the end"),
-        ("audit", f"{audit['rows']:,} rows, whole; {lost}"),
-        ("latency, p50 / p99", ", ".join(times)),
-    )
-    return table(("", "seen"), rows)
-
-
-def multihop(report: Row) -> str:
-    """Guards over several hops."""
-    columns: Columns = {
-        **{name: text(name) for name in ("topology", "guard", "variant")},
-        **UTILITY,
-        "ASR, worst edge": cell("asr_edge_max"),
-        "ASR, graph [95%]": cell("asr_graph"),
-        "best attack": text("asr_graph_best"),
-        "floor": plain("floor"),
-        "gap": cell("gap"),
-        "composed ASR, edge -> graph": lambda r: (
-            f"{figure(r['composed']['edge_max'])} -> {figure(r['composed']['graph'])}"
-        ),
-        "latency / text": cell("latency_vs_text", 2),
-    }
-    return by(columns, report["results"])
-
-
-def attackers(report: Row) -> str:
-    """What every attack recovers of unguarded KV, and of the gate's, on the first topology."""
-    rows = [r for r in report["results"] if r["topology"] == report["results"][0]["topology"]]
-    shown = [r for r in rows if r["guard"] in ("identity", "gate")]
-    names = sorted({n for r in shown for n in r["asr_graph_by_attack"]})
-    head = ("attack", *(f"{r['guard']}, {r['variant']}" for r in shown))
-    body = [(n, *(figure(r["asr_graph_by_attack"].get(n)) for r in shown)) for n in names]
-    return table(head, body)
-
-
-def hops(report: Row) -> str:
-    """Leakage against hops."""
-    columns: Columns = {
-        "guard": text("guard"),
-        "hop": text("hops"),
-        **UTILITY,
-        "ASR at this hop": cell("asr_edge"),
-        "ASR up to it": cell("asr_path"),
-    }
-    return by(columns, [p for p in report["curves"]["hops"] if p["hops"] in (1, 2, 4, 8)])
-
-
-def agents(report: Row) -> str:
-    """Leakage against agents."""
-    columns: Columns = {
-        "guard": text("guard"),
-        "agents": text("agents"),
-        **UTILITY,
-        "ASR, graph": cell("asr_graph"),
-        "composed ASR (secrets)": lambda p: (
-            f"{figure(p['asr_composed'])} ({p['composed_secrets']})"
-        ),
-    }
-    return by(columns, report["curves"]["agents"])
-
-
-def detected(report: Row) -> str:
-    """Values found whole and task spans touched, source by source, beside Presidio's."""
-    columns: Columns = {
-        "held-out text": text("source"),
-        "values found": lambda r: f"{r['found']} of {r['total']}",
-        "recall (at least, 95%)": lambda r: told(r["recall"], figure(r["recall_lower"])),
-        "task spans touched": plain("task_touched"),
-        "tokens hidden": plain("tokens_flagged"),
-        "Presidio: recall / touched": lambda r: (
-            f"{figure(r['presidio']['recall'])} / {figure(r['presidio']['task_touched'])}"
-        ),
-    }
-    return by(columns, [{"source": name, **r} for name, r in report["held_out"].items()])
-
-
-def real(reports: Mapping[str, Row]) -> str:
-    """The real model, text by text: the task, the best fresh attacker, the ceiling that recall
-    puts on every other one, and Presidio on the same source's held-out text."""
-    columns: Columns = {
-        "text (SmolLM2)": text("source"),
-        "task answers right: raw KV, `redact`, `twin`": lambda r: beside(r, "utility"),
-        "secrets recovered, best fresh attack: raw KV": lambda r: figure(
-            r["identity"]["asr_fresh"]
-        ),
-        "`twin` [95%] (floor)": lambda r: told(
-            r["twin"]["asr_fresh"], figure(r["twin"]["floor"]), interval(r["twin"]["asr_fresh_ci"])
-        ),
-        "values found by `twin` / task spans touched": lambda r: recall_touched(
-            r["twin"]["detection"]
-        ),
-        "no attacker exceeds": lambda r: figure(r["twin"]["detection"]["asr_ceiling"]),
-        "Presidio + spaCy: found / touched": lambda r: recall_touched(r["presidio"]),
-    }
-    return by(columns, real_rows(reports))
-
-
-def real_attacks(reports: Mapping[str, Row]) -> str:
-    """Attack by attack on the real model."""
-    names = ("inversion", "probe", "tuned-receiver")
-    columns: Columns = {
-        "text (SmolLM2)": text("source"),
-        "guard": text("guard"),
-        **UTILITY,
-        "injection": cell("asr_injection"),
-        **{n: lambda r, n=n: by_attack(r, n) for n in names},
-        "floor": plain("floor"),
-        "recovered / resisted": GUARDS["recovered / resisted"],
-    }
-    rows = [
-        {"source": one["source"], **row} for one in real_rows(reports) for row in one["results"]
-    ]
-    return by(columns, rows)
-
-
-def real_rows(reports: Mapping[str, Row]) -> list[Row]:
-    presidio = reports["detect"]["held_out"]
-    out = []
-    for report in reports.values():
-        if "results" in report:
-            source = report["data"]["source"]
-            rows = {r["guard"]: r for r in report["results"]}
-            own = {"source": source, "results": report["results"]}
-            out.append({**rows, **own, "presidio": presidio[source]["presidio"]})
-    return out
-
-
-def beside(row: Row, key: str) -> str:
-    return ", ".join(figure(row[name][key]) for name in ("identity", "redact", "twin"))
-
-
-def recall_touched(detected: Row) -> str:
-    return f"{figure(detected['recall'])} / {figure(detected['task_touched'])}"
-
-
-def by_attack(row: Row, name: str) -> str:
-    one = row["asr_fresh_by_attack"].get(name)
-    return "-" if one is None else figure(one["asr"]) + interval(one["ci"])
-
-
-def readers(report: Row) -> str:
-    """Right answers with the adapters and without."""
-    columns: Columns = {
-        "held-out questions": text("source"),
-        "without": lambda r: of_asked(r["without"]),
-        "with the reader": lambda r: of_asked(r["with"]),
-    }
-    return by(columns, [{"source": name, **r} for name, r in report["answers"].items()])
-
-
-def of_asked(found: Row) -> str:
-    return f"{figure(found['share'])} ({found['right']} of {found['asked']})"
-
 
 # File of results -> how it is made.
 OUT = "--out benchmarks/results"
@@ -435,28 +45,31 @@ COMMANDS = {
 
 # Marker -> what makes a table of several files, by name, and which.
 REAL = ("smollm2-agentleak", "smollm2-main", "smollm2-magpie", "smollm2-privacylens", "detect")
-JOINED: dict[str, Callable[[Mapping[str, Any]], str]] = {"real": real, "real_attacks": real_attacks}
+JOINED: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "real": columns.real,
+    "real_attacks": columns.real_attacks,
+}
 
 # Marker -> the file of results, and what makes a table of it.
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "headline": ("demo", headline),
-    "demo": ("demo", guards),
-    "likelihood": ("demo", likelihood),
-    "policies": ("demo", policies),
-    "derived": ("demo", derived),
-    "certificate": ("demo", certificate),
-    "draws": ("draws", draws),
-    "residual_search": ("residual_search", search),
-    "handoff": ("handoff", handoff),
-    "proxy": ("proxy", proxy),
-    "soak": ("soak", soak),
-    "multihop": ("multihop", multihop),
-    "attackers": ("multihop", attackers),
-    "hops": ("multihop", hops),
-    "agents": ("multihop", agents),
-    "nano": ("nano", nano),
-    "detect": ("detect", detected),
-    "reader": ("reader", readers),
+    "headline": ("demo", columns.headline),
+    "demo": ("demo", columns.guards),
+    "likelihood": ("demo", columns.likelihood),
+    "policies": ("demo", columns.policies),
+    "derived": ("demo", columns.derived),
+    "certificate": ("demo", columns.certificate),
+    "draws": ("draws", columns.draws),
+    "residual_search": ("residual_search", columns.search),
+    "handoff": ("handoff", columns.handoff),
+    "proxy": ("proxy", columns.proxy),
+    "soak": ("soak", columns.soak),
+    "multihop": ("multihop", columns.multihop),
+    "attackers": ("multihop", columns.attackers),
+    "hops": ("multihop", columns.hops),
+    "agents": ("multihop", columns.agents),
+    "nano": ("nano", columns.nano),
+    "detect": ("detect", columns.detected),
+    "reader": ("reader", columns.readers),
 }
 
 
