@@ -34,6 +34,7 @@ from lcguard.source import ModelSource
 from lcguard.training.fit_detector import (
     DetectorConfig,
     ReadRecords,
+    choose_peak,
     choose_thresholds,
     fit_detector,
     read_records,
@@ -117,6 +118,9 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     options = module.options() | {"thresholds": _thresholds(run, module, validation)}
     done = TwinGuard.build(module.shape, len(CATEGORIES), options)
     done.load_state_dict(module.state_dict())
+    if "peak" not in run.options:
+        peak = choose_peak(done, validation, run.detector)
+        done.config = replace(done.config, peak=peak)
     guard = FrozenGuard(done)
     figures: dict[str, Any] = {}
     for data, part in zip(run.sources, parts, strict=True):

@@ -92,14 +92,16 @@ class TwinGuard(GuardModule):
         """See ``GuardModule.marks``: of the categories that each record's policy forbids."""
         return self.marks_of(self.logits(kv), kv.valid, mask)
 
-    def marks_of(self, logits: Tensor, valid: Tensor, mask: Mask) -> Tensor:
-        """The same from logits ``[B, T, C]``."""
+    def marks_of(
+        self, logits: Tensor, valid: Tensor, mask: Mask, peak: float | None = None
+    ) -> Tensor:
+        """The same from logits ``[B, T, C]``; ``peak`` instead of the guard's own."""
         forbid = mask.forbid.to(logits.device)[:, None]
         over = (logits - self.thresholds.to(logits.device)).masked_fill(~forbid, -torch.inf)
         best = over.max(2)
         hit = (best.values > 0) & valid
         marks = bridged(best.indices.masked_fill(~hit, -1), self.config.gap_tokens)
-        return peaked(marks, best.values, self.config.peak)
+        return peaked(marks, best.values, self.config.peak if peak is None else peak)
 
     def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
         # given the twin's KV, which holds nothing of what was found

@@ -21,7 +21,7 @@ from lcguard.canonical import canonical_digest
 from lcguard.categories import CATEGORIES
 from lcguard.guards.twin import TwinGuard
 from lcguard.protocols import KVBatch
-from lcguard.records import TokenRecord, value_labels
+from lcguard.records import TokenRecord, masks, value_labels
 from lcguard.source import ModelSource
 from lcguard.training.descent import Descent
 from lcguard.training.kept_tensors import KeptTensors
@@ -43,6 +43,8 @@ class DetectorConfig:
     """What a touched task value costs, in missed values."""
     thresholds: tuple[float, float] = (-7.0, 0.0)
     """Lowest and highest threshold that may be chosen."""
+    peaks: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    """Of guard ``twin``: those that may be chosen."""
     seed: int = 0
 
 
@@ -165,7 +167,8 @@ def choose_thresholds(
     and ``touch_cost`` times the share of task values that are touched, every source counting alike.
 
     A value is found once all its tokens are above, a task value is touched once any is. That a run
-    needs a ``peak`` spares most of the touched ones, and is not counted on here. A category without
+    needs a ``peak`` spares most of the touched ones, and is not counted on here
+    (``choose_peak``). A category without
     validation values takes the lowest threshold.
     """
     found: list[list[tuple[float, float]]] = [[] for _ in CATEGORIES]
@@ -187,6 +190,29 @@ def choose_thresholds(
                                 touched[c].append((float(highest[c]), each_task))
     low, high = config.thresholds
     return tuple(_cheapest(v, t, low, high) for v, t in zip(found, touched, strict=True))
+
+
+@torch.no_grad()
+def choose_peak(module: TwinGuard, data: Sequence[ReadRecords], config: DetectorConfig) -> float:
+    """The lowest of ``config.peaks`` that costs least as ``choose_thresholds`` counts, now of what
+    the guard with its thresholds would hide under the records' policies."""
+    costs = dict.fromkeys(config.peaks, 0.0)
+    for source in data:
+        spans = [s for r in source.records for s in r.spans]
+        each_value = 1 / max(1, sum(s.secret for s in spans))
+        each_task = config.touch_cost / max(1, sum(s.category is None for s in spans))
+        for records, x, valid in source.batches(config.batch):
+            logits, mask = module.detector(x, valid), masks(records)
+            for peak in costs:
+                marks = module.marks_of(logits, valid, mask, peak) >= 0
+                for row, record in zip(marks, records, strict=True):
+                    for span in record.spans:
+                        hidden = row[span.start : span.end]
+                        if span.category is None:
+                            costs[peak] += each_task * bool(hidden.any())
+                        elif span.secret:
+                            costs[peak] += each_value * (not hidden.all())
+    return min(costs, key=costs.__getitem__)
 
 
 def _cheapest(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcguard.agents.scenarios.schema import category_values
 from lcguard.categories import CATEGORIES
-from lcguard.evaluation.detection import asr_ceiling, measure, recall_lower
+from lcguard.evaluation.detection import asr_ceiling, hidden_tokens, measure, recall_lower
 from lcguard.guards import FrozenGuard, KVShape
 from lcguard.guards.detector import bridged, evenly_spaced, peaked, runs
 from lcguard.guards.twin import TwinGuard
@@ -22,6 +22,7 @@ from lcguard.training.dataset import guard_all, twin_contexts, with_policy
 from lcguard.training.fit_detector import (
     DetectorConfig,
     ReadRecords,
+    choose_peak,
     choose_thresholds,
     fit_detector,
     read_records,
@@ -134,6 +135,25 @@ def test_thresholds_cost_least(world: World, fitted: Fitted, touch_cost: float) 
         if touch_cost == 0:
             assert all(v > limit for v in values)
             assert min(values) - limit < 0.01
+
+
+@pytest.mark.parametrize("touch_cost", [0.0, 0.5, 50.0])
+def test_the_peak_costs_least(world: World, fitted: Fitted, touch_cost: float) -> None:
+    module, records, read = fitted
+    config = replace(CONFIG, touch_cost=touch_cost, peaks=(0.0, 2.0, 6.0, 99.0))
+    kv, costs = world.source.prefill([r.ids for r in records]), {}
+    for peak in config.peaks:
+        options = module.options() | {"peak": peak}
+        other = TwinGuard.build(module.shape, len(CATEGORIES), options)
+        other.load_state_dict(module.state_dict())
+        marks = hidden_tokens(other, kv, records)
+        assert marks is not None
+        found = measure(records, marks)
+        costs[peak] = 1 - found["recall"] + touch_cost * found["task_touched"]
+    chosen = choose_peak(module, [read], config)
+    assert costs[chosen] == pytest.approx(min(costs.values()))
+    assert all(costs[peak] > costs[chosen] + 1e-9 for peak in config.peaks if peak < chosen)
+    assert (chosen == 0.0) == (costs[0.0] <= min(costs.values()) + 1e-9)
 
 
 def test_a_run_without_a_sure_token_is_no_value() -> None:
