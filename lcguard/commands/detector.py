@@ -49,6 +49,9 @@ class DetectorRun:
     """A detector's training, one YAML file."""
 
     model: str = "smollm2"
+    first_layers: int = 0
+    """Of the model that are run, for a detector that only reads text (``lcguard.detect``); 0: all,
+    as a guard of the model's KV needs."""
     sources: tuple[DataConfig, ...] = field(default_factory=lambda: (DataConfig(),))
     """``train_records`` of each are trained on but for the validation share, ``test_records`` are
     what the card's recall is measured on; they share no scenario."""
@@ -89,7 +92,7 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     """
     if not 0 < run.validation_share < 1:
         raise ValueError(f"validation_share = {run.validation_share}: use a share between 0 and 1")
-    backend = load_backend(run.model, reader=False)
+    backend = load_backend(run.model, reader=False, first_layers=run.first_layers)
     module = _start(run, backend)
     parts = [_Parts.of(data, run.validation_share, backend) for data in run.sources]
     out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,8 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     counts = (sum(len(p.train) for p in parts), sum(len(p.validation) for p in parts))
     held = sum(len(p.held) for p in parts)
     say("{} training, {} validation and {} held-out records".format(*counts, held))
-    kept = KeptTensors(out / "features", backend.digest)
+    read_by = [backend.digest, run.first_layers] if run.first_layers else backend.digest
+    kept = KeptTensors(out / "features", read_by)
     texts = {r.ids for p in parts for r in p.train + p.validation}
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("read", total=len(texts))

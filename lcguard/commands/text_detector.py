@@ -21,6 +21,7 @@ from lcguard.categories import CATEGORIES, Category
 from lcguard.evaluation.detection import overlapping
 from lcguard.evaluation.load import load_guard
 from lcguard.evaluation.plan import GuardSpec
+from lcguard.guards import FrozenGuard, guard_class
 from lcguard.guards.detector import runs
 from lcguard.normalise import folded
 from lcguard.records import mask_of
@@ -50,13 +51,12 @@ class TextDetector:
     """
 
     def __init__(self, model: str = MODEL, guard: str = GUARD) -> None:
-        backend = load_backend(model, reader=False)
+        card = FrozenGuard.from_pretrained(guard).card
+        if not guard_class(card.guard).finds_secrets:
+            raise ValueError(f"guard {card.guard!r} finds nothing itself: give one with a detector")
+        backend = load_backend(model, reader=False, first_layers=card.shape[0])
         self.encoder, self.source = backend.encoder, backend.source
         self._guard = load_guard(GuardSpec("detector", path=guard), backend)
-        if not self._guard.module.finds_secrets:
-            raise ValueError(
-                f"guard {self._guard.name!r} finds nothing itself: give one with a detector"
-            )
 
     def find(self, text: str, forbid: Collection[str] = CATEGORIES) -> list[Span]:
         """Values of the categories, in order, none overlapping.

@@ -47,6 +47,17 @@ def test_it_answers_as_text_and_as_a_segment_alike() -> None:
 NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
 
 
+def test_its_first_layers_read_as_the_whole_does() -> None:
+    whole, some = load_backend("nano"), load_backend("nano", first_layers=2)
+    ids = [whole.encoder.context("The name is Quella Brandt."), whole.encoder.context("SSN")]
+    first, raw = some.source.prefill(ids), whole.source.prefill(ids)
+    assert some.source.shape == (2, *whole.source.shape[1:])
+    assert torch.equal(first.keys, raw.keys[:, :2])
+    assert torch.equal(first.values, raw.values[:, :2])
+    with pytest.raises(ValueError, match=r"first_layers = 9: the model has \d layers; use 0 for"):
+        load_backend("nano", first_layers=9)
+
+
 def test_an_agent_publishes_through_a_guard_that_is_told() -> None:
     agent = load_backend("nano")
     redact = lcguard.load_guard("redact", agent)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from lcguard.atomic_file import replace_file
 from lcguard.cli import app
+from lcguard.commands.text_detector import TextDetector
 from lcguard.guards import FrozenGuard, GuardError
 from lcguard.guards.shipped import guard_folder
 
@@ -55,6 +56,19 @@ def test_training_goes_on_from_a_guard(guard: Path, tmp_path: Path) -> None:
     refused = train("start=nano:gate", *few)
     assert refused.exit_code != 0
     assert "nano:gate is guard 'gate', not 'twin': leave it out" in str(refused.exception)
+
+
+def test_a_detector_of_text_runs_the_layers_that_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN + "first_layers: 2\n")
+    command = ["detect", "train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*command, "--set", "detector.steps=2"])
+    assert done.exit_code == 0, done.output
+    made = tmp_path / "out" / "guard"
+    assert FrozenGuard.from_pretrained(made).card.shape[0] == 2
+    assert TextDetector("nano", str(made)).source.shape[0] == 2
+    whole = ["detect", "eval", "--source", "generator", "--model", "nano", "--guard", str(made)]
+    refused = CliRunner().invoke(app, [*whole, "--records", "2", "--out", str(tmp_path / "f")])
+    assert "is for KV shape (2, " in str(refused.exception)
 
 
 def figures(guard: Path, tmp_path: Path, *more: str) -> dict[str, object]:
