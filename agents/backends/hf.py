@@ -108,14 +108,16 @@ class HFBackend:
 
 
 def load_backend(
-    name: str = "nano", device: str | None = None, *, reader: bool = True
+    name: str = "nano", device: str | None = None, *, reader: bool = True, first_layers: int = 0
 ) -> HFBackend:
     """Loads a model that goes by a name (``lcguard models list``), a folder or a hub repository.
 
     ``reader``: a model that comes with adapters for answering answers with them; what it publishes
-    is the plain model's either way.
+    is the plain model's either way. ``first_layers``: run no more than these, to read text with,
+    not to answer; 0: all.
 
-    Raises ``ValueError`` in one line where the model cannot be loaded or is not supported.
+    Raises ``ValueError`` in one line where the model cannot be loaded or is not supported, or has
+    not that many layers.
     """
     path = model_location(name, lambda text: print(text, file=sys.stderr))
     folder, chosen = Path(path), chosen_device(device)
@@ -139,11 +141,13 @@ def load_backend(
         raise ValueError(why_not_loaded(name, error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"model {name!r} comes with an adapter: merge it into the weights")
+    if first_layers:
+        _keep_first_layers(model, first_layers)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model.to(chosen)
     if chosen == "cpu" and model.dtype is torch.bfloat16 and not _fast_bfloat16():
         model.float()  # the same values; this processor would emulate every product
-    adapters = reader_folder(name) if reader else None
+    adapters = reader_folder(name) if reader and not first_layers else None
     answering = load_reader(model, adapters) if adapters else None
     return HFBackend(
         name,
@@ -152,6 +156,17 @@ def load_backend(
         Special.of(tokenizer, model.config.vocab_size, [category_values(c) for c in CATEGORIES]),
         digest,
     )
+
+
+def _keep_first_layers(model: Any, n: int) -> None:
+    layers = getattr(getattr(model, model.base_model_prefix), "layers", None)
+    if layers is None or not 0 < n <= len(layers):
+        has = "no list of layers" if layers is None else f"{len(layers)} layers"
+        raise ValueError(f"first_layers = {n}: the model has {has}; use 0 for all of it")
+    del layers[n:]
+    model.config.num_hidden_layers = n
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:n]
 
 
 def chosen_device(wanted: str | None) -> str:
