@@ -21,7 +21,7 @@ from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.protocols import AttackData, Guard, Guess
 from lcguard.records import TokenRecord
 from lcguard.training.dataset import attack_data, blind, guard_all
-from tests.attacks.test_attacks import form
+from tests.attacks.attackers import form
 from tests.fixtures import World
 from tests.matrix import ATTACKS
 

@@ -1,117 +1,37 @@
 """A segment continues exactly like the text it came from, and only an unaltered one loads.
 
 Tolerance: 1e-5 of the largest logit. Float32 rounding of these two-layer models was at most 2.2e-6
-of it; leaving out one rotation changed logits by at least 0.15 of it (asserted: 1e-3).
-"""
+of it; leaving out one rotation changed logits by at least 0.15 of it (asserted: 1e-3)."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.cache_utils import StaticCache
 
 from lcguard import cache as cache_module
-from lcguard import segment_folder
 from lcguard.cache import cache_to_kv, check_supported, check_window, kv_to_cache
-from lcguard.handoff.keys import deployment_key, new_key
 from lcguard.manifest import (
-    Manifest,
     SegmentError,
 )
-from lcguard.model_digest import config_digest
 from lcguard.protocols import KVBatch
 from lcguard.rope import Rotary, UnsupportedModelError
 from lcguard.segment import KVSegment, segments_to_cache
-from lcguard.segment_folder import MANIFEST_FILE, TENSOR_FILE
+from tests.core.tiny_models import (
+    FIELDS,
+    FIRST,
+    SECOND,
+    SUFFIX,
+    make_config,
+    make_model,
+    prefill,
+    segment_of,
+)
 
 TOLERANCE = 1e-5
-KEY = bytes(range(32))
-FIRST, SECOND, SUFFIX = torch.arange(3, 14), torch.arange(40, 25, -1), torch.tensor([7, 50, 9])
-FIELDS: dict[str, Any] = {
-    "model_id": "tiny",
-    "revision": "r1",
-    "source_agent": "clerk",
-    "edge": "clerk>analyst",
-    "policy_digest": "a" * 64,
-    "guard_digest": "b" * 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
-    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
-    "llama-yarn": ("llama", {"rope_parameters": YARN}),
-    "qwen3": ("qwen3", {}),
-    "mistral": ("mistral", {"sliding_window": 64}),
-    "mistral-full": ("mistral", {"sliding_window": None}),
-    "phi3": ("phi3", {"sliding_window": None}),
-    "phi3-partial": (
-        "phi3",
-        {"sliding_window": None, "rope_parameters": {"partial_rotary_factor": 0.5}},
-    ),
-    "gemma2": ("gemma2", {"sliding_window": 64}),
-}
-
-
-def make_config(kind: str, **changes: Any) -> PretrainedConfig:
-    """Two layers, H = 2 KV heads, D = 8."""
-    fields: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    if kind != "phi3":
-        fields["head_dim"] = 8
-    if "rope_parameters" in changes:
-        changes["rope_parameters"] = {"rope_theta": 1e4, **changes["rope_parameters"]}
-    return CONFIG_MAPPING[kind](**(fields | changes))
-
-
-def make_model(config: PretrainedConfig) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-
-
-@pytest.fixture(params=sorted(MODELS))
-def model(request: pytest.FixtureRequest) -> Any:
-    kind, changes = MODELS[request.param]
-    return make_model(make_config(kind, **changes))
-
-
-@pytest.fixture
-def llama() -> Any:
-    return make_model(make_config("llama"))
-
-
-@torch.no_grad()
-def prefill(model: Any, ids: torch.Tensor, offset: int = 0, cache: Any = None) -> DynamicCache:
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    positions = torch.arange(offset, offset + len(ids))[None]
-    model(input_ids=ids[None], position_ids=positions, past_key_values=cache, use_cache=True)
-    return cache
 
 
 @torch.no_grad()
@@ -133,11 +53,6 @@ def greedy(model: Any, cache: Any, offset: int, n_tokens: int = 12) -> list[int]
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference, relative to the largest logit."""
     return float((a - b).abs().max() / a.abs().max())
-
-
-def segment_of(model: Any, ids: torch.Tensor = FIRST, offset: int = 0, **changes: Any) -> KVSegment:
-    cache = prefill(model, ids, offset)
-    return KVSegment.from_cache(cache, model.config, offset=offset, **(FIELDS | changes))
 
 
 def test_continues_like_the_full_text(model: Any) -> None:
@@ -331,211 +246,3 @@ def test_segments_of_two_models_do_not_mix(llama: Any) -> None:
         segments_to_cache([segment_of(llama), segment_of(llama, revision="r2")], llama.config)
     with pytest.raises(ValueError, match="no segments"):
         segments_to_cache([], llama.config)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("copy", [False, True])
-def test_round_trip(tmp_path: Path, llama: Any, dtype: torch.dtype, copy: bool) -> None:
-    segment = segment_of(llama.to(dtype))
-    assert segment.keys.dtype == dtype
-    signed = segment.save(tmp_path / "s", KEY)
-    loaded = KVSegment.load(
-        tmp_path / "s",
-        KEY,
-        config=llama.config,
-        expect_guard="b" * 64,
-        expect_policy="a" * 64,
-        expect={"model_id": "tiny", "edge": "clerk>analyst", "hop": 0},
-        copy=copy,
-    )
-    assert torch.equal(loaded.keys, segment.keys)
-    assert torch.equal(loaded.values, segment.values)
-    assert loaded.manifest == signed.manifest
-    loaded.verify(KEY, config=llama.config)
-    files = sorted(p.name for p in tmp_path.rglob("*"))
-    assert files == ["manifest.json", "s", "segment.safetensors"]
-    if sys.platform == "linux":
-        mapped = str(tmp_path / "s" / TENSOR_FILE) in Path("/proc/self/maps").read_text()
-        assert mapped != copy
-
-
-@pytest.fixture
-def saved(tmp_path: Path, llama: Any) -> tuple[Path, PretrainedConfig]:
-    segment_of(llama, FIRST[:3]).save(tmp_path / "s", KEY)
-    return tmp_path / "s", llama.config
-
-
-def rejected(folder: Path, message: str, key: bytes = KEY, **options: Any) -> None:
-    with pytest.raises(SegmentError, match=message) as caught:
-        KVSegment.load(folder, key, **options)
-    assert "\n" not in str(caught.value)
-
-
-def test_mismatches_name_both_sides(saved: tuple[Path, PretrainedConfig]) -> None:
-    folder, config = saved
-    own, other = config_digest(config), config_digest(make_config("qwen3"))
-    rejected(folder, "HMAC .* another key, or altered", key=bytes(32), config=config)
-    rejected(folder, f"{own}.*{other}", config=make_config("qwen3"))
-    rejected(folder, f"{own}.*{'0' * 64}", expect_model_digest="0" * 64)
-    guard, policy = {"expect_guard": "c" * 64}, {"expect_policy": "d" * 64}
-    rejected(folder, f"guard_digest.*{'b' * 64}.*{'c' * 64}", config=config, **guard)
-    rejected(folder, f"policy_digest.*{'a' * 64}.*{'d' * 64}", config=config, **policy)
-    rejected(folder, "revision.*'r1'.*'r9'", config=config, expect={"revision": "r9"})
-    both = {"config": make_config("qwen3"), "expect_model_digest": own}
-    rejected(folder, f"{own}.*{other}", **both)
-    rejected(folder.parent / "none", "manifest.json is unreadable", config=config)
-    with pytest.raises(ValueError, match="no manifest field"):
-        KVSegment.load(folder, KEY, config=config, expect={"edges": "x"})
-    with pytest.raises(ValueError, match="give one of them"):
-        KVSegment.load(folder, KEY)
-    with pytest.raises(ValueError, match="16 bytes, 32 are needed"):
-        KVSegment.load(folder, bytes(16), config=config)
-
-
-def test_rope_of_another_model(saved: tuple[Path, PretrainedConfig]) -> None:
-    folder, _ = saved
-    rejected(folder, "config_digest", config=make_config("llama", rope_parameters=YARN))
-
-
-def test_every_altered_byte_is_found(saved: tuple[Path, PretrainedConfig]) -> None:
-    folder, config = saved
-    digest = config_digest(config)
-    for name, step in ((MANIFEST_FILE, 1), (TENSOR_FILE, 5)):
-        path, data = folder / name, (folder / name).read_bytes()
-        for index in range(0, len(data), step):
-            path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
-            rejected(folder, ".", expect_model_digest=digest)
-        for length in (0, 7, 60, len(data) // 2, len(data) - 1):
-            path.write_bytes(data[:length])
-            rejected(folder, ".", expect_model_digest=digest)
-        path.write_bytes(data + b"\0")
-        rejected(folder, ".", expect_model_digest=digest)
-        path.unlink()
-        rejected(folder, f"{name} is unreadable", expect_model_digest=digest)
-        path.write_bytes(data)
-    KVSegment.load(folder, KEY, expect_model_digest=digest)
-
-
-def test_other_tensors_are_refused(saved: tuple[Path, PretrainedConfig]) -> None:
-    folder, config = saved
-    tensors = load_file(folder / TENSOR_FILE)
-    tensors = {k: t.clone() for k, t in tensors.items()}
-    save_file(tensors | {"more": torch.zeros(1)}, folder / TENSOR_FILE)
-    rejected(folder, "found .'keys', 'more', 'values'.", config=config)
-    save_file({k: t[:, :, :2].clone() for k, t in tensors.items()}, folder / TENSOR_FILE)
-    rejected(folder, "keys: found .*2, 8.*the manifest says .*3, 8", config=config)
-    save_file({"keys": tensors["values"], "values": tensors["keys"]}, folder / TENSOR_FILE)
-    rejected(folder, "keys: SHA-256 is .* the manifest says", config=config)
-
-
-def test_a_rewritten_manifest_needs_the_key(saved: tuple[Path, PretrainedConfig]) -> None:
-    folder, config = saved
-    path = folder / MANIFEST_FILE
-    manifest = Manifest.decode(path.read_bytes())
-    path.write_bytes(manifest.model_copy(update={"guard_digest": "c" * 64}).encode())
-    rejected(folder, "HMAC", config=config)
-    path.write_bytes(manifest.model_copy(update={"hmac": ""}).encode())
-    rejected(folder, "unsigned", config=config)
-    path.write_bytes(json.dumps(json.loads(manifest.encode()), indent=1).encode())
-    rejected(folder, "canonical", config=config)
-    path.write_bytes(manifest.encode().replace(b'"format_version":2', b'"format_version":3'))
-    rejected(folder, "format_version", config=config)
-    # The right HMAC must not be in a message: it would sign the forgery.
-    forged = manifest.model_copy(update={"hop": 9})
-    with pytest.raises(SegmentError) as caught:
-        forged.verify(KEY)
-    assert forged.sign(KEY).hmac[:12] not in str(caught.value)
-
-
-def test_segments_are_immutable(tmp_path: Path, llama: Any) -> None:
-    segment = segment_of(llama)
-    segment.save(tmp_path / "s", KEY)
-    before = (tmp_path / "s" / TENSOR_FILE).read_bytes()
-    with pytest.raises(SegmentError, match="s exists"):
-        segment_of(llama, SECOND).save(tmp_path / "s", KEY)
-    assert (tmp_path / "s" / TENSOR_FILE).read_bytes() == before
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(SegmentError, match="dangling exists"):
-        segment.save(tmp_path / "dangling", KEY)
-    segment.keys[0, 0, 0, 0] += 1
-    with pytest.raises(SegmentError, match="keys: SHA-256"):
-        segment.save(tmp_path / "t", KEY)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "s"]
-
-
-@pytest.mark.parametrize("step", ["save_file", "_flush"])
-def test_nothing_is_left_after_a_failed_save(
-    tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(segment_folder, step, full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        segment_of(llama).save(tmp_path / "s", KEY)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rival_writer_wins_whole(
-    tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    segment, flush = segment_of(llama), segment_folder._flush
-
-    def rival(path: Path) -> None:
-        flush(path)
-        monkeypatch.setattr(segment_folder, "_flush", flush)
-        segment.save(tmp_path / "s", KEY)
-
-    monkeypatch.setattr(segment_folder, "_flush", rival)
-    with pytest.raises(SegmentError, match="s exists"):
-        segment_of(llama, SECOND).save(tmp_path / "s", KEY)
-    loaded = KVSegment.load(tmp_path / "s", KEY, config=llama.config)
-    assert torch.equal(loaded.keys, segment.keys)
-    assert [p.name for p in tmp_path.iterdir()] == ["s"]
-
-
-def test_rewrite_by_a_guard(tmp_path: Path, llama: Any) -> None:
-    segment = segment_of(llama, guard_digest="").sign(KEY)
-    guarded = segment.rewrite(segment.keys * 0, segment.values, guard_digest="e" * 64, hop=1)
-    assert guarded.manifest.hmac == ""
-    assert guarded.manifest.tensor_digests.keys != segment.manifest.tensor_digests.keys
-    guarded.save(tmp_path / "s", KEY)
-    loaded = KVSegment.load(tmp_path / "s", KEY, config=llama.config, expect_guard="e" * 64)
-    assert loaded.manifest.hop == 1
-    with pytest.raises(ValueError, match="hmac"):
-        segment.rewrite(segment.keys, segment.values, hmac="0" * 64)
-    with pytest.raises(SegmentError, match="keys: found"):
-        KVSegment(segment.keys[:1], segment.values, segment.manifest)
-
-
-def test_manifest_takes_no_text(llama: Any) -> None:
-    for name, value in (("edge", "the salary is 90000"), ("source_agent", "x" * 300)):
-        with pytest.raises(ValidationError, match=name):
-            segment_of(llama, **{name: value})
-    with pytest.raises(ValidationError, match="Extra inputs"):
-        Manifest(**dict(segment_of(llama).manifest), token_ids=[1])
-    with pytest.raises(ValidationError, match="created_at"):
-        Manifest(**(dict(segment_of(llama).manifest) | {"created_at": "yesterday"}))
-    with pytest.raises(ValidationError, match="frozen"):
-        segment_of(llama).manifest.hop = 3
-
-
-def test_config_digest_is_of_the_architecture() -> None:
-    base = config_digest(make_config("llama"))
-    assert base == config_digest(make_config("llama", use_cache=False, initializer_range=0.1))
-    changes = [{"num_hidden_layers": 3}, {"rms_norm_eps": 1e-3}, {"rope_parameters": YARN}]
-    digests = {config_digest(make_config("llama", **c)) for c in changes}
-    assert len(digests | {base}) == 4
-
-
-def test_deployment_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = new_key()
-    assert text != new_key()
-    monkeypatch.setenv("LCGUARD_KEY", text)
-    assert deployment_key() == bytes.fromhex(text)
-    for value, message in (("", "not set"), ("secret!", "hexadecimal"), ("ab" * 16, "16 bytes")):
-        monkeypatch.setenv("LCGUARD_KEY", value)
-        with pytest.raises(ValueError, match=message) as caught:
-            deployment_key()
-        assert not value or value not in str(caught.value)
-        assert caught.value.__suppress_context__ or caught.value.__context__ is None

@@ -13,7 +13,7 @@ from lcguard.guards.frozen import FrozenGuard, GuardError
 from lcguard.noise import noise_key, segment_noise
 from lcguard.protocols import KVBatch, Mask
 from tests.fixtures import forbid_all, random_kv
-from tests.guards.test_guards import module_of
+from tests.guards.every_guard import module_of
 
 SHAPE = (2, 2, 8)
 KEYS = [noise_key(9, "a"), noise_key(9, "b")]

@@ -23,7 +23,7 @@ from lcguard.discrete_gaussian import (
 )
 from lcguard.noise import key_stream, new_noise_key, noise_key, segment_noise
 from tests.fixtures import forbid_all, random_kv
-from tests.guards.test_guards import guard_of
+from tests.guards.every_guard import guard_of
 
 SHAPE = (3, 2, 24)
 VALUES = range(-ZERO, ZERO)

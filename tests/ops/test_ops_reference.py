@@ -18,7 +18,7 @@ from lcguard.ops.stream import NoiseStream
 from lcguard.ops.work import Decision, decide, work_of
 from lcguard.protocols import KVBatch, Mask
 from tests.fixtures import forbid_all, random_kv
-from tests.guards.test_guards import module_of as guard_module
+from tests.guards.every_guard import module_of as guard_module
 from tests.ops.triton_cases import LAYERS, Case, module_of, rotary_of
 
 HEADS, DIM, TOKENS, PAGE, START = 2, 16, 7, 3, 900

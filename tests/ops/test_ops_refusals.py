@@ -12,7 +12,7 @@ from lcguard.ops import dispatch, reference
 from lcguard.ops.stream import NoiseStream
 from lcguard.ops.work import Bottleneck, Gate, TokenWork, work_of
 from tests.fixtures import random_kv
-from tests.guards.test_guards import module_of as guard_module
+from tests.guards.every_guard import module_of as guard_module
 from tests.ops.test_ops_reference import (
     DIM,
     HEADS,

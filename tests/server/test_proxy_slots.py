@@ -16,7 +16,7 @@ from typing import Any
 
 from lcguard.commands.live_servers import Running, Site
 from tests.server.proxy_client import Client, asked, until
-from tests.store.test_store import running_redis
+from tests.store.places import running_redis
 
 WAIT_S = 90.0
 EVENT = {"id": "x", "choices": [{"index": 0, "text": "x" * 4000, "finish_reason": None}]}

@@ -15,7 +15,7 @@ import pytest
 from lcguard.manifest import SegmentError
 from lcguard.store import SegmentNotFound, StoreError, open_store, redis_wire
 from lcguard.store.redis import RedisStore
-from tests.store.test_store import KEY, SEGMENT_BYTES, A, B, Clock, running_redis, same_bits, signed
+from tests.store.places import KEY, SEGMENT_BYTES, A, B, Clock, running_redis, same_bits, signed
 
 PASSWORD = "hunter2:and@more"
 QUOTED = "hunter2%3Aand%40more"

@@ -10,24 +10,11 @@ import pytest
 
 from lcguard.manifest import SegmentError
 from lcguard.store import SegmentNotFound, StoreError
-from tests.store.test_store import (  # noqa: F401
-    KEY,
-    A,
-    B,
-    Clock,
-    Place,
-    file_store,
-    place,
-    redis_port,
-    same_bits,
-    signed,
-    store,
-    together,
-)
+from tests.store.places import KEY, A, B, Place, same_bits, signed, together
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_late_writer_puts_nothing(store: Any, before: bool) -> None:  # noqa: F811
+def test_a_late_writer_puts_nothing(store: Any, before: bool) -> None:
     if before:
         store.put(signed())
     store.put(signed(B))
@@ -42,7 +29,7 @@ def test_a_late_writer_puts_nothing(store: Any, before: bool) -> None:  # noqa: 
     assert same_bits(store.load(B, KEY), signed(B)) or store.handles() == [B]
 
 
-def test_of_a_writer_and_a_retirer_at_once_nothing_is_left(store: Any) -> None:  # noqa: F811
+def test_of_a_writer_and_a_retirer_at_once_nothing_is_left(store: Any) -> None:
     for i in range(20):
         handle = f"{A}{i:02}"
         together(lambda h=handle: store.put(signed(h)), lambda h=handle: store.retire(h))
@@ -51,7 +38,7 @@ def test_of_a_writer_and_a_retirer_at_once_nothing_is_left(store: Any) -> None: 
     assert store.handles() == []
 
 
-def test_a_retired_handle_is_forgotten_later(place: Place, store: Any) -> None:  # noqa: F811
+def test_a_retired_handle_is_forgotten_later(place: Place, store: Any) -> None:
     store.retire(A)
     assert store.sweep() == 0
     with pytest.raises(SegmentError, match="exists"):
@@ -67,7 +54,7 @@ def test_a_retired_handle_is_forgotten_later(place: Place, store: Any) -> None: 
     assert store.handles() == [A]
 
 
-def test_a_folder_of_somebody_else_is_not_retired(tmp_path: Path, file_store: Any) -> None:  # noqa: F811
+def test_a_folder_of_somebody_else_is_not_retired(tmp_path: Path, file_store: Any) -> None:
     theirs = tmp_path / "root" / A
     theirs.mkdir()
     (theirs / "file").write_text("x")

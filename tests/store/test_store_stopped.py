@@ -17,7 +17,7 @@ import pytest
 from lcguard.store import StoreError
 from lcguard.store.line import StoreLine
 from lcguard.store.redis import RedisStore
-from tests.store.test_store import KEY, A, B, running_redis, signed
+from tests.store.places import KEY, A, B, running_redis, signed
 
 
 class Stopped:

@@ -17,7 +17,7 @@ from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.load import model_path
 from lcguard.handoff.handle import Handle, consume_params, publish_params
 from tests.engine import KEY, needs_vllm, policy, question, records
-from tests.store.test_store import running_redis
+from tests.store.places import running_redis
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 

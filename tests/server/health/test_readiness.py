@@ -19,7 +19,7 @@ from lcguard.store.files import FileStore
 from lcguard.store.line import StoreLine
 from lcguard.store.redis import RedisStore
 from tests.server.gateway.test_upstream import Connection, ask
-from tests.store.test_store import running_redis
+from tests.store.places import running_redis
 
 HOUR_S = 3600.0
 
