@@ -34,6 +34,7 @@ COMMANDS = {
     "multihop": "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
     "nano": "python scripts/train_nano.py --check agents/nano/model",
     "detect": "lcguard detect train twin-more --set model=smollm2 --out runs/twin-more",
+    "detect-text": "lcguard detect train text --set model=smollm2 --out runs/text",
     "reader": "python scripts/train_reader.py --measure agents/smollm2/reader --asked-records 40 "
     "--results FILE",
     **{
@@ -69,6 +70,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "agents": ("multihop", columns.agents),
     "nano": ("nano", columns.nano),
     "detect": ("detect", columns.detected),
+    "detect_text": ("detect-text", columns.detected),
     "reader": ("reader", columns.readers),
 }
 

@@ -39,7 +39,10 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help="Read this model's KV; none: the text, as `detect: lcguard` does.")
     ] = "",
-    guard: Annotated[str, typer.Option(help="A guard's folder, or MODEL:NAME.")] = "smollm2:twin",
+    guard: Annotated[
+        str,
+        typer.Option(help="A guard's folder, or MODEL:NAME; none: smollm2:twin, of text :text."),
+    ] = "",
     against: Annotated[
         Literal["presidio"] | None, typer.Option(help="Measure this beside it.")
     ] = None,
@@ -54,6 +57,7 @@ def evaluate(
     if source not in SOURCES:
         raise ValueError(unknown("source", source, SOURCES))
     n = records or (300 if source == "generator" else 0)
+    guard = guard or ("smollm2:twin" if model else "smollm2:text")
     config = DataConfig(source, str(existing(data) or ""), seed, 0, n)
     figures = measure_detector(config, model, guard, against, command_line())
     replace_file(out, (json.dumps(figures, indent=1, default=str) + "\n").encode())

@@ -1,9 +1,9 @@
-"""Finds personal data in any text: the detector of ``smollm2:twin`` as a reader of text, for models
-that have none of their own, and for text that goes to no model.
+"""Finds personal data in any text, for models that have no detector of their own, and for text that
+goes to no model.
 
-A small model reads the text and the detector reads its latents, so that names, diagnoses and
-whatever else only the sentence makes private are found, offline, on a CPU. What it reads is the
-text alone: the guarded agent's model may be any.
+The first layers of a small model read the text and a detector reads their latents, so that names,
+diagnoses and whatever else only the sentence makes private are found, offline, on a CPU. What it
+reads is the text alone: the guarded agent's model may be any.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lcguard.normalise import folded
 from lcguard.records import mask_of
 from lcguard.rule import Rule
 
-MODEL, GUARD = "smollm2", "smollm2:twin"
+MODEL, GUARD = "smollm2", "smollm2:text"
 WINDOW_TOKENS, OVERLAP_TOKENS = 512, 128
 """A long text is read in pieces: the detector learnt on texts of some hundred tokens."""
 BATCH = 8
@@ -45,7 +45,7 @@ class Span:
 
 
 class TextDetector:
-    """A model and the detector that reads it. Loading takes seconds and half a gigabyte.
+    """A model, as far as it is read, and its detector. Loading takes seconds and half a gigabyte.
 
     Raises ``ValueError`` in one line where the model cannot be made or the guard has no detector.
     """
@@ -115,8 +115,9 @@ def detect(text: str, categories: Collection[Category] = CATEGORIES) -> list[Spa
 
     ``for span in lcguard.detect(note): print(span.category, note[span.start:span.end])``
 
-    Reads with SmolLM2-135M-Instruct, which the first call loads (extra ``real``). How much it finds
-    of text that it never saw is in docs/results.md; it vouches for no value.
+    Reads with the first five layers of SmolLM2-135M-Instruct, which the first call loads (extra
+    ``real``). How much it finds of text that it never saw is in docs/results.md; it vouches for no
+    value.
 
     Raises ``ValueError`` for an unknown category, and where the model cannot be loaded.
     """
