@@ -65,7 +65,7 @@ def _table_console() -> Console:
 
 
 def _say(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, highlight=False, markup=False)
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str] = ()) -> None:
