@@ -16,6 +16,7 @@ from lcguard.atomic_file import replace_file
 from lcguard.cli import app
 from lcguard.guards import FrozenGuard, GuardError
 from lcguard.guards.shipped import guard_folder
+from lcguard.guards.standing import unproven
 
 RUN = """
 model: nano
@@ -55,6 +56,21 @@ def test_training_goes_on_from_a_guard(guard: Path, tmp_path: Path) -> None:
     refused = train("start=nano:gate", *few)
     assert refused.exit_code != 0
     assert "nano:gate is guard 'gate', not 'twin': leave it out" in str(refused.exception)
+
+
+def test_nothing_speaks_for_what_a_quick_training_made(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN)
+    out = tmp_path / "out"
+    command = ["detect", "train", str(tmp_path / "run.yaml"), "--out", str(out), "--quick"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    made = FrozenGuard.from_pretrained(out / "guard")
+    assert unproven(made.card) == "its evaluation measured too little to judge by"
+    assert made.card.training is not None
+    config = made.card.training["config"]
+    assert config["quick"] is True
+    assert config["detector"]["steps"] == 10
+    assert config["sources"][0]["train_records"] == 15
 
 
 def figures(guard: Path, tmp_path: Path, *more: str) -> dict[str, object]:
