@@ -39,6 +39,10 @@ FailIf = Annotated[
     list[str] | None,
     typer.Option("--fail-if", help="Exit with 3 where true, such as 'gate.asr_upper>0.05'."),
 ]
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help="Few records and steps: shows that it runs, judges nothing."),
+]
 Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU by default.")]
 
@@ -65,7 +69,7 @@ def _table_console() -> Console:
 
 
 def _say(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, highlight=False, markup=False)
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str] = ()) -> None:
@@ -84,13 +88,13 @@ def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str]
 def demo(
     out: Out = Path("runs/demo"),
     sets: Sets = None,
+    quick: Quick = False,
     device: Device = None,
 ) -> None:
     """Nano agents hand over guarded KV; fresh attackers try to rebuild the secrets."""
-    from lcguard.evaluation.plan import EvalConfig
-    from lcguard.evaluation.presets import load_plan
+    from lcguard.commands.evaluation import load
 
-    _evaluate(load_plan(EvalConfig, "demo", sets or [], None), out, device)
+    _evaluate(load(Path("demo"), sets or [], None, quick=quick), out, device)
 
 
 @eval_app.command("run")
@@ -103,12 +107,13 @@ def eval_run(
     stress: Annotated[
         bool, typer.Option("--stress", help="Ten times the attack steps, wider, more probes.")
     ] = False,
+    quick: Quick = False,
     device: Device = None,
 ) -> None:
     """Run an evaluation, or go on with one that was interrupted."""
     from lcguard.commands.evaluation import load
 
-    _evaluate(load(config, sets or [], existing(data), stress), out, device, fail_if or [])
+    _evaluate(load(config, sets or [], existing(data), stress, quick), out, device, fail_if or [])
 
 
 @eval_app.command("resume")

@@ -26,19 +26,28 @@ def python(*args: str, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the wheel is made from, so that building leaves nothing in the checkout.
-
-    Each room gets one more module: the packaging is tested whatever the rooms hold.
-    """
-    copy = tmp_path_factory.mktemp("source")
+def copied(copy: Path) -> Path:
+    """What the wheel is made from, so that building leaves nothing in the checkout."""
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     for name in ("lcguard", *ROOMS):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    return copy
+
+
+def built(source: Path, out: Path) -> Path:
+    """The wheel of such a copy."""
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=source)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each room gets one more module: the packaging is tested whatever the rooms hold."""
+    copy = copied(tmp_path_factory.mktemp("source"))
     for folder in NAMESPACES:
         (copy / folder).mkdir(exist_ok=True)
         (copy / folder / f"{PROBE}.py").write_text("VALUE = 1\n")
@@ -49,10 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=source)
-    (built,) = out.glob("*.whl")
-    return built
+    return built(source, tmp_path_factory.mktemp("wheel"))
 
 
 def test_rooms_are_links_without_init() -> None:

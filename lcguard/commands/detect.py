@@ -21,12 +21,16 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML, or the name of a preset.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the guard.")] = Path("runs/detect"),
     sets: Annotated[list[str] | None, typer.Option("--set", help="Override a key.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A quarter of records and steps: served by name alone.")
+    ] = False,
 ) -> None:
     """Train guard ``twin``'s detector on labelled records."""
-    from lcguard.commands.detector import DetectorRun, train_detector
+    from lcguard.commands.detector import DetectorRun, quickened, train_detector
     from lcguard.evaluation.presets import load_plan
 
     run = load_plan(DetectorRun, config, sets or [], None, "detect-")
+    run = quickened(run) if quick else run
     train_detector(run, out, command_line(), Console(stderr=True).print)
     typer.echo(out / "guard")
 

@@ -16,6 +16,7 @@ from lcguard.evaluation.folder import RunFolder
 from lcguard.evaluation.main_table import main_table, shown
 from lcguard.evaluation.plan import EvalConfig
 from lcguard.evaluation.presets import AnyPlan, load_evaluation
+from lcguard.evaluation.quick import quickened
 from lcguard.evaluation.report import write_report
 from lcguard.evaluation.results import Report
 from lcguard.evaluation.run import evaluate, from_journal
@@ -24,6 +25,7 @@ from lcguard.evaluation.stress import stressed
 FORMATS = ("table", "md", "json", "html")
 VIOLATED_EXIT, ERRORS_EXIT = 3, 4
 """Exit codes: a ``--fail-if`` was true; more attempts ended in an error than the budget allows."""
+_NO_GATE = "--fail-if says nothing of a quick run, which judges no guard: run without --quick"
 
 
 def run(
@@ -40,6 +42,8 @@ def run(
     Raises ``ValueError``, before anything is run, for a condition that cannot be judged.
     """
     conditions = read_conditions(fail_if)
+    if plan.quick and conditions:
+        raise ValueError(_NO_GATE)
     for condition in conditions:
         condition.check_guards(list(dict.fromkeys(g.name for g in plan.guards)))
     with progress(console, plan.units) as (say, advance):
@@ -47,14 +51,23 @@ def run(
     return judge(report, conditions, console)
 
 
-def load(config: Path, sets: Sequence[str], data: Path | None, stress: bool = False) -> AnyPlan:
+def load(
+    config: Path,
+    sets: Sequence[str],
+    data: Path | None,
+    stress: bool = False,
+    quick: bool = False,
+) -> AnyPlan:
     """A configuration from a file or a preset. Raises ``ValueError`` for anything wrong with it."""
     plan = load_evaluation(config, sets, data)
-    if not stress:
+    if not (stress or quick):
         return plan
+    if stress and quick:
+        raise ValueError("--stress takes longer and --quick is shorter: leave one of them out")
     if not isinstance(plan, EvalConfig):
-        raise ValueError(f"{config}: --stress is for evaluations of one hop; leave it out")
-    return stressed(plan)
+        option = "--stress" if stress else "--quick"
+        raise ValueError(f"{config}: {option} is for evaluations of one hop; leave it out")
+    return stressed(plan) if stress else quickened(plan)
 
 
 def rerender(
@@ -86,8 +99,13 @@ def read_conditions(texts: Sequence[str]) -> list[FailIf]:
 
 
 def judge(found: Report | Mapping[str, Any], conditions: Sequence[FailIf], console: Console) -> int:
-    """Prints what is wrong, one line each; the exit code."""
+    """Prints what is wrong, one line each; the exit code.
+
+    Raises ``ValueError`` for conditions on a quick run.
+    """
     report, code = Report.of(found), 0
+    if conditions and any(row.quick for row in report.results):
+        raise ValueError(_NO_GATE)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)

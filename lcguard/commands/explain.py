@@ -10,9 +10,9 @@ from rich.text import Text
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.scenarios.types import EdgeSpec, Hop, Record
 from lcguard.categories import CATEGORIES
+from lcguard.evaluation.explained import explain_tokens
 from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.plan import DataConfig, GuardSpec
-from lcguard.evaluation.summary import explain_tokens
 from lcguard.nearest import unknown
 from lcguard.records import masks
 from lcguard.rule import Rule

@@ -8,6 +8,7 @@ from typing import Any
 from lcguard.evaluation.compare import read_report
 from lcguard.evaluation.verdict import verdict
 from lcguard.guards import FrozenGuard
+from lcguard.nearest import unknown
 
 FIGURES = ("asr_fresh", "asr_fresh_ci", "floor", "ceiling", "utility", "utility_vanilla")
 
@@ -21,7 +22,11 @@ def record(run: Path, name: str, folder: Path) -> dict[str, Any]:
     report = read_report(run)
     rows = {r.guard: r for r in report.results if r.topology is None and r.variant is None}
     if name not in rows:
-        raise ValueError(f"{run} has no guard {name!r}: it has {', '.join(rows)}")
+        raise ValueError(f"{run}: {unknown('guard', name, rows)}")
+    if rows[name].quick:
+        raise ValueError(
+            f"{run} is a quick run, which judges no guard: run the evaluation without --quick"
+        )
     guard, row = FrozenGuard.from_pretrained(folder), rows[name]
     if row.guard_digest != guard.digest:
         raise ValueError(

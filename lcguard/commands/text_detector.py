@@ -23,6 +23,7 @@ from lcguard.evaluation.load import load_guard
 from lcguard.evaluation.plan import GuardSpec
 from lcguard.guards import FrozenGuard, guard_class
 from lcguard.guards.detector import runs
+from lcguard.nearest import unknown
 from lcguard.normalise import folded
 from lcguard.records import mask_of
 from lcguard.rule import Rule
@@ -123,7 +124,7 @@ def detect(text: str, categories: Collection[Category] = CATEGORIES) -> list[Spa
     """
     for category in categories:
         if category not in CATEGORIES:
-            raise ValueError(f"category {category!r} is unknown: use {', '.join(CATEGORIES)}")
+            raise ValueError(unknown("category", category, CATEGORIES))
     return shared_text_detector().find(text, categories)
 
 

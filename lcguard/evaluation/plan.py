@@ -112,6 +112,8 @@ class Plan:
     """Skip a guard's remaining attacks once one recovers this share; None runs all."""
     error_budget: int = 0
     """Attempts that may end in an error before the run counts as failed."""
+    quick: bool = False
+    """As ``--quick`` makes it, with less of everything: its figures judge no guard."""
 
     def __post_init__(self) -> None:
         if not self.seeds:

@@ -231,6 +231,8 @@ class GuardRow(Part):
     certificate: Certificate | None = None
     detection: Detection | None = None
     """Of guards that find values themselves."""
+    quick: bool = False
+    """Of a quick run: too little was done to say anything good of the guard."""
     claim: str | None = None
     note: str | None = None
     guard_digest: str | None = None

@@ -197,6 +197,7 @@ def report_of(made: Evaluation, journal: Journal, folder: RunFolder) -> dict[str
     where = folder.manifest() or {}
     sources = {m["hashes"]["source"] for m in [where, *where.get("resumed", [])]}
     warnings = [OVER.format(errors, budget)] if errors > budget else []
+    warnings += [QUICK] if made.plan.quick else []
     warnings += [CHANGED] if len(sources) > 1 else []
     found = {
         "schema_version": SCHEMA_VERSION,
@@ -213,6 +214,10 @@ def report_of(made: Evaluation, journal: Journal, folder: RunFolder) -> dict[str
 OVER = (
     "{} attempts ended in an error, and the budget is {}: they count for nobody, so the figures "
     "below rest on fewer attempts than were made. Repair the attack and run again."
+)
+QUICK = (
+    "This is a quick run, with few records and short attacks: it shows what a report looks like, "
+    "and judges no guard."
 )
 CHANGED = (
     "This run was interrupted and went on with other code of lcguard: some units are of the one "

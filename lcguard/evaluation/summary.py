@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from lcguard.evaluation.detection import asr_ceiling, hidden_tokens, measure
+from lcguard.evaluation.explained import explain
 from lcguard.evaluation.lists import list_figures
 from lcguard.evaluation.outcomes import Attempt
 from lcguard.evaluation.plan import GuardSpec, PolicySpec
-from lcguard.evaluation.runner import EDGE
 from lcguard.evaluation.schedule import Challenge, HopRun
 from lcguard.evaluation.segments import ATTACKER, VICTIM
 from lcguard.evaluation.statistics import (
@@ -24,9 +23,7 @@ from lcguard.evaluation.statistics import (
     mean_over_categories,
 )
 from lcguard.guards.frozen import FrozenGuard
-from lcguard.protocols import Mask
-from lcguard.records import TokenRecord, masks
-from lcguard.training.dataset import with_policy
+from lcguard.records import TokenRecord
 
 
 def hop_figures(run: HopRun) -> dict[str, Any]:
@@ -108,6 +105,7 @@ def guard_row(run: HopRun, spec: GuardSpec, attempts: Sequence[Attempt]) -> dict
         },
         "certificate": guard.card.certificate,
         "detection": detection(run, guard),
+        **({"quick": True} if plan.quick else {}),
         "claim": guard.card.claim,
         "guard_digest": guard.digest,
     }
@@ -210,52 +208,6 @@ def _band_guesses(records: Sequence[TokenRecord]) -> dict[tuple[str, str], tuple
                 ids = r.ids[s.start : s.end]
                 values[ids] = values.get(ids, 0) + 1
     return {k: max(v, key=lambda i: v[i]) for k, v in seen.items()}
-
-
-def explain(run: HopRun) -> list[dict[str, Any]]:
-    """Contexts with the share of each token that the policy guard withheld."""
-    plan, model = run.plan, run.runner.s.model
-    spec = next((g for g in plan.guards if g.name == plan.policy_guard), None)
-    if spec is None:
-        return []
-    guard, out = run.runner.s.guards[spec.name], []
-    policy = plan.policies[-1] if plan.policies else None
-    for record in run.hops.sides[VICTIM][: plan.explain]:
-        view = with_policy([record], policy.forbid)[0] if policy else record
-        kv = model.source.prefill([view.ids])
-        out.append(
-            {
-                "title": view.record_id,
-                "guard": guard.name,
-                "policy": policy.name if policy else EDGE,
-                "tokens": explain_tokens(guard, view, kv, masks([view]), model.decode),
-            }
-        )
-    return out
-
-
-def explain_tokens(
-    guard: FrozenGuard,
-    record: TokenRecord,
-    kv: Any,
-    mask: Mask,
-    decode: Callable[[Sequence[int]], str],
-) -> list[dict[str, Any]]:
-    """Token texts with the share withheld and the category of the value they belong to."""
-    marks = guard.marks(kv, mask)
-    if marks is not None:
-        withheld = (marks[0, : len(record.ids)] >= 0).float()
-    elif guard.needs_twin:
-        withheld = torch.zeros(len(record.ids))
-        for s in record.spans:
-            withheld[s.start : s.end] = float(s.secret)
-    else:
-        withheld = guard(kv, mask).withheld[0].cpu()
-    category = {i: s.category for s in record.spans for i in range(s.start, s.end)}
-    return [
-        {"text": decode([t]), "withheld": round(float(withheld[i]), 4), "category": category.get(i)}
-        for i, t in enumerate(record.ids)
-    ]
 
 
 def utility_figures(

@@ -108,7 +108,9 @@ def verdict(found: GuardRow | Mapping[str, Any]) -> Verdict:
         )
         if ci and blind is not None and _above(ci[1], blind)
     ]
-    return Verdict("inconclusive" if wide else "protects", "; ".join([*held, *wide, *caveats]))
+    quick = ["a quick run, too short to fail an attacker"] if row.quick else []
+    word = "inconclusive" if quick or wide else "protects"
+    return Verdict(word, "; ".join([*quick, *held, *wide, *caveats]))
 
 
 def _above(asr: float, floor: float) -> bool:

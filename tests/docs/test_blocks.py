@@ -39,6 +39,9 @@ ELSEWHERE = {
     ("docs/proxy.md", "lcguard.client"): "tests/server/test_client.py",
 }
 
+# Pages whose every block is run, and its output looked at, by a test of their own.
+WHOLE = {"docs/first-hour.md": "tests/docs/test_first_hour.py"}
+
 # Commands that are run here, in an empty folder; what they print is not looked at.
 QUICK = (
     "--help",
@@ -78,7 +81,8 @@ HEAVY = {
 
 
 def elsewhere(found: Block) -> bool:
-    return any(found.page == page and part in found.code for page, part in ELSEWHERE)
+    named = any(found.page == page and part in found.code for page, part in ELSEWHERE)
+    return named or found.page in WHOLE
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -92,6 +96,11 @@ def test_what_is_run_elsewhere_is_run_there(page: str, part: str) -> None:
     assert block(page, part)
     text = (ROOT / ELSEWHERE[page, part]).read_text()
     assert f'block("{page}", "{part}")' in text
+
+
+@pytest.mark.parametrize("page", WHOLE)
+def test_a_page_that_is_run_whole_is_run_there(page: str) -> None:
+    assert f'PAGE = "{page}"' in (ROOT / WHOLE[page]).read_text()
 
 
 RUN_HERE = [

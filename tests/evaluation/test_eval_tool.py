@@ -23,6 +23,7 @@ from lcguard.agents.models import NAMED
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.attacks.probe import ProbeAttack
 from lcguard.commands.detector import DetectorRun
+from lcguard.commands.evaluation import load
 from lcguard.commands.inventory import count_units, find_runs
 from lcguard.commands.progress import progress
 from lcguard.config import dump_config, load_config
@@ -33,10 +34,11 @@ from lcguard.evaluation.load import hops_for
 from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
 from lcguard.evaluation.presets import load_plan, preset, shipped
+from lcguard.evaluation.quick import quickened
 from lcguard.evaluation.stress import stressed
 from lcguard.training.dataset import attack_data
 from tests.fixtures import World
-from tests.test_cli import lcguard, one_line
+from tests.test_cli import files_of_at_most, lcguard, one_line
 
 TINY = """\
 title: tiny
@@ -148,6 +150,54 @@ def test_killed_and_resumed_ends_in_the_same_report(home: Path, tmp_path: Path) 
     assert figures(out) == figures(home / "runs" / "whole")
     (later,) = read(out / "manifest.json")["resumed"]
     assert "eval resume" in later["command"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+from lcguard.cli import main
+from lcguard.evaluation.outcomes import Journal
+
+write, written = Journal.write, []
+
+def interrupted_before_the_third(self, *args, **more):
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    write(self, *args, **more)
+    written.append(1)
+
+Journal.write = interrupted_before_the_third
+sys.argv[0] = "lcguard"
+sys.exit(main())
+"""
+
+
+def test_nothing_more_is_done_after_ctrl_c(home: Path, tmp_path: Path) -> None:
+    """Not even the unit whose figures are there already is written."""
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-c", INTERRUPTED, "eval", "run", "tiny.yaml", "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert (
+        done.stderr.splitlines()[-1] == f"lcguard: stopped; resume with: lcguard eval resume {out}"
+    )
+    assert count_units(out / "attempts.jsonl") == 2
+    assert not (out / "report.json").exists()
+
+
+def test_a_full_disk_ends_an_evaluation_in_one_line_and_it_goes_on(
+    home: Path, tmp_path: Path
+) -> None:
+    whole = home / "runs" / "whole"
+    words = ("eval", "run", str(home / "tiny.yaml"), "--out", "run")
+    with files_of_at_most((whole / "attempts.jsonl").stat().st_size // 2):
+        line = one_line_at_end(lcguard(*words, cwd=tmp_path))
+    assert line.startswith("lcguard: [Errno 27] File too large")
+    assert line.endswith("make room and run the same command again; what was done is kept")
+    assert 1 <= count_units(tmp_path / "run" / "attempts.jsonl") < UNITS
+    done = lcguard(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert figures(tmp_path / "run") == figures(whole)
 
 
 def test_what_a_run_leaves_behind(home: Path) -> None:
@@ -282,8 +332,9 @@ def test_several_hops_by_the_same_commands(tmp_path: Path) -> None:
     (entry,) = find_runs(tmp_path / "runs")
     assert entry.state == f"complete, {units} units"
     assert entry.best is not None
-    refused = lcguard("eval", "run", "hops.yaml", "--out", "x", "--stress", cwd=tmp_path)
-    assert "one hop" in one_line(refused)
+    for option in ("--stress", "--quick"):
+        refused = lcguard("eval", "run", "hops.yaml", "--out", "x", option, cwd=tmp_path)
+        assert f"{option} is for evaluations of one hop" in one_line(refused)
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
@@ -605,6 +656,44 @@ def test_stress_makes_every_attack_stronger(tmp_path: Path) -> None:
     RunFolder(tmp_path).check(strong)
     with pytest.raises(ValueError, match="title"):
         RunFolder(tmp_path).check(weak)
+
+
+def test_quick_makes_less_of_everything() -> None:
+    full = load(Path("demo"), (), None)
+    assert isinstance(full, EvalConfig)
+    quick = quickened(full)
+    assert (quick.data.train_records, quick.data.test_records) == (225, 40)
+    by_name = {a.name: a for a in quick.attacks}
+    assert by_name["probe"].options == {"fit": {"steps": 65, "batch": 2048}}
+    assert by_name["decoder-warm"].clean_fit["steps"] == 80
+    assert by_name["likelihood"].options == {"lists": [10, 100], "max_records": 6}
+    assert [g.name for g in quick.guards] == [g.name for g in full.guards]
+    assert (quick.policies, quick.derived, quick.seeds) == ((), None, (0,))
+    assert load(Path("demo"), (), None, quick=True) == quick
+    real = load(Path("main"), ("model=smollm2",), None, quick=True)
+    assert isinstance(real, EvalConfig)
+    assert (real.data.train_records, real.data.test_records) == (8, 6)
+
+
+def test_a_quick_run_says_so_and_judges_nothing(home: Path, tmp_path: Path) -> None:
+    command = ("eval", "run", str(home / "tiny.yaml"), "--out", "run", "--quick")
+    done = lcguard(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tiny (quick run)" in done.stdout
+    report = read(tmp_path / "run" / "report.json")
+    assert report["data"]["train_records"] == 10
+    assert all(row["quick"] for row in report["results"])
+    assert report["notes"][0].startswith("This is a quick run")
+    for name in ("report.md", "report.html"):
+        assert "This is a quick run" in (tmp_path / "run" / name).read_text()
+    assert "quick" not in read(home / "runs" / "whole" / "report.json")["results"][0]
+    resumed = lcguard("eval", "resume", "run", cwd=tmp_path)
+    assert "tiny (quick run)" in resumed.stdout
+    gated = ("--fail-if", "gaussian.asr_upper>0.99")
+    for words in ((*command, *gated), ("eval", "report", "run", "--stored", *gated)):
+        assert "says nothing of a quick run" in one_line(lcguard(*words, cwd=tmp_path))
+    both = lcguard(*command, "--stress", cwd=tmp_path)
+    assert "leave one of them out" in one_line(both)
 
 
 def test_a_probe_of_one_layer_reads_that_layer_alone(world: World) -> None:

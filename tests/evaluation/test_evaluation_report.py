@@ -222,6 +222,15 @@ def test_verdict_follows_the_rule(change: dict[str, Any], word: str) -> None:
     assert verdict(row("gate", 0.98, 0.03, 0.047) | change).word == word
 
 
+def test_a_quick_run_is_never_green() -> None:
+    base = row("gate", 0.98, 0.03, 0.047)
+    assert verdict(base).word == "protects"
+    quick = verdict(base | {"quick": True})
+    assert quick.word == "inconclusive"
+    assert quick.reason.startswith("a quick run, ")
+    assert verdict(base | {"quick": True, "asr_fresh": 0.5}).word == "leaks"
+
+
 def test_verdict_admits_its_limits() -> None:
     base = row("gate", 0.98, 0.03, 0.047)
     assert "interval still reaches 20.0%" in verdict(base | {"asr_fresh_ci": [0, 0.2]}).reason

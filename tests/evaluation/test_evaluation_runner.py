@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 
 from lcguard.agents.backends.hf import load_backend
+from lcguard.agents.scenarios.load import load_hops
 from lcguard.categories import CATEGORIES
 from lcguard.evaluation.detection import asr_ceiling
+from lcguard.evaluation.explained import chosen, explain_tokens
 from lcguard.evaluation.hop_segments import HopSegments
+from lcguard.evaluation.load import load_guard
 from lcguard.evaluation.outcomes import Journal, read_attempts
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec, PolicySpec
 from lcguard.evaluation.run import evaluate, load
 from lcguard.evaluation.runner import Case, Runner
 from lcguard.evaluation.segments import ATTACKER, VICTIM
 from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.records import TokenRecord, masks
 from lcguard.source import ModelSource
+from lcguard.training.dataset import with_policy
 
 TINY = EvalConfig(
     title="tiny",
@@ -117,6 +122,29 @@ def test_explained_contexts_shade_the_secrets(report: tuple[dict[str, Any], Path
     if secret:
         assert sum(secret) / len(secret) > sum(rest) / len(rest)
     assert all(0 <= t["withheld"] <= 1 for t in shown["tokens"])
+
+
+def test_explained_contexts_are_divided_by_their_policy() -> None:
+    """Of a context under which everything is forbidden nothing is left to compare."""
+    agent = load_backend("nano")
+    records = agent.encoder.encode(load_hops("generator", seed=1000, split="test", n=24))
+    ids, whole = PolicySpec("ids", ("government_id",)), PolicySpec("all")
+    half = PolicySpec("half", ("person", "health", "finance"))
+    shown = chosen(records, [PolicySpec("nothing", ()), ids, half, whole], 2)
+    assert [name for name, _ in shown] == ["ids", "half"]
+    assert len({r.record_id for _, r in shown}) == 2
+    gate = load_guard(GuardSpec("gate", path="nano:gate"), agent)
+
+    def passing(r: TokenRecord) -> set[bool]:
+        """Of which values a token is shown unstruck: secrets, others."""
+        kv = agent.source.prefill([r.ids])
+        tokens = explain_tokens(gate, r, kv, masks([r]), agent.decode)
+        return {s.secret for s in r.spans for t in tokens[s.start : s.end] if t["withheld"] <= 0.5}
+
+    assert [passing(r) for _, r in shown] == [{False}, {False}]
+    assert [passing(r) for r in with_policy(records[:2], CATEGORIES)] == [set(), set()]
+    assert [n for n, _ in chosen(records, [whole], 2)] == ["all", "all"]
+    assert chosen(records, [ids], 0) == []
 
 
 def test_an_attack_fitted_on_test_records_is_refused() -> None:

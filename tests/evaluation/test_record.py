@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -36,11 +37,23 @@ def test_the_shipped_cards_say_what_the_shipped_run_measured(tmp_path: Path) -> 
         assert FrozenGuard.from_pretrained(f"nano:{name}").card.evaluation == found
 
 
+def test_a_quick_run_speaks_for_no_guard(tmp_path: Path) -> None:
+    shutil.copytree(guard_folder("nano:gate"), tmp_path / "g")
+    report = json.loads(DEMO.read_text())
+    for row in report["results"]:
+        row["quick"] = True
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="is a quick run, which judges no guard"):
+        record(tmp_path / "report.json", "gate", tmp_path / "g")
+
+
 def test_another_guard_is_not_credited(tmp_path: Path) -> None:
     shutil.copytree(guard_folder("nano:gate-full"), tmp_path / "g")
     before = (tmp_path / "g" / "lcguard_config.json").read_bytes()
     with pytest.raises(ValueError, match=r"measured a guard 'gate' of digest .* in .* lies"):
         record(DEMO, "gate", tmp_path / "g")
-    with pytest.raises(ValueError, match="has no guard 'gat': it has identity, "):
+    with pytest.raises(
+        ValueError, match=r"demo\.json: guard 'gat' is unknown: did you mean 'gate'"
+    ):
         record(DEMO, "gat", tmp_path / "g")
     assert (tmp_path / "g" / "lcguard_config.json").read_bytes() == before

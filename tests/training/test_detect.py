@@ -17,6 +17,7 @@ from lcguard.cli import app
 from lcguard.commands.text_detector import TextDetector
 from lcguard.guards import FrozenGuard, GuardError
 from lcguard.guards.shipped import guard_folder
+from lcguard.guards.standing import unproven
 
 RUN = """
 model: nano
@@ -69,6 +70,21 @@ def test_a_detector_of_text_runs_the_layers_that_it_reads(tmp_path: Path) -> Non
     whole = ["detect", "eval", "--source", "generator", "--model", "nano", "--guard", str(made)]
     refused = CliRunner().invoke(app, [*whole, "--records", "2", "--out", str(tmp_path / "f")])
     assert "is for KV shape (2, " in str(refused.exception)
+
+
+def test_nothing_speaks_for_what_a_quick_training_made(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN)
+    out = tmp_path / "out"
+    command = ["detect", "train", str(tmp_path / "run.yaml"), "--out", str(out), "--quick"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    made = FrozenGuard.from_pretrained(out / "guard")
+    assert unproven(made.card) == "its evaluation measured too little to judge by"
+    assert made.card.training is not None
+    config = made.card.training["config"]
+    assert config["quick"] is True
+    assert config["detector"]["steps"] == 10
+    assert config["sources"][0]["train_records"] == 15
 
 
 def figures(guard: Path, tmp_path: Path, *more: str) -> dict[str, object]:

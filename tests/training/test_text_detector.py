@@ -39,7 +39,7 @@ def test_values_are_found_with_their_categories() -> None:
 def test_only_what_is_asked_for() -> None:
     assert found(NOTE, "person") == {"Bob Martinez": "person"}
     assert lcguard.detect(NOTE, ()) == []
-    with pytest.raises(ValueError, match="category 'heath' is unknown: use person, "):
+    with pytest.raises(ValueError, match="category 'heath' is unknown: did you mean 'health'"):
         lcguard.detect(NOTE, ["heath"])
 
 
