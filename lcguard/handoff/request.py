@@ -132,8 +132,9 @@ def parse_field(form: type[F], value: object) -> F:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise _bad(".".join([PARAM, *map(str, first["loc"])]), first["msg"]) from None
-    if not any(getattr(found, part) is not None for part in ("publish", "consume")):
-        raise _bad(PARAM, "is empty: give publish or consume")
+    parts = [name for name in ("publish", "consume", "text") if name in form.model_fields]
+    if not any(getattr(found, part) is not None for part in parts):
+        raise _bad(PARAM, f"is empty: give {' or '.join(parts)}")
     return found
 
 

@@ -52,6 +52,7 @@ class TextGuard:
         source: str,
         audience: str,
         *,
+        edge: Edge | None = None,
         key: bytes | None = None,
         conversation: str = "",
         secrets: Sequence[str] | None = None,
@@ -63,6 +64,7 @@ class TextGuard:
             policy: or the path of its file.
             source: agent that hands over, ``agent`` or ``tenant/agent``.
             audience: agent that reads.
+            edge: in place of the policy's, where it was tightened for this hop.
             key: the deployment's, of at least 32 bytes; None takes that of ``LCGUARD_KEY``.
             conversation: within which a value keeps its placeholder.
             secrets: values to hide, ``[]`` for none; each call may name further ones. Needed where
@@ -74,8 +76,10 @@ class TextGuard:
             PolicyError: for a policy or an agent's name that cannot be used.
             HandoffError: for an edge that takes no text (403), or that nobody can guard (400).
         """
-        found = policy if isinstance(policy, Policy) else load_policy(policy)
-        self.edge: Edge = found.for_edge(source, audience)
+        if edge is None:
+            found = policy if isinstance(policy, Policy) else load_policy(policy)
+            edge = found.for_edge(source, audience)
+        self.edge = edge
         check_channel(self.edge, "text")
         check_findable(self.edge)
         if self.edge.detect != "none" and detect is None:
@@ -94,7 +98,7 @@ class TextGuard:
         """A text. Raises ``HandoffError`` (400) as ``json``."""
         if not isinstance(text, str):
             raise HandoffError(400, f"text is a {type(text).__name__}: give a string")
-        return self._guarded(lambda walk: walk.visit(text, Spot(run=0)), secrets)
+        return self._guarded(lambda walk: walk.text(text), secrets)
 
     def messages(
         self, messages: Sequence[Any], secrets: Sequence[str] | None = None
@@ -115,7 +119,13 @@ class TextGuard:
         self, messages: Sequence[Any], rest: Mapping[str, Any], secrets: Sequence[str] | None = None
     ) -> Guarded[tuple[list[Any], dict[str, Any]]]:
         """Messages and what else of a request is read, such as its tools. Raises as ``json``."""
-        return self._guarded(lambda walk: (walk.messages(messages), walk.json(rest)), secrets)
+        return self._guarded(lambda walk: (walk.messages(messages, 1), walk.json(rest)), secrets)
+
+    def choices(
+        self, choices: Sequence[Mapping[str, Any]], secrets: Sequence[str] | None = None
+    ) -> Guarded[list[dict[str, Any]]]:
+        """Those of an answer, chat's or text's. Raises as ``json``."""
+        return self._guarded(lambda walk: walk.choices(choices), secrets)
 
     def check_named(self, secrets: Sequence[str] | None = None) -> list[str]:
         """The values that are named. Raises ``HandoffError`` (400) where some should be, and none
@@ -139,7 +149,7 @@ class TextGuard:
         detect = None if finder is None else lambda text: finder(text, forbid)
         return Search(self.check_named(secrets), self.edge.custom, detect)
 
-    def _guarded(self, make: Callable[[Any], T], secrets: Sequence[str] | None) -> Guarded[T]:
+    def _guarded(self, make: Callable[[Walk], T], secrets: Sequence[str] | None) -> Guarded[T]:
         search = self.search(secrets)
         hosts: list[tuple[str, Spot]] = []
 
@@ -147,7 +157,7 @@ class TextGuard:
             hosts.append((text, spot))
             return text
 
-        make(_Walk(collect))
+        make(Walk(collect))
         leaves: list[Leaf] = []
         for i, (text, spot) in enumerate(hosts):
             leaves += leaves_of(text, i, spot)
@@ -155,11 +165,5 @@ class TextGuard:
         found: Rewriting = rewriting(leaves, hits, self.placeholders)
         search.check(found.left, hits)
         made: Iterator[str] = iter([found.apply(text, i) for i, (text, _) in enumerate(hosts)])
-        value = make(_Walk(lambda text, spot: next(made)))
+        value = make(Walk(lambda text, spot: next(made)))
         return Guarded(value, dict(found.hidden), found.originals)
-
-
-class _Walk(Walk):
-    def visit(self, text: str, spot: Spot) -> str:
-        """A text alone."""
-        return self._visit(text, spot)

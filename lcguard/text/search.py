@@ -10,6 +10,7 @@ pattern or a detector finds in one place is then covered in all. A value may be 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ from lcguard.value_search import SHORTEST, Key, Range, Spellings, merged
 
 Detect = Callable[[str], Iterable[Range]]
 """Character ranges of what is private in a text."""
+SEARCH_S = 30.0
+"""For all strings of one value together."""
 _APART = " ;\n"
 """Between strings that no text joins: numbers on both sides of it are not one."""
 
@@ -97,6 +100,7 @@ class Search:
             except ValueError as error:
                 raise HandoffError(400, f"secrets[{i}] is {error}: name a text") from None
         self.custom, self._detect = custom, detect
+        self._until_s = time.monotonic() + SEARCH_S
         self.terms = [key for category in custom.values() for key in category.keys]
 
     def find(self, leaves: Sequence[Leaf]) -> list[Hit]:
@@ -122,6 +126,10 @@ class Search:
                 yield _at(i, leaf, text, hit)
 
     def _in_text(self, text: Joined) -> Iterator[Hit]:
+        if time.monotonic() > self._until_s:
+            raise HandoffError(
+                400, f"looking through the text took longer than {SEARCH_S:g} s: send less at once"
+            )
         spellings = Spellings(text.text)
         yield from (text.hit(a, b, True) for a, b in spellings.find(*self.named))
         try:

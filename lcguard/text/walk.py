@@ -31,6 +31,7 @@ _MEDIA = frozenset(
     "image_url input_image image audio input_audio video video_url audio_url file input_file "
     "file_data image_embeds audio_embeds".split()
 )
+REASONING = ("reasoning", "reasoning_content")
 _JSON_FIELDS = frozenset({"arguments", "output"})
 _DEEPEST = 64
 """Levels of a value; OpenAI's requests have fewer than ten, before a tool's own."""
@@ -76,6 +77,25 @@ class Walk:
             raise _bad(f"messages is a {type(messages).__name__}: give a list of messages")
         return [self.message(m, group + i) for i, m in enumerate(messages)]
 
+    def choices(self, choices: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Those of an answer: what the model wrote. Raises as ``json``."""
+        out = []
+        for i, choice in enumerate(choices):
+            made = dict(choice)
+            for name in ("message", "delta"):
+                if isinstance(choice.get(name), Mapping):
+                    made[name] = self.message(choice[name], i)
+            for name in ("text", "stop_reason"):
+                if isinstance(choice.get(name), str):
+                    made[name] = self.text(choice[name], i)
+            out.append(made)
+        return out
+
+    def text(self, text: str, group: int = 0) -> str:
+        """A text that is read as one."""
+        self._runs += 1
+        return self._visit(text, Spot(group, self._runs))
+
     def message(self, message: Any, group: int = 0) -> Any:
         """One of them: a text, or an object. Raises as ``json``."""
         if not isinstance(message, str | Mapping):
@@ -109,12 +129,13 @@ class Walk:
 
     def _object(self, value: Mapping[Any, Any], at: _At) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        for name, item in value.items():
+        made_of: dict[str, str] = {}
+        for name, item in sorted(value.items(), key=_read_first) if at.chat else value.items():
             if not isinstance(name, str):
                 raise _bad(f"a key is a {type(name).__name__}: give strings")
             structure = at.chat and name in _NAMES
             made = name if structure else self._visit(name, replace(at.spot, run=None))
-            made = _free(made, out)
+            made = made_of[name] = _free(made, out)
             if at.chat and item is not None and (name in _MEDIA or _is_media(name, item)):
                 raise _bad(
                     f"a part of {item if name == 'type' else name}: nobody can look through media, "
@@ -124,7 +145,7 @@ class Walk:
                 out[made] = item
             else:
                 out[made] = self._value(item, self._below(at, name, value))
-        return out
+        return {made_of[name]: out[made_of[name]] for name in value}
 
     def _below(self, at: _At, name: str, parent: Mapping[Any, Any]) -> _At:
         """Where the value of a field stands."""
@@ -142,6 +163,11 @@ class Walk:
             return replace(at, spot=replace(spot, run=self._runs))
         known = name in _NAMES and name not in ("input", "parameters")
         return replace(at, spot=replace(spot, run=None), chat=known)
+
+
+def _read_first(field: tuple[Any, Any]) -> bool:
+    """Reasoning comes before what it leads to, wherever it stands in a message."""
+    return field[0] not in REASONING
 
 
 def _is_word(name: str, value: str) -> bool:
