@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from lcguard.normalise import Form
 
@@ -19,6 +20,8 @@ _PIECE = re.compile(
     r"|(?P<unit>\\u[0-9a-fA-F]{4})|(?P<sign>\\.)|[^\\]+",
     re.DOTALL,
 )
+_LONGEST = 400
+"""Digits of a number that is written out: no double has more."""
 _SIGNS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -54,9 +57,10 @@ def spellings_of_number(digits: str) -> list[str]:
     (``9.12551029e8``)."""
     if digits.lstrip("-").isdigit():
         return [digits]
-    value = float(digits)
-    # beyond this a float is no longer the digits that were meant
-    return [digits, str(int(value))] if value.is_integer() and abs(value) < 2**53 else [digits]
+    value = Decimal(digits)
+    if value.adjusted() > _LONGEST or value != value.to_integral_value():
+        return [digits]
+    return [digits, f"{value.to_integral_value():f}"]
 
 
 def escaped(text: str, depth: int) -> str:

@@ -1,12 +1,13 @@
 """What stands in a value's place: ``[PROJECT_NAME-3f9a2c...]``, the same within a conversation.
 
     id  = HMAC-SHA256(key, (tenant, conversation, normalised value)), 64 bits
-    tag = HMAC-SHA256(key, id), 32 bits
+    tag = HMAC-SHA256(key, (word, id)), 32 bits
 
 each under a domain of its own. Spellings of one value share an ``id``, two
 values do not, and neither a counter nor a restart comes into it. Another conversation calls the
 same value otherwise: who reads both cannot tell. The tag shows that a placeholder is a deployment's
-own, so that it is not taken for a value at the next hop, and that no value hides in a forged one.
+own, word and all, so that it is not taken for a value at the next hop, and that no value hides in a
+forged one.
 
 The word before the dash is the own category that the value belongs to, else ``NUMBER`` for what is
 mostly digits and ``TEXT`` for the rest.
@@ -24,7 +25,7 @@ from lcguard.value_search import Key, Range
 _ID_DOMAIN, _TAG_DOMAIN = b"lcguard text placeholder\0", b"lcguard text placeholder tag\0"
 _ID, _TAG = 16, 8
 _FORM = re.compile(
-    rf"\[[A-Z][A-Z0-9_]{{0,39}}-([0-9a-f]{{{_ID}}})([0-9a-f]{{{_TAG}}})\]", re.IGNORECASE
+    rf"\[([A-Z][A-Z0-9_]{{0,39}})-([0-9a-f]{{{_ID}}})([0-9a-f]{{{_TAG}}})\]", re.IGNORECASE
 )
 
 
@@ -37,8 +38,8 @@ class Placeholders:
 
     def of(self, value: str, category: str = "") -> str:
         """The placeholder of a value, in any spelling of it."""
-        name = self.id_of(value)
-        return f"[{category.upper() or _kind(value)}-{name}{self._tag(name)}]"
+        word, name = category.upper() or _kind(value), self.id_of(value)
+        return f"[{word}-{name}{self._tag(word, name)}]"
 
     def id_of(self, value: str) -> str:
         """Names a value within the conversation."""
@@ -49,12 +50,12 @@ class Placeholders:
     def places(self, text: str) -> Iterator[tuple[Range, str]]:
         """Every placeholder of the deployment in a text, of any conversation, with its id."""
         for match in _FORM.finditer(text):
-            name, tag = match[1].lower(), match[2].lower()
-            if hmac.compare_digest(tag, self._tag(name)):
+            word, name, tag = match[1].upper(), match[2].lower(), match[3].lower()
+            if word.isascii() and hmac.compare_digest(tag, self._tag(word, name)):
                 yield match.span(), name
 
-    def _tag(self, name: str) -> str:
-        return canonical_hmac(self._key, _TAG_DOMAIN, name)[:_TAG]
+    def _tag(self, word: str, name: str) -> str:
+        return canonical_hmac(self._key, _TAG_DOMAIN, [word, name])[:_TAG]
 
 
 def _kind(value: str) -> str:

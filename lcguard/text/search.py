@@ -100,11 +100,15 @@ class Search:
             except ValueError as error:
                 raise HandoffError(400, f"secrets[{i}] is {error}: name a text") from None
         self.custom, self._detect = custom, detect
-        self._until_s = time.monotonic() + SEARCH_S
+        self._until_s = 0.0
+        self._seen: dict[str, list[tuple[int, int, bool, str]]] = {}
+        """What was found in a text: keys and values come again."""
         self.terms = [key for category in custom.values() for key in category.keys]
 
     def find(self, leaves: Sequence[Leaf]) -> list[Hit]:
         """Every hit. Raises ``HandoffError`` (400) for a pattern that takes too long."""
+        self._until_s = time.monotonic() + SEARCH_S
+        self._seen.clear()
         hits = [hit for i in range(len(leaves)) for hit in self._alone(leaves, i)]
         for which in _by(leaves, lambda leaf: leaf.spot.run):
             if len(which) > 1:
@@ -126,12 +130,18 @@ class Search:
                 yield _at(i, leaf, text, hit)
 
     def _in_text(self, text: Joined) -> Iterator[Hit]:
+        if text.text not in self._seen:
+            self._seen[text.text] = list(self._places(text.text))
+        yield from (text.hit(*place) for place in self._seen[text.text])
+
+    def _places(self, text: str) -> Iterator[tuple[int, int, bool, str]]:
+        """Start, end, whether the hit is firm, and its category."""
         if time.monotonic() > self._until_s:
             raise HandoffError(
                 400, f"looking through the text took longer than {SEARCH_S:g} s: send less at once"
             )
-        spellings = Spellings(text.text)
-        yield from (text.hit(a, b, True) for a, b in spellings.find(*self.named))
+        spellings = Spellings(text)
+        yield from ((a, b, True, "") for a, b in spellings.find(*self.named))
         try:
             found = find_custom(spellings, self.custom)
         except SearchError as error:
@@ -139,8 +149,8 @@ class Search:
         for name, places in found.items():
             keys = self.custom[name].keys
             terms = spellings.find(*keys) if keys else []
-            yield from (text.hit(a, b, True, name) for a, b in terms)
-            yield from (text.hit(a, b, False, name) for a, b in places if (a, b) not in terms)
+            yield from ((a, b, True, name) for a, b in terms)
+            yield from ((a, b, False, name) for a, b in places if (a, b) not in terms)
 
     def _detected(self, leaves: Sequence[Leaf]) -> Iterator[Hit]:
         """What the edge's detector finds: in texts as they are read, and in all else of a message

@@ -141,7 +141,7 @@ class Walk:
                     f"a part of {item if name == 'type' else name}: nobody can look through media, "
                     "send text alone"
                 )
-            if at.chat and isinstance(item, str) and _is_word(name, item):
+            if at.chat and _is_word(name, item):
                 out[made] = item
             else:
                 out[made] = self._value(item, self._below(at, name, value))
@@ -170,8 +170,11 @@ def _read_first(field: tuple[Any, Any]) -> bool:
     return field[0] not in REASONING
 
 
-def _is_word(name: str, value: str) -> bool:
-    return (name == "role" and value in ROLES) or (name == "type" and value in _TYPES)
+def _is_word(name: str, value: Any) -> bool:
+    if name == "index":  # of a choice or a tool call
+        return type(value) is int and 0 <= value < 1000
+    words = {"role": ROLES, "type": _TYPES}.get(name, frozenset())
+    return isinstance(value, str) and value in words
 
 
 def _is_media(name: str, value: Any) -> bool:

@@ -16,6 +16,8 @@ from openai import PermissionDeniedError
 
 from lcguard.client import AsyncClient, Client
 from lcguard.commands.live_servers import Site
+from lcguard.handoff.policy import parse_policy
+from lcguard.server.health.selftest import edges_by_guard
 from lcguard.server.leakage.edge_state import save_state
 from lcguard.server.leakage.meter import EdgeLeakage
 from tests.server.proxy import Front, error, rewrite, wait_for
@@ -246,6 +248,15 @@ def test_the_python_client(front: Front) -> None:
         assert (back.value, back.restored, back.kept) == ({"note": NOTE}, 3, 0)
 
     asyncio.run(use())
+
+
+def test_engine_and_canaries_try_edges_of_kv_alone() -> None:
+    """There is no KV on the others to guard, or to attack."""
+    found = list(edges_by_guard(parse_policy(POLICY)))
+    assert found
+    assert all(edge.channel == "kv" for edge in found)
+    everything = [_text("*", "*", ["person"])]
+    assert not list(edges_by_guard(parse_policy({"version": 1, "edges": everything})))
 
 
 def test_the_openapi_document_has_the_routes(front: Front) -> None:

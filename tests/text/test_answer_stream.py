@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from itertools import islice, pairwise
 from typing import Any
 
@@ -196,6 +197,17 @@ def test_a_field_that_goes_on_behind_another_ends_the_stream() -> None:
         stream.feed({"choices": [{"index": 0, "delta": delta}]})
     with pytest.raises(HandoffError, match="without stream"):
         stream.feed({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+
+
+def test_a_search_is_bounded_and_a_long_stream_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = AnswerStream(terms_alone(), [NAME])
+    pieces = chunks({"content": f"It was {NAME}, then."}, [3, 9])
+    now = time.monotonic()
+    monkeypatch.setattr("lcguard.text.search.time.monotonic", lambda: now + 1e6)
+    assert not leaks(read(sent(stream, pieces)), NAME)
+    monkeypatch.setattr("lcguard.text.search.SEARCH_S", -1.0)
+    with pytest.raises(HandoffError, match="took longer"):
+        terms_alone().text("x", [NAME])
 
 
 def test_what_is_sure() -> None:

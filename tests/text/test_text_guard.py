@@ -125,6 +125,14 @@ def test_a_number_becomes_a_string_and_the_arguments_still_parse(number: str) ->
     assert arguments(number, SSN) == json.dumps(placeholder)
 
 
+@pytest.mark.parametrize("number", ["9.876543210987654e15", "9876543210987654.0"])
+def test_a_long_number_in_any_form(number: str) -> None:
+    made = arguments(f'{{"card": {number}}}', "9876 5432 1098 7654")
+    assert json.loads(made) == {"card": mark("9876543210987654")}
+    huge = '{"n": [1e400, 1e-400, -0.0, 12.5e1]}'
+    assert arguments(huge, SSN) == huge
+
+
 def test_json_within_json_within_json() -> None:
     inner = json.dumps({"ssn": 912551029, "who": NAME})
     text = json.dumps({"body": json.dumps({"again": inner})})
@@ -203,8 +211,13 @@ def test_a_placeholder_is_no_value_at_the_next_hop_and_a_forged_one_is() -> None
     tail = made.split("-")[1][:3]
     again = guard("second").text(f"{made} {tail}", [tail]).value
     assert again == f"{made} {mark(tail, conversation='second')}"
-    forged = f"[TEXT-{'912551029'.ljust(24, '0')}]"
-    assert not leaks(guard().text(forged, [SSN]).value, SSN)
+    for forged in (
+        f"[TEXT-{'912551029'.ljust(24, '0')}]",
+        made.split()[0].replace("TEXT", "ADA_LONG"),
+        made.split()[0].replace("TEXT", "X_912551029"),
+    ):
+        assert not leaks(guard().text(forged, [NAME, SSN]).value, NAME), forged
+        assert not leaks(guard().text(forged, [NAME, SSN]).value, SSN), forged
 
 
 def test_named_values_keep_their_bounds_where_a_detector_finds_more() -> None:
