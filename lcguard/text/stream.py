@@ -32,7 +32,7 @@ _TEXTS = ("content", "reasoning", "reasoning_content", "refusal", "text")
 _CONTEXT = 64
 """Characters before what is looked at that are read too: a short term is a word, or part of one."""
 _PENDING = re.compile(
-    r"(?:\\+(?:u[0-9a-fA-F]{0,4}|x[0-9a-fA-F]{0,2})?)+$"
+    r"(?:\\(?:u[0-9a-fA-F]{0,4}|x[0-9a-fA-F]{0,2})?)+$"
     r"|&(?:amp;)*[#A-Za-z0-9]{0,32}$"
     r"|(?:%[0-9a-fA-F]{2})*%[0-9a-fA-F]{0,2}$"
     r"|</?[A-Za-z]?[^<>]{0,201}$"

@@ -212,10 +212,11 @@ class TextHops:
         """
         a = self._authority
         mine = [e for e in a.policy.edges if e.tenant in (ANY, who.tenant)]
-        if not any(who.agent in edge.restore for edge in mine):
+        if who.role != "agent" or not any(who.agent in edge.restore for edge in mine):
             refused = ProxyError(
                 403,
-                f"no edge lets {who.agent!r} have values back: name it under restore",
+                f"no edge lets {who.role} {who.agent!r} have values back: name an agent under "
+                "restore",
                 code="policy",
             )
             await self._refused(who, "", who.agent, request_id, refused)

@@ -165,6 +165,10 @@ def test_values_come_back_for_whom_the_edge_names_alone(front: Front) -> None:
     for who in ("billing", "mallory"):
         assert error(restored(front, who, conversation="talk", json=made)) == (403, "policy")
     assert rows(front, "text_restored")[-1]["agent"] == "intake"
+    body = {"conversation": "talk", "json": made}
+    auditor = front.auth("desk", role="auditor")
+    seen = front.http.post("/lcguard/v1/text/restore", json=body, headers=auditor)
+    assert error(seen) == (403, "policy")
     other = restored(front, "desk", conversation="other", json=made)
     assert other.json() == {"json": made, "restored": 0, "kept": 3}
     foreign = front.http.post(

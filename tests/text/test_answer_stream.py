@@ -214,3 +214,4 @@ def test_what_is_sure() -> None:
     assert settled("abcdefghij", 5, 10) == 1
     assert settled("Hello, w\\u00", 5, 5) == 2
     assert settled("", 5, 10) == 0
+    assert settled("\\" * 500 + "abcdefghij", 5, 5) > 500, "in time that does not explode"
