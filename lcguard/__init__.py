@@ -8,6 +8,7 @@ The public API, by what one does with it:
 - ``GuardedLLM``, ``AsyncGuardedLLM``: the same inside vLLM
 - ``Policy``, ``load_policy``, ``PolicyError``, ``CATEGORIES``: who may learn what
 - ``detect``: what is private in a text, for models without a detector of their own
+- ``text_guard``: text between agents under the same policy, in a process of your own
 - ``evaluate``, ``Attack``: what still leaks
 
 Names load on first use, so that ``import lcguard`` (and with it ``lcguard --help`` or a policy
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lcguard.categories import CATEGORIES
     from lcguard.commands.api import evaluate, load_agent, load_guard
     from lcguard.commands.text_detector import detect
+    from lcguard.commands.text_guard import text_guard
     from lcguard.handoff.policy import Policy, PolicyError, load_policy
     from lcguard.protocols import Attack, Guard, Guarded, KVBatch
     from lcguard.segment import KVSegment
@@ -46,6 +48,7 @@ _EXPORTS = {
     "load_agent": "lcguard.commands.api",
     "load_guard": "lcguard.commands.api",
     "load_policy": "lcguard.handoff.policy",
+    "text_guard": "lcguard.commands.text_guard",
 }
 
 __all__ = [
@@ -65,6 +68,7 @@ __all__ = [
     "load_agent",
     "load_guard",
     "load_policy",
+    "text_guard",
 ]
 
 

@@ -12,9 +12,16 @@ as its message. For everything else that an OpenAI client does there is ``client
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from lcguard.client_answers import (
+    EdgeLeakage,
+    GuardedText,
+    Published,
+    RestoredText,
+    Revoked,
+    Segment,
+)
 
 try:
     from openai import AsyncOpenAI, OpenAI, RequestOptions
@@ -28,59 +35,7 @@ Messages = str | Sequence[Mapping[str, Any]]
 """A prompt: a text, or a conversation as OpenAI writes it."""
 
 
-class _Shown(BaseModel):
-    """What the proxy says; what this version does not know is kept."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Published(_Shown):
-    """A segment that its publisher made."""
-
-    handle: str
-    source: str
-    audience: str
-    expires_at_s: float
-    guard: str
-    forbid: tuple[str, ...] = ()
-    derive: tuple[str, ...] = ()
-    n_tokens: int
-    redacted_spans: int | None = None
-    """Places where a named or found value was overwritten; None for other guards."""
-    unproven: str = ""
-    """Why nothing shows that the guard withholds anything; empty where something does."""
-
-
-class Segment(_Shown):
-    """A segment as its publisher, its audience or an auditor may see it."""
-
-    handle: str
-    source: str
-    audience: str
-    created_at_s: float
-    expires_at_s: float
-    n_tokens: int
-    """Rounded up for the audience (``length_bucket`` of the edge)."""
-    guard: str
-    manifest: dict[str, Any] | None = None
-    """Verified; only of a segment that was asked for by its handle."""
-
-
-class Revoked(_Shown):
-    revoked: tuple[str, ...]
-    """The handle, and with ``cascade`` those that were published on top of it."""
-    ended_requests: int
-    still_in_store: tuple[str, ...] = ()
-
-
-class EdgeLeakage(_Shown):
-    """What canaries lost on an edge."""
-
-    tenant: str
-    source: str
-    audience: str
-
-
+Form = Literal["text", "messages", "json"]
 Handle = str | Published | Segment
 Body = dict[str, Any]
 
@@ -112,6 +67,30 @@ def _publish(
 
 def _consume(prompt: Messages, handles: Sequence[Handle], options: Mapping[str, Any]) -> Body:
     return _chat(prompt, "user", {"consume": [_name(h) for h in handles]}, options)
+
+
+def _text_hop(
+    prompt: Messages,
+    hop: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Body:
+    return _chat(prompt, "user", {"text": {k: v for k, v in hop.items() if v is not None}}, options)
+
+
+def _form(value: Any, form: Form | None) -> Form:
+    return form or ("text" if isinstance(value, str) else "json")
+
+
+def _handed(value: Any, form: Form, more: Mapping[str, Any]) -> Body:
+    return {form: value, **{k: v for k, v in more.items() if v is not None}}
+
+
+def _guarded_text(answer: Any, form: Form) -> GuardedText:
+    return GuardedText.model_validate({**answer["applied"], "value": answer[form]})
+
+
+def _restored_text(answer: Any, form: Form) -> RestoredText:
+    return RestoredText(value=answer[form], restored=answer["restored"], kept=answer["kept"])
 
 
 def _at(base_url: object, path: str) -> str:
@@ -203,6 +182,52 @@ class Client:
         found: Any = self.openai.delete(at, cast_to=object, options=_cascade(cascade))
         return Revoked.model_validate(found)
 
+    def chat(
+        self,
+        prompt: Messages,
+        *,
+        source: str | None = None,
+        audience: str | None = None,
+        secrets: Sequence[str] | None = None,
+        conversation: str | None = None,
+        **options: Any,
+    ) -> ChatCompletion:
+        """OpenAI's answer where text is handed over: the prompt came from ``source``, the answer
+        goes to ``audience``, or both. Each is guarded under its edge."""
+        hop = {"source": source, "audience": audience, "conversation": conversation}
+        named = None if secrets is None else [*secrets]
+        return self._create(_text_hop(prompt, {**hop, "secrets": named}, options))
+
+    def guard_text(
+        self,
+        value: Any,
+        audience: str,
+        *,
+        secrets: Sequence[str] | None = None,
+        conversation: str | None = None,
+        form: Form | None = None,
+    ) -> GuardedText:
+        """A text, or any JSON value, as ``audience`` may have it.
+
+        Args:
+            secrets: values to hide; ``[]`` for none.
+            conversation: within which a value keeps its placeholder.
+            form: ``messages`` for a chat's; None takes a string as text, all else as JSON.
+        """
+        form = _form(value, form)
+        more = {"audience": audience, "conversation": conversation}
+        named = None if secrets is None else [*secrets]
+        body = _handed(value, form, {**more, "secrets": named})
+        return _guarded_text(self._post("text", body), form)
+
+    def restore_text(
+        self, value: Any, *, conversation: str | None = None, form: Form | None = None
+    ) -> RestoredText:
+        """The same with its values, as far as the policy lets this agent have them back."""
+        form = _form(value, form)
+        body = _handed(value, form, {"conversation": conversation})
+        return _restored_text(self._post("text/restore", body), form)
+
     def leakage(self) -> list[EdgeLeakage]:
         """What canaries lost on the edges of this agent."""
         return [EdgeLeakage.model_validate(row) for row in self._get("leakage")["edges"]]
@@ -226,6 +251,9 @@ class Client:
 
     def _get(self, path: str) -> Any:
         return self.openai.get(_at(self.openai.base_url, path), cast_to=object)
+
+    def _post(self, path: str, body: Body) -> Any:
+        return self.openai.post(_at(self.openai.base_url, path), body=body, cast_to=object)
 
 
 class AsyncClient:
@@ -272,6 +300,42 @@ class AsyncClient:
         found: Any = await self.openai.delete(at, cast_to=object, options=_cascade(cascade))
         return Revoked.model_validate(found)
 
+    async def chat(
+        self,
+        prompt: Messages,
+        *,
+        source: str | None = None,
+        audience: str | None = None,
+        secrets: Sequence[str] | None = None,
+        conversation: str | None = None,
+        **options: Any,
+    ) -> ChatCompletion:
+        hop = {"source": source, "audience": audience, "conversation": conversation}
+        named = None if secrets is None else [*secrets]
+        return await self._create(_text_hop(prompt, {**hop, "secrets": named}, options))
+
+    async def guard_text(
+        self,
+        value: Any,
+        audience: str,
+        *,
+        secrets: Sequence[str] | None = None,
+        conversation: str | None = None,
+        form: Form | None = None,
+    ) -> GuardedText:
+        form = _form(value, form)
+        more = {"audience": audience, "conversation": conversation}
+        named = None if secrets is None else [*secrets]
+        body = _handed(value, form, {**more, "secrets": named})
+        return _guarded_text(await self._post("text", body), form)
+
+    async def restore_text(
+        self, value: Any, *, conversation: str | None = None, form: Form | None = None
+    ) -> RestoredText:
+        form = _form(value, form)
+        body = _handed(value, form, {"conversation": conversation})
+        return _restored_text(await self._post("text/restore", body), form)
+
     async def leakage(self) -> list[EdgeLeakage]:
         return [EdgeLeakage.model_validate(row) for row in (await self._get("leakage"))["edges"]]
 
@@ -293,3 +357,6 @@ class AsyncClient:
 
     async def _get(self, path: str) -> Any:
         return await self.openai.get(_at(self.openai.base_url, path), cast_to=object)
+
+    async def _post(self, path: str, body: Body) -> Any:
+        return await self.openai.post(_at(self.openai.base_url, path), body=body, cast_to=object)

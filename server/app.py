@@ -25,6 +25,7 @@ from lcguard.server.health.routes import router as health
 from lcguard.server.openapi import openapi
 from lcguard.server.routes import router
 from lcguard.server.state import Proxy
+from lcguard.server.text_routes import router as text
 
 Lifespan = Callable[[], AbstractAsyncContextManager[Proxy]]
 
@@ -51,6 +52,7 @@ def make_app(lifespan: Lifespan) -> FastAPI:
     )
     app.include_router(health)
     app.include_router(router)
+    app.include_router(text)
     for path, endpoint in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
         # before the others: a request tries the routes one by one
         app.router.routes.insert(0, Route(path, _Relayed(endpoint, path), methods=["POST"]))

@@ -21,6 +21,8 @@ from lcguard.server.audit.config_changes import note_changes
 from lcguard.server.audit.trail import AuditLog, Entry
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
+from lcguard.server.authorization.text_hops import TextHops
+from lcguard.server.database.vault import sweep_originals
 from lcguard.server.database.writer import Database, DatabaseError
 from lcguard.server.detection.span_finder import SpanFinder, TextFinder
 from lcguard.server.engine import Engine, EnginePlan
@@ -185,6 +187,9 @@ def open_proxy(
         upstream, deployment.model, s.limits.redact_timeout_s, deployment.text_finder
     )
     stack.callback(spans.close)
+    authority = Authority(
+        policy, store, line, key, audit, meter, spans, conditions.publishing_blocked
+    )
     return Proxy(
         settings=s,
         key=key,
@@ -196,9 +201,8 @@ def open_proxy(
         store=store,
         line=line,
         meter=meter,
-        authority=Authority(
-            policy, store, line, key, audit, meter, spans, conditions.publishing_blocked
-        ),
+        authority=authority,
+        text_hops=TextHops(authority),
         settlement=Settlement(store, line, key, audit, unproven),
         readiness=deployment.readiness,
         limits=KeyLimits(Limits(concurrency=s.limits.key_concurrency)),
@@ -266,3 +270,4 @@ async def _sweeps(proxy: Proxy) -> None:
         with suppress(DatabaseError):
             await proxy.database.write(lambda c: sweep(c, proxy.authority.clock()))
             await proxy.database.write(lambda c: sweep_draws(c, proxy.authority.clock()))
+            await proxy.database.write(lambda c: sweep_originals(c, proxy.authority.clock()))

@@ -20,6 +20,7 @@ from lcguard.server.audit.trail import AuditLog, Entry
 from lcguard.server.authorization.active_reads import ActiveReads
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
+from lcguard.server.authorization.text_hops import TextHops
 from lcguard.server.database.writer import Database, DatabaseError
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
@@ -78,6 +79,7 @@ class Proxy:
     meter: LeakageMeter
     authority: Authority
     settlement: Settlement
+    text_hops: TextHops
     readiness: Readiness
     limits: KeyLimits
     concurrency: ConcurrencyLimit

@@ -22,18 +22,19 @@ MAY_IMPORT = {
     "ops": {"core", "guards"},
     "training": {"core", "guards"},
     "handoff": {"core", "store"},
+    "text": {"core", "handoff"},
     "vllm": {"core", "guards", "handoff", "ops", "store"},
     "agents": {"core", "handoff", "store", "training"},
     "attacks": {"core", "guards", "training"},
     "evaluation": {"agents", "attacks", "core", "guards", "training"},
-    "server": {"core", "evaluation", "guards", "handoff", "store"},
+    "server": {"core", "evaluation", "guards", "handoff", "store", "text"},
 }
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
 
 # Package from outside -> who may import it.
 OUTSIDE = {
-    "torch": set(MAY_IMPORT) - {"handoff", "server"},
-    "transformers": set(MAY_IMPORT) - {"guards", "handoff", "ops", "store", "training"},
+    "torch": set(MAY_IMPORT) - {"handoff", "server", "text"},
+    "transformers": set(MAY_IMPORT) - {"guards", "handoff", "ops", "store", "text", "training"},
     "vllm": {"vllm", "agents", "commands"},
     "triton": {"ops"},
     "fastapi": {"server"},
@@ -132,6 +133,8 @@ def test_rooms_import_what_they_may(graph: dict[str, list[str]]) -> None:
         ("lcguard.server.app", "lcguard.vllm", False),
         ("lcguard.server.app", "lcguard.attacks.base", False),
         ("lcguard.server.app", "vllm", False),
+        ("lcguard.text.guard", "lcguard.server.errors", False),
+        ("lcguard.text.guard", "torch", False),
         ("lcguard.vllm.llm", "vllm", True),
         ("lcguard.cli", "lcguard.attacks", True),
     ],
@@ -168,7 +171,13 @@ def modules(package: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "names", [modules("lcguard/handoff"), ["lcguard.manifest"], ["lcguard.store.line"]]
+    "names",
+    [
+        modules("lcguard/handoff"),
+        modules("lcguard/text"),
+        ["lcguard.manifest"],
+        ["lcguard.store.line"],
+    ],
 )
 def test_the_rules_of_a_hop_load_no_model(names: list[str]) -> None:
     """Checking a policy, a grant or a manifest does not take the seconds that torch takes."""

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from lcguard.categories import own_names
-from lcguard.handoff.errors import LineageError
+from lcguard.handoff.channel import check_channel
+from lcguard.handoff.errors import HandoffError, LineageError
 from lcguard.handoff.policy import Edge, Policy, PolicyError
 from lcguard.rule import Rule
 
@@ -120,9 +121,14 @@ def check_guard(
 
 
 def check_current(segment: Restricted, policy: Policy) -> None:
-    """Raises ``LineageError`` where the policy in force forbids its audience more than the segment
-    was guarded against, on its own edge or on behalf of whose text it stands on."""
+    """Raises ``LineageError`` where the policy in force lets no KV pass there, or forbids its
+    audience more than the segment was guarded against, on its own edge or on behalf of whose text
+    it stands on."""
     edge = _edge(policy, segment.source_agent, segment.audience)
+    try:
+        check_channel(edge, "kv")
+    except HandoffError as error:
+        raise LineageError(str(error)) from None
     lineage = segment.lineage
     behind = [o for o in lineage.origins if o != segment.source_agent] if lineage else []
     extra = Rule.joined(_from_origins(policy, behind, segment.audience)).without(edge.declassify)

@@ -30,9 +30,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -45,7 +42,8 @@ from lcguard.canonical import canonical_digest
 from lcguard.categories import CATEGORIES, DERIVABLE, Category, in_order, own_names
 from lcguard.config import ConfigError, located, read_mapping, validated
 from lcguard.custom_categories import CategoryName, CustomCategory
-from lcguard.handoff.names import ANY, EdgeName, PolicyName, is_agent, split_tenant
+from lcguard.handoff.channel import AgentName, ChannelFields, Model
+from lcguard.handoff.names import ANY, EdgeName, is_agent, split_tenant
 from lcguard.rule import Rule
 
 
@@ -76,27 +74,13 @@ def _form(value: Any) -> str:
     return "(mapping)" if isinstance(value, Mapping) else "(list)"
 
 
-def _apart(name: Any) -> Any:
-    """``acme/intake`` in one field would match nobody, and the next wider edge would decide."""
-    if isinstance(name, str) and "/" in name:
-        raise ValueError("no agent and no tenant has '/' in its name; give the tenant as `tenant:`")
-    return name
-
-
 def _one(tenant: str) -> str:
     if tenant == ANY:
         raise ValueError("what holds for every tenant stands under categories")
     return tenant
 
 
-AgentName = Annotated[PolicyName, BeforeValidator(_apart)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Edge(_Model):
+class Edge(ChannelFields):
     """What ``audience`` may not learn from what ``source`` hands over."""
 
     source: AgentName
@@ -192,14 +176,14 @@ class Edge(_Model):
 _CLOSED = Edge(source=ANY, audience=ANY, forbid=CATEGORIES)
 
 
-class TenantRules(_Model):
+class TenantRules(Model):
     """What holds for one tenant."""
 
     categories: CustomCategories
     """As ``Policy.categories`` defines them for all: both together where both have a name."""
 
 
-class Policy(_Model):
+class Policy(Model):
     """All edges of a deployment."""
 
     version: Literal[1]
@@ -211,7 +195,9 @@ class Policy(_Model):
     """A mapping defines categories of your own, beside the built-in ones. A list names the built-in
     categories that the author knew: any other is forbidden on every edge, so that a library update
     which adds one opens nothing."""
-    tenants: dict[Annotated[AgentName, AfterValidator(_one)], TenantRules] = {}
+    tenants: dict[Annotated[AgentName, AfterValidator(_one)], TenantRules] = Field(
+        default_factory=dict
+    )
     """Categories of one tenant's own."""
     edges: tuple[Edge, ...]
 

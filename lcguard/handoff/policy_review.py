@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pydantic import TypeAdapter, ValidationError
 
 from lcguard.custom_categories import CustomCategory
+from lcguard.handoff.channel import KV_ALONE
 from lcguard.handoff.names import ANY, KeyName
 from lcguard.handoff.policy import Edge, Policy
 
@@ -57,6 +58,8 @@ def unserved(policy: Policy, guards: Collection[str] | None = None) -> Iterator[
         guards: names that the engine has; None where that is not known.
     """
     for i, edge in enumerate(policy.edges):
+        if edge.channel == "text":
+            continue
         if edge.fixed_length:
             yield f"{_named(policy, i)} refuses every publish: fixed_length is not for vLLM"
         elif guards is not None and edge.guard not in guards:
@@ -126,5 +129,6 @@ def _listed(names: Collection[str]) -> str:
 
 def _rest(edge: Edge) -> str:
     said = {"source", "audience", "tenant", "forbid", "derive", "declassify"}
+    said |= {*KV_ALONE, "on_failure"} if edge.channel == "text" else {"channel", "restore"}
     rest = edge.model_dump(exclude=said)
     return "; ".join(f"{key} {value}" for key, value in rest.items() if value is not None)

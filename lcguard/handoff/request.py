@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from lcguard.canonical import canonical_json
 from lcguard.categories import CATEGORIES, in_order, own_names
 from lcguard.custom_categories import CategoryName
+from lcguard.handoff.channel import check_channel
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.names import EdgeName, HandleName, QualifiedName, split_tenant
 from lcguard.handoff.policy import TOLD, Edge, Policy, PolicyError, cannot_find
@@ -131,21 +132,24 @@ def parse_field(form: type[F], value: object) -> F:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise _bad(".".join([PARAM, *map(str, first["loc"])]), first["msg"]) from None
-    if not any(getattr(found, part) is not None for part in ("publish", "consume")):
-        raise _bad(PARAM, "is empty: give publish or consume")
+    parts = [name for name in ("publish", "consume", "text") if name in form.model_fields]
+    if not any(getattr(found, part) is not None for part in parts):
+        raise _bad(PARAM, f"is empty: give {' or '.join(parts)}")
     return found
 
 
 def edge_of(policy: Policy, publish: EnginePublish) -> Edge:
     """The policy's rule for this hop, tightened by what the request hides beyond it.
 
-    Raises ``HandoffError`` (400) for a hop between tenants, for a guard that the rule does not let
-    a request choose, and for a category that nobody knows, or that the edge's guard cannot find.
+    Raises ``HandoffError``: 403 for an edge that takes text, 400 for a hop between tenants, for a
+    guard that the rule does not let a request choose, and for a category that nobody knows, or that
+    the edge's guard cannot find.
     """
     try:
         edge = policy.for_edge(publish.source, publish.audience)
     except PolicyError as error:
         raise HandoffError(400, str(error)) from None
+    check_channel(edge, "kv")
     if publish.guard not in (None, edge.guard) and edge.on_leak != publish.guard:
         raise HandoffError(
             400,

@@ -8,7 +8,7 @@ from sqlite3 import Connection
 
 Name = tuple[str, str, str]
 """Tenant, source, audience."""
-DONE = ("published", "consumed")
+DONE = ("published", "consumed", "text_guarded")
 """Events that make a hop one that was used: what is refused is only a name that somebody sent."""
 CANARY_TENANT = "(canary)"
 """Whom the audit names as tenant of a canary: no key of a file can have this name."""

@@ -103,7 +103,7 @@ def _row(
     leak = leak or EdgeLeakage(*name, since_s=0.0)
     return EdgeRow(
         *name,
-        guard=edge.guard,
+        guard="text" if edge.channel == "text" else edge.guard,
         forbid=edge.forbid,
         state=proxy.meter.verdict(*name),
         on_leak=edge.on_leak,

@@ -1,10 +1,11 @@
-"""Tables of the proxy's one SQLite file: the audit trail and the ledger."""
+"""Tables of the proxy's one SQLite file: the audit trail, the ledger and the values behind
+placeholders of text."""
 
 from __future__ import annotations
 
 import sqlite3
 
-VERSION = 2
+VERSION = 3
 """``user_version`` of the file. An older one is brought up to it; no newer one is used."""
 APPLICATION_ID = 0x4C434744
 """``application_id``, "LCGD": tells the file from another program's."""
@@ -34,6 +35,19 @@ _FROM_1 = (
     "ALTER TABLE segments ADD COLUMN draw TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE segments ADD COLUMN record TEXT NOT NULL DEFAULT ''",
     *_DRAWS,
+)
+_FROM_2 = (
+    """CREATE TABLE originals (
+        tenant TEXT NOT NULL,
+        conversation TEXT NOT NULL,
+        name TEXT NOT NULL,
+        source TEXT NOT NULL,
+        audience TEXT NOT NULL,
+        expires_at_s REAL NOT NULL,
+        sealed BLOB NOT NULL,
+        PRIMARY KEY (tenant, conversation, name, source, audience)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX originals_by_expiry ON originals (expires_at_s)",
 )
 _TABLES = (
     """CREATE TABLE audit (
@@ -96,6 +110,7 @@ _TABLES = (
     "CREATE INDEX received_by_edge ON received (tenant, audience, source, at_s)",
     "CREATE INDEX received_by_time ON received (at_s)",
     *_DRAWS,
+    *_FROM_2,
 )
 
 
@@ -126,9 +141,9 @@ def prepare(connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     else:
         check(connection)
-        if _marks(connection)[1] == 1:
-            for statement in _FROM_1:
-                connection.execute(statement)
+        version = _marks(connection)[1]
+        for statement in (*(_FROM_1 if version < 2 else ()), *(_FROM_2 if version < 3 else ())):
+            connection.execute(statement)
     # Written even where it says so already: a file that takes no writes is found now.
     connection.execute(f"PRAGMA user_version = {VERSION}")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.handoff.policy import Edge, PolicyError
@@ -26,6 +26,7 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.value_search import Range
 
+T = TypeVar("T")
 Endpoint = Literal["chat", "completions"]
 _HANDOFF = "kv_transfer_params"
 """vLLM's field, present where the request consumes: its prompt then begins no conversation."""
@@ -113,13 +114,28 @@ class SpanFinder:
         except ValueError as error:
             raise _refused(f"detect: lcguard: {error}") from None
 
-    def _detect(self, text: str, edge: Edge) -> list[Range]:
-        """What the edge's detector finds, by itself."""
+    def detect(self, text: str, edge: Edge) -> list[Range]:
+        """What the edge's detector finds, by itself. Raises ``ProxyError`` (400) where it cannot be
+        loaded."""
         if edge.guard != "redact" or edge.detect == "none":
             return []
         if edge.detect == "presidio":
             return self.detector.find(text, edge.forbid)
         return [(s.start, s.end) for s in self.text_finder.find(text, edge.forbid)]
+
+    async def work(self, work: Callable[..., T], *args: Any) -> T:
+        """``work`` beside the event loop. Raises ``ProxyError`` (503) where it takes too long."""
+        return await self._worker.run(work, *args)
+
+    async def run(self, edge: Edge, work: Callable[..., T], *args: Any) -> T:
+        """``work`` beside the event loop, once what the edge detects with is loaded.
+
+        Raises ``ProxyError``: 503 where it takes too long, and as ``detect``.
+        """
+        if edge.guard == "redact" and edge.detect == "lcguard":
+            async with self._loading:  # once, and not on the time of who comes first
+                await asyncio.to_thread(lambda: self.text_finder)
+        return await self.work(work, *args)
 
     async def find(
         self, endpoint: Endpoint, body: dict[str, Any], edge: Edge, secrets: Sequence[str] | None
@@ -141,10 +157,7 @@ class SpanFinder:
                 "hide in lcguard.publish.secrets, [] for none, or choose another guard for "
                 f"{edge.name.in_words} in the policy"
             )
-        if edge.guard == "redact" and edge.detect == "lcguard":
-            async with self._loading:  # once, and not on the time of who comes first
-                await asyncio.to_thread(lambda: self.text_finder)
-        texts = await self._worker.run(lambda: self.texts)
+        texts = await self.run(edge, lambda: self.texts)
         ids = await self._tokens(texts, endpoint, body)
         return await self._worker.run(self._spans, texts, ids, edge, secrets or ())
 
@@ -193,7 +206,7 @@ class SpanFinder:
                 ids,
                 texts.tokenizer,
                 secrets,
-                lambda text: self._detect(text, edge),
+                lambda text: self.detect(text, edge),
                 edge.custom,
             )
         except (TokenTextError, RedactionError) as error:

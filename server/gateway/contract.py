@@ -174,7 +174,9 @@ def _refused(field: Field, consuming: bool, publishing: bool) -> bool:
 
 def _refusal(name: str, field: Field) -> str:
     when = {
-        "refused_on_consume": " in a request that consumes segments",
+        "refused_on_consume": (
+            " in a request that consumes segments, or whose answer is guarded as text"
+        ),
         "refused_on_publish": " in a request that publishes",
         "refused_on_handoff": " in a request that publishes or consumes",
     }.get(field.kind, "")

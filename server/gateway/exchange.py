@@ -12,6 +12,7 @@ from lcguard.server.access.keyring import Identity
 from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.sse import event
+from lcguard.server.gateway.text_pass import TextPass
 
 
 class Exchange:
@@ -27,6 +28,8 @@ class Exchange:
         self.status = 0
         self.who: Identity | None = None
         self.approved: ApprovedHandoff | None = None
+        self.text: TextPass | None = None
+        """Its hops of text."""
         self.code = ""
 
     async def head(self, status: int, kind: str, more: Mapping[str, str]) -> None:

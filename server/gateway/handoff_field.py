@@ -3,17 +3,26 @@
     {"publish": {"audience": "billing"}}
     {"consume": ["HANDLE", ...]}
 
-Both together publish what an agent made of what it consumed. Who publishes or consumes is never
-in the request: the API key says it.
+    {"text": {"source": "intake"}}, {"text": {"audience": "billing"}}
+
+``publish`` and ``consume`` together publish what an agent made of what it consumed. Who publishes,
+consumes or hands over text is never in the request: the API key says it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from lcguard.custom_categories import CategoryName
 from lcguard.handoff.errors import HandoffError
@@ -32,6 +41,13 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Secrets = Annotated[
+    tuple[Annotated[str, StringConstraints(min_length=1, max_length=4096)], ...] | None,
+    Field(max_length=1024),
+]
+Conversation = Annotated[str, StringConstraints(max_length=200)]
+
+
 class Publish(_Model):
     """Guard this prompt's KV and keep it for ``audience``."""
 
@@ -41,9 +57,7 @@ class Publish(_Model):
     """Categories to hide beyond those of the policy: a request tightens, never loosens."""
     ttl_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
     """Seconds to live; at most the policy's."""
-    secrets: tuple[Annotated[str, StringConstraints(min_length=1, max_length=4096)], ...] | None = (
-        Field(default=None, max_length=1024)
-    )
+    secrets: Secrets = None
     """For edges with guard ``redact``: texts in the prompt to overwrite, wherever they occur."""
     record: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
     """The record or conversation that this is of: an audience gets ``max_draws`` draws of one.
@@ -54,8 +68,30 @@ class Publish(_Model):
     """For canaries alone."""
 
 
+class TextField(_Model):
+    """What is handed over as text, on an edge with ``channel: text``."""
+
+    source: KeyName | None = None
+    """The request's text came from this agent: guarded before the caller's model reads it."""
+    audience: KeyName | None = None
+    """The answer goes to this agent: guarded before it leaves."""
+    secrets: Secrets = None
+    """Values to hide wherever they stand, ``[]`` for none."""
+    conversation: Conversation = ""
+    """Within it a value keeps its placeholder."""
+
+    @model_validator(mode="after")
+    def _a_hop(self) -> Self:
+        if self.source is None and self.audience is None:
+            raise ValueError("give source, or audience, or both")
+        return self
+
+
 class HandoffField(_Model):
     """The value of ``lcguard``."""
+
+    text: TextField | None = None
+    """Without ``publish``: text and KV of one request are not handed over at once."""
 
     publish: Publish | None = None
     consume: Annotated[tuple[HandleName, ...], Field(min_length=1, max_length=64)] | None = None
@@ -93,6 +129,8 @@ def read_handoff(value: Any, headers: Mapping[str, str]) -> HandoffField | None:
         found = parse_field(HandoffField, value)
     except HandoffError as error:
         raise ProxyError(400, str(error), code="bad_handoff", param=error.param) from None
+    if found.text is not None and found.publish is not None:
+        raise _bad(f"{FIELD}.text", "is not for a request that publishes KV: send it apart")
     if found.consume is not None and len(set(found.consume)) < len(found.consume):
         raise _bad(f"{FIELD}.consume", "names a handle twice: give each once")
     return found

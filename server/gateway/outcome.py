@@ -8,8 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcguard.server.authorization.approved_handoff import ApprovedHandoff
+from lcguard.server.authorization.settlement import Settlement
+from lcguard.server.gateway.contract import clean
+from lcguard.server.gateway.exchange import Exchange
 from lcguard.server.gateway.handoff_field import FIELD
+
+
+async def applied(x: Exchange, settlement: Settlement) -> dict[str, Any]:
+    """What an answered handoff came to, for the client; the audit has it then.
+
+    Raises ``ProxyError`` (502, 503) where it did not come about.
+    """
+    out: dict[str, Any] = {}
+    if x.text is not None:
+        out["text"] = await x.text.finish()
+    if x.approved is not None:
+        out |= await settlement.finish(x.approved)
+    return out
+
+
+def cleaned(x: Exchange, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """What of vLLM's answer, or of a piece of it, may go to the client of a handoff."""
+    approved = x.approved
+    reads = bool(approved and approved.consumed) or bool(x.text and x.text.guards_answer)
+    return clean(answer, reads, approved.unsaid_tokens if approved else 0)
 
 
 def with_outcome(answer: dict[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,9 +63,12 @@ def outcome_headers(outcome: Mapping[str, Any]) -> dict[str, str]:
     return out
 
 
-def stream_headers(approved: ApprovedHandoff) -> dict[str, str]:
+def stream_headers(x: Exchange) -> dict[str, str]:
     """The headers of a stream, which go out before anything is stored: its handle is good once the
     stream has ended without an error."""
+    approved = x.approved
+    if approved is None:
+        return {"x-lcguard-verdict": "allowed"} if x.text is not None else {}
     out = {"x-lcguard-verdict": "allowed"}
     if approved.edge is not None:
         out["x-lcguard-handle"] = approved.handle

@@ -17,16 +17,18 @@ from typing import Any
 import aiohttp
 from starlette.types import Receive, Scope, Send
 
+from lcguard.server.audit.trail import Event
 from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.crashes import unforeseen
 from lcguard.server.detection.span_finder import Endpoint
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.body import ClientGone, parse_object, read_body
-from lcguard.server.gateway.contract import ContractError, check, clean
+from lcguard.server.gateway.contract import ContractError, check
 from lcguard.server.gateway.exchange import Exchange
-from lcguard.server.gateway.handoff_field import FIELD, read_handoff
-from lcguard.server.gateway.outcome import outcome_headers, with_outcome
+from lcguard.server.gateway.handoff_field import FIELD, HandoffField, read_handoff
+from lcguard.server.gateway.outcome import applied, cleaned, outcome_headers, with_outcome
 from lcguard.server.gateway.streaming import Stream
+from lcguard.server.gateway.text_pass import TextPass
 from lcguard.server.gateway.upstream import broken, reason_of
 from lcguard.server.limits.generation import bounded_size
 from lcguard.server.state import Proxy, TokenUsage
@@ -89,7 +91,8 @@ class Relay:
             body = check(
                 self.endpoint,
                 body,
-                consuming=bool(handoff and handoff.consume),
+                # what tells of tokens would go past the guard of an answer as well
+                consuming=bool(handoff and (handoff.consume or _guards_answer(handoff))),
                 publishing=bool(handoff and handoff.publish),
             )
         except ContractError as error:
@@ -106,16 +109,29 @@ class Relay:
                 try:
                     if handoff is not None:
                         _one_prompt(self.endpoint, body)
-                        x.approved = await proxy.authority.open(
-                            who, handoff, self.endpoint, body, x.request_id
-                        )
-                        body["kv_transfer_params"] = {"lcguard": x.approved.params}
+                        body = await self._hand_over(x, handoff, body)
                     await self._within(self._forward(x, body, usage))
                 except BaseException as error:
                     if isinstance(error, asyncio.CancelledError):
                         usage.used_tokens = size.total  # an answer left before its end is not free
-                    await self._undo(x.approved, error, reading.ended)
+                    await self._undo(x, error, reading.ended)
                     raise
+
+    async def _hand_over(
+        self, x: Exchange, handoff: HandoffField, body: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The body for vLLM of a handoff that may happen. Raises ``ProxyError``."""
+        proxy, who = self.proxy, x.who
+        assert who is not None
+        if handoff.text is not None:
+            x.text = TextPass(proxy.text_hops, handoff.text, who, x.request_id)
+            body = await x.text.request(self.endpoint, body)
+        if handoff.publish is not None or handoff.consume is not None:
+            x.approved = await proxy.authority.open(who, handoff, self.endpoint, body, x.request_id)
+            body["kv_transfer_params"] = {"lcguard": x.approved.params}
+        if x.text is not None:
+            await x.text.allow_answer(x.approved.consumed if x.approved else ())
+        return body
 
     async def _within(self, forwarded: Coroutine[Any, Any, None]) -> None:
         """The deadline of an answer, a client included that is slow to take it."""
@@ -128,11 +144,9 @@ class Relay:
                 504, f"the answer was not taken within {limit_s:g} s", code="upstream_timeout"
             ) from None
 
-    async def _undo(
-        self, approved: ApprovedHandoff | None, error: BaseException, revoked: bool
-    ) -> None:
+    async def _undo(self, x: Exchange, error: BaseException, revoked: bool) -> None:
         """Whatever ended it, the audit says that the handoff did not come about."""
-        if approved is None:
+        if x.approved is None and x.text is None:
             return
         left = isinstance(error, asyncio.CancelledError) and not revoked
         reason = "the client hung up" if left else type(error).__name__
@@ -141,9 +155,13 @@ class Relay:
         if revoked:
             reason = "a segment that it read was revoked"
         # not to be cancelled itself
-        await asyncio.shield(
-            self.proxy.settlement.fail(approved, "aborted" if left else "failed", reason)
-        )
+        await asyncio.shield(self._fail(x, "aborted" if left else "failed", reason))
+
+    async def _fail(self, x: Exchange, event: Event, reason: str) -> None:
+        if x.approved is not None:
+            await self.proxy.settlement.fail(x.approved, event, reason)
+        if x.text is not None:
+            await x.text.fail(event, reason)
 
     async def _forward(self, x: Exchange, body: dict[str, Any], usage: TokenUsage) -> None:
         """Relays vLLM's answer, and writes down the tokens that it took."""
@@ -184,18 +202,22 @@ class Relay:
         x.upstream_s += time.perf_counter() - asked_s
         _check_failed(x.approved, answer.status, data)
         counted, more = _counted(data), dict[str, str]()
-        if x.approved is not None:
+        if x.approved is not None or x.text is not None:
             if answer.status != 200:
-                await self.proxy.settlement.fail(
-                    x.approved, "failed", f"vLLM answered {answer.status}"
-                )
+                await self._fail(x, "failed", f"vLLM answered {answer.status}")
             else:
-                outcome = await self.proxy.settlement.finish(x.approved)
-                whole = clean(json.loads(data), bool(x.approved.consumed), x.approved.unsaid_tokens)
+                whole = cleaned(x, json.loads(data))
+                if x.text is not None:
+                    whole["choices"] = await x.text.answer(whole.get("choices", ()))
+                outcome = await applied(x, self.proxy.settlement)
                 data = json.dumps(with_outcome(whole, outcome), separators=(",", ":")).encode()
                 more = outcome_headers(outcome)
         await x.whole(answer.status, kind, data, more)
         return counted
+
+
+def _guards_answer(handoff: HandoffField) -> bool:
+    return handoff.text is not None and handoff.text.audience is not None
 
 
 def _counted(data: bytes) -> int | None:

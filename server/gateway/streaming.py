@@ -10,12 +10,10 @@ from typing import Any
 
 import aiohttp
 
-from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.errors import ProxyError
-from lcguard.server.gateway.contract import clean
 from lcguard.server.gateway.exchange import Exchange
-from lcguard.server.gateway.outcome import stream_headers, with_outcome
+from lcguard.server.gateway.outcome import applied, cleaned, stream_headers, with_outcome
 from lcguard.server.gateway.sse import DONE, Events, data_of, event
 from lcguard.server.gateway.upstream import broken
 
@@ -39,6 +37,8 @@ class Stream:
         """The event that ended a choice, where it was the last one."""
         self._counted: int | None = None
         self._ended = False
+        self._said = False
+        """Whether the client was told what was applied."""
 
     async def relay(self, answer: aiohttp.ClientResponse, kind: str) -> int | None:
         """Passes everything on; returns the tokens that vLLM counted, if it came to that.
@@ -47,7 +47,7 @@ class Stream:
         """
         x = self._x
         more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        await x.head(answer.status, kind, more | (stream_headers(x.approved) if x.approved else {}))
+        await x.head(answer.status, kind, more | stream_headers(x))
         events = Events()
         try:
             async for piece in answer.content.iter_any():
@@ -63,10 +63,12 @@ class Stream:
 
     async def _passed(self, raw: bytes) -> list[bytes]:
         """What goes to the client for an event of vLLM's."""
-        approved = self._x.approved
+        x, approved = self._x, self._x.approved
         if raw.startswith(_ERROR):
             if approved is not None:
                 await self._settlement.fail(approved, "failed", "vLLM broke off")
+            if x.text is not None:
+                await x.text.fail("failed", "vLLM broke off")
             self._x.code = "upstream_error"
             return [*self._released(), raw]
         if raw == DONE:
@@ -75,7 +77,7 @@ class Stream:
                 return [*self._released(), raw]
             return [*await self._settled({}), raw]
         usage = _NO_CHOICES in raw
-        if approved is None and not usage:
+        if approved is None and x.text is None and not usage:
             shown = raw
         else:
             found = data_of(raw)
@@ -86,12 +88,16 @@ class Stream:
                 self._counted = total if isinstance(total, int) else self._counted
                 before = [] if self._x.code else await self._settled(found)
                 return (
-                    [*before, event(_clean(approved, found)) if approved else raw]
+                    [*before, event(cleaned(x, found)) if approved or x.text else raw]
                     if self._shows_usage
                     else before
                 )
-            assert approved is not None
-            shown = event(_clean(approved, found))
+            piece: dict[str, Any] | None = cleaned(x, found)
+            if x.text is not None and piece is not None:
+                piece = await x.text.chunk(piece)
+                if piece is None:  # held back
+                    return []
+            shown = event(piece)
         out = self._released()
         if _ENDS_CHOICE in raw:
             self._held = shown
@@ -104,8 +110,8 @@ class Stream:
 
     async def _settled(self, usage: dict[str, Any]) -> list[bytes]:
         """The chunk that ended the answer, with what was applied."""
-        approved, (held,) = self._x.approved, self._released() or [b""]
-        if approved is None or approved.done:
+        x, (held,) = self._x, self._released() or [b""]
+        if (x.approved is None or x.approved.done) and (x.text is None or self._said):
             fingerprint = usage.get("system_fingerprint")
             if not held or fingerprint is None or self._shows_usage:
                 return [held] if held else []
@@ -113,9 +119,6 @@ class Stream:
             return [event({**data_of(held), "system_fingerprint": fingerprint})]
         if not held:
             raise ProxyError(502, "vLLM ended no answer", code="upstream_broke_off")
-        outcome = await self._settlement.finish(approved)
+        outcome = await applied(x, self._settlement)
+        self._said = True
         return [event(with_outcome(data_of(held), outcome))]
-
-
-def _clean(approved: ApprovedHandoff, found: dict[str, Any]) -> dict[str, Any]:
-    return clean(found, bool(approved.consumed), approved.unsaid_tokens)

@@ -184,13 +184,13 @@ class SelfTest:
 
 
 def edges_by_guard(policy: Policy) -> Iterator[Edge]:
-    """One concrete hop for each guard, and one that no entry matches."""
+    """One concrete hop of KV for each guard, and one that no entry matches."""
     seen = set()
     for edge in (*policy.edges, Edge(source=ANY, audience=ANY, forbid=())):
         tenant = _PROBE if edge.tenant == ANY else edge.tenant
         names = [_PROBE if n == ANY else n for n in (edge.source, edge.audience)]
         rule = policy.for_edge(f"{tenant}/{names[0]}", f"{tenant}/{names[1]}")
-        if rule.guard not in seen:
+        if rule.channel == "kv" and rule.guard not in seen:
             seen.add(rule.guard)
             yield rule
 

@@ -31,6 +31,8 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
         edges = []
         for tenant, source, audience in sorted(known_edges(proxy, policy, counts)):
             rule = policy.for_edge(f"{tenant}/{source}", f"{tenant}/{audience}")
+            if rule.channel == "text":
+                continue  # there is no KV to attack
             edges.append(
                 {
                     "tenant": tenant,

@@ -76,6 +76,8 @@ EDGE_OPTIONS = {
     "max_draws": "test_max_draws_of_one_record",
     "length_bucket": "test_length_bucket_of_one_shows_the_length",
     "on_leak": "test_on_leak_refuses_or_redacts_on_a_closed_edge",
+    "channel": "test_text_hops.py::test_refusals",
+    "restore": "test_text_hops.py::test_values_come_back_for_whom_the_edge_names_alone",
 }
 
 

@@ -37,6 +37,11 @@ def _labs(source: str, audience: str, forbid: list[str], **more: Any) -> dict[st
     return _kin(source, audience, forbid, **more) | {"tenant": "labs"}
 
 
+def _scribes(source: str, audience: str, forbid: list[str]) -> dict[str, Any]:
+    edge = {"source": source, "audience": audience, "forbid": forbid, "channel": "text"}
+    return edge | {"tenant": "scribes"}
+
+
 POLICY = {
     "version": 1,
     "categories": {
@@ -89,6 +94,9 @@ POLICY = {
         _labs("lead", "press", ["health"]),
         _labs("peer", "partner", [], guard="identity", declassify=["project_name"]),
         _labs("lead", "partner", ["project_name"], guard="redact"),
+        # text, on the way to an agent's model and away from it
+        _scribes("desk", "clerk", ["project_name", "person"]),
+        _scribes("clerk", "desk", ["person"]),
         # as if nobody had written a policy: `redact`
         {"tenant": "unwritten", "source": "*", "audience": "*", "forbid": ALL},
         _to("*", ALL),
