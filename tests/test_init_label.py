@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,20 @@ def test_init_for_a_model_of_ones_own(tmp_path: Path) -> None:
 def test_init_refuses_a_model_that_is_not_there(model: str, said: str, tmp_path: Path) -> None:
     assert said in one_line(lcguard("init", "--model", model, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("batch", "measured"), [(2, 1.8 * 2**30), (32, 11.3e9)])
+def test_the_estimate_is_what_smollm2_took(batch: int, measured: float) -> None:
+    smollm2 = SimpleNamespace(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    assert estimate(smollm2, batch).bytes == pytest.approx(measured, rel=0.05)
 
 
 def test_a_batch_that_fits() -> None:

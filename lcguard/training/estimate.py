@@ -1,10 +1,12 @@
 """What a training of a guard takes, before it is started: memory and time.
 
-Both grow with the batch. Memory: the frozen model's weights, and what backpropagation through it
-keeps for each record, layer and hidden channel. Time: each record passes each parameter. The two
-constants are those of preset ``gate`` on SmolLM2-135M (batch 32: 11.3 GB, 50 s a step on two CPU
-cores without AVX-512); with them the nano agent (1.0 M) comes out at 0.4 s a step, as it was
-measured (6.5 minutes for 900 steps). Records were some hundred tokens long; longer ones take more.
+Both grow with the batch. Memory: the process itself (torch, transformers), the frozen model's
+weights, and what backpropagation through it keeps for each record, layer and hidden channel. Time:
+each record passes each parameter. The constants are those of preset ``gate`` on SmolLM2-135M,
+fitted to two figures of memory (1.8 GiB of peak resident memory at batch 2; 11.3 GB at batch 32, an
+older figure) and to one of time (50 s a step at batch 32 on two CPU cores without AVX-512); with
+them the nano agent (1.0 M) comes out at 0.4 s a step, as it was measured (6.5 minutes for 900
+steps). Records were some hundred tokens long; longer ones take more.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-_KEPT_BYTES = 19_500.0
+_PROCESS_BYTES = 750e6
+"""Of a process that has loaded everything but a model."""
+_KEPT_BYTES = 18_100.0
 """For each record, layer and hidden channel."""
 _RECORD_PARAMETER_S = 1.16e-8
 """On two CPU cores."""
@@ -53,7 +57,8 @@ def estimate(config: Any, batch: int) -> Estimate:
     """``config``: the text model's of transformers."""
     parameters = parameters_of(config)
     kept = _KEPT_BYTES * batch * int(config.num_hidden_layers) * int(config.hidden_size)
-    return Estimate(4.0 * parameters + kept, _RECORD_PARAMETER_S * batch * parameters)
+    memory = _PROCESS_BYTES + 4.0 * parameters + kept
+    return Estimate(memory, _RECORD_PARAMETER_S * batch * parameters)
 
 
 def fitting_batch(config: Any, memory_bytes: float) -> int:

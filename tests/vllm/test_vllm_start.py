@@ -17,6 +17,7 @@ from lcguard.categories import CATEGORIES
 from lcguard.guards.frozen import weights_digest
 from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.gatekeeper import Gatekeeper
+from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.handoff.plan import ModelFacts
 from lcguard.handoff.policy import load_policy
 from lcguard.handoff.request import EnginePublish
@@ -26,7 +27,7 @@ from lcguard.store import open_store
 from lcguard.vllm.checks import check_config, check_groups, check_siblings, check_version
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.settings import policy_of, read_settings
-from lcguard.vllm.setup import guards_of
+from lcguard.vllm.setup import guards_of, key_of
 from tests.fixtures import tiny_model
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
@@ -52,6 +53,17 @@ def test_settings_refuse_what_they_do_not_know() -> None:
         policy_of(read_settings({"store": "memory://", "policy": "absent.yaml"}))
     assert (Path(guard_folder("nano:gate")) / "lcguard_config.json").is_file()
     assert guard_folder("some/guard") == "some/guard"
+
+
+def test_the_connector_needs_the_deployments_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under vLLM's own server nobody else looks for it; one line names it and the fix."""
+    for text in ("", " "):
+        monkeypatch.setenv(KEY_VARIABLE, text)
+        with pytest.raises(StartError, match=r"^LCGUARD_KEY is not set: set it to the output of "):
+            key_of()
+    monkeypatch.delenv(KEY_VARIABLE)
+    with pytest.raises(StartError, match=r"^LCGUARD_KEY is not set: set it to the output of "):
+        key_of()
 
 
 def config(**changes: Any) -> Any:
