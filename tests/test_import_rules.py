@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "training": {"core", "guards"},
     "handoff": {"core", "store"},
     "text": {"core", "handoff"},
+    "integrations": {"core", "text"},
     "vllm": {"core", "guards", "handoff", "ops", "store"},
     "agents": {"core", "handoff", "store", "training"},
     "attacks": {"core", "guards", "training"},
@@ -33,13 +34,16 @@ MAY_IMPORT["commands"] = set(MAY_IMPORT)
 
 # Package from outside -> who may import it.
 OUTSIDE = {
-    "torch": set(MAY_IMPORT) - {"handoff", "server", "text"},
-    "transformers": set(MAY_IMPORT) - {"guards", "handoff", "ops", "store", "text", "training"},
+    "torch": set(MAY_IMPORT) - {"handoff", "integrations", "server", "text"},
+    "transformers": set(MAY_IMPORT)
+    - {"guards", "handoff", "integrations", "ops", "store", "text", "training"},
     "vllm": {"vllm", "agents", "commands"},
     "triton": {"ops"},
     "fastapi": {"server"},
     "starlette": {"server", "vllm"},
     "uvicorn": {"server", "commands"},
+    "langgraph": {"integrations"},
+    "langchain_core": {"integrations"},
 }
 
 GRAPH = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def elsewhere(found: Block) -> bool:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_says_what_it_is(page: str) -> None:
     for found in blocks(page):
-        assert found.language in ("python", "bash", "yaml", "json", "text"), found
+        assert found.language in ("python", "bash", "yaml", "json", "diff", "text"), found
 
 
 @pytest.mark.parametrize(("page", "part"), ELSEWHERE)
@@ -136,6 +137,18 @@ def test_the_proxys_client_is_the_example() -> None:
     assert code[code.index("import os") :] == block("docs/proxy.md", "PermissionDeniedError")
 
 
+@pytest.mark.parametrize("name", ["langgraph", "agents_sdk"])
+def test_the_frameworks_lines_are_the_examples(name: str) -> None:
+    """Which ``tests/server/test_proxy_roles.py`` runs, without them and with."""
+    before, after = (
+        (ROOT / "examples" / f"{name}_{kind}.py").read_text().splitlines(keepends=True)
+        for kind in ("plain", "text")
+    )
+    lines = list(unified_diff(before, after, f"{name}_plain.py", f"{name}_text.py", n=0))
+    assert block("docs/frameworks.md", f"+++ {name}_text.py") == "".join(lines).rstrip("\n") + "\n"
+    assert sum(line.strip("\n") != "+" and line[0] == "+" for line in lines[2:]) <= 5
+
+
 def read_policy(text: str, folder: Path) -> None:
     parse_policy(parse_yaml(text))
 
@@ -151,6 +164,7 @@ def read_as(schema: type[Any]) -> Callable[[str, Path], None]:
 
 YAML = {
     "docs/evaluation.md": read_as(EvalConfig),
+    "docs/frameworks.md": read_policy,
     "docs/guards.md": read_as(DetectorRun),
     "docs/proxy.md": read_policy,
     "docs/training.md": read_as(TrainRun),

@@ -6,8 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.engine import needs_vllm
@@ -138,3 +143,59 @@ def test_the_examples_run(front: Front, name: str) -> None:
     assert len([x for x in lines if "XXXX" in x]) == 1, done.stdout
     if name == "two_agents.py":
         assert lines[-1].startswith("mallory -> 403 segment ")
+
+
+@contextmanager
+def recorded(url: str, key: str) -> Iterator[tuple[str, list[str]]]:
+    """An address that passes requests on to ``url``, and the bodies of those with a key."""
+    bodies = list[str]()
+
+    class Relay(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers["authorization"] == key:
+                bodies.append(body.decode())
+            answer = httpx.post(
+                url + self.path,
+                content=body,
+                headers={k: self.headers[k] for k in ("authorization", "content-type")},
+                timeout=120,
+            )
+            self.send_response(answer.status_code)
+            self.send_header("content-type", answer.headers["content-type"])
+            self.send_header("content-length", str(len(answer.content)))
+            self.end_headers()
+            self.wfile.write(answer.content)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Relay) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", bodies
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["langgraph", "agents_sdk"])
+def test_a_program_is_guarded_by_five_lines(front: Front, name: str) -> None:
+    pytest.importorskip("langgraph" if name == "langgraph" else "agents.testing")
+    keys = {a: front.auth(a, "unwritten")["Authorization"] for a in ("intake", "billing")}
+    seen = {}
+    for kind in ("plain", "text"):
+        with recorded(front.url, keys["billing"]) as (url, bodies):
+            done = subprocess.run(
+                [sys.executable, f"{name}_{kind}.py"],
+                capture_output=True,
+                text=True,
+                cwd=ROOT / "examples",
+                env=os.environ
+                | {f"{a.upper()}_KEY": key.removeprefix("Bearer ") for a, key in keys.items()}
+                | {"LCGUARD_URL": f"{url}/v1", "LCGUARD_KEY": "ab" * 32},
+                timeout=300,
+            )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "billing: " in done.stdout
+        seen[kind] = bodies
+    assert len(seen["plain"]) == len(seen["text"]) > 0
+    assert all(SSN in body and "Ada Long" in body for body in seen["plain"])
+    assert all(COMPLAINT in body for body in seen["text"])
+    assert not any(SSN in body or "Ada" in body for body in seen["text"])
