@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcguard.evaluation.figures import readable
 from lcguard.evaluation.folder import write_text
 from lcguard.evaluation.graph_tables import graph_tables
 from lcguard.evaluation.html import to_html
-from lcguard.evaluation.results import Context, Report, readable
+from lcguard.evaluation.results import Context, Report
 from lcguard.evaluation.tables import Table, details, overview, provenance
 from lcguard.evaluation.verdict import NOT_MEASURED
 

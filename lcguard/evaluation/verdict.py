@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcguard.evaluation.results import LIST, GuardRow, interval, number
+from lcguard.evaluation.figures import interval, number
+from lcguard.evaluation.results import LIST, GuardRow
 
 NOT_MEASURED = "not measured"
 ASR_MARGIN = 0.05
