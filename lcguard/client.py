@@ -57,9 +57,8 @@ def _publish(
     consume: Sequence[Handle],
     options: Mapping[str, Any],
 ) -> Body:
-    told = {k: v for k, v in publish.items() if v is not None}
     read = {"consume": [_name(h) for h in consume]} if consume else {}
-    body = _chat(prompt, "system", {"publish": told, **read}, {"max_tokens": 1, **options})
+    body = _chat(prompt, "system", {"publish": publish, **read}, {"max_tokens": 1, **options})
     # only what is read is published: nothing of an answer's beginning
     body["extra_body"].setdefault("add_generation_prompt", False)
     return body
@@ -69,20 +68,22 @@ def _consume(prompt: Messages, handles: Sequence[Handle], options: Mapping[str, 
     return _chat(prompt, "user", {"consume": [_name(h) for h in handles]}, options)
 
 
-def _text_hop(
-    prompt: Messages,
-    hop: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> Body:
-    return _chat(prompt, "user", {"text": {k: v for k, v in hop.items() if v is not None}}, options)
+def _given(secrets: Sequence[str] | None, **fields: Any) -> Body:
+    """The fields of a handoff that were given."""
+    named = None if secrets is None else [*secrets]
+    return {k: v for k, v in {**fields, "secrets": named}.items() if v is not None}
+
+
+def _text_hop(prompt: Messages, hop: Body, options: Mapping[str, Any]) -> Body:
+    return _chat(prompt, "user", {"text": hop}, options)
 
 
 def _form(value: Any, form: Form | None) -> Form:
     return form or ("text" if isinstance(value, str) else "json")
 
 
-def _handed(value: Any, form: Form, more: Mapping[str, Any]) -> Body:
-    return {form: value, **{k: v for k, v in more.items() if v is not None}}
+def _handed(value: Any, form: Form, more: Body) -> Body:
+    return {form: value, **more}
 
 
 def _guarded_text(answer: Any, form: Form) -> GuardedText:
@@ -154,8 +155,8 @@ class Client:
             consume: segments that the text is read on top of.
             options: of the chat route, such as ``model``.
         """
-        told: Body = {"audience": audience, "forbid": [*forbid], "ttl_s": ttl_s, "record": record}
-        told["secrets"] = None if secrets is None else [*secrets]
+        to = {"audience": audience, "forbid": [*forbid]}
+        told = _given(secrets, **to, ttl_s=ttl_s, record=record)
         return _published(self._create(_publish(prompt, told, consume, options)))
 
     def consume(
@@ -194,9 +195,8 @@ class Client:
     ) -> ChatCompletion:
         """OpenAI's answer where text is handed over: the prompt came from ``source``, the answer
         goes to ``audience``, or both. Each is guarded under its edge."""
-        hop = {"source": source, "audience": audience, "conversation": conversation}
-        named = None if secrets is None else [*secrets]
-        return self._create(_text_hop(prompt, {**hop, "secrets": named}, options))
+        hop = _given(secrets, source=source, audience=audience, conversation=conversation)
+        return self._create(_text_hop(prompt, hop, options))
 
     def guard_text(
         self,
@@ -215,9 +215,8 @@ class Client:
             form: ``messages`` for a chat's; None takes a string as text, all else as JSON.
         """
         form = _form(value, form)
-        more = {"audience": audience, "conversation": conversation}
-        named = None if secrets is None else [*secrets]
-        body = _handed(value, form, {**more, "secrets": named})
+        more = _given(secrets, audience=audience, conversation=conversation)
+        body = _handed(value, form, more)
         return _guarded_text(self._post("text", body), form)
 
     def restore_text(
@@ -225,7 +224,7 @@ class Client:
     ) -> RestoredText:
         """The same with its values, as far as the policy lets this agent have them back."""
         form = _form(value, form)
-        body = _handed(value, form, {"conversation": conversation})
+        body = _handed(value, form, _given(None, conversation=conversation))
         return _restored_text(self._post("text/restore", body), form)
 
     def leakage(self) -> list[EdgeLeakage]:
@@ -277,8 +276,8 @@ class AsyncClient:
         consume: Sequence[Handle] = (),
         **options: Any,
     ) -> Published:
-        told: Body = {"audience": audience, "forbid": [*forbid], "ttl_s": ttl_s, "record": record}
-        told["secrets"] = None if secrets is None else [*secrets]
+        to = {"audience": audience, "forbid": [*forbid]}
+        told = _given(secrets, **to, ttl_s=ttl_s, record=record)
         return _published(await self._create(_publish(prompt, told, consume, options)))
 
     async def consume(
@@ -310,9 +309,8 @@ class AsyncClient:
         conversation: str | None = None,
         **options: Any,
     ) -> ChatCompletion:
-        hop = {"source": source, "audience": audience, "conversation": conversation}
-        named = None if secrets is None else [*secrets]
-        return await self._create(_text_hop(prompt, {**hop, "secrets": named}, options))
+        hop = _given(secrets, source=source, audience=audience, conversation=conversation)
+        return await self._create(_text_hop(prompt, hop, options))
 
     async def guard_text(
         self,
@@ -324,16 +322,15 @@ class AsyncClient:
         form: Form | None = None,
     ) -> GuardedText:
         form = _form(value, form)
-        more = {"audience": audience, "conversation": conversation}
-        named = None if secrets is None else [*secrets]
-        body = _handed(value, form, {**more, "secrets": named})
+        more = _given(secrets, audience=audience, conversation=conversation)
+        body = _handed(value, form, more)
         return _guarded_text(await self._post("text", body), form)
 
     async def restore_text(
         self, value: Any, *, conversation: str | None = None, form: Form | None = None
     ) -> RestoredText:
         form = _form(value, form)
-        body = _handed(value, form, {"conversation": conversation})
+        body = _handed(value, form, _given(None, conversation=conversation))
         return _restored_text(await self._post("text/restore", body), form)
 
     async def leakage(self) -> list[EdgeLeakage]:

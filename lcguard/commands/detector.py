@@ -43,6 +43,8 @@ from lcguard.training.fit_detector import (
 from lcguard.training.kept_tensors import KeptTensors
 
 Say = Callable[[str], None]
+_CHOSEN_LATER = ("touch_cost", "thresholds", "peaks")
+"""Settings of what is chosen once the detector is fitted."""
 _QUICK = {"verdict": "not measured", "reason": "a quick run"}
 """What a card says of it, so that it is served by name alone."""
 
@@ -190,9 +192,7 @@ def _label(data: DataConfig) -> str:
 
 def _fit_key(run: DetectorRun, module: TwinGuard, train: Sequence[ReadRecords]) -> list[Any]:
     """All that the fitted detector depends on; thresholds come after it."""
-    config = {
-        k: v for k, v in asdict(run.detector).items() if k not in ("touch_cost", "thresholds")
-    }
+    config = {k: v for k, v in asdict(run.detector).items() if k not in _CHOSEN_LATER}
     options = {k: module.options()[k] for k in ("layers", "width", "blocks", "reach_tokens")}
     began = weights_digest(module) if run.start else ""
     return ["detector", began, config, options, [[r.ids for r in p.records] for p in train]]

@@ -12,15 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 
 from lcguard.cache import cache_to_kv
 from lcguard.rope import MODEL_TYPES, Rotary, UnsupportedModelError
+from tests.core.tiny_models import LLAMA3, SMALL, YARN
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 KINDS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -32,19 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def tiny(kind: str, **changes: Any) -> PretrainedConfig:
     """A two-layer config of model type ``kind`` with H = 2 KV heads, D = 8."""
-    fields: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    fields = dict(SMALL)
     if kind.startswith(("gemma", "qwen3", "llama", "mistral")):
         fields["head_dim"] = 8
     if kind in ("qwen2_moe", "qwen3_moe", "mixtral"):

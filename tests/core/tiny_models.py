@@ -51,21 +51,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""What configs of every kind have."""
+
+
 def make_config(kind: str, **changes: Any) -> PretrainedConfig:
     """Two layers, H = 2 KV heads, D = 8."""
-    fields: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    fields = dict(SMALL)
     if kind != "phi3":
         fields["head_dim"] = 8
     if "rope_parameters" in changes:
