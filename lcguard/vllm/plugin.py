@@ -12,6 +12,8 @@ vLLM loads it in every process. It wraps these methods, each once:
 - ``OnlineRenderer`` and ``BaseRenderer``: what is rendered behind a consumed segment begins no
   conversation of its own (``lcguard.vllm.continuation``).
 - ``MultiConnector.__init__``: refuses connectors beside ours, which would save raw KV.
+- ``EngineArgs.create_engine_config``: vLLM's own server says in one line what the connector would
+  refuse, before it starts an engine.
 
 The engine repeats every check: without this plugin requests still fail closed, less politely.
 """
@@ -42,6 +44,7 @@ def register() -> None:
     """Idempotent."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -54,6 +57,7 @@ def register() -> None:
     _wrap(AsyncLLM, "generate", _generate)
     _wrap(Scheduler, "update_from_output", _update_from_output)
     _wrap(MultiConnector, "__init__", _multi_init)
+    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(OnlineRenderer, "preprocess_chat", continuation.preprocess_chat)
     _wrap(OnlineRenderer, "preprocess_cmpl", continuation.preprocess_cmpl)
     _wrap(BaseRenderer, "render_chat_async", continuation.render_chat_async)
@@ -180,6 +184,27 @@ def _multi_init(original: Any) -> Any:
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
+
+
+def _create_engine_config(original: Any) -> Any:
+    from vllm.usage.usage_lib import UsageContext
+
+    def create_engine_config(
+        self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = original(self, usage_context, *args, **kwargs)
+        ours = getattr(config.kv_transfer_config, "kv_connector", None) == CONNECTOR
+        # a library's caller gets the exception, from the connector or from GuardedLLM
+        if ours and usage_context == UsageContext.OPENAI_API_SERVER:
+            from lcguard.vllm.preflight import check_engine
+
+            try:
+                check_engine(config)
+            except ValueError as error:
+                raise SystemExit(f"lcguard: {error}") from None
+        return config
+
+    return create_engine_config
 
 
 def _transfer_params(params: Any) -> Any:

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lcguard.cache import kv_shape
 from lcguard.hub import local_folder, quiet_hub, read_tokenizer, supported_config
 from lcguard.model_files import check_readable
+from lcguard.vllm.checks import check_config, check_version
 from lcguard.vllm.errors import StartError
-from lcguard.vllm.setup import digest_of, key_of, saved_guard
+from lcguard.vllm.setup import (
+    digest_of,
+    facts_of,
+    gatekeeper_of,
+    guards_of,
+    key_of,
+    saved_guard,
+    settings_of,
+)
 
 
 def check_start(model: str, guards: Mapping[str, str], tokenizer: bool = True) -> None:
@@ -44,3 +54,18 @@ def check_start(model: str, guards: Mapping[str, str], tokenizer: bool = True) -
     digest = digest_of(folder) if folder is not None and guards else None
     for name, path in guards.items():
         saved_guard(name, path, digest, shape)
+
+
+def check_engine(config: Any) -> None:
+    """The same for a ``VllmConfig``, in the process of vLLM's own server: versions, options, key,
+    policy, store and guards. Raises ``StartError``, for a damaged model folder
+    ``ModelFolderError``."""
+    import vllm
+    from vllm import envs
+
+    check_version(vllm.__version__)
+    check_config(config)
+    key_of()
+    gatekeeper_of(config, not envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+    settings = settings_of(config)
+    guards_of(config, settings, facts_of(config, settings))

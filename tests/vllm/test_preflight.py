@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from lcguard.handoff.keys import KEY_VARIABLE, new_key
 from lcguard.vllm import llm
 from lcguard.vllm.llm import GuardedLLM
 from lcguard.vllm.preflight import check_start
+from tests.engine import needs_vllm
 
 
 def model_of_others(folder: Path) -> str:
@@ -133,3 +138,28 @@ def test_a_policy_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_fits_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, new_key())
     check_start(str(model_path()), {"gate": "nano:gate"})
+
+
+@needs_vllm
+@pytest.mark.vllm
+def test_vllms_own_server_says_it_before_an_engine_starts(tmp_path: Path) -> None:
+    """vLLM alone wraps the connector's reason into 250 lines that end with another one."""
+    extra = {"store": f"file://{tmp_path}/segments", "guards": {"gate": "nano:gate"}}
+    transfer = {
+        "kv_connector": "LCGuardConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model_path()), "--dtype", "float32", "--max-model-len", "1024"),
+        *("--host", "127.0.0.1", "--kv-transfer-config", json.dumps(transfer)),
+    ]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment.pop(KEY_VARIABLE, None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-2000:]
+    *before, last = done.stderr.splitlines()
+    assert last.startswith(f"lcguard: {KEY_VARIABLE} is not set: set it to the output of ")
+    assert "Traceback" not in "".join(before)
+    assert "EngineCore" not in done.stdout + done.stderr
