@@ -664,12 +664,16 @@ def test_quick_makes_less_of_everything() -> None:
     quick = quickened(full)
     assert (quick.data.train_records, quick.data.test_records) == (225, 40)
     by_name = {a.name: a for a in quick.attacks}
-    assert by_name["probe"].options == {"fit": {"steps": 65, "batch": 2048}}
-    assert by_name["decoder-warm"].clean_fit["steps"] == 80
+    assert by_name["probe"].options == {"fit": {"steps": 33, "batch": 2048}}
+    assert by_name["decoder-warm"].clean_fit["steps"] == 40
     assert by_name["likelihood"].options == {"lists": [10, 100], "max_records": 6}
     assert [g.name for g in quick.guards] == [g.name for g in full.guards]
     assert (quick.policies, quick.derived, quick.seeds) == ((), None, (0,))
     assert load(Path("demo"), (), None, quick=True) == quick
+    # of several attacks of a kind the first, and no list that takes minutes
+    main = load(Path("main"), (), None, quick=True)
+    assert [a.name for a in main.attacks] == ["probe", "decoder-warm", "likelihood"]
+    assert main.attacks[-1].options["lists"] == [10, 100]
     real = load(Path("main"), ("model=smollm2",), None, quick=True)
     assert isinstance(real, EvalConfig)
     assert (real.data.train_records, real.data.test_records) == (8, 6)

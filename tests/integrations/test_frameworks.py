@@ -146,3 +146,64 @@ class TestAgentsSDK:
         seen: Any = model.calls[-1].input
         clean(seen[:-1])
         assert "Ada Long" in str(seen[-1])  # the new input is billing's own
+
+
+class TestAG2:
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip("ag2")
+
+    def ran(self, guard: TextGuard, *first: Any) -> list[Any]:
+        """What the second agent's model was called with, over a stream that a first one wrote."""
+        from ag2 import Agent, MemoryStream, Middleware, tool
+        from ag2.middleware import BaseMiddleware
+        from ag2.testing import TestConfig
+
+        from lcguard.integrations.ag2 import guard_events
+
+        seen = list[Any]()
+
+        class Seen(BaseMiddleware):
+            async def on_llm_call(self, call_next: Any, events: Any, context: Any) -> Any:
+                seen.extend(events)
+                return await call_next(events, context)
+
+        @tool
+        def find(who: str, ssn: int) -> dict[str, str]:
+            return {"ssn": "912551029", "note": "x"}
+
+        async def both() -> None:
+            stream = MemoryStream()
+            intake = Agent("intake", config=TestConfig(*first), tools=[find])
+            await intake.ask(NOTE, stream=stream)
+            guards = [guard_events(guard), Middleware(Seen)]
+            billing = Agent("billing", config=TestConfig("Understood."), middleware=guards)
+            await billing.ask("What is the SSN?", stream=stream)
+
+        asyncio.run(both())
+        return seen
+
+    def test_a_conversation_with_a_tool_round(self, guard: TextGuard) -> None:
+        from ag2.events import ModelRequest, ModelResponse, ToolCallEvent, ToolResultsEvent
+
+        call = ToolCallEvent("find", arguments='{"who": "ADA LONG", "ssn": 912551029}')
+        seen = self.ran(guard, call, "Ada Long has back pain.")
+        kinds = (ModelRequest, ModelResponse, ToolResultsEvent)
+        asked, called, results, said, question = (e for e in seen if isinstance(e, kinds))
+        text = clean([e.to_dict() for e in seen])
+        assert "ADA LONG" not in text
+        assert "912551029" not in text
+        made = called.tool_calls.calls[0]
+        assert set(json.loads(made.arguments)) == {"who", "ssn"}
+        assert made.id == call.id == results.results[0].parent_id
+        assert "back pain" in asked.parts[0].content
+        assert "back pain" in said.message.content
+        assert question.parts[0].content == "What is the SSN?"
+
+    def test_the_turn_ends_at_what_cannot_be_looked_through(self, guard: TextGuard) -> None:
+        from ag2.events import ModelMessage, ModelResponse
+        from ag2.events.types import BinaryResult
+
+        drawn = ModelResponse(ModelMessage("Here."), files=[BinaryResult(b"\x89PNG")])
+        with pytest.raises(HandoffError, match="files of a reply cannot be looked through"):
+            self.ran(guard, drawn)

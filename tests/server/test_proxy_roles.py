@@ -175,9 +175,9 @@ def recorded(url: str, key: str) -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-@pytest.mark.parametrize("name", ["langgraph", "agents_sdk"])
+@pytest.mark.parametrize("name", ["langgraph", "agents_sdk", "ag2"])
 def test_a_program_is_guarded_by_five_lines(front: Front, name: str) -> None:
-    pytest.importorskip("langgraph" if name == "langgraph" else "agents.testing")
+    pytest.importorskip({"agents_sdk": "agents.testing"}.get(name, name))
     keys = {a: front.auth(a, "unwritten")["Authorization"] for a in ("intake", "billing")}
     seen = {}
     for kind in ("plain", "text"):
