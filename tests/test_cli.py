@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from lcguard.agents.nano.load import model_path
 from lcguard.cli import main
+from lcguard.commands.script import resumable
+from lcguard.evaluation.parallel import side_by_side
 from lcguard.guards.shipped import guard_folder
 
 
@@ -365,3 +368,19 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert said.splitlines()[-1] == f"lcguard: stopped; resume with: lcguard {' '.join(words)}"
     assert "Traceback" not in said
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_fit_that_the_kernel_kills_ends_the_run_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As Linux does where memory is full."""
+    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
+        list(side_by_side([_killed, _killed]))
+    assert ended.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "a process of this run was killed, most likely because memory was full" in said
+    assert said.endswith("resume with: lcguard eval resume run")

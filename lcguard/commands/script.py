@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def resumable(again: str) -> Iterator[None]:
-    """Ctrl-C within it ends in one line that says how to go on, and exit code 130."""
+    """Ctrl-C within it ends in one line that says how to go on, and exit code 130; a process of it
+    that was killed, as Linux does where memory is full, in another and exit code 1."""
     owner = os.getpid()
 
     def stop(sig: int, frame: Any) -> None:
@@ -53,6 +55,13 @@ def resumable(again: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nlcguard: stopped; resume with: {again}", file=sys.stderr, flush=True)
         sys.exit(_STOPPED)
+    except BrokenProcessPool:
+        print(
+            "lcguard: a process of this run was killed, most likely because memory was full; what "
+            f"was done is kept; resume with: {again}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     finally:
         signal.signal(signal.SIGINT, before)
 
