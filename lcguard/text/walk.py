@@ -21,7 +21,8 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 _NAMES = frozenset(
     "role type content text name id call_id tool_call_id tool_calls function function_call "
     "arguments output input refusal reasoning reasoning_content summary thinking annotations "
-    "status index custom parameters strict description".split()
+    "status index custom parameters strict description phase namespace async logprobs "
+    "encrypted_content".split()
 )
 _TYPES = frozenset(
     "text input_text output_text refusal reasoning reasoning_text summary_text thinking message "
