@@ -33,7 +33,7 @@ def cleaned(x: Exchange, answer: Mapping[str, Any]) -> dict[str, Any]:
     reads = bool(approved and approved.consumed) or bool(x.text and x.text.guards_answer)
     made = clean
     if x.responds:
-        made = clean_response if "output" in answer else clean_event
+        made = clean_event if "type" in answer else clean_response
     return made(answer, reads, approved.unsaid_tokens if approved else 0)
 
 

@@ -218,7 +218,7 @@ class Relay:
             else:
                 whole = cleaned(x, json.loads(data))
                 if x.text is not None and x.responds:
-                    whole["output"] = await x.text.output(whole["output"])
+                    whole["output"] = await x.text.output(whole.get("output", ()))
                 elif x.text is not None:
                     whole["choices"] = await x.text.answer(whole.get("choices", ()))
                 outcome = await applied(x, self.proxy.settlement)

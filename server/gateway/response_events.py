@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lcguard.server.authorization.settlement import Settlement
+from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.exchange import Exchange
 from lcguard.server.gateway.handoff_field import FIELD
 from lcguard.server.gateway.outcome import applied, cleaned
@@ -31,6 +32,8 @@ class ResponseEvents(Stream):
         x = self._x
         plain = x.approved is None and x.text is None
         found = None if plain and raw.startswith(_PIECE) else named_data_of(raw)
+        if found is None and not plain and b"data:" in raw:
+            raise ProxyError(502, "vLLM sent an event that is no JSON", code="upstream")
         if found is None:
             out = [raw]
         elif found.get("type") in END:

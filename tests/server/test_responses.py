@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.docs.blocks import block
 from tests.engine import needs_vllm
 from tests.server.proxy import ASK_COMPLAINT, ASK_SSN, COMPLAINT, NAME, NOTE, SSN, Front
 from tests.server.proxy_client import audit_rows
@@ -178,6 +179,22 @@ def test_an_answer_for_another_agent_is_guarded_streamed_or_not(client: Clients)
     assert [said(events)] == done == [streamed.output_text] == [whole.output_text]
     passed = ask(clerk, ASK_COMPLAINT, told, instructions=NOTE)
     assert COMPLAINT in passed.output_text
+
+
+def test_the_documented_client_runs_word_for_word(
+    front: Front, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LCGUARD_URL", f"{front.url}/v1")
+    for agent in ("intake", "billing"):
+        key = front.auth(agent, "unwritten")["Authorization"].removeprefix("Bearer ")
+        monkeypatch.setenv(f"{agent.upper()}_KEY", key)
+    names: dict[str, Any] = {}
+    exec(block("docs/proxy.md", "responses.create("), names)
+    for name in ("intake", "billing"):
+        names[name].close()
+    complaint, number = capsys.readouterr().out.splitlines()
+    assert COMPLAINT in complaint
+    assert SSN not in number
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
