@@ -110,10 +110,10 @@ def markdown() -> str:
     lines += [f"| {_words(kind)} | {meaning} |" for kind, meaning in MEANING.items()]
     lines += ["", "| field | of | class | why | instead |", "|---|---|---|---|---|"]
     for kind in MEANING:
-        for name in sorted({name for table in FIELDS.values() for name in table}):
+        for name in sorted({name for fields in FIELDS.values() for name in fields}):
             alike: dict[tuple[str, str], list[Endpoint]] = {}
-            for endpoint, table in FIELDS.items():
-                if (f := table.get(name)) and f.kind == kind:
+            for endpoint, fields in FIELDS.items():
+                if (f := fields.get(name)) and f.kind == kind:
                     alike.setdefault((f.why, f.fix), []).append(endpoint)
             for (why, fix), of in alike.items():
                 where = "all" if len(of) == len(FIELDS) else ", ".join(of)
