@@ -3,13 +3,11 @@
 import asyncio
 import os
 
-from openai import AsyncOpenAI
-
 import lcguard
 from agents import (  # noqa: TID251  # openai-agents
     Agent,
     ModelSettings,
-    OpenAIChatCompletionsModel,
+    OpenAIProvider,
     RunConfig,
     Runner,
     SQLiteSession,
@@ -22,19 +20,20 @@ NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-
 set_tracing_disabled(True)
 
 
-def agent(name: str) -> Agent:
-    client = AsyncOpenAI(base_url=URL, api_key=os.environ[f"{name.upper()}_KEY"])
-    model = OpenAIChatCompletionsModel("nano", client)
-    return Agent(name, model=model, model_settings=ModelSettings(temperature=0, max_tokens=24))
+def config(name: str) -> RunConfig:
+    provider = OpenAIProvider(base_url=URL, api_key=os.environ[f"{name.upper()}_KEY"])
+    settings = ModelSettings(temperature=0)
+    return RunConfig(model="nano", model_provider=provider, model_settings=settings)
 
 
 async def main() -> None:
     session = SQLiteSession("case 7")
+    intake, billing = config("intake"), config("billing")
     guard = lcguard.text_guard("text_policy.yaml", "intake", "billing", secrets=[])
-    config = RunConfig(session_input_callback=session_filter(guard))
-    await Runner.run(agent("intake"), NOTE, session=session)
+    billing.session_input_callback = session_filter(guard)
+    await Runner.run(Agent("intake"), NOTE, session=session, run_config=intake)
     found = await Runner.run(
-        agent("billing"), "What is the SSN?", session=session, run_config=config
+        Agent("billing"), "What is the SSN?", session=session, run_config=billing
     )
     print(f"billing: {found.final_output}")
 

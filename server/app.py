@@ -20,6 +20,7 @@ from lcguard.server.dashboard.overview import overview
 from lcguard.server.dashboard.page import headers as dashboard_headers
 from lcguard.server.dashboard.page import new_nonce, render
 from lcguard.server.errors import ProxyError
+from lcguard.server.gateway.contract_fields import PATHS
 from lcguard.server.gateway.relay import Relay
 from lcguard.server.health.routes import router as health
 from lcguard.server.openapi import openapi
@@ -53,7 +54,7 @@ def make_app(lifespan: Lifespan) -> FastAPI:
     app.include_router(health)
     app.include_router(router)
     app.include_router(text)
-    for path, endpoint in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
+    for endpoint, path in PATHS.items():
         # before the others: a request tries the routes one by one
         app.router.routes.insert(0, Route(path, _Relayed(endpoint, path), methods=["POST"]))
     app.add_api_route("/", root, include_in_schema=False, response_class=Response)

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from lcguard.server.gateway.contract_fields import FIELDS
+from lcguard.server.gateway.contract_fields import FIELDS, PATHS
 from lcguard.server.gateway.handoff_field import CONSUME_HEADER, FIELD, PUBLISH_HEADER, HandoffField
 
 _ERRORS = {
@@ -40,7 +40,7 @@ _ERROR = {
         }
     },
 }
-_REQUIRED = {"chat": ["messages"], "completions": ["prompt"]}
+_REQUIRED = {"chat": ["messages"], "completions": ["prompt"], "responses": ["input"]}
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         schemas |= schema.pop("$defs", {})
         schemas["HandoffField"], schemas["Error"] = schema, _ERROR
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        made["paths"]["/v1/chat/completions"] = {"post": _generating("chat")}
-        made["paths"]["/v1/completions"] = {"post": _generating("completions")}
+        for endpoint, path in PATHS.items():
+            made["paths"][path] = {"post": _generating(endpoint)}
         for path, item in made["paths"].items():
             for operation in item.values():
                 _finish(operation, open_to_all=path in ("/livez", "/readyz", "/metrics"))
@@ -66,12 +66,17 @@ def _generating(endpoint: Any) -> dict[str, Any]:
     properties: dict[str, Any] = {name: {} for name in FIELDS[endpoint]}
     properties |= {
         "model": {"type": ["string", "null"]},
-        "max_tokens": {"type": ["integer", "null"], "minimum": 0},
+        "max_output_tokens" if endpoint == "responses" else "max_tokens": {
+            "type": ["integer", "null"],
+            "minimum": 0,
+        },
         "stream": {"type": ["boolean", "null"]},
         FIELD: {"$ref": "#/components/schemas/HandoffField"},
     }
     if endpoint == "chat":
         properties["messages"] = {"type": "array", "items": {"type": "object"}}
+    elif endpoint == "responses":
+        properties["input"] = {"type": ["string", "array"]}
     else:
         properties["prompt"] = {"type": ["string", "array"]}
     headers = (

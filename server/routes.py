@@ -59,6 +59,19 @@ async def models(proxy: Running, who: Caller) -> Response:
     return Response(data, status, media_type="application/json")
 
 
+@router.api_route(
+    "/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False
+)
+async def kept_response(rest: str, who: Caller) -> None:
+    """Whatever names an earlier response, or counts and compacts what OpenAI keeps of one."""
+    raise ProxyError(
+        404,
+        "no response is kept here, so that none can be read, cancelled or deleted: send the "
+        "conversation's items as input, and hang up to end an answer",
+        code="not_kept",
+    )
+
+
 @router.get("/lcguard/v1/contract", tags=["lcguard"])
 async def contract(who: Caller) -> dict[str, Any]:
     """What becomes of each field of a request."""

@@ -127,6 +127,12 @@ class TextGuard:
         """Those of an answer, chat's or text's. Raises as ``json``."""
         return self._guarded(lambda walk: walk.choices(choices), secrets)
 
+    def output(
+        self, items: Sequence[Mapping[str, Any]], secrets: Sequence[str] | None = None
+    ) -> Guarded[list[dict[str, Any]]]:
+        """The items of an answer of the Responses API. Raises as ``json``."""
+        return self._guarded(lambda walk: walk.output(items), secrets)
+
     def check_named(self, secrets: Sequence[str] | None = None) -> list[str]:
         """The values that are named. Raises ``HandoffError`` (400) where some should be, and none
         are."""

@@ -29,7 +29,7 @@ from lcguard.unescape import unescaped
 from lcguard.value_search import SHORTEST
 
 _TEXTS = ("content", "reasoning", "reasoning_content", "refusal", "text")
-_CONTEXT = 64
+CONTEXT = 64
 """Characters before what is looked at that are read too: a short term is a word, or part of one."""
 _PENDING = re.compile(
     r"(?:\\(?:u[0-9a-fA-F]{0,4}|x[0-9a-fA-F]{0,2})?)+$"
@@ -65,6 +65,20 @@ def settled(text: str, letters: int, signs: int) -> int:
     return sure
 
 
+def looks_anywhere(guard: TextGuard) -> bool:
+    """Whether an edge has what may look at any distance: nothing is sent before an answer's end."""
+    return guard.edge.detect != "none" or any(c.patterns for c in guard.edge.custom.values())
+
+
+def longest_of(search: Search) -> tuple[int, int]:
+    """Of the longest value that may be split: its letters, and its characters with signs."""
+    keys = [*search.named, *search.terms]
+    return (
+        max([SHORTEST, *(len(key.bare) for key in keys)]),
+        max([2 * SHORTEST, *(len(key.signs) for key in keys)]),
+    )
+
+
 class _Field:
     """A running text of a choice."""
 
@@ -76,7 +90,7 @@ class _Field:
 
     @property
     def start(self) -> int:
-        return max(0, self.passed - _CONTEXT)
+        return max(0, self.passed - CONTEXT)
 
 
 class _Choice:
@@ -162,15 +176,8 @@ class AnswerStream:
         """Raises ``HandoffError`` (400) as ``TextGuard.json`` where values must be named."""
         self.guard, self.secrets = guard, secrets
         self.search: Search = guard.search(secrets)
-        self.whole = guard.edge.detect != "none" or any(
-            category.patterns for category in guard.edge.custom.values()
-        )
-        """Whether nothing is sent before an answer's end."""
-        keys = [*self.search.named, *self.search.terms]
-        self.longest = (
-            max([SHORTEST, *(len(key.bare) for key in keys)]),
-            max([2 * SHORTEST, *(len(key.signs) for key in keys)]),
-        )
+        self.whole = looks_anywhere(guard)
+        self.longest = longest_of(self.search)
         self.hidden: Counter[str] = Counter()
         """Of the choices that have ended."""
         self.originals: dict[str, str] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,8 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 _NAMES = frozenset(
     "role type content text name id call_id tool_call_id tool_calls function function_call "
     "arguments output input refusal reasoning reasoning_content summary thinking annotations "
-    "status index custom parameters strict description".split()
+    "status index custom parameters strict description phase namespace async logprobs "
+    "encrypted_content".split()
 )
 _TYPES = frozenset(
     "text input_text output_text refusal reasoning reasoning_text summary_text thinking message "
@@ -32,6 +34,11 @@ _MEDIA = frozenset(
     "file_data image_embeds audio_embeds".split()
 )
 REASONING = ("reasoning", "reasoning_content")
+_MADE = {
+    "id": re.compile(r"[a-z]{2,4}_[0-9a-f]{16,64}"),
+    "status": re.compile(r"completed|in_progress|incomplete"),
+}
+"""What the engine, and not the model, writes into an answer's items."""
 _JSON_FIELDS = frozenset({"arguments", "output"})
 _DEEPEST = 64
 """Levels of a value; OpenAI's requests have fewer than ten, before a tool's own."""
@@ -89,6 +96,15 @@ class Walk:
                 if isinstance(choice.get(name), str):
                     made[name] = self.text(choice[name], i)
             out.append(made)
+        return out
+
+    def output(self, items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The items of an answer of the Responses API: what the model wrote, as one message, so
+        that nothing else stands between two of them. Raises as ``json``."""
+        out = []
+        for item in items:
+            made: Any = self.message({k: v for k, v in item.items() if not is_made(k, v)})
+            out.append({k: made.get(k, v) for k, v in item.items()})
         return out
 
     def text(self, text: str, group: int = 0) -> str:
@@ -157,12 +173,20 @@ class Walk:
             return replace(at, spot=replace(spot, scalars=spot.scalars or result))
         if name in _JSON_FIELDS:
             is_text = isinstance(parent[name], list) and name == "output"
-            return replace(at, spot=replace(spot, run=None, scalars=True), chat=is_text)
+            self._runs += is_text
+            run = self._runs if is_text else None
+            return replace(at, spot=replace(spot, run=run, scalars=True), chat=is_text)
         if name == "summary" or (name == "input" and isinstance(parent[name], list)):
             self._runs += 1
             return replace(at, spot=replace(spot, run=self._runs))
         known = name in _NAMES and name not in ("input", "parameters")
         return replace(at, spot=replace(spot, run=None), chat=known)
+
+
+def is_made(name: str, value: Any) -> bool:
+    """Whether the field of an answer's item is the engine's own word."""
+    form = _MADE.get(name)
+    return form is not None and isinstance(value, str) and form.fullmatch(value) is not None
 
 
 def _read_first(field: tuple[Any, Any]) -> bool:

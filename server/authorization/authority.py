@@ -39,8 +39,9 @@ from lcguard.server.authorization.rule_digest import rule_digest
 from lcguard.server.authorization.segment_view import shown_tokens_for
 from lcguard.server.crashes import unforeseen
 from lcguard.server.database.writer import DatabaseError
-from lcguard.server.detection.span_finder import Endpoint, SpanFinder
+from lcguard.server.detection.span_finder import SpanFinder
 from lcguard.server.errors import ProxyError
+from lcguard.server.gateway.contract_fields import Endpoint
 from lcguard.server.gateway.handoff_field import HandoffField, Publish
 from lcguard.server.leakage.draw_budget import DrawsSpent, reserve_draw, text_of
 from lcguard.server.leakage.ledger import BudgetSpent, LedgerError, find, reserve

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.handoff.policy import Edge, PolicyError
@@ -22,12 +22,13 @@ from lcguard.handoff.request import tokens_digest
 from lcguard.normalise import skeleton
 from lcguard.server.detection.cpu_worker import CpuWorker
 from lcguard.server.detection.detector import Detector, vouched
+from lcguard.server.detection.response_chat import chat_of
 from lcguard.server.errors import ProxyError
+from lcguard.server.gateway.contract_fields import Endpoint
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.value_search import Range
 
 T = TypeVar("T")
-Endpoint = Literal["chat", "completions"]
 _HANDOFF = "kv_transfer_params"
 """vLLM's field, present where the request consumes: its prompt then begins no conversation."""
 _CHAT_KEYS = (
@@ -175,9 +176,11 @@ class SpanFinder:
             if skeleton(own).text != skeleton(str(said["prompt"])).text:
                 raise _other_tokenizer(self.model)
             return prompt
+        if endpoint == "responses":
+            body = chat_of(body)
         asked = (
             _chat(body)
-            if endpoint == "chat"
+            if endpoint != "completions"
             else {
                 "prompt": prompt,
                 "add_special_tokens": body.get("add_special_tokens", _HANDOFF not in body),

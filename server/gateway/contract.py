@@ -6,48 +6,33 @@ field that a later vLLM adds: unknown, hence refused.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping
 from typing import Any
 
+from lcguard.server.gateway.contract_error import NAMES, ContractError, named, shown, unknown
 from lcguard.server.gateway.contract_fields import (
     ANSWER,
     ANSWER_MEANING,
     CHOICE,
+    CONTENT,
+    EVENTS,
     FIELDS,
     MEANING,
     MESSAGE,
+    OUTPUT,
     PATHS,
     RENDERER_OPTIONS,
+    RESPONSE,
+    RESPONSE_USAGE,
     UNSENT,
     USAGE,
     Endpoint,
     Field,
 )
+from lcguard.server.gateway.response_input import check_response
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _NEVER_NULL = ("system", "developer", "user", "tool")
-_NAMES = {
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
-
-
-class ContractError(Exception):
-    """A request outside the contract: one line with the field and the fix, and nothing of the
-    prompt."""
-
-    status = 400
-
-    def __init__(self, message: str, param: str | None) -> None:
-        super().__init__(message)
-        self.message, self.param = message, param
 
 
 def check(
@@ -58,12 +43,12 @@ def check(
     Raises ``ContractError``.
     """
     if type(body) is not dict:
-        raise ContractError(f"the body is {_named(body)}: send an object", None)
+        raise ContractError(f"the body is {named(body)}: send an object", None)
     fields, out = FIELDS[endpoint], dict[str, Any]()
     for name, value in body.items():
         field = fields.get(name)
         if field is None:
-            raise _unknown(name, fields, name)
+            raise unknown(name, fields, name)
         if value is None or field.kind == "dropped":
             continue
         if field.kind not in ("guarded", "opaque") and _refused(field, consuming, publishing):
@@ -72,34 +57,18 @@ def check(
             raise ContractError(_refusal(name, field), name)
         kind = type(value)
         if kind not in field.types or (kind is float and not math.isfinite(value)):
-            raise ContractError(f"{name} is {_named(value)}: send {_either(field)}", name)
+            raise ContractError(f"{name} is {named(value)}: send {_either(field)}", name)
         out[name] = value
     if endpoint == "chat":
         _check_messages(out.get("messages"))
         out["messages"] = [
             {k: v for k, v in m.items() if v is None or k not in UNSENT} for m in out["messages"]
         ]
-        _check_template_options(out.get("chat_template_kwargs"))
+    elif endpoint == "responses":
+        out |= check_response(out, consuming)
     else:
         _check_prompt(out.get("prompt"), consuming or publishing)
-    return out
-
-
-def clean(answer: Mapping[str, Any], consuming: bool, unsaid_tokens: int = 0) -> dict[str, Any]:
-    """What of an answer, or of a piece of a stream, goes to the client. ``lcguard`` is added by
-    the caller: the engine's own, if any, is not passed.
-
-    Args:
-        unsaid_tokens: added to the prompt's count, which would tell how long what was consumed is.
-    """
-    out = _passed(answer, ANSWER, consuming)
-    if isinstance(usage := out.get("usage"), Mapping):
-        out["usage"] = _passed(usage, USAGE, consuming)
-        for name in ("prompt_tokens", "total_tokens"):
-            if type(n := usage.get(name)) is int:
-                out["usage"][name] = n + unsaid_tokens
-    if type(choices := out.get("choices")) is list:
-        out["choices"] = [_passed(c, CHOICE, consuming) for c in choices if isinstance(c, Mapping)]
+    _check_template_options(out.get("chat_template_kwargs"))
     return out
 
 
@@ -123,6 +92,14 @@ def describe() -> dict[str, Any]:
             "usage": dict(USAGE),
             "unknown": "removed",
         },
+        "response": {
+            "fields": dict(RESPONSE),
+            "output": dict(OUTPUT),
+            "content": dict(CONTENT),
+            "usage": dict(RESPONSE_USAGE),
+            "events": dict(EVENTS),
+            "unknown": "removed",
+        },
     }
 
 
@@ -133,20 +110,26 @@ def markdown() -> str:
     lines += [f"| {_words(kind)} | {meaning} |" for kind, meaning in MEANING.items()]
     lines += ["", "| field | of | class | why | instead |", "|---|---|---|---|---|"]
     for kind in MEANING:
-        for name in sorted(FIELDS["chat"].keys() | FIELDS["completions"].keys()):
-            found = {e: f for e, table in FIELDS.items() if (f := table.get(name))}
-            same = len({(f.kind, f.why) for f in found.values()}) == 1
-            rows = (
-                [("both" if len(found) == 2 else min(found), min(found))]
-                if same
-                else [(e, e) for e in found]
-            )
-            for of, endpoint in rows:
-                f = found[endpoint]
-                if f.kind == kind:
-                    lines.append(f"| `{name}` | {of} | {_words(kind)} | {f.why} | {f.fix} |")
+        for name in sorted({name for fields in FIELDS.values() for name in fields}):
+            alike: dict[tuple[str, str], list[Endpoint]] = {}
+            for endpoint, fields in FIELDS.items():
+                if (f := fields.get(name)) and f.kind == kind:
+                    alike.setdefault((f.why, f.fix), []).append(endpoint)
+            for (why, fix), of in alike.items():
+                where = "all" if len(of) == len(FIELDS) else ", ".join(of)
+                lines.append(f"| `{name}` | {where} | {_words(kind)} | {why} | {fix} |")
     lines += ["", "| answer | class |", "|---|---|"]
     for prefix, table in (("", ANSWER), ("choices[].", CHOICE), ("usage.", USAGE)):
+        lines += [f"| `{prefix}{name}` | {_words(kind)} |" for name, kind in table.items()]
+    lines += ["", "| response | class |", "|---|---|"]
+    parts = (
+        ("", RESPONSE),
+        ("output[].", OUTPUT),
+        ("output[].content[].", CONTENT),
+        ("usage.", RESPONSE_USAGE),
+        ("a stream's event: ", EVENTS),
+    )
+    for prefix, table in parts:
         lines += [f"| `{prefix}{name}` | {_words(kind)} |" for name, kind in table.items()]
     return "\n".join(lines) + "\n"
 
@@ -183,31 +166,22 @@ def _refusal(name: str, field: Field) -> str:
     return f"{name} is refused{when} ({field.why}): {field.fix}"
 
 
-def _unknown(name: str, known: Mapping[str, object], param: str) -> ContractError:
-    # A long name costs the comparison time, and the client sends it.
-    close = difflib.get_close_matches(name[:60], known, 1)
-    hint = f"did you mean {close[0]!r}?" if close else "leave it out"
-    return ContractError(
-        f"{_shown(param)} is no field of the guard contract: {hint}", _shown(param)
-    )
-
-
 def _check_messages(messages: list[Any] | None) -> None:
     if not messages:
         raise ContractError("messages is missing: send at least one", "messages")
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if type(message) is not dict:
-            raise ContractError(f"{where} is {_named(message)}: send an object", where)
+            raise ContractError(f"{where} is {named(message)}: send an object", where)
         if type(message.get("role")) is not str:
             raise ContractError(f"{where}.role is missing: send a string", f"{where}.role")
         for name, value in message.items():
             types = MESSAGE.get(name)
             if types is None:
-                raise _unknown(name, MESSAGE, f"{where}.{name}")
+                raise unknown(name, MESSAGE, f"{where}.{name}")
             if value is not None and type(value) not in types:
                 raise ContractError(
-                    f"{where}.{name} is {_named(value)}, which is not allowed there",
+                    f"{where}.{name} is {named(value)}, which is not allowed there",
                     f"{where}.{name}",
                 )
         if message.get("content", "") is None and message["role"] in _NEVER_NULL:
@@ -234,13 +208,13 @@ def _check_parts(parts: list[Any], where: str) -> None:
 
 def _check_template_options(options: dict[str, Any] | None) -> None:
     for name, value in (options or {}).items():
-        param = _shown(f"chat_template_kwargs.{name}")
+        param = shown(f"chat_template_kwargs.{name}")
         if name in RENDERER_OPTIONS:
             raise ContractError(
                 f"{param} is an option of the renderer: use the field of that name", param
             )
         if type(value) not in _SCALARS:
-            raise ContractError(f"{param} is {_named(value)}: send a plain value", param)
+            raise ContractError(f"{param} is {named(value)}: send a plain value", param)
 
 
 def _check_prompt(prompt: str | list[Any] | None, handoff: bool) -> None:
@@ -258,11 +232,6 @@ def _check_prompt(prompt: str | list[Any] | None, handoff: bool) -> None:
         )
 
 
-def _passed(data: Mapping[str, Any], table: Mapping[str, str], consuming: bool) -> dict[str, Any]:
-    allowed = ("passed",) if consuming else ("passed", "removed_on_consume")
-    return {name: value for name, value in data.items() if table.get(name) in allowed}
-
-
 def _described(field: Field) -> dict[str, Any]:
     out: dict[str, Any] = {"class": field.kind, "types": _either(field), "why": field.why}
     if field.fix:
@@ -273,18 +242,7 @@ def _described(field: Field) -> dict[str, Any]:
 
 
 def _either(field: Field) -> str:
-    return " or ".join(sorted(_NAMES[t] for t in field.types))
-
-
-def _named(value: object) -> str:
-    if type(value) is float and not math.isfinite(value):
-        return "not finite"
-    return _NAMES.get(type(value), "no JSON value")
-
-
-def _shown(name: str) -> str:
-    """A client's name for something, short and in ASCII: it goes to logs and headers."""
-    return ascii(name[:80])[1:-1][:120]
+    return " or ".join(sorted(NAMES[t] for t in field.types))
 
 
 def _words(kind: str) -> str:

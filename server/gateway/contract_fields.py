@@ -9,9 +9,15 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal["chat", "completions", "responses"]
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
-PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+PATHS: dict[Endpoint, str] = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "responses": "/v1/responses",
+}
+GROUPS: dict[str, tuple[Endpoint, ...]] = {"all": ENDPOINTS, "both": ("chat", "completions")}
+"""What several endpoints have in common."""
 
 _TYPES: dict[str, set[type]] = {
     "boolean": {bool},
@@ -49,7 +55,9 @@ def _fields(groups: list[dict[str, Any]]) -> dict[Endpoint, dict[str, Field]]:
         kind, why, neutral = group["class"], group["why"], group.get("neutral", {})
         fix = group.get("fix", "leave it out" if kind.startswith("refused") else "")
         for endpoint in ENDPOINTS:
-            for name, words in (group.get("both", {}) | group.get(endpoint, {})).items():
+            shared = [name for name, of in GROUPS.items() if endpoint in of]
+            found = {n: w for key in (*shared, endpoint) for n, w in group.get(key, {}).items()}
+            for name, words in found.items():
                 assert kind in MEANING, kind
                 assert name not in out[endpoint], name
                 out[endpoint][name] = Field(kind, _types(words), why, fix, neutral.get(name))
@@ -69,4 +77,16 @@ ANSWER, CHOICE, USAGE = (_by_name(_CONTRACT[part]) for part in ("answer", "choic
 MESSAGE = {name: _types(words) for name, words in _CONTRACT["messages"].items()}
 UNSENT = frozenset(_CONTRACT["unsent"])
 """Of each of ``messages``: no part of the prompt."""
+ITEMS = {
+    kind: {name: _types(words) for name, words in fields.items()}
+    for kind, fields in _CONTRACT["items"].items()
+}
+"""Of each kind of item in a response's ``input``."""
+REQUIRED: dict[str, list[str]] = _CONTRACT["required"]
+RESPONSE, OUTPUT, CONTENT, RESPONSE_USAGE, EVENTS = (
+    _by_name(_CONTRACT[part])
+    for part in ("response", "output", "content", "response_usage", "events")
+)
+"""As ``ANSWER``, of a response and of a stream's events."""
+EMPTY: dict[str, Any] = _CONTRACT["empty"]
 RENDERER_OPTIONS = frozenset(_CONTRACT["renderer_options"])

@@ -11,15 +11,22 @@ from starlette.types import Message, Send
 from lcguard.server.access.keyring import Identity
 from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.errors import ProxyError
-from lcguard.server.gateway.sse import event
+from lcguard.server.gateway.contract_fields import Endpoint
+from lcguard.server.gateway.sse import event, named_event
 from lcguard.server.gateway.text_pass import TextPass
 
 
 class Exchange:
     """One request and what became of it."""
 
-    def __init__(self, headers: Mapping[str, str], send: Send, request_id: str) -> None:
-        self.headers, self.request_id = headers, request_id
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        send: Send,
+        request_id: str,
+        endpoint: Endpoint = "chat",
+    ) -> None:
+        self.headers, self.request_id, self.endpoint = headers, request_id, endpoint
         self._send = send
         self.started_s = time.perf_counter()
         self.upstream_s = 0.0
@@ -31,6 +38,13 @@ class Exchange:
         self.text: TextPass | None = None
         """Its hops of text."""
         self.code = ""
+        self.n_events = 0
+        """Sent, of a response's stream."""
+
+    @property
+    def responds(self) -> bool:
+        """Whether it is a request of the Responses API."""
+        return self.endpoint == "responses"
 
     async def head(self, status: int, kind: str, more: Mapping[str, str]) -> None:
         """Sends the answer's head."""
@@ -57,10 +71,15 @@ class Exchange:
         """The error as the answer, or as the last event of a stream that has begun."""
         self.code = error.code
         if self.status:
-            await self.piece(event(error.body()), more=False)
+            body = error.body()
+            if self.responds:  # an event of its own; OpenAI's clients read the object in it
+                more = {"type": "error", "sequence_number": self.n_events, **body}
+                await self.piece(named_event(body["error"] | more), more=False)
+                return
+            await self.piece(event(body), more=False)
             return
         verdict = "blocked" if error.status < 500 else "error"
-        more = {"x-lcguard-verdict": verdict, **error.headers()}
+        told = {"x-lcguard-verdict": verdict, **error.headers()}
         if error.status in (408, 413):
-            more["connection"] = "close"  # the rest of the body is not wanted
-        await self.whole(error.status, "application/json", json.dumps(error.body()).encode(), more)
+            told["connection"] = "close"  # the rest of the body is not wanted
+        await self.whole(error.status, "application/json", json.dumps(error.body()).encode(), told)

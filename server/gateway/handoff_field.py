@@ -33,7 +33,7 @@ from lcguard.server.errors import ProxyError
 FIELD = PARAM
 PUBLISH_HEADER = "x-lcguard-publish"
 CONSUME_HEADER = "x-lcguard-consume"
-_ANSWER_ID = re.compile(r"^(chat)?cmpl-(?=.{32})")
+_ANSWER_ID = re.compile(r"^((chat)?cmpl-|resp_)(?=.{32})")
 """What vLLM puts before a publish's handle to name its answer."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcguard.server.authorization.settlement import Settlement
-from lcguard.server.gateway.contract import clean
+from lcguard.server.gateway.contract_answer import clean, clean_event, clean_response
 from lcguard.server.gateway.exchange import Exchange
 from lcguard.server.gateway.handoff_field import FIELD
 
@@ -31,12 +31,17 @@ def cleaned(x: Exchange, answer: Mapping[str, Any]) -> dict[str, Any]:
     """What of vLLM's answer, or of a piece of it, may go to the client of a handoff."""
     approved = x.approved
     reads = bool(approved and approved.consumed) or bool(x.text and x.text.guards_answer)
-    return clean(answer, reads, approved.unsaid_tokens if approved else 0)
+    made = clean
+    if x.responds:
+        made = clean_event if "type" in answer else clean_response
+    return made(answer, reads, approved.unsaid_tokens if approved else 0)
 
 
 def with_outcome(answer: dict[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
     """A whole answer, or the last chunk of a stream with a choice in it, with what was applied: for
     chats in each choice's message as well."""
+    if "choices" not in answer:
+        return {**answer, FIELD: outcome}
     choices = [
         {**choice, name: {**choice[name], FIELD: outcome}}
         if (name := "delta" if "delta" in choice else "message") in choice

@@ -1,4 +1,4 @@
-"""The two routes that generate: a request on its way to vLLM and its answer on the way back.
+"""The routes that generate: a request on its way to vLLM and its answer on the way back.
 
 One path for streams and whole answers: checked, limited, ordered, forwarded, and finished by the
 code that saw what was stored. Plain ASGI, because every layer above costs each request.
@@ -20,13 +20,15 @@ from starlette.types import Receive, Scope, Send
 from lcguard.server.audit.trail import Event
 from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.crashes import unforeseen
-from lcguard.server.detection.span_finder import Endpoint
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.body import ClientGone, parse_object, read_body
-from lcguard.server.gateway.contract import ContractError, check
+from lcguard.server.gateway.contract import check
+from lcguard.server.gateway.contract_error import ContractError
+from lcguard.server.gateway.contract_fields import Endpoint
 from lcguard.server.gateway.exchange import Exchange
 from lcguard.server.gateway.handoff_field import FIELD, HandoffField, read_handoff
 from lcguard.server.gateway.outcome import applied, cleaned, outcome_headers, with_outcome
+from lcguard.server.gateway.response_events import ResponseEvents
 from lcguard.server.gateway.streaming import Stream
 from lcguard.server.gateway.text_pass import TextPass
 from lcguard.server.gateway.upstream import broken, reason_of
@@ -52,7 +54,7 @@ class Relay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        exchange = Exchange(headers, send, self.proxy.request_id(headers))
+        exchange = Exchange(headers, send, self.proxy.request_id(headers), self.endpoint)
         with self.proxy.watch(exchange, self.endpoint):
             try:
                 await self._answer(exchange, receive)
@@ -106,6 +108,8 @@ class Relay:
         with proxy.active_reads.reading(handles) as reading:
             async with proxy.admit(who, size.total) as usage:
                 body["cache_salt"] = proxy.salt(who)
+                if x.responds:
+                    body["store"] = False  # vLLM would keep it for whoever names it
                 try:
                     if handoff is not None:
                         _one_prompt(self.endpoint, body)
@@ -129,6 +133,8 @@ class Relay:
         if handoff.publish is not None or handoff.consume is not None:
             x.approved = await proxy.authority.open(who, handoff, self.endpoint, body, x.request_id)
             body["kv_transfer_params"] = {"lcguard": x.approved.params}
+            if x.responds and x.approved.handle:
+                body["request_id"] = f"resp_{x.approved.handle}"  # the answer's id
         if x.text is not None:
             await x.text.allow_answer(x.approved.consumed if x.approved else ())
         return body
@@ -173,7 +179,11 @@ class Relay:
             passed["x-request-id"] = x.approved.handle
         elif x.headers.get("x-request-id") == x.request_id:
             passed["x-request-id"] = x.request_id
-        stream = Stream(x, self.proxy.settlement, body) if body.get("stream") else None
+        stream: Stream | None = None
+        if body.get("stream"):
+            settlement = self.proxy.settlement
+            responds = x.responds
+            stream = ResponseEvents(x, settlement) if responds else Stream(x, settlement, body)
         asked_s = time.perf_counter()
         answer = await self.proxy.upstream.post(
             self.path, json.dumps(body, separators=(",", ":")).encode(), passed
@@ -207,7 +217,9 @@ class Relay:
                 await self._fail(x, "failed", f"vLLM answered {answer.status}")
             else:
                 whole = cleaned(x, json.loads(data))
-                if x.text is not None:
+                if x.text is not None and x.responds:
+                    whole["output"] = await x.text.output(whole.get("output", ()))
+                elif x.text is not None:
                     whole["choices"] = await x.text.answer(whole.get("choices", ()))
                 outcome = await applied(x, self.proxy.settlement)
                 data = json.dumps(with_outcome(whole, outcome), separators=(",", ":")).encode()

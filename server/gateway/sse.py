@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 DONE = b"data: [DONE]\n\n"
@@ -39,6 +39,16 @@ class Events:
 def event(data: Any) -> bytes:
     """One event with JSON data."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """One event of the Responses API: its type is its name too."""
+    return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
+
+
+def named_data_of(raw: bytes) -> Any:
+    """``data_of`` an event with a name."""
+    return data_of(raw[max(0, raw.find(b"data: ")) :])
 
 
 def data_of(raw: bytes) -> Any:

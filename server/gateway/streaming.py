@@ -65,11 +65,7 @@ class Stream:
         """What goes to the client for an event of vLLM's."""
         x, approved = self._x, self._x.approved
         if raw.startswith(_ERROR):
-            if approved is not None:
-                await self._settlement.fail(approved, "failed", "vLLM broke off")
-            if x.text is not None:
-                await x.text.fail("failed", "vLLM broke off")
-            self._x.code = "upstream_error"
+            await self._failed()
             return [*self._released(), raw]
         if raw == DONE:
             self._ended = True
@@ -103,6 +99,15 @@ class Stream:
             self._held = shown
             return out
         return [*out, shown]
+
+    async def _failed(self) -> None:
+        """Writes down that vLLM said an error in place of the rest."""
+        x = self._x
+        if x.approved is not None:
+            await self._settlement.fail(x.approved, "failed", "vLLM broke off")
+        if x.text is not None:
+            await x.text.fail("failed", "vLLM broke off")
+        x.code = "upstream_error"
 
     def _released(self) -> list[bytes]:
         held, self._held = self._held, b""

@@ -9,14 +9,17 @@ from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.lineage import Restricted
 from lcguard.server.access.keyring import Identity
 from lcguard.server.authorization.text_hops import TextHop, TextHops, stands_on
-from lcguard.server.detection.span_finder import Endpoint
-from lcguard.server.gateway.contract_fields import FIELDS
+from lcguard.server.gateway.contract_fields import FIELDS, Endpoint
 from lcguard.server.gateway.handoff_field import TextField
 from lcguard.text.guard import Guarded, TextGuard
+from lcguard.text.response_stream import ResponseStream
 from lcguard.text.stream import AnswerStream
 
 _READ_TOO = ("stop", "bad_words", "structured_outputs", "response_format")
 """Fields beside those that shape the prompt of which a model, or its answer, shows the text."""
+
+_TEXTS, _LISTS = ("instructions", "prompt", "input"), ("messages", "input")
+"""What a prompt is made of, as texts and as messages or items."""
 
 
 class TextPass:
@@ -26,7 +29,7 @@ class TextPass:
         self._hops, self._wish, self._who, self._request_id = hops, wish, who, request_id
         self._incoming: TextHop | None = None
         self._outgoing: TextHop | None = None
-        self._stream: AnswerStream | None = None
+        self._stream: AnswerStream | ResponseStream | None = None
 
     @property
     def guards_answer(self) -> bool:
@@ -60,13 +63,32 @@ class TextPass:
             return [dict(c) for c in choices]
         return await self._hops.guarded(hop, lambda guard: guard.choices(choices, hop.secrets))
 
+    async def output(self, items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Those of a whole response, guarded. Raises as ``request``."""
+        hop = self._outgoing
+        if hop is None:
+            return [dict(item) for item in items]
+        return await self._hops.guarded(hop, lambda guard: guard.output(items, hop.secrets))
+
     async def chunk(self, chunk: dict[str, Any]) -> dict[str, Any] | None:
         """What goes on of a stream's chunk. Raises as ``request``."""
         hop = self._outgoing
         if hop is None:
             return chunk
-        stream = self._stream = self._stream or AnswerStream(hop.guard, hop.secrets)
+        if not isinstance(stream := self._stream, AnswerStream):
+            stream = self._stream = AnswerStream(hop.guard, hop.secrets)
         made = await self._hops.guarded(hop, lambda _: Guarded(stream.feed(chunk), {}))
+        hop.hidden, hop.originals = stream.hidden, stream.originals
+        return made
+
+    async def events(self, event: dict[str, Any]) -> list[dict[str, Any]]:
+        """What goes on for an event of a response's stream. Raises as ``request``."""
+        hop = self._outgoing
+        if hop is None:
+            return [event]
+        if not isinstance(stream := self._stream, ResponseStream):
+            stream = self._stream = ResponseStream(hop.guard, hop.secrets)
+        made = await self._hops.guarded(hop, lambda _: Guarded(stream.feed(event), {}))
         hop.hidden, hop.originals = stream.hidden, stream.originals
         return made
 
@@ -101,14 +123,21 @@ class TextPass:
 def _request(
     guard: TextGuard, read: Mapping[str, Any], secrets: Sequence[str] | None
 ) -> Guarded[dict[str, Any]]:
-    rest = {k: v for k, v in read.items() if k not in ("messages", "prompt")}
-    prompt = read.get("prompt")
-    if prompt is not None and not isinstance(prompt, str):
+    texts = {k: v for k, v in read.items() if k in _TEXTS and isinstance(v, str)}
+    lists = {k: v for k, v in read.items() if k in _LISTS and isinstance(v, list)}
+    prompt = read.get("prompt", "")
+    if not isinstance(prompt, str):
         raise HandoffError(
             400, "prompt: send text, one, where it came from another agent", "prompt"
         )
-    messages = read.get("messages") or ([{"content": prompt}] if prompt is not None else [])
+    rest = {k: v for k, v in read.items() if k not in texts and k not in lists}
+    messages = [{"content": text} for text in texts.values()]
+    messages += [m for many in lists.values() for m in many]
     found = guard.request(messages, rest, secrets)
     made, others = found.value
-    text = {"messages": made} if prompt is None else {"prompt": made[0]["content"]}
-    return Guarded({**others, **text}, found.hidden, found.originals)
+    out = dict(others)
+    for name in texts:
+        out[name] = made.pop(0)["content"]
+    for name, many in lists.items():
+        out[name], made = made[: len(many)], made[len(many) :]
+    return Guarded(out, found.hidden, found.originals)

@@ -64,7 +64,7 @@ def text_of(key: bytes, record: str | None, body: Mapping[str, Any]) -> Text:
     if record is not None:
         return Text(hmac.new(key, b"lcguard record\0" + record.encode(), "sha256").hexdigest()[:32])
     words: set[str] = set()
-    for name in ("messages", "prompt", "tools", "documents"):
+    for name in ("messages", "prompt", "instructions", "input", "tools", "documents"):
         for string in _strings(body.get(name)):
             words.update(_WORD.findall(unicodedata.normalize("NFKC", string).casefold()))
     secret = hashlib.sha256(b"lcguard words\0" + key).digest()

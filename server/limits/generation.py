@@ -15,8 +15,9 @@ from lcguard.server.gateway.contract_fields import Endpoint
 _STATED: dict[Endpoint, tuple[str, ...]] = {
     "chat": ("max_tokens", "max_completion_tokens"),
     "completions": ("max_tokens",),
+    "responses": ("max_output_tokens",),
 }
-_DEFAULT: dict[Endpoint, int | None] = {"chat": None, "completions": 16}
+_DEFAULT: dict[Endpoint, int | None] = {"chat": None, "completions": 16, "responses": None}
 """OpenAI's where a request states none; none: whatever there is room for."""
 _BYTES_PER_TOKEN = 4
 

@@ -38,6 +38,7 @@ ELSEWHERE = {
     ("docs/guards.md", "smollm2:twin"): "tests/agents/test_models.py",
     ("docs/proxy.md", "PermissionDeniedError"): "tests/docs/test_blocks.py",
     ("docs/proxy.md", "lcguard.client"): "tests/server/test_client.py",
+    ("docs/proxy.md", "responses.create("): "tests/server/test_responses.py",
 }
 
 # Pages whose every block is run, and its output looked at, by a test of their own.

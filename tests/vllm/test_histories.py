@@ -20,7 +20,8 @@ from lcguard.handoff.policy import Edge
 from lcguard.handoff.request import tokens_digest
 from lcguard.server.detection.span_finder import SpanFinder
 from lcguard.server.errors import ProxyError
-from lcguard.server.gateway.contract import ContractError, check
+from lcguard.server.gateway.contract import check
+from lcguard.server.gateway.contract_error import ContractError
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.settings import UpstreamSettings
 from tests.engine import needs_vllm

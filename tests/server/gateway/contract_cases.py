@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 
-from lcguard.server.gateway.contract import ContractError, check
-from lcguard.server.gateway.contract_fields import (
-    Endpoint,
-    Field,
-)
+from lcguard.server.gateway.contract import check
+from lcguard.server.gateway.contract_error import ContractError
+from lcguard.server.gateway.contract_fields import Endpoint, Field
 
-ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions")
+ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions", "responses")
 MINIMAL: dict[Endpoint, dict[str, Any]] = {
     "chat": {"messages": [{"role": "user", "content": "hello"}]},
     "completions": {"prompt": "hello"},
+    "responses": {"input": "hello"},
 }
 
 
@@ -29,10 +28,19 @@ SAMPLE: dict[type, Any] = {
 }
 
 
+OF_RESPONSES: dict[str, Any] = {
+    "tools": [{"type": "function", "name": "f", "parameters": {}}],
+    "include": ["reasoning.encrypted_content"],
+}
+"""Lists that are looked into."""
+
+
 def asks(endpoint: Endpoint, name: str, field: Field) -> Any:
     """A value of the right type that asks for something."""
     if name in MINIMAL[endpoint]:
         return MINIMAL[endpoint][name]
+    if endpoint == "responses" and name in OF_RESPONSES:
+        return OF_RESPONSES[name]
     return SAMPLE[min(field.types, key=lambda t: t.__name__)]
 
 

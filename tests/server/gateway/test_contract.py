@@ -10,16 +10,23 @@ import pytest
 from openai.types import completion_create_params as text_params
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params
 
-from lcguard.server.gateway.contract import check, clean, describe, markdown, page
+from lcguard.server.gateway.contract import check, describe, markdown, page
+from lcguard.server.gateway.contract_answer import clean
 from lcguard.server.gateway.contract_fields import (
     ANSWER,
     ANSWER_MEANING,
     CHOICE,
+    CONTENT,
+    EVENTS,
     FIELDS,
     MEANING,
     MESSAGE,
+    OUTPUT,
     RENDERER_OPTIONS,
+    RESPONSE,
+    RESPONSE_USAGE,
     USAGE,
     Endpoint,
     Field,
@@ -36,6 +43,7 @@ EVERY = [(e, name, field) for e in ENDPOINTS for name, field in FIELDS[e].items(
 OF_OPENAI: dict[Endpoint, set[str]] = {
     "chat": {*chat_params.CompletionCreateParamsBase.__annotations__},
     "completions": {*text_params.CompletionCreateParamsBase.__annotations__},
+    "responses": {*response_create_params.ResponseCreateParamsBase.__annotations__},
 }
 
 
@@ -75,8 +83,13 @@ def test_an_answer_s_message_may_be_sent_back() -> None:
 def test_every_field_of_vllm_s_requests_is_judged() -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    models: dict[Endpoint, Any] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+    models: dict[Endpoint, Any] = {
+        "chat": ChatCompletionRequest,
+        "completions": CompletionRequest,
+        "responses": ResponsesRequest,
+    }
     for endpoint, model in models.items():
         own = OF_OPENAI[endpoint] - {"messages", "prompt"} - {*model.model_fields}
         own |= {"metadata"}  # vLLM and the client know it of chats alone; clients send it with both
@@ -118,6 +131,29 @@ def test_every_field_of_vllm_s_answers_is_judged() -> None:
 
 @needs_vllm
 @pytest.mark.vllm
+def test_every_field_of_vllm_s_responses_is_judged() -> None:
+    from vllm.entrypoints.openai.responses import protocol, streaming_events
+
+    items = (
+        streaming_events.ResponseOutputMessage,
+        streaming_events.ResponseReasoningItem,
+        streaming_events.ResponseFunctionToolCall,
+        streaming_events.ResponseCustomToolCall,
+    )
+    assert set(OUTPUT) == {f.alias or n for m in items for n, f in m.model_fields.items()}
+    assert {*streaming_events.ResponseOutputText.model_fields} <= set(CONTENT)
+    assert set(RESPONSE) == {*protocol.ResponsesResponse.model_fields} | {"lcguard", "error"}
+    assert set(RESPONSE_USAGE) == {*protocol.ResponseUsage.model_fields}
+    made = [getattr(streaming_events, n) for n in vars(streaming_events) if n.endswith("Event")]
+    here = ("output_item", "content_part", "text", "reasoning_text", "function", "custom_tool")
+    served = [m for m in made if str(m.model_fields["type"].annotation).count("response.")]
+    served = [m for m in served if any(f"{n}" in str(m.model_fields["type"]) for n in here)]
+    assert len(served) >= 10
+    assert {name for m in served for name in m.model_fields} <= set(EVENTS)
+
+
+@needs_vllm
+@pytest.mark.vllm
 def test_beam_search_still_leaves_a_handoff_behind() -> None:
     """The reason for which it is refused: it takes no ``extra_args``, where handoffs travel."""
     from vllm.sampling_params import BeamSearchParams
@@ -128,7 +164,7 @@ def test_beam_search_still_leaves_a_handoff_behind() -> None:
 
 @needs_vllm
 @pytest.mark.vllm
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_what_passes_is_a_request_to_vllm(endpoint: Endpoint) -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -325,7 +361,7 @@ def test_description_and_tables_name_every_field() -> None:
             assert any(field.why in row for row in rows)
     assert told["answer"]["fields"]["kv_transfer_params"] == "removed"
     assert set(told["classes"]) == set(MEANING) == {f.kind for _, _, f in EVERY}
-    assert {*ANSWER.values(), *CHOICE.values()} == set(ANSWER_MEANING)
+    assert {*ANSWER.values(), *CHOICE.values(), *RESPONSE.values()} == set(ANSWER_MEANING)
 
 
 def test_every_refusal_has_a_fix() -> None:

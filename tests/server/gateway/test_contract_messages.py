@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcguard.server.gateway.contract import ContractError, check
+from lcguard.server.gateway.contract import check
+from lcguard.server.gateway.contract_error import ContractError
 from lcguard.server.gateway.contract_fields import (
     FIELDS,
     Endpoint,
