@@ -22,8 +22,9 @@ from lcguard.server.audit.trail import AuditLog, Entry
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.authorization.text_hops import TextHops
+from lcguard.server.database.connection import DatabaseError
 from lcguard.server.database.vault import sweep_originals
-from lcguard.server.database.writer import Database, DatabaseError
+from lcguard.server.database.writer import Database
 from lcguard.server.detection.span_finder import SpanFinder, TextFinder
 from lcguard.server.engine import Engine, EnginePlan
 from lcguard.server.gateway.upstream import Upstream

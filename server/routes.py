@@ -19,7 +19,7 @@ from lcguard.server.audit.trail import Entry
 from lcguard.server.authorization.approved_handoff import gone, unavailable
 from lcguard.server.authorization.segment_view import knows_text, ledger_view, manifest_view
 from lcguard.server.dashboard.overview import edge_rows
-from lcguard.server.database.writer import DatabaseError
+from lcguard.server.database.connection import DatabaseError
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.body import ClientGone, parse_object, read_body
 from lcguard.server.gateway.contract import describe

@@ -21,7 +21,8 @@ from lcguard.server.authorization.active_reads import ActiveReads
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.authorization.text_hops import TextHops
-from lcguard.server.database.writer import Database, DatabaseError
+from lcguard.server.database.connection import DatabaseError
+from lcguard.server.database.writer import Database
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.health.metrics import Metrics

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from sqlite3 import Connection
 from typing import Any
 
 from lcguard.handoff.errors import HandoffError
@@ -38,7 +37,7 @@ from lcguard.server.authorization.consumable import check_consumable
 from lcguard.server.authorization.rule_digest import rule_digest
 from lcguard.server.authorization.segment_view import shown_tokens_for
 from lcguard.server.crashes import unforeseen
-from lcguard.server.database.writer import DatabaseError
+from lcguard.server.database.connection import Connection, DatabaseError
 from lcguard.server.detection.span_finder import Endpoint, SpanFinder
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.handoff_field import HandoffField, Publish

@@ -10,7 +10,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from sqlite3 import Connection
 from typing import Any, TypeVar
 
 from lcguard.handoff.errors import HandoffError, LineageError
@@ -22,8 +21,8 @@ from lcguard.server.access.keyring import Identity
 from lcguard.server.audit.trail import Entry, Event
 from lcguard.server.authorization.approved_handoff import edge_name, qualified, unavailable
 from lcguard.server.authorization.authority import Authority
+from lcguard.server.database.connection import Connection, DatabaseError
 from lcguard.server.database.vault import Kept, Vault
-from lcguard.server.database.writer import DatabaseError
 from lcguard.server.detection.detector import vouched
 from lcguard.server.errors import ProxyError
 from lcguard.text.guard import Guarded, TextGuard

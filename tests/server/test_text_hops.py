@@ -270,10 +270,12 @@ def test_the_openapi_document_has_the_routes(front: Front) -> None:
 
 def test_an_older_database_gets_the_table(tmp_path: Path) -> None:
     from lcguard.server.database import schema
+    from lcguard.server.database.sqlite_file import SQLITE
 
     with closing(sqlite3.connect(tmp_path / "old.sqlite")) as connection:
-        schema.prepare(connection)
-        connection.execute("DROP TABLE originals")
+        schema.prepare(connection, SQLITE)
+        for table in ("originals", "edges", "accounts"):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute("PRAGMA user_version = 2")
-        schema.prepare(connection)
+        schema.prepare(connection, SQLITE)
         assert connection.execute("SELECT count(*) FROM originals").fetchone() == (0,)
