@@ -164,9 +164,8 @@ def prepare(connection: Connection, dialect: Dialect) -> None:
     """Makes the tables where there are none, or what older ones lack; within a transaction. Raises
     as ``check``."""
     marks = dialect.marks(connection)
-    if marks is None:
-        wanted = _TABLES
-    else:
+    wanted: tuple[str, ...] = _TABLES
+    if marks is not None:
         check(marks)
         wanted = tuple(s for before, step in _STEPS for s in step if marks[1] <= before)
     for statement in wanted:

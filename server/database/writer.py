@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +29,9 @@ T = TypeVar("T")
 Work = Callable[[Connection], T]
 _IDLE_READERS, _MOST_READERS = 4, 16
 """Connections that are kept, and that there are at a time: a server has few to give."""
+
+
+logger = logging.getLogger("lcguard.server")
 
 
 @dataclass
@@ -84,6 +88,13 @@ class Database:
         if threading.current_thread() is self._thread:
             raise RuntimeError("write_now within a write waits for itself: use the connection")
         return self._submit(work).result()
+
+    def post(self, work: Work[object]) -> None:
+        """``write`` without waiting, for what nobody is told of; what goes wrong is logged."""
+        try:
+            self._submit(work).add_done_callback(_log)
+        except DatabaseError as error:
+            logger.warning("%s", error)
 
     def read(self, work: Work[T]) -> T:
         """Runs ``work`` on a read-only connection, in one snapshot; for any thread.
@@ -236,3 +247,8 @@ class Database:
         if isinstance(found, DatabaseError):
             return DatabaseError(str(found))  # its own for each: tracebacks are added to it
         return DatabaseError(f"{self.place.name}: the transaction was lost ({found}): try again")
+
+
+def _log(done: Future[Any]) -> None:
+    if error := done.exception():
+        logger.warning("not written: %s", error)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 
@@ -180,6 +180,15 @@ def revoke(connection: Connection, handle: str, now_s: float, cascade: bool) -> 
     found = connection.execute(f"SELECT handle FROM segments WHERE {where}", values).fetchall()
     connection.execute(f"UPDATE segments SET revoked_at_s = :now_s WHERE {where}", values)
     return sorted(row[0] for row in found)
+
+
+def revoked_among(connection: Connection, handles: Iterable[str]) -> list[str]:
+    """Those of ``handles`` that were revoked."""
+    return [
+        handle
+        for handle in sorted(handles)
+        if (row := find(connection, handle)) is not None and row.revoked_at_s is not None
+    ]
 
 
 def received_counts(

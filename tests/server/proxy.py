@@ -192,6 +192,13 @@ class Front:
         return dict(self.http.get("/readyz").json())
 
 
+def close_edges(folder: Path, *audiences: str) -> None:
+    """As canaries did for agent ``intake``, in the file that a proxy takes over at its start."""
+    edge = {"tenant": "default", "source": "intake", "since_s": 1.0, "state": "closed"}
+    edges = [edge | {"audience": name, "reason": "a test"} for name in audiences]
+    (folder / "leakage.json").write_text(json.dumps({"version": 1, "edges": edges}))
+
+
 def error(answer: httpx.Response) -> tuple[int, str]:
     """Status and code."""
     return answer.status_code, str(answer.json()["error"]["code"])
