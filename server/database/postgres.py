@@ -130,7 +130,7 @@ class PostgresServer:
     def _begun(self, connection: Connection, write: bool) -> Connection:
         try:
             self._begin(connection, write)
-        except psycopg.OperationalError:
+        except psycopg.Error:
             assert isinstance(connection, PostgresConnection)
             if not connection.own.closed:
                 connection.execute("ROLLBACK")

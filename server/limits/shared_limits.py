@@ -57,7 +57,7 @@ class SharedLimits:
             await asyncio.shield(writing)
         except asyncio.CancelledError:  # it may be let in all the same
             writing.add_done_callback(
-                lambda done: done.exception() or self.end(key_id, limits, tokens, 0)
+                lambda done: None if done.exception() else self.end(key_id, limits, tokens, 0)
             )
             raise
         except DatabaseError:

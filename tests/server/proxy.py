@@ -61,6 +61,7 @@ POLICY = {
         _to("strict", ALL, guard="residual"),
         _to("brief", [], guard="identity", ttl_s=2),
         _to("frugal", [], guard="identity", max_segments=1, window_s=4),
+        _to("rationed", [], guard="identity", max_segments=3),
         _to("screened", ["government_id"], guard="redact", detect="presidio"),
         _to("read", ["person", "government_id"], guard="redact", detect="lcguard"),
         _to("named", ["health", "government_id"], guard="redact"),
