@@ -47,6 +47,8 @@ class Place(Protocol):
     """For messages; no secret is in it."""
     error: type[Exception]
     """What the driver raises."""
+    patience_s: float | None
+    """How long a write may take before nobody waits for it; None: until it ends."""
 
     def writer(self) -> Connection:
         """A connection that may be handed to one other thread; makes the tables where absent, and

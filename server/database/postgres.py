@@ -36,6 +36,11 @@ _TYPES = (
 )
 
 
+_WAIT_FOR_THE_DISK = (
+    "SELECT set_config('synchronous_commit', 'on', false) "
+    "WHERE current_setting('synchronous_commit') = 'off'"
+)
+"""So that what was acknowledged survives a power cut."""
 _MARKS = "SELECT application_id, version FROM lcguard_schema"
 _WHY: tuple[tuple[type[Exception], str], ...] = (
     (psycopg.errors.DiskFull, "the disk is full: free some space"),
@@ -84,6 +89,7 @@ class PostgresServer:
     def __init__(self, url: str, busy_timeout_s: float, password_variable: str) -> None:
         """``password_variable``: of the environment; what is not there libpq looks for itself."""
         self.name, self.busy_timeout_s = url, busy_timeout_s
+        self.patience_s: float | None = busy_timeout_s + _IDLE_S
         self._password_variable = password_variable
 
     def writer(self) -> Connection:
@@ -168,6 +174,8 @@ class PostgresServer:
             )
             for name, value in self._session(write).items():
                 connection.execute("SELECT set_config(?, ?, false)", (name, value))
+            if write:
+                connection.execute(_WAIT_FOR_THE_DISK)
         except psycopg.Error as error:
             raise self._opening(error) from None
         return connection
@@ -181,11 +189,6 @@ class PostgresServer:
         }
 
     def _set_up(self, connection: Connection) -> None:
-        # COMMIT waits for the disk, so that what was acknowledged survives a power cut
-        connection.execute(
-            "SELECT set_config('synchronous_commit', 'on', false) "
-            "WHERE current_setting('synchronous_commit') = 'off'"
-        )
         connection.execute("BEGIN")
         try:
             # there may be no row to lock yet

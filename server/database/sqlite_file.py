@@ -34,6 +34,7 @@ class SqliteFile:
     """One file, which several processes of one machine may use."""
 
     error: type[Exception] = sqlite3.Error
+    patience_s: float | None = None
 
     def __init__(self, path: Path, busy_timeout_s: float) -> None:
         self.path, self.name, self.busy_timeout_s = path, str(path), busy_timeout_s

@@ -79,9 +79,16 @@ class Database:
 
         Raises:
             DatabaseError: locked too long, disk full, file replaced, queue full or closed; nothing
-                was written.
+                was written. Or a server that says nothing: it may have been.
         """
-        return await asyncio.wrap_future(self._submit(work))
+        answer = asyncio.wrap_future(self._submit(work))
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        done, _ = await asyncio.wait([answer], timeout=self.place.patience_s)
+        if not done:
+            raise DatabaseError(
+                f"{self.place.name}: no answer within {self.place.patience_s:g} s: does it hang?"
+            )
+        return answer.result()
 
     def write_now(self, work: Work[T]) -> T:
         """``write`` for callers without an event loop."""

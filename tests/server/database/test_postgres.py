@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,8 +14,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from typer.testing import CliRunner
 
+from lcguard.cli import app
 from lcguard.commands.serve import load_settings
+from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.server.audit.trail import AuditLog, Entry, recent
 from lcguard.server.audit.verify import verify
 from lcguard.server.database import schema
@@ -74,6 +79,23 @@ def test_two_trails_grow_into_one_chain(url: str) -> None:
         assert {row["request_id"] for row in one.read(recent)} == {str(i) for i in range(40)}
     whole = verify(url, KEY)
     assert (whole.rows, whole.problems) == (40, [])
+
+
+def test_the_audit_commands_read_it(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY.hex())
+    (tmp_path / "server.yaml").write_text(json.dumps({"database": url}))
+    with Database(url) as database:
+        AuditLog(database, KEY).append_now(Entry("consume", tenant="acme", request_id="r-1"))
+    said = [
+        CliRunner().invoke(app, ["audit", *words, "--dir", str(tmp_path)])
+        for words in (["verify"], ["show", "--tenant", "acme"], ["show", "--tenant", "other"])
+    ]
+    assert [s.exit_code for s in said] == [0, 0, 0], said
+    assert "1 rows, whole" in said[0].output
+    assert "r-1" in said[1].output
+    assert said[2].output == ""
 
 
 @pytest.mark.parametrize(
@@ -152,6 +174,18 @@ def test_a_writer_that_stands_still_is_waited_for_and_then_lost(
     again = place.begin(still)  # and goes on, on another connection
     assert again is not still
     again.close()
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(database: Database) -> None:
+    pid = database.write_now(lambda c: c.execute("SELECT pg_backend_pid()").fetchone()[0])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(DatabaseError, match="no answer within"):
+            asyncio.run(database.write(add("a")))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert database.write_now(add("b")) == 1  # behind the first, which came about after all
+    assert words(database) == {"a", "b"}
 
 
 def test_a_server_that_was_started_again(database: Database, postgres: Server) -> None:
