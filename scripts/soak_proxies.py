@@ -4,9 +4,9 @@ LCGUARD_DATABASE_PASSWORD=... python scripts/soak_proxies.py --requests 5000 \\
     --database postgresql://me@host/empty --out benchmarks/results/proxies.json
 
 The clients of scripts/soak.py, each request to one of the proxies, and an agent of another tenant
-that asks for everybody's segments. In the middle one proxy gets SIGKILL. Exit 1 where a row that a
-client was told of is missing, a budget was exceeded, another tenant was served, an answer of a
-living proxy did not come, or the audit is not whole.
+that asks for everybody's segments. In the middle, of the requests or of the minutes, one proxy gets
+SIGKILL. Exit 1 where a row that a client was told of is missing, a budget was exceeded, another
+tenant was served, an answer of a living proxy did not come, or the audit is not whole.
 """
 
 from __future__ import annotations
@@ -82,12 +82,18 @@ async def load_on(
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
         load = Cluster(session, [p.url for p in proxies], keys, args.seed)
 
+        started_s = time.monotonic()
+
+        def done() -> float:
+            """Of the requests or of the time, whichever is spent first."""
+            return max(load.n / args.requests, (time.monotonic() - started_s) / args.minutes / 60)
+
         async def killer() -> None:
-            while load.n < args.requests // 2:
+            while done() < 0.5:
                 await asyncio.sleep(0.05)
             load.kill(proxies[-1])
 
-        workers = [load.worker(lambda: load.n < args.requests) for _ in range(args.concurrency)]
+        workers = [load.worker(lambda: done() < 1) for _ in range(args.concurrency)]
         await asyncio.gather(killer(), *workers)
     return load
 
@@ -120,7 +126,9 @@ def measured(load: Cluster, database: str, key: bytes, seconds: float) -> dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = script_parser(__doc__, concurrency=16, requests=5000, proxies=2, database="", seed=0)
+    parser = script_parser(
+        __doc__, concurrency=16, requests=5000, minutes=60.0, proxies=2, database="", seed=0
+    )
     args = parser.parse_args(argv)
     if not args.database.startswith("postgres") or args.proxies < 2 or args.requests < 10:
         raise ValueError("--database postgresql://..., --proxies 2 and --requests 10 at least")
