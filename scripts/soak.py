@@ -14,13 +14,11 @@ import asyncio
 import json
 import os
 import random
-import sqlite3
 import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Running, Site
 from lcguard.commands.script import run_script, script_parser, write_report
 from lcguard.server.audit.verify import verify
+from lcguard.server.database.place import place_of, reading
 
 WEIGHTS = {
     "chat": 25,
@@ -88,34 +87,44 @@ class Seen:
 class Load:
     """The clients."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, url: str, keys: dict[str, str], seed: int
-    ) -> None:
-        self.session, self.url, self.keys, self.seen = session, url, keys, Seen()
-        self.rng = random.Random(seed)
-        self._n = 0
+    weights = WEIGHTS
 
-    async def worker(self, until_s: float) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, urls: Sequence[str], keys: dict[str, str], seed: int
+    ) -> None:
+        """``urls``: proxies of one deployment."""
+        self.session, self.urls, self.keys, self.seen = session, list(urls), keys, Seen()
+        self.rng = random.Random(seed)
+        self.asked: dict[asyncio.Task[Any] | None, tuple[str, str]] = {}
+        """Of each worker, its last request and the proxy that it went to."""
+        self.n = 0
+
+    async def worker(self, going: Callable[[], bool]) -> None:
         """One client after the other."""
-        while time.monotonic() < until_s:
-            (kind,) = self.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        while going():
+            (kind,) = self.rng.choices(list(self.weights), list(self.weights.values()))
             started = time.monotonic()
             try:
                 status = await getattr(self, f"_{kind}")()
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                status = type(error).__name__
-                self.seen.broken += 1
+                status = self._broken(error)
             self.seen.statuses[kind][str(status)] += 1
             now = time.monotonic()
             self.seen.spent[kind].append((now - self.seen.started_s, (now - started) * 1e3))
+
+    def _broken(self, error: Exception) -> str:
+        """An answer that did not come, or ended too early."""
+        self.seen.broken += 1
+        return type(error).__name__
 
     def _prompt(self) -> str:
         return " ".join(self.rng.choice(WORDS) + str(self.rng.randrange(1000)) for _ in range(24))
 
     def _ask(self, agent: str, data: Any, **more: Any) -> Any:
         """The request, under an id of its own."""
-        self._n += 1
-        name = f"soak-{self._n}"
+        self.n += 1
+        name, url = f"soak-{self.n}", self.rng.choice(self.urls)
+        self.asked[asyncio.current_task()] = name, url
         chat = isinstance(data, dict) and "messages" in data
         path = "/v1/chat/completions" if chat else "/v1/completions"
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
@@ -124,7 +133,7 @@ class Load:
             "X-Request-Id": name,
             "Content-Type": "application/json",
         }
-        return name, self.session.post(self.url + path, data=body, headers=headers, **more)
+        return name, self.session.post(url + path, data=body, headers=headers, **more)
 
     def _body(self, n_tokens: int = 16, **more: Any) -> dict[str, Any]:
         return {
@@ -270,11 +279,11 @@ def latencies(seen: Seen, seconds: float) -> dict[str, Any]:
     return out
 
 
-def audited(database: Path, key: bytes, seen: Seen) -> dict[str, Any]:
+def audited(database: Path | str, key: bytes, seen: Seen) -> dict[str, Any]:
     """The audit's rows against what clients were told."""
     found = verify(database, key)
     rows: dict[str, list[str]] = defaultdict(list)
-    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+    with reading(place_of(database, 5.0)) as connection:
         for name, event in connection.execute("SELECT request_id, event FROM audit ORDER BY seq"):
             rows[name].append(event)
     wanted = {
@@ -304,10 +313,11 @@ async def soak(
     # shorter than the proxy's: a connection that it closes meanwhile is no lost answer
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
-        load = Load(session, proxy.url, keys, args.seed)
+        load = Load(session, [proxy.url], keys, args.seed)
         until_s = time.monotonic() + seconds
         watching = asyncio.ensure_future(watch(proxy, min(10.0, seconds / 12), samples))
-        await asyncio.gather(*(load.worker(until_s) for _ in range(args.concurrency)))
+        workers = [load.worker(lambda: time.monotonic() < until_s) for _ in range(args.concurrency)]
+        await asyncio.gather(*workers)
         watching.cancel()
     return load.seen, samples
 

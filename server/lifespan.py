@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,11 +21,14 @@ from lcguard.reloading import ReloadingFile
 from lcguard.server.access.keyring import Keyring
 from lcguard.server.audit.config_changes import note_changes
 from lcguard.server.audit.trail import AuditLog, Entry
+from lcguard.server.authorization.active_reads import end_revoked
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.authorization.text_hops import TextHops
+from lcguard.server.database.connection import DatabaseError
+from lcguard.server.database.place import is_server
 from lcguard.server.database.vault import sweep_originals
-from lcguard.server.database.writer import Database, DatabaseError
+from lcguard.server.database.writer import Database
 from lcguard.server.detection.span_finder import SpanFinder, TextFinder
 from lcguard.server.engine import Engine, EnginePlan
 from lcguard.server.gateway.upstream import Upstream
@@ -38,6 +43,7 @@ from lcguard.server.leakage.ledger import sweep
 from lcguard.server.leakage.meter import LeakageMeter
 from lcguard.server.limits.concurrency import ConcurrencyLimit
 from lcguard.server.limits.key_limits import KeyLimits, Limits
+from lcguard.server.limits.shared_limits import SharedLimits, sweep_accounts
 from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
 from lcguard.store import SegmentStore, open_store
@@ -114,6 +120,9 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
         watch = Watch(deployment.readiness, conditions.checks(), WATCH_S)
         await proxy.audit.append(Entry("start", policy_digest=proxy.authority.policy.digest))
         work = [watch.run(), _announce(deployment), _sweeps(proxy), note_changes(proxy)]
+        work.append(end_revoked(proxy.active_reads, proxy.database))
+        if proxy.shared_limits is not None:
+            work.append(proxy.shared_limits.keep_leases())
         if deployment.settings.canaries.enabled and deployment.canary_command:
             proxy.canaries = canary_runner(deployment, proxy)
             work.append(_canaries(deployment.readiness, proxy.canaries))
@@ -122,7 +131,7 @@ async def lifespan(deployment: Deployment) -> AsyncIterator[Proxy]:
 
 
 def open_storage(deployment: Deployment, stack: AsyncExitStack) -> _Storage:
-    """The segment store, the SQLite file and what canaries found."""
+    """The segment store, the database and what canaries found."""
     s = deployment.settings
     store = open_store(s.store, max_bytes=s.store_max_bytes, timeout_s=s.store_timeout_s)
     stack.callback(store.close)
@@ -130,9 +139,8 @@ def open_storage(deployment: Deployment, stack: AsyncExitStack) -> _Storage:
     stack.callback(line.close)
     database = Database(s.database, busy_timeout_s=s.database_timeout_s)
     stack.callback(database.close)
-    meter = LeakageMeter(
-        deployment.state / "leakage.json", s.canaries.threshold, s.canaries.interval_s
-    )
+    meter = LeakageMeter(database, s.canaries.threshold, s.canaries.interval_s)
+    meter.adopt_file(deployment.state / "leakage.json")
     return _Storage(store, line, database, AuditLog(database, deployment.key), meter)
 
 
@@ -209,11 +217,19 @@ def open_proxy(
         concurrency=ConcurrencyLimit(
             s.limits.max_concurrency, s.limits.max_queue, s.limits.queue_timeout_s
         ),
+        shared_limits=shared_limits(storage.database),
         policy_error=lambda: policy.error,
         context=lambda: conditions.selftest.context,
         certificates=certificates(s.engine.guards),
         unproven=unproven,
     )
+
+
+def shared_limits(database: Database) -> SharedLimits | None:
+    """Where other proxies may count too."""
+    if not is_server(database.where):
+        return None
+    return SharedLimits(database, f"{socket.gethostname()}-{secrets.token_hex(8)}")
 
 
 def canary_runner(deployment: Deployment, proxy: Proxy) -> CanaryRunner:
@@ -271,3 +287,4 @@ async def _sweeps(proxy: Proxy) -> None:
             await proxy.database.write(lambda c: sweep(c, proxy.authority.clock()))
             await proxy.database.write(lambda c: sweep_draws(c, proxy.authority.clock()))
             await proxy.database.write(lambda c: sweep_originals(c, proxy.authority.clock()))
+            await proxy.database.write(lambda c: sweep_accounts(c, proxy.authority.clock()))

@@ -19,12 +19,12 @@ from lcguard.server.audit.trail import Entry
 from lcguard.server.authorization.approved_handoff import gone, unavailable
 from lcguard.server.authorization.segment_view import knows_text, ledger_view, manifest_view
 from lcguard.server.dashboard.overview import edge_rows
-from lcguard.server.database.writer import DatabaseError
+from lcguard.server.database.connection import DatabaseError
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.body import ClientGone, parse_object, read_body
 from lcguard.server.gateway.contract import describe
+from lcguard.server.leakage.edge_state import LeakageError
 from lcguard.server.leakage.ledger import Segment, find, live, revoke
-from lcguard.server.leakage.meter import LeakageError
 from lcguard.server.state import Proxy
 from lcguard.store import StoreError
 
@@ -184,12 +184,13 @@ async def reopen(request: Request, proxy: Running, who: Operator) -> dict[str, s
     """Opens an edge that canaries closed, on an operator's word."""
     edge = await _edge_name(request, proxy)
     try:
-        proxy.meter.reopen((edge.tenant, edge.source, edge.audience), who.agent)
+        name = (edge.tenant, edge.source, edge.audience)
+        await asyncio.to_thread(proxy.meter.reopen, name, who.agent)
     except KeyError:
         raise ProxyError(
             404, f"{edge.source} -> {edge.audience} has no record", code="no_edge"
         ) from None
-    except LeakageError as error:
+    except (DatabaseError, LeakageError) as error:
         raise unavailable(error) from None
     try:
         await proxy.audit.append(

@@ -102,8 +102,9 @@ class ServerSettings:
     """Read again as it changes. While it is absent, every category is forbidden on every edge and
     the guard is ``redact``."""
     keys: Path = Path("keys.yaml")
-    database: Path = Path("lcguard.sqlite")
-    """Audit and ledger."""
+    database: str = "lcguard.sqlite"
+    """Audit and ledger: a file of one proxy, or ``postgresql://user@host/name`` of several. The
+    password is in ``LCGUARD_DATABASE_PASSWORD``, or in a file (``?passfile=``)."""
     database_timeout_s: Seconds = 2.0
     """How long a locked database is waited for before a handoff is refused."""
     store: str = ""

@@ -21,7 +21,8 @@ from lcguard.server.authorization.active_reads import ActiveReads
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.authorization.text_hops import TextHops
-from lcguard.server.database.writer import Database, DatabaseError
+from lcguard.server.database.connection import DatabaseError
+from lcguard.server.database.writer import Database
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.health.metrics import Metrics
@@ -29,7 +30,8 @@ from lcguard.server.health.readiness import Readiness
 from lcguard.server.leakage.canaries import CanaryRunner
 from lcguard.server.leakage.meter import EdgeLeakage, LeakageMeter
 from lcguard.server.limits.concurrency import ConcurrencyLimit
-from lcguard.server.limits.key_limits import KeyLimits, Limited
+from lcguard.server.limits.key_limits import KeyLimits, Limited, Limits
+from lcguard.server.limits.shared_limits import SharedLimits
 from lcguard.server.settings import ServerSettings
 from lcguard.store import SegmentStore
 from lcguard.store.line import StoreLine
@@ -83,6 +85,8 @@ class Proxy:
     readiness: Readiness
     limits: KeyLimits
     concurrency: ConcurrencyLimit
+    shared_limits: SharedLimits | None = None
+    """Of all proxies of one database; None: each key's are counted here alone."""
     metrics: Metrics = field(default_factory=Metrics)
     active_reads: ActiveReads = field(default_factory=ActiveReads)
     agents: dict[tuple[str, str], AgentCount] = field(default_factory=dict)
@@ -173,12 +177,17 @@ class Proxy:
         """
         if self.readiness.draining:
             raise ProxyError(503, "the server is stopping", code="draining", retry_after_s=5)
+        own, shared = who.limits, None
+        if own is not None and self.shared_limits is not None and own != Limits():
+            own, shared = Limits(concurrency=own.concurrency), own
         try:
-            admission = self.limits.admit(who.key_id, who.limits, tokens)
+            admission = self.limits.admit(who.key_id, own, tokens)
         except Limited as error:
             raise _limited(error) from None
         usage, count = TokenUsage(tokens), self._count(who)
         with admission:
+            if shared is not None:
+                await self._admit_shared(who.key_id, shared, tokens)
             try:
                 async with self.concurrency:
                     count.in_flight += 1
@@ -190,8 +199,25 @@ class Proxy:
                 raise _limited(error) from None
             finally:
                 admission.settle(usage.used_tokens)
+                if shared is not None and self.shared_limits is not None:
+                    self.shared_limits.end(who.key_id, shared, tokens, usage.used_tokens)
                 self.metrics.tokens.inc(usage.used_tokens)
                 count.tokens += usage.used_tokens
+
+    async def _admit_shared(self, key_id: str, limits: Limits, tokens: int) -> None:
+        """Raises ``ProxyError`` (413, 429), or 503 where nobody can count."""
+        assert self.shared_limits is not None
+        try:
+            await self.shared_limits.admit(key_id, limits, tokens)
+        except Limited as error:
+            raise _limited(error) from None
+        except DatabaseError as error:
+            raise ProxyError(
+                503,
+                f"the key's limits cannot be counted now: {error}",
+                code="unavailable",
+                retry_after_s=2,
+            ) from None
 
     @contextmanager
     def watch(self, x: Exchange, route: str) -> Iterator[None]:

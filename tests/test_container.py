@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,8 +17,18 @@ from lcguard.commands.serve import check_exposure, load_settings
 from lcguard.vllm.settings import read_settings
 from tests.paths import ROOT
 
+
+class Loader(yaml.SafeLoader):
+    """With compose's own tags, which replace where it would otherwise merge."""
+
+
+for tag in ("!reset", "!override"):
+    Loader.add_constructor(tag, Loader.construct_sequence)
+
 COMPOSE = yaml.safe_load((ROOT / "container" / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
+TWO = yaml.load((ROOT / "container" / "two-proxies.yaml").read_text(), Loader)["services"]
+HAPROXY = ROOT / "container" / "haproxy.cfg"
 DOCKERFILE = (ROOT / "container" / "Dockerfile").read_text()
 
 
@@ -138,3 +150,42 @@ def test_only_the_proxy_is_reachable() -> None:
         assert service["cap_drop"] == ["ALL"]
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["proxy"]["ports"])
     assert COMPOSE["networks"]["inside"]["internal"] is True
+
+
+def test_two_proxies_share_what_they_have_to(tmp_path: Path) -> None:
+    found = []
+    for name in ("proxy", "proxy-2"):
+        words = shlex.split(TWO[name]["command"])
+        sets = [words[i + 1] for i, w in enumerate(words) if w == "--set"]
+        found.append(load_settings(tmp_path, None, sets, words[words.index("--upstream") + 1]))
+        assert "LCGUARD_DATABASE_PASSWORD" in TWO[name]["environment"]
+    one, other = found
+    assert one.database == other.database == "postgresql://lcguard@database/lcguard"
+    assert one.store == other.store == "redis://store:6379/0"
+    assert [s.canaries.enabled for s in found] == [True, False]
+    assert TWO["proxy"]["environment"] == TWO["proxy-2"]["environment"]
+    assert SERVICES["proxy"]["environment"].keys() <= TWO["proxy"]["environment"].keys()
+
+
+def test_only_the_balancer_of_two_is_reachable() -> None:
+    merged = {name: SERVICES.get(name, {}) | service for name, service in TWO.items()}
+    for name, service in merged.items():
+        assert bool(service.get("ports")) == (name == "balancer"), name
+        assert ("outside" in service["networks"]) == (name == "balancer"), name
+        assert service["cap_drop"] == ["ALL"]
+    assert all(port.startswith("127.0.0.1:") for port in TWO["balancer"]["ports"])
+    for name in ("balancer", "database"):
+        assert TWO[name]["image"].startswith("${")
+
+
+def test_the_balancer_asks_both_and_only_while_they_are_ready() -> None:
+    text = HAPROXY.read_text()
+    assert re.findall(r"^    server \S+ (\S+):8080$", text, re.M) == ["proxy", "proxy-2"]
+    assert "option httpchk GET /readyz" in text
+    assert "retry-on conn-failure\n" in text  # what reached a proxy is never sent twice
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="no haproxy: install Debian's package")
+def test_haproxy_takes_its_file() -> None:
+    done = subprocess.run(["haproxy", "-c", "-f", str(HAPROXY)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -42,6 +42,7 @@ OUTSIDE = {
     "fastapi": {"server"},
     "starlette": {"server", "vllm"},
     "uvicorn": {"server", "commands"},
+    "psycopg": {"server"},
     "langgraph": {"integrations"},
     "langchain_core": {"integrations"},
 }

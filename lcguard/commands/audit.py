@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lcguard.server.audit.trail import REASON_CHARS, plain, recent
 from lcguard.server.audit.verify import verify
-from lcguard.server.database.sqlite_file import DatabaseError, open_reader, reading
+from lcguard.server.database.connection import DatabaseError
+from lcguard.server.database.place import place_of, reading
 
 _BUSY_TIMEOUT_S = 5.0
 
 
 def verify_command(
-    path: Path,
+    where: Path | str,
     key: bytes,
     head: str | None = None,
     at_least: int | None = None,
@@ -25,18 +25,18 @@ def verify_command(
 ) -> int:
     """Says what ``audit_verify.verify`` found; 0 where the trail is whole, else 1.
 
-    Raises ``ValueError`` in one line where the file cannot be read or ``head`` is none.
+    Raises ``ValueError`` in one line where nothing can be read or ``head`` is none.
     """
     try:
-        found = verify(path, key, head=head, at_least=at_least)
+        found = verify(where, key, head=head, at_least=at_least)
     except DatabaseError as error:
         raise ValueError(str(error)) from None
     for problem in found.problems:
         say(problem)
     if found.problems:
-        say(f"{path}: {found.rows} rows, NOT as they were written")
+        say(f"{where}: {found.rows} rows, NOT as they were written")
         return 1
-    say(f"{path}: {found.rows} rows, whole")
+    say(f"{where}: {found.rows} rows, whole")
     say(f"head {found.head}")
     if head is None:
         say("keep this head elsewhere: with --head it shows later whether the file was put back")
@@ -44,7 +44,7 @@ def verify_command(
 
 
 def show_command(
-    path: Path,
+    where: Path | str,
     *,
     last: int = 50,
     tenant: str | None = None,
@@ -56,13 +56,12 @@ def show_command(
 ) -> int:
     """Says the last rows that match, oldest first; they are not verified. Always 0.
 
-    Raises ``ValueError`` in one line where the file cannot be read.
+    Raises ``ValueError`` in one line where nothing can be read.
     """
     if last < 1:
         raise ValueError(f"last={last}: give at least 1")
     try:
-        with closing(open_reader(path, _BUSY_TIMEOUT_S)) as connection, reading(path):
-            connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        with reading(place_of(where, _BUSY_TIMEOUT_S)) as connection:
             rows = recent(
                 connection,
                 last=last,

@@ -30,6 +30,7 @@ from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
 from lcguard.handoff.policy import Policy, check_finders, load_policy
 from lcguard.private_files import private_folder
 from lcguard.server.app import make_app
+from lcguard.server.database.place import check_address, is_server
 from lcguard.server.engine import EnginePlan
 from lcguard.server.gateway.timed_http import TimedHttp
 from lcguard.server.lifespan import Deployment, lifespan
@@ -58,9 +59,17 @@ def load_settings(
         engine=replace(engine, guards=engine.guards or served_guards(engine.model)),
         policy=folder / settings.policy,
         keys=folder / settings.keys,
-        database=folder / settings.database,
+        database=database_in(folder, settings.database),
         store=settings.store or f"file://{folder / 'segments'}",
     )
+
+
+def database_in(folder: Path, database: str) -> str:
+    """A server's address, or the path of a file. Raises ``ValueError`` for one with a password."""
+    if is_server(database):
+        check_address(database)
+        return database
+    return str(folder / database)
 
 
 def state_key(state: Path, make: bool = True) -> bytes:

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from lcguard.canonical import canonical_digest
 from lcguard.server.audit.trail import Entry, Event
-from lcguard.server.database.writer import DatabaseError
+from lcguard.server.database.connection import DatabaseError
 from lcguard.server.state import Proxy
 
 logger = logging.getLogger("lcguard.server")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from sqlite3 import Connection
+
+from lcguard.server.database.connection import Connection
 
 Name = tuple[str, str, str]
 """Tenant, source, audience."""
@@ -12,6 +13,9 @@ DONE = ("published", "consumed", "text_guarded")
 """Events that make a hop one that was used: what is refused is only a name that somebody sent."""
 CANARY_TENANT = "(canary)"
 """Whom the audit names as tenant of a canary: no key of a file can have this name."""
+
+
+_AT_ONCE = 10_000
 
 
 class EdgeCounts:
@@ -25,12 +29,13 @@ class EdgeCounts:
     def update(self, connection: Connection) -> dict[Name, Counter[str]]:
         """Rows of each event by edge, up to now. For ``Database.read``."""
         with self._lock:
-            rows = connection.execute(
-                "SELECT seq, tenant, source, audience, event FROM audit WHERE seq > ?",
+            while rows := connection.execute(
+                "SELECT seq, tenant, source, audience, event FROM audit WHERE seq > ? "
+                f"ORDER BY seq LIMIT {_AT_ONCE}",
                 (self._last,),
-            )
-            for seq, tenant, source, audience, event in rows:
-                self._last = seq
-                if source and audience and tenant != CANARY_TENANT:
-                    self._found.setdefault((tenant, source, audience), Counter())[event] += 1
+            ).fetchall():
+                for seq, tenant, source, audience, event in rows:
+                    self._last = seq
+                    if source and audience and tenant != CANARY_TENANT:
+                        self._found.setdefault((tenant, source, audience), Counter())[event] += 1
             return {name: Counter(found) for name, found in self._found.items()}

@@ -9,7 +9,6 @@ on with a trail that does not end as it left it.
 
 from __future__ import annotations
 
-import sqlite3
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -17,7 +16,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from lcguard.server.audit.chain import Chain, Mark
-from lcguard.server.database.writer import Database, DatabaseError
+from lcguard.server.database.connection import Connection, DatabaseError
+from lcguard.server.database.writer import Database
 
 Event = Literal[
     "start",
@@ -120,9 +120,7 @@ class AuditLog:
         self._seen = Mark()
         self._saw(database.write_now(self._begin))
 
-    async def append(
-        self, entry: Entry, also: Callable[[sqlite3.Connection], object] | None = None
-    ) -> int:
+    async def append(self, entry: Entry, also: Callable[[Connection], object] | None = None) -> int:
         """Adds a row; returns its number once it is on the disk.
 
         ``also`` runs before it in the same transaction: both are kept, or neither. What it raises
@@ -135,14 +133,12 @@ class AuditLog:
         return self._saw(await self.database.write(self._work([entry], also)))
 
     async def append_all(
-        self, entries: Sequence[Entry], also: Callable[[sqlite3.Connection], object] | None = None
+        self, entries: Sequence[Entry], also: Callable[[Connection], object] | None = None
     ) -> int:
         """``append`` of several rows at once: all of them or none."""
         return self._saw(await self.database.write(self._work(entries, also)))
 
-    def append_now(
-        self, entry: Entry, also: Callable[[sqlite3.Connection], object] | None = None
-    ) -> int:
+    def append_now(self, entry: Entry, also: Callable[[Connection], object] | None = None) -> int:
         """``append`` for callers without an event loop."""
         return self._saw(self.database.write_now(self._work([entry], also)))
 
@@ -151,12 +147,12 @@ class AuditLog:
         return self.database.read(self._head)
 
     def _work(
-        self, entries: Sequence[Entry], also: Callable[[sqlite3.Connection], object] | None
-    ) -> Callable[[sqlite3.Connection], Mark]:
+        self, entries: Sequence[Entry], also: Callable[[Connection], object] | None
+    ) -> Callable[[Connection], Mark]:
         now_ms = int(self.clock() * 1000)
         entries = [replace(e, at_ms=e.at_ms or now_ms) for e in entries]
 
-        def work(connection: sqlite3.Connection) -> Mark:
+        def work(connection: Connection) -> Mark:
             if also is not None:
                 also(connection)
             mark = self._head(connection)
@@ -175,21 +171,23 @@ class AuditLog:
             self._seen = mark
         return mark.count
 
-    def _begin(self, connection: sqlite3.Connection) -> Mark:
+    def _begin(self, connection: Connection) -> Mark:
         (n,) = connection.execute(
-            "SELECT (SELECT count(*) FROM audit_head) + EXISTS (SELECT 1 FROM audit)"
+            "SELECT (SELECT count(*) FROM audit_head) + (SELECT count(*) FROM "
+            "(SELECT 1 FROM audit LIMIT 1) AS any_row)"
         ).fetchone()
         if n == 0:
             self._write_head(connection, Mark())
         return self._head(connection)
 
-    def _write_head(self, connection: sqlite3.Connection, mark: Mark) -> None:
+    def _write_head(self, connection: Connection, mark: Mark) -> None:
         connection.execute(
-            "INSERT OR REPLACE INTO audit_head (id, count, mac, hmac) VALUES (1, ?, ?, ?)",
+            "INSERT INTO audit_head (id, count, mac, hmac) VALUES (1, ?, ?, ?) ON CONFLICT (id) "
+            "DO UPDATE SET count = EXCLUDED.count, mac = EXCLUDED.mac, hmac = EXCLUDED.hmac",
             (mark.count, mark.mac, self.chain.head(mark)),
         )
 
-    def _head(self, connection: sqlite3.Connection) -> Mark:
+    def _head(self, connection: Connection) -> Mark:
         """The head, if it is ours, covers the last row, and holds all that this log appended."""
         found = connection.execute("SELECT count, mac, hmac FROM audit_head").fetchone()
         if found is None:
@@ -211,13 +209,13 @@ class AuditLog:
 
     def _altered(self, why: str) -> AuditError:
         return AuditError(
-            f"{self.database.path}: the audit trail cannot go on, {why}: run `lcguard audit "
-            "verify`, keep the file, and start a new one"
+            f"{self.database.place.name}: the audit trail cannot go on, {why}: run `lcguard audit "
+            "verify`, keep what is there, and start a new one"
         )
 
 
 def recent(
-    connection: sqlite3.Connection,
+    connection: Connection,
     *,
     last: int = 50,
     tenant: str | None = None,
@@ -228,7 +226,7 @@ def recent(
     """The last rows that match, oldest first, not verified. For ``Database.read``."""
     wanted = {"tenant": tenant, "event": event, "request_id": request_id, "handle": handle}
     given = {name: value for name, value in wanted.items() if value is not None}
-    where = " AND ".join(f"{name} = :{name}" for name in given) or "1"
+    where = " AND ".join(f"{name} = :{name}" for name in given) or "TRUE"
     rows = connection.execute(
         f"SELECT {', '.join(COLUMNS)} FROM audit WHERE {where} ORDER BY seq DESC LIMIT :last",
         {**given, "last": last},

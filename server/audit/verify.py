@@ -1,21 +1,19 @@
-"""Finds what was done to an audit trail; reads the file, also while a server writes to it.
+"""Finds what was done to an audit trail; reads it also while servers write to it.
 
 Seen: rows altered, removed, swapped, inserted or repeated, an end cut off, a head altered, another
-key. Not seen from the file alone: all of it put back to an older state. For that, keep a printed
+key. Not seen from the trail alone: all of it put back to an older state. For that, keep a printed
 head elsewhere and give it back as ``head``.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lcguard.server.audit.chain import Chain, Mark, same
 from lcguard.server.audit.trail import COLUMNS
-from lcguard.server.database.sqlite_file import open_reader, storage_error
+from lcguard.server.database.place import place_of, reading
 
 _SHOWN = 20
 _BUSY_TIMEOUT_S = 5.0
@@ -33,31 +31,31 @@ class Verification:
 
 
 def verify(
-    path: Path, key: bytes, *, head: str | None = None, at_least: int | None = None
+    where: Path | str, key: bytes, *, head: str | None = None, at_least: int | None = None
 ) -> Verification:
     """Checks every row; memory does not grow with their number.
 
     Args:
+        where: a file or ``postgresql://...``.
         key: the deployment key.
         head: a head printed earlier: its row must still be there, unchanged.
         at_least: rows that there were once.
 
     Raises:
-        DatabaseError: no file that can be read, or not LCGuard's.
+        DatabaseError: nothing that can be read, or not LCGuard's.
         ValueError: a key too short, or ``head`` is none.
     """
     walk = _Walk(Chain(key), Mark() if head is None else Mark.parse(head))
-    with closing(open_reader(path, _BUSY_TIMEOUT_S)) as connection:
-        connection.text_factory = _exact
+    place = place_of(where, _BUSY_TIMEOUT_S)
+    with reading(place) as connection:  # one snapshot, whatever servers write meanwhile
         try:
-            connection.execute("BEGIN")  # one snapshot, whatever a server writes meanwhile
-            heads = connection.execute("SELECT count, mac, hmac FROM audit_head").fetchmany(2)
-            for seq, *values, mac in connection.execute(
-                f"SELECT {', '.join(COLUMNS)}, mac FROM audit ORDER BY seq"
+            heads = list(place.scan(connection, "SELECT count, mac, hmac FROM audit_head LIMIT 2"))
+            for seq, *values, mac in place.scan(
+                connection, f"SELECT {', '.join(COLUMNS)}, mac FROM audit ORDER BY seq"
             ):
                 walk.row(seq, values, mac)
-        except sqlite3.Error as error:
-            found = storage_error(path, error, _BUSY_TIMEOUT_S)
+        except place.error as error:
+            found = place.explained(error)
             walk.add(f"reading ended after row {walk.last.count}: {found or error}")
         else:
             walk.end(heads, at_least)
@@ -163,8 +161,3 @@ def _range(first: int, last: int) -> str:
 
 def _short(value: object) -> str:
     return ascii(value)[:40]
-
-
-def _exact(data: bytes) -> str:
-    """Bytes that are no UTF-8 stay apart from any text: they are altered, not an error."""
-    return data.decode("utf-8", "surrogateescape")

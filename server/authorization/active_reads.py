@@ -1,12 +1,22 @@
-"""Which running requests read which segments: a revocation ends them."""
+"""Which running requests read which segments: a revocation ends them, at whichever proxy."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 
+from lcguard.server.database.connection import Connection, DatabaseError
+from lcguard.server.database.writer import Database
 from lcguard.server.errors import ProxyError
+from lcguard.server.leakage.ledger import revoked_among
+
+logger = logging.getLogger("lcguard.server")
+LOOK_S = 0.4
+"""Between two looks at the ledger while segments are read."""
+TELL_S = 3.0
+"""How long the ledger may be silent before nobody can tell what was revoked."""
 
 
 class ActiveRead:
@@ -52,6 +62,10 @@ class ActiveReads:
                 if not self._by_handle[name]:
                     del self._by_handle[name]
 
+    def handles(self) -> frozenset[str]:
+        """Those that are read now."""
+        return frozenset(self._by_handle)
+
     def end(self, handles: Iterable[str]) -> int:
         """Ends every request that reads one of them; returns how many."""
         found = {one for name in handles for one in self._by_handle.get(name, ())}
@@ -60,3 +74,33 @@ class ActiveReads:
             if one.task is not None:
                 one.task.cancel()
         return len(found)
+
+
+async def end_revoked(reads: ActiveReads, database: Database) -> None:
+    """Until cancelled: ends what reads a segment that another proxy revoked.
+
+    Where the ledger says nothing for ``TELL_S``, all of it ends: nobody can tell.
+    """
+    clock = asyncio.get_running_loop().time
+    told_s = clock()
+    while True:
+        await asyncio.sleep(LOOK_S)
+        handles = reads.handles()
+        if not handles:
+            told_s = clock()
+            continue
+        try:
+            async with asyncio.timeout(TELL_S):
+                found = await asyncio.to_thread(database.read, _revoked(handles))
+        except (DatabaseError, TimeoutError) as error:
+            if clock() - told_s < TELL_S:
+                continue
+            n = reads.end(handles)
+            logger.warning("%d answers ended, the ledger cannot be read: %s", n, error)
+        else:
+            reads.end(found)
+        told_s = clock()
+
+
+def _revoked(handles: Set[str]) -> Callable[[Connection], list[str]]:
+    return lambda connection: revoked_among(connection, handles)

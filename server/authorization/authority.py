@@ -10,14 +10,13 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from sqlite3 import Connection
 from typing import Any
 
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.grants import make_grant, new_handle
 from lcguard.handoff.lineage import check_guard, declassified, on_top
 from lcguard.handoff.names import split_tenant
-from lcguard.handoff.policy import Policy
+from lcguard.handoff.policy import Edge, Policy
 from lcguard.handoff.request import EnginePublish, check_findable, edge_of
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.reloading import ReloadingFile, in_force
@@ -38,7 +37,7 @@ from lcguard.server.authorization.consumable import check_consumable
 from lcguard.server.authorization.rule_digest import rule_digest
 from lcguard.server.authorization.segment_view import shown_tokens_for
 from lcguard.server.crashes import unforeseen
-from lcguard.server.database.writer import DatabaseError
+from lcguard.server.database.connection import Connection, DatabaseError
 from lcguard.server.detection.span_finder import SpanFinder
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.contract_fields import Endpoint
@@ -145,8 +144,19 @@ class Authority:
             raise ProxyError(409, f"{shown} is damaged: {error}", code="damaged") from None
         if row is None:
             raise gone(shown)
-        check_consumable(row, manifest, me, self.policy, self.meter, self.clock())
+        try:
+            check_consumable(row, manifest, me, self.policy, self.meter, self.clock())
+        except DatabaseError as error:
+            raise unavailable(error) from None
         return manifest
+
+    async def closed(self, edge: Edge) -> bool:
+        """Whether canaries closed an edge, whichever proxy they ran beside. Raises ``ProxyError``
+        (503) where nobody can tell."""
+        try:
+            return await asyncio.to_thread(self.meter.verdict, *edge_name(edge)) == "closed"
+        except DatabaseError as error:
+            raise unavailable(error) from None
 
     async def _publish(
         self, approved: ApprovedHandoff, publish: Publish, endpoint: Endpoint, body: dict[str, Any]
@@ -177,7 +187,7 @@ class Authority:
             approved.rule = rule_digest(self.policy.for_edge(source, audience))
             approved.edge = edge  # from here on the audit can name it
             # a canary measures the guard itself: that is what opens a closed edge again
-            if not canary and self.meter.verdict(*edge_name(edge)) == "closed":
+            if not canary and await self.closed(edge):
                 if edge.on_leak != "redact":
                     raise ProxyError(
                         403,

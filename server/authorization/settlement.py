@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from sqlite3 import Connection
 from typing import Any
 
 from lcguard.handoff.names import split_tenant
@@ -21,7 +20,7 @@ from lcguard.server.authorization.approved_handoff import (
     publication,
     unavailable,
 )
-from lcguard.server.database.writer import DatabaseError
+from lcguard.server.database.connection import Connection, DatabaseError
 from lcguard.server.errors import ProxyError
 from lcguard.server.leakage.draw_budget import record_of
 from lcguard.server.leakage.ledger import LedgerError, Segment, record_segment

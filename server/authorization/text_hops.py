@@ -10,7 +10,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from sqlite3 import Connection
 from typing import Any, TypeVar
 
 from lcguard.handoff.errors import HandoffError, LineageError
@@ -22,8 +21,8 @@ from lcguard.server.access.keyring import Identity
 from lcguard.server.audit.trail import Entry, Event
 from lcguard.server.authorization.approved_handoff import edge_name, qualified, unavailable
 from lcguard.server.authorization.authority import Authority
+from lcguard.server.database.connection import Connection, DatabaseError
 from lcguard.server.database.vault import Kept, Vault
-from lcguard.server.database.writer import DatabaseError
 from lcguard.server.detection.detector import vouched
 from lcguard.server.errors import ProxyError
 from lcguard.text.guard import Guarded, TextGuard
@@ -125,7 +124,7 @@ class TextHops:
                 closed, 503 where nobody can tell. It is in the audit.
         """
         try:
-            guard = self._guard(who, source, audience, conversation, behind)
+            guard = await self._guard(who, source, audience, conversation, behind)
             guard.check_named(secrets)
             hop = TextHop(who, request_id, guard, secrets, conversation)
             await self._append([hop.entry("text")])
@@ -138,7 +137,7 @@ class TextHops:
             raise
         return hop
 
-    def _guard(
+    async def _guard(
         self,
         who: Identity,
         source: str,
@@ -151,7 +150,7 @@ class TextHops:
             raise ProxyError(503, reason, code="not_ready", retry_after_s=30)
         names = qualified(who.tenant, source), qualified(who.tenant, audience)
         edge = on_top(a.policy.for_edge(*names), a.policy, behind)
-        if a.meter.verdict(*edge_name(edge)) == "closed":
+        if await a.closed(edge):
             raise ProxyError(
                 403,
                 f"the edge {edge.name.in_words} is closed: planted records were read off its "

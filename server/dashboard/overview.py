@@ -105,7 +105,7 @@ def _row(
         *name,
         guard="text" if edge.channel == "text" else edge.guard,
         forbid=edge.forbid,
-        state=proxy.meter.verdict(*name),
+        state=leak.state,
         on_leak=edge.on_leak,
         reason=leak.reason,
         published=counts["published"],
@@ -204,7 +204,7 @@ def refresh_metrics(proxy: Proxy) -> None:
         name = (leak.tenant, leak.source, leak.audience)
         if name not in known and leak.state == "open":
             continue
-        m.edge_open.labels(*name).set(proxy.meter.verdict(*name) == "open")
+        m.edge_open.labels(*name).set(leak.state == "open")
         for bound, value in (("mean", leak.asr), ("low", leak.asr_low), ("high", leak.asr_high)):
             if value is not None:
                 m.leak.labels(*name, bound).set(value)

@@ -1,1 +1,1 @@
-"""The one SQLite file of the audit and the ledger, and the thread that writes it."""
+"""The one database of the audit and the ledger, and the thread that writes it."""

@@ -1,14 +1,30 @@
-"""Tables of the proxy's one SQLite file: the audit trail, the ledger and the values behind
-placeholders of text."""
+"""Tables of the proxy's one database: the audit trail, the ledger, what canaries found, what keys
+have spent, and the values behind placeholders of text."""
 
 from __future__ import annotations
 
-import sqlite3
+from typing import Protocol
 
-VERSION = 3
-"""``user_version`` of the file. An older one is brought up to it; no newer one is used."""
+from lcguard.server.database.connection import Connection
+
+VERSION = 4
+"""Older tables are brought up to it; no newer ones are used."""
 APPLICATION_ID = 0x4C434744
-"""``application_id``, "LCGD": tells the file from another program's."""
+""""LCGD": tells the tables from another program's."""
+
+
+class Dialect(Protocol):
+    """How one kind of database keeps whose its tables are, and what it calls its types."""
+
+    def marks(self, connection: Connection) -> tuple[int, int] | None:
+        """Application and version; None where there is nothing yet."""
+
+    def mark(self, connection: Connection, application: int, version: int) -> None:
+        """Keeps them."""
+
+    def ddl(self, statement: str) -> str:
+        """A statement of this file."""
+
 
 _DRAWS = (
     """CREATE TABLE draws (
@@ -49,6 +65,23 @@ _FROM_2 = (
     ) WITHOUT ROWID""",
     "CREATE INDEX originals_by_expiry ON originals (expires_at_s)",
 )
+_FROM_3 = (
+    """CREATE TABLE edges (
+        tenant TEXT NOT NULL,
+        source TEXT NOT NULL,
+        audience TEXT NOT NULL,
+        state TEXT NOT NULL,
+        screened TEXT NOT NULL,
+        PRIMARY KEY (tenant, source, audience)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE accounts (
+        key_id TEXT PRIMARY KEY,
+        spent TEXT NOT NULL,
+        idle_from_s REAL NOT NULL
+    ) WITHOUT ROWID""",
+)
+_STEPS = ((1, _FROM_1), (2, _FROM_2), (3, _FROM_3))
+"""What the tables of a version lack of the next."""
 _TABLES = (
     """CREATE TABLE audit (
         seq INTEGER PRIMARY KEY,
@@ -111,44 +144,31 @@ _TABLES = (
     "CREATE INDEX received_by_time ON received (at_s)",
     *_DRAWS,
     *_FROM_2,
+    *_FROM_3,
 )
 
 
-def is_empty(connection: sqlite3.Connection) -> bool:
-    """Whether the file holds nothing yet."""
-    (n,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    return bool(n == 0 and _marks(connection) == (0, 0))
-
-
-def check(connection: sqlite3.Connection) -> None:
-    """Raises ``ValueError`` unless the file is LCGuard's, of this version or an older one."""
-    application, version = _marks(connection)
+def check(marks: tuple[int, int]) -> None:
+    """Raises ``ValueError`` unless the tables are LCGuard's, of this version or an older one."""
+    application, version = marks
     if application != APPLICATION_ID:
-        raise ValueError("belongs to another program; give the path of LCGuard's own")
+        raise ValueError("belongs to another program; give the place of LCGuard's own")
     if not 1 <= version <= VERSION:
         raise ValueError(
             f"has schema version {version}, this LCGuard has {VERSION}: use the release that wrote "
-            "it, or start a new file"
+            "it, or start a new one"
         )
 
 
-def prepare(connection: sqlite3.Connection) -> None:
-    """Makes the tables of an empty file, or what an older one lacks; within a transaction. Raises
+def prepare(connection: Connection, dialect: Dialect) -> None:
+    """Makes the tables where there are none, or what older ones lack; within a transaction. Raises
     as ``check``."""
-    if is_empty(connection):
-        for statement in _TABLES:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    else:
-        check(connection)
-        version = _marks(connection)[1]
-        for statement in (*(_FROM_1 if version < 2 else ()), *(_FROM_2 if version < 3 else ())):
-            connection.execute(statement)
-    # Written even where it says so already: a file that takes no writes is found now.
-    connection.execute(f"PRAGMA user_version = {VERSION}")
-
-
-def _marks(connection: sqlite3.Connection) -> tuple[int, int]:
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    return application, version
+    marks = dialect.marks(connection)
+    wanted: tuple[str, ...] = _TABLES
+    if marks is not None:
+        check(marks)
+        wanted = tuple(s for before, step in _STEPS for s in step if marks[1] <= before)
+    for statement in wanted:
+        connection.execute(dialect.ddl(statement))
+    # Written even where it says so already: what takes no writes is found now.
+    dialect.mark(connection, APPLICATION_ID, VERSION)

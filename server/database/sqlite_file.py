@@ -1,4 +1,4 @@
-"""Opens the SQLite file, and says in one line why it cannot be used."""
+"""A SQLite file, the default: opens it, and says in one line why it cannot be used."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lcguard.server.database import schema
+from lcguard.server.database.connection import Connection, DatabaseError
 
 _WAL_BYTES = 64 * 2**20
-
-
-class DatabaseError(RuntimeError):
-    """The database cannot be used. One line: which file, why, the fix."""
-
 
 _WHY = {
     sqlite3.SQLITE_FULL: "the disk is full: free some space",
@@ -34,64 +30,119 @@ _WHY = {
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
-def storage_error(path: Path, error: sqlite3.Error, waited_s: float) -> DatabaseError | None:
-    """What ``error`` says of the file; None where it is about a statement."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended part
-    if code in _LOCKED:
-        return DatabaseError(
-            f"{path}: locked by another process for {waited_s:g} s: end that process or wait longer"
+class SqliteFile:
+    """One file, which several processes of one machine may use."""
+
+    error: type[Exception] = sqlite3.Error
+    patience_s: float | None = None
+
+    def __init__(self, path: Path, busy_timeout_s: float) -> None:
+        self.path, self.name, self.busy_timeout_s = path, str(path), busy_timeout_s
+        self._identity: tuple[int, int] | None = None
+
+    def writer(self) -> Connection:
+        _create(self.path)
+        connection = self._connect("rw")
+        try:
+            _retry(lambda: _set_up(connection), self.busy_timeout_s)
+        except (sqlite3.Error, ValueError) as error:
+            connection.close()
+            raise self._opening(error) from None
+        self._identity = _identity(self.path)
+        return connection
+
+    def reader(self) -> Connection:
+        connection = self._connect("ro")
+        connection.text_factory = _exact
+        try:
+            # Functions in the schema of a file that someone altered stay unused.
+            connection.execute("PRAGMA trusted_schema = OFF")
+            schema.check(SQLITE.marks(connection) or (0, 0))
+        except (sqlite3.Error, ValueError) as error:
+            connection.close()
+            raise self._opening(error) from None
+        return connection
+
+    def begin(self, connection: Connection) -> Connection:
+        try:
+            same = _identity(self.path) == self._identity
+        except OSError:
+            same = False
+        if not same:  # rows would go into a file that nobody finds again
+            raise DatabaseError(
+                f"{self.path}: moved, deleted or replaced while in use: restart the server"
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        return connection
+
+    def snapshot(self, connection: Connection) -> Connection:
+        connection.execute("BEGIN")
+        return connection
+
+    def scan(self, connection: Connection, sql: str) -> Iterator[Any]:
+        return iter(connection.execute(sql))
+
+    def explained(self, error: BaseException) -> DatabaseError | None:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended part
+        if code in _LOCKED:
+            return DatabaseError(
+                f"{self.path}: locked by another process for {self.busy_timeout_s:g} s: end that "
+                "process or wait longer"
+            )
+        why = _WHY.get(code)
+        return None if why is None else DatabaseError(f"{self.path}: {why} ({error})")
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        # never creates a file with another mode
+        uri = f"{self.path.absolute().as_uri()}?mode={mode}"
+        try:
+            return sqlite3.connect(
+                uri,
+                uri=True,
+                timeout=self.busy_timeout_s,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+        except sqlite3.Error as error:
+            raise self._opening(error) from None
+
+    def _opening(self, error: Exception) -> DatabaseError:
+        if isinstance(error, ValueError):
+            return DatabaseError(f"{self.path}: {error}")
+        return self.explained(error) or DatabaseError(
+            f"{self.path}: cannot be used ({error}): give another path, or restore a backup"
         )
-    why = _WHY.get(code)
-    return None if why is None else DatabaseError(f"{path}: {why} ({error})")
 
 
-def open_writer(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
-    """A connection that may be handed to one other thread; makes file and tables where absent.
+class _Dialect:
+    """The marks stand in the file's header."""
 
-    Raises ``DatabaseError`` where the file cannot be written to.
-    """
-    _create(path)
-    connection = _connect(path, "rw", busy_timeout_s)
-    try:
-        _retry(lambda: _set_up(connection), busy_timeout_s)
-    except sqlite3.Error as error:
-        connection.close()
-        raise _opening(path, error, busy_timeout_s) from None
-    except ValueError as error:
-        connection.close()
-        raise DatabaseError(f"{path}: {error}") from None
-    return connection
+    def marks(self, connection: Connection) -> tuple[int, int] | None:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (n,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        return (application, version) if n or application or version else None
 
+    def mark(self, connection: Connection, application: int, version: int) -> None:
+        connection.execute(f"PRAGMA application_id = {application}")
+        connection.execute(f"PRAGMA user_version = {version}")
 
-def open_reader(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
-    """A read-only connection. Raises ``DatabaseError``."""
-    connection = _connect(path, "ro", busy_timeout_s)
-    try:
-        # Functions in the schema of a file that someone altered stay unused.
-        connection.execute("PRAGMA trusted_schema = OFF")
-        schema.check(connection)
-    except sqlite3.Error as error:
-        connection.close()
-        raise _opening(path, error, busy_timeout_s) from None
-    except ValueError as error:
-        connection.close()
-        raise DatabaseError(f"{path}: {error}") from None
-    return connection
+    def ddl(self, statement: str) -> str:
+        return statement
 
 
-@contextmanager
-def reading(path: Path, waited_s: float = 0.0) -> Iterator[None]:
-    """Turns what SQLite says of the file within the block into ``DatabaseError``."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _opening(path, error, waited_s) from None
+SQLITE = _Dialect()
 
 
-def identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path) -> tuple[int, int]:
     """Tells a file from another one put in its place. Raises ``OSError``."""
     found = os.stat(path)
     return found.st_dev, found.st_ino
+
+
+def _exact(data: bytes) -> str:
+    """Bytes that are no UTF-8 stay apart from any text: they are altered, not an error."""
+    return data.decode("utf-8", "surrogateescape")
 
 
 def _create(path: Path) -> None:
@@ -114,19 +165,9 @@ def _create(path: Path) -> None:
         ) from None
 
 
-def _connect(path: Path, mode: str, busy_timeout_s: float) -> sqlite3.Connection:
-    uri = f"{path.absolute().as_uri()}?mode={mode}"  # never creates a file with another mode
-    try:
-        return sqlite3.connect(
-            uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
-        )
-    except sqlite3.Error as error:
-        raise _opening(path, error, busy_timeout_s) from None
-
-
 def _set_up(connection: sqlite3.Connection) -> None:
-    if not schema.is_empty(connection):
-        schema.check(connection)  # before anything of another program's file is changed
+    if (marks := SQLITE.marks(connection)) is not None:
+        schema.check(marks)  # before anything of another program's file is changed
     connection.execute("PRAGMA trusted_schema = OFF")
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
@@ -136,7 +177,7 @@ def _set_up(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
     connection.execute("BEGIN IMMEDIATE")
     try:
-        schema.prepare(connection)
+        schema.prepare(connection, SQLITE)
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
@@ -155,9 +196,3 @@ def _retry(attempt: Callable[[], None], busy_timeout_s: float) -> None:
             if not locked or time.monotonic() >= deadline:
                 raise
         time.sleep(0.01)
-
-
-def _opening(path: Path, error: sqlite3.Error, waited_s: float) -> DatabaseError:
-    return storage_error(path, error, waited_s) or DatabaseError(
-        f"{path}: cannot be used ({error}): give another path, or restore a backup"
-    )

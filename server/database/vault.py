@@ -11,12 +11,12 @@ import hmac
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from sqlite3 import Connection
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lcguard.canonical import canonical_hmac, canonical_json, check_key
+from lcguard.server.database.connection import Connection
 
 _NONCE_BYTES = 12
 
@@ -59,7 +59,9 @@ class Vault:
                 nonce, value.encode("utf-8", "surrogatepass"), canonical_json(place)
             )
             connection.execute(
-                "INSERT OR REPLACE INTO originals VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO originals VALUES (?, ?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (tenant, conversation, name, source, audience) "
+                "DO UPDATE SET expires_at_s = EXCLUDED.expires_at_s, sealed = EXCLUDED.sealed",
                 (*place, until_s, sealed),
             )
 

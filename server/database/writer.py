@@ -1,18 +1,18 @@
-"""One SQLite file, written by one thread that commits everything waiting at once.
+"""One database, written by one thread that commits everything waiting at once.
 
     with Database(Path("lcguard.sqlite")) as database:
         await database.write(lambda connection: connection.execute("INSERT ..."))
 
 A COMMIT costs one wait for the disk however many rows it holds, so requests that come together
 share it (group commit). ``write`` returns after it: what was acknowledged survives ``kill -9`` and
-a power cut. Several processes may use the same file.
+a power cut. Several processes may use the same database.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -22,19 +22,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from lcguard.server.database.sqlite_file import (
-    DatabaseError,
-    identity,
-    open_reader,
-    open_writer,
-    storage_error,
-)
-
-__all__ = ["Database", "DatabaseError"]
+from lcguard.server.database.connection import Connection, DatabaseError
+from lcguard.server.database.place import place_of
 
 T = TypeVar("T")
-Work = Callable[[sqlite3.Connection], T]
-_IDLE_READERS = 4
+Work = Callable[[Connection], T]
+_IDLE_READERS, _MOST_READERS = 4, 16
+"""Connections that are kept, and that there are at a time: a server has few to give."""
+
+
+logger = logging.getLogger("lcguard.server")
 
 
 @dataclass
@@ -48,25 +45,29 @@ class _Job:
 
 
 class Database:
-    """A file that exists, has this version's tables and can be written to."""
+    """Tables of this version that are there and can be written to."""
 
-    def __init__(self, path: Path, *, busy_timeout_s: float = 2.0, max_waiting: int = 4096) -> None:
-        """Opens or makes ``path``, readable by its owner only.
+    def __init__(
+        self, where: Path | str, *, busy_timeout_s: float = 2.0, max_waiting: int = 4096
+    ) -> None:
+        """Opens or makes them.
 
         Args:
+            where: a file, which only its owner may read, or ``postgresql://...``.
             busy_timeout_s: how long another process's lock is waited for.
             max_waiting: transactions that may wait for the writer; above, ``write`` raises.
 
         Raises:
             DatabaseError: locked, not writable, damaged, another program's or another version's.
         """
-        self.path, self.busy_timeout_s, self.max_waiting = path, busy_timeout_s, max_waiting
-        self._connection = open_writer(path, busy_timeout_s)
-        self._identity = identity(path)
+        self.where, self.busy_timeout_s, self.max_waiting = where, busy_timeout_s, max_waiting
+        self.place = place_of(where, busy_timeout_s)
+        self._connection = self.place.writer()
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._readers: deque[sqlite3.Connection] = deque()
+        self._readers: deque[Connection] = deque()
+        self._reading = threading.BoundedSemaphore(_MOST_READERS)
         self._thread = threading.Thread(target=self._run, name="lcguard-database", daemon=True)
         self._thread.start()
 
@@ -78,15 +79,29 @@ class Database:
 
         Raises:
             DatabaseError: locked too long, disk full, file replaced, queue full or closed; nothing
-                was written.
+                was written. Or a server that says nothing: it may have been.
         """
-        return await asyncio.wrap_future(self._submit(work))
+        answer = asyncio.wrap_future(self._submit(work))
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        done, _ = await asyncio.wait([answer], timeout=self.place.patience_s)
+        if not done:
+            raise DatabaseError(
+                f"{self.place.name}: no answer within {self.place.patience_s:g} s: does it hang?"
+            )
+        return answer.result()
 
     def write_now(self, work: Work[T]) -> T:
         """``write`` for callers without an event loop."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("write_now within a write waits for itself: use the connection")
         return self._submit(work).result()
+
+    def post(self, work: Work[object]) -> None:
+        """``write`` without waiting, for what nobody is told of; what goes wrong is logged."""
+        try:
+            self._submit(work).add_done_callback(_log)
+        except DatabaseError as error:
+            logger.warning("%s", error)
 
     def read(self, work: Work[T]) -> T:
         """Runs ``work`` on a read-only connection, in one snapshot; for any thread.
@@ -95,21 +110,31 @@ class Database:
         """
         if self._closed:
             raise self._is_closed()
+        if not self._reading.acquire(timeout=self.busy_timeout_s):
+            raise DatabaseError(
+                f"{self.place.name}: {_MOST_READERS} reads take too long: try again"
+            )
+        try:
+            return self._read(work)
+        except self.place.error as error:
+            if (found := self.place.explained(error)) is None:
+                raise
+            raise found from error
+        finally:
+            self._reading.release()
+
+    def _read(self, work: Work[T]) -> T:
         try:
             connection = self._readers.popleft()
         except IndexError:
-            connection = open_reader(self.path, self.busy_timeout_s)
+            connection = self.place.reader()
         try:
-            connection.execute("BEGIN")
+            connection = self.place.snapshot(connection)
             try:
                 return work(connection)
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            if (found := self._explained(error)) is error:
-                raise
-            raise found from error
         finally:
             self._give_back(connection)
 
@@ -147,14 +172,14 @@ class Database:
                 raise self._is_closed()
             if len(self._waiting) >= self.max_waiting:
                 raise DatabaseError(
-                    f"{self.path}: {self.max_waiting} transactions wait already: send fewer "
+                    f"{self.place.name}: {self.max_waiting} transactions wait already: send fewer "
                     "requests at a time, or use a faster disk"
                 )
             self._waiting.append(_Job(work, done))
             self._changed.notify()
         return done
 
-    def _give_back(self, connection: sqlite3.Connection) -> None:
+    def _give_back(self, connection: Connection) -> None:
         with self._changed:
             if not self._closed and len(self._readers) < _IDLE_READERS:
                 self._readers.append(connection)
@@ -162,12 +187,7 @@ class Database:
         connection.close()
 
     def _is_closed(self) -> DatabaseError:
-        return DatabaseError(f"{self.path}: closed: the server is stopping")
-
-    def _explained(self, error: BaseException) -> BaseException:
-        if isinstance(error, sqlite3.Error):
-            return storage_error(self.path, error, self.busy_timeout_s) or error
-        return error
+        return DatabaseError(f"{self.place.name}: closed: the server is stopping")
 
     # The writer's thread.
 
@@ -175,7 +195,7 @@ class Database:
         while self._wait():
             # The lock first: everything that came while it was waited for shares the COMMIT.
             try:
-                self._begin()
+                self._connection = self.place.begin(self._connection)
             except Exception as error:
                 for job in self._take():
                     job.done.set_exception(self._not_written(error))
@@ -198,17 +218,6 @@ class Database:
             self._waiting.clear()
             return jobs
 
-    def _begin(self) -> None:
-        try:
-            same = identity(self.path) == self._identity
-        except OSError:
-            same = False
-        if not same:  # rows would go into a file that nobody finds again
-            raise DatabaseError(
-                f"{self.path}: moved, deleted or replaced while in use: restart the server"
-            )
-        self._connection.execute("BEGIN IMMEDIATE")
-
     def _commit(self, jobs: list[_Job]) -> None:
         """One transaction for all, each in its own savepoint."""
         try:
@@ -216,7 +225,7 @@ class Database:
                 self._one(job)
             self._connection.execute("COMMIT")
         except BaseException as error:  # whatever it is: this thread must go on
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(self.place.error):
                 self._connection.execute("ROLLBACK")
             for job in jobs:
                 job.done.set_exception(job.error or self._not_written(error))
@@ -234,14 +243,19 @@ class Database:
         try:
             job.value = job.work(connection)
         except BaseException as error:
-            job.error = self._explained(error)
-            if not connection.in_transaction:  # SQLite itself rolled back: disk full, say
+            job.error = self.place.explained(error) or error
+            if not connection.in_transaction:  # rolled back already: disk full, say
                 raise
             connection.execute("ROLLBACK TO job")
         connection.execute("RELEASE job")
 
     def _not_written(self, error: BaseException) -> DatabaseError:
-        found = self._explained(error)
+        found = self.place.explained(error) or error
         if isinstance(found, DatabaseError):
             return DatabaseError(str(found))  # its own for each: tracebacks are added to it
-        return DatabaseError(f"{self.path}: the transaction was lost ({found}): try again")
+        return DatabaseError(f"{self.place.name}: the transaction was lost ({found}): try again")
+
+
+def _log(done: Future[Any]) -> None:
+    if error := done.exception():
+        logger.warning("not written: %s", error)

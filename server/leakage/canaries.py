@@ -115,6 +115,7 @@ class CanaryRunner:
             run = _Run(self._meter, self._on_change)
             self.error = ""
             try:
+                await run.look()
                 job = self._job()
                 planned, before = {_plan(edge) for edge in job["edges"]}, self._planned
                 if new_only:
@@ -163,10 +164,15 @@ class _Run:
         self, meter: LeakageMeter, on_change: Callable[[EdgeLeakage, State, State], Awaitable[None]]
     ) -> None:
         self._meter, self._on_change = meter, on_change
-        self._measured = {e.name: e.measured_at_s or 0.0 for e in meter.snapshot()}
+        self._measured: dict[EdgeName, float] = {}
         self.left: dict[EdgeName, None] = {}
         """Edges without a result."""
         self.lines = self.screened = self.failed = 0
+
+    async def look(self) -> None:
+        """Finds out when each edge was screened last."""
+        edges = await asyncio.to_thread(self._meter.snapshot)
+        self._measured = {e.name: e.measured_at_s or 0.0 for e in edges}
 
     def measured_at_s(self, edge: Mapping[str, Any]) -> float:
         """Unix time of the edge's last screening; 0 for none."""

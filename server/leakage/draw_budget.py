@@ -17,7 +17,6 @@ import hashlib
 import hmac
 import re
 import secrets
-import sqlite3
 import unicodedata
 from array import array
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from lcguard.server.database.connection import Connection
 from lcguard.server.leakage.ledger import KEEP_RECEIVED_S, LedgerError, find
 
 MORE_WORDS = 8
@@ -76,7 +76,7 @@ def text_of(key: bytes, record: str | None, body: Mapping[str, Any]) -> Text:
 
 
 def record_of(
-    connection: sqlite3.Connection,
+    connection: Connection,
     tenant: str,
     source: str,
     audience: str,
@@ -112,7 +112,7 @@ def record_of(
 
 
 def reserve_draw(
-    connection: sqlite3.Connection,
+    connection: Connection,
     tenant: str,
     audience: str,
     handle: str,
@@ -142,22 +142,25 @@ def reserve_draw(
         oldest = sorted(got.values())[len(got) - max_draws]
         raise DrawsSpent(audience, segment.source, max_draws, oldest + KEEP_RECEIVED_S)
     connection.execute(
-        "INSERT OR REPLACE INTO draws (tenant, audience, source, record, draw, at_s) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO draws (tenant, audience, source, record, draw, at_s) "
+        "VALUES (?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (tenant, audience, source, record, draw) DO UPDATE SET at_s = EXCLUDED.at_s",
         (*place, segment.draw, now_s),
     )
 
 
-def sweep_draws(connection: sqlite3.Connection, now_s: float) -> None:
+def sweep_draws(connection: Connection, now_s: float) -> None:
     """Forgets what is too old, and the oldest texts of an edge with too many."""
     before = (now_s - KEEP_RECEIVED_S,)
     connection.execute("DELETE FROM draws WHERE at_s <= ?", before)
     connection.execute("DELETE FROM texts WHERE at_s <= ?", before)
     connection.execute(
-        "DELETE FROM texts WHERE rowid IN (SELECT id FROM (SELECT rowid AS id, row_number() OVER "
-        "(PARTITION BY tenant, source, audience ORDER BY at_s DESC, rowid DESC) AS n FROM texts) "
-        "WHERE n > ?)",
-        (KEEP_TEXTS,),
+        "WITH cut AS (SELECT * FROM (SELECT tenant, source, audience, at_s, record, row_number() "
+        "OVER (PARTITION BY tenant, source, audience ORDER BY at_s DESC, record DESC) AS n "
+        "FROM texts) AS aged WHERE n = ?) DELETE FROM texts WHERE EXISTS (SELECT 1 FROM cut WHERE "
+        "cut.tenant = texts.tenant AND cut.source = texts.source AND "
+        "cut.audience = texts.audience AND (texts.at_s, texts.record) <= (cut.at_s, cut.record))",
+        (KEEP_TEXTS + 1,),
     )
 
 

@@ -1,8 +1,8 @@
-"""What the leakage meter keeps of an edge, and its file."""
+"""What the leakage meter keeps of an edge, and its row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcguard.atomic_file import replace_file
+from lcguard.server.database.connection import Connection
 
 State = Literal["open", "closed"]
 EdgeName = tuple[str, str, str]
@@ -18,10 +18,11 @@ EdgeName = tuple[str, str, str]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _STRICT = ConfigDict(extra="forbid", strict=True)
+_NAMED = "tenant = ? AND source = ? AND audience = ?"
 
 
 class LeakageError(RuntimeError):
-    """A state file that cannot be read or written. One line with the fix."""
+    """A stored state that cannot be read. One line with the fix."""
 
 
 class Screening(BaseModel):
@@ -131,45 +132,96 @@ class EdgeLeakage:
         return self.tenant, self.source, self.audience
 
 
+_EDGE = TypeAdapter(EdgeLeakage)
+
+
+def all_edges(connection: Connection) -> dict[EdgeName, EdgeLeakage]:
+    """Every edge that was screened, by name. Raises ``LeakageError`` for a row that was altered:
+    it may say that its edge is closed."""
+    rows = connection.execute("SELECT tenant, source, audience, screened FROM edges").fetchall()
+    return {name: _edge(name, text) for *names, text in sorted(rows) if (name := tuple(names))}
+
+
+def stored_edge(connection: Connection, name: EdgeName) -> EdgeLeakage | None:
+    """One of them. Raises as ``all_edges``."""
+    row = connection.execute(f"SELECT screened FROM edges WHERE {_NAMED}", name).fetchone()
+    return None if row is None else _edge(name, row[0])
+
+
+def stored_state(connection: Connection, name: EdgeName) -> State:
+    """``open`` for an edge that was never screened, ``closed`` for whatever is not ``open``."""
+    row = connection.execute(f"SELECT state FROM edges WHERE {_NAMED}", name).fetchone()
+    return "open" if row is None or row[0] == "open" else "closed"
+
+
+def store_edge(connection: Connection, edge: EdgeLeakage) -> None:
+    """In place of what was there."""
+    connection.execute(
+        "INSERT INTO edges (tenant, source, audience, state, screened) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT (tenant, source, audience) "
+        "DO UPDATE SET state = EXCLUDED.state, screened = EXCLUDED.screened",
+        (*edge.name, edge.state, _EDGE.dump_json(edge).decode()),
+    )
+
+
+def _edge(name: EdgeName, text: str) -> EdgeLeakage:
+    try:
+        edge = _EDGE.validate_json(text)
+        if edge.name != name:
+            raise ValueError("it is another edge's")
+    except ValueError as error:
+        why = _first(error) if isinstance(error, ValidationError) else str(error)
+        raise LeakageError(
+            f"table edges, {'/'.join(name)}: {why}; it says whether the edge is closed, so restore "
+            "it, or delete the row to open the edge until the next canaries"
+        ) from None
+    return edge
+
+
+# --- the file in which releases before kept it ---
+
+
 @dataclass(frozen=True, config=_STRICT)
 class _File:
     version: Literal[1]
     edges: tuple[EdgeLeakage, ...]
 
 
-_ADAPTER = TypeAdapter(_File)
+_FILE = TypeAdapter(_File)
 
 
-def load_state(path: Path) -> dict[EdgeName, EdgeLeakage]:
-    """The edges of a state file; none where there is no file.
+def load_file(path: Path) -> tuple[EdgeLeakage, ...]:
+    """The edges of ``leakage.json``; none where there is none.
 
     Raises ``LeakageError`` for one that cannot be read: it may say which edges are closed.
     """
     try:
-        data = path.read_bytes()
+        return _FILE.validate_json(path.read_bytes()).edges
     except FileNotFoundError:
-        return {}
+        return ()
     except OSError as error:
         raise LeakageError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        edges = _ADAPTER.validate_json(data).edges
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "JSON"
         raise LeakageError(
-            f"{path}: {where}: {first['msg']}; it says which edges are closed, so put back a copy, "
+            f"{path}: {_first(error)}; it says which edges are closed, so put back a copy, "
             "or remove it to open them all until the next canaries"
         ) from None
-    return {edge.name: edge for edge in edges}
 
 
-def save_state(path: Path, edges: Mapping[EdgeName, EdgeLeakage]) -> None:
-    """Replaces the file whole, durably, readable by its owner alone. Raises ``LeakageError``."""
-    data = _ADAPTER.dump_json(_File(1, tuple(e for _, e in sorted(edges.items()))))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, data)
-    except OSError as error:
-        raise LeakageError(
-            f"{path}: cannot be written: {error.strerror}; a restart would forget what it lacks"
-        ) from None
+def adopt(connection: Connection, edges: tuple[EdgeLeakage, ...]) -> None:
+    """Stores what a file had; an edge that is closed in either place is closed."""
+    for edge in edges:
+        known = stored_edge(connection, edge.name)
+        if known is None or edge.state == "closed":
+            store_edge(connection, edge)
+
+
+def retire_file(path: Path) -> None:
+    """Once its edges are stored; the release before would not look at another name."""
+    os.replace(path, path.with_name(f"{path.name}.stored"))
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, found["loc"])) or "JSON"
+    return f"{where}: {found['msg']}"

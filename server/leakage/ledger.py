@@ -15,11 +15,12 @@ the same one again costs nothing.
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+
+from lcguard.server.database.connection import Connection
 
 KEEP_SEGMENTS_S = 86_400.0
 """How long an expired segment stays listed."""
@@ -84,11 +85,11 @@ _COLUMNS = tuple(f.name for f in fields(Segment))
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM segments"
 _INSERT = (
     f"INSERT INTO segments ({', '.join(_COLUMNS)}) "
-    f"VALUES ({', '.join(f':{name}' for name in _COLUMNS)})"
+    f"VALUES ({', '.join(f':{name}' for name in _COLUMNS)}) ON CONFLICT DO NOTHING"
 )
 
 
-def record_segment(connection: sqlite3.Connection, segment: Segment) -> None:
+def record_segment(connection: Connection, segment: Segment) -> None:
     """Lists a new segment.
 
     Raises:
@@ -97,21 +98,19 @@ def record_segment(connection: sqlite3.Connection, segment: Segment) -> None:
     """
     _refuse_revoked(connection, segment.parents)
     row = {**asdict(segment), "parents": json.dumps(segment.parents)}
-    try:
-        connection.execute(_INSERT, row)
-    except sqlite3.IntegrityError:
-        raise LedgerError(f"handle {_shown(segment.handle)} is taken: make a new one") from None
+    if not connection.execute(_INSERT, row).rowcount:
+        raise LedgerError(f"handle {_shown(segment.handle)} is taken: make a new one")
     for parent in segment.parents:
         connection.execute(
-            "INSERT OR IGNORE INTO ancestors (ancestor, handle) "
+            "INSERT INTO ancestors (ancestor, handle) "
             "SELECT ancestor, :handle FROM ancestors WHERE handle = :parent "
-            "UNION SELECT :parent, :handle",
+            "UNION SELECT :parent, :handle WHERE TRUE ON CONFLICT DO NOTHING",
             {"handle": segment.handle, "parent": parent},
         )
 
 
 def reserve(
-    connection: sqlite3.Connection,
+    connection: Connection,
     tenant: str,
     audience: str,
     handles: Sequence[tuple[str, str]],
@@ -153,7 +152,7 @@ def reserve(
     )
 
 
-def live(connection: sqlite3.Connection, tenant: str, now_s: float) -> list[Segment]:
+def live(connection: Connection, tenant: str, now_s: float) -> list[Segment]:
     """The tenant's segments that can still be consumed, newest first."""
     rows = connection.execute(
         f"{_SELECT} WHERE tenant = ? AND expires_at_s > ? AND revoked_at_s IS NULL "
@@ -163,13 +162,13 @@ def live(connection: sqlite3.Connection, tenant: str, now_s: float) -> list[Segm
     return [_segment(row) for row in rows]
 
 
-def find(connection: sqlite3.Connection, handle: str) -> Segment | None:
+def find(connection: Connection, handle: str) -> Segment | None:
     """The segment of any tenant, also expired or revoked; None where it is not listed."""
     row = connection.execute(f"{_SELECT} WHERE handle = ?", (handle,)).fetchone()
     return None if row is None else _segment(row)
 
 
-def revoke(connection: sqlite3.Connection, handle: str, now_s: float, cascade: bool) -> list[str]:
+def revoke(connection: Connection, handle: str, now_s: float, cascade: bool) -> list[str]:
     """Marks a segment revoked, with ``cascade`` also all that was published on top of it.
 
     Returns the handles that were not revoked before, sorted: to be deleted from the store. Whether
@@ -183,8 +182,17 @@ def revoke(connection: sqlite3.Connection, handle: str, now_s: float, cascade: b
     return sorted(row[0] for row in found)
 
 
+def revoked_among(connection: Connection, handles: Iterable[str]) -> list[str]:
+    """Those of ``handles`` that were revoked."""
+    return [
+        handle
+        for handle in sorted(handles)
+        if (row := find(connection, handle)) is not None and row.revoked_at_s is not None
+    ]
+
+
 def received_counts(
-    connection: sqlite3.Connection, tenant: str, window_s: float, now_s: float
+    connection: Connection, tenant: str, window_s: float, now_s: float
 ) -> dict[tuple[str, str], int]:
     """(source, audience) -> distinct segments received within the window."""
     rows = connection.execute(
@@ -195,7 +203,7 @@ def received_counts(
     return {(source, audience): n for source, audience, n in rows}
 
 
-def sweep(connection: sqlite3.Connection, now_s: float) -> int:
+def sweep(connection: Connection, now_s: float) -> int:
     """Forgets segments that expired over a day ago, and receipts that no window covers.
 
     Returns how many segments went.
@@ -209,7 +217,7 @@ def sweep(connection: sqlite3.Connection, now_s: float) -> int:
 
 
 def _check_budget(
-    connection: sqlite3.Connection,
+    connection: Connection,
     tenant: str,
     audience: str,
     source: str,
@@ -234,7 +242,7 @@ def _check_budget(
         raise BudgetSpent(audience, source, budget, window_s, frees_at_s)
 
 
-def _refuse_revoked(connection: sqlite3.Connection, handles: Sequence[str]) -> None:
+def _refuse_revoked(connection: Connection, handles: Sequence[str]) -> None:
     """In the same transaction as what follows: a revocation cannot come between."""
     for handle in handles:
         segment = find(connection, handle)

@@ -1,8 +1,8 @@
 """The leakage meter: what canaries lost on each edge, and whether it is open.
 
-An edge closes where planted secrets were read off its segments, and stays closed over a restart
-until two screenings in a row show that nothing leaks (one, under another guard or policy), or
-until an operator opens it.
+An edge closes where planted secrets were read off its segments, for every proxy of the database,
+and stays closed over a restart until two screenings in a row show that nothing leaks (one, under
+another guard or policy), or until an operator opens it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from lcguard.server.database.connection import Connection, DatabaseError
+from lcguard.server.database.writer import Database
 from lcguard.server.leakage.edge_state import (
     EdgeLeakage,
     EdgeName,
@@ -24,8 +26,13 @@ from lcguard.server.leakage.edge_state import (
     Point,
     Screening,
     State,
-    load_state,
-    save_state,
+    adopt,
+    all_edges,
+    load_file,
+    retire_file,
+    store_edge,
+    stored_edge,
+    stored_state,
 )
 
 __all__ = ["Change", "EdgeLeakage", "EdgeName", "LeakageError", "LeakageMeter"]
@@ -51,28 +58,42 @@ class Change(NamedTuple):
 
 
 class LeakageMeter:
-    """State of all edges, kept in one JSON file. Safe to use from several threads."""
+    """State of all edges, in the database. Safe to use from several threads; every call waits for
+    the database."""
 
     def __init__(
         self,
-        path: Path,
+        database: Database,
         threshold: float,
         interval_s: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises ``LeakageError`` for a file that cannot be read: it may say what is closed."""
+        """Raises ``LeakageError`` for a state that cannot be read: it may say what is closed."""
         if not 0 < threshold < 1:
             raise ValueError(f"threshold={threshold}: give a success rate between 0 and 1")
-        self.path, self.threshold, self.interval_s, self._clock = path, threshold, interval_s, clock
+        self.threshold, self.interval_s, self._clock = threshold, interval_s, clock
+        self._database = database
         self._lock = threading.Lock()
-        self._edges = load_state(path)
+        self._unwritten: dict[EdgeName, EdgeLeakage] = {}
+        """Edges that closed while nothing could be written: closed here all the same."""
         self.error = ""
-        """Why the state could not be written; empty while it can. Memory is right all the same."""
+        """Why the last result could not be written; empty where it could."""
+        database.read(all_edges)
+
+    def adopt_file(self, path: Path) -> None:
+        """Takes over the file of a release that kept its edges there. Raises ``LeakageError``,
+        ``DatabaseError`` or ``OSError``, and leaves it as it is then."""
+        if edges := load_file(path):
+            self._database.write_now(lambda connection: adopt(connection, edges))
+        if path.exists():
+            retire_file(path)
 
     def verdict(self, tenant: str, source: str, audience: str) -> State:
-        """``open`` for an edge that was never screened."""
-        edge = self._edges.get((tenant, source, audience))
-        return "open" if edge is None else edge.state
+        """``open`` for an edge that was never screened. Raises ``DatabaseError``."""
+        name = (tenant, source, audience)
+        if name in self._unwritten:
+            return "closed"
+        return self._database.read(lambda connection: stored_state(connection, name))
 
     def record(self, result: Mapping[str, Any]) -> Change:
         """Takes a screening of one edge, as the worker gives it.
@@ -85,59 +106,68 @@ class LeakageMeter:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "result"
             raise ValueError(f"the screening cannot be used: {where}: {first['msg']}") from None
-        with self._lock:
-            old = self._edge(found.name)
-            new = self._judged(old, found)
-            self._keep(new)
-        return Change(new, old.state, new.state)
+        return self._change(found.name, lambda old: self._judged(old, found))
 
     def record_error(self, edge: EdgeName, message: str) -> Change:
         """An edge that could not be screened: it stays as it is."""
         line = " ".join(message.split())[:300]
-        with self._lock:
-            old = self._edge(edge)
-            new = replace(old, error=line, error_at_s=self._clock())
-            self._keep(new)
-        return Change(new, old.state, new.state)
+        return self._change(edge, lambda old: replace(old, error=line, error_at_s=self._clock()))
 
     def reopen(self, edge: EdgeName, who: str) -> Change:
         """Opens an edge on an operator's word; the next screening judges afresh.
 
         Raises:
             KeyError: an edge without any record.
-            LeakageError: the file cannot be written; the edge stays as it is.
+            DatabaseError: it cannot be written; the edge stays as it is.
         """
-        with self._lock:
-            old = self._edges[edge]
+
+        def work(connection: Connection) -> Change:
+            old = self._unwritten.get(edge) or stored_edge(connection, edge)
+            if old is None:
+                raise KeyError(edge)
             new = replace(old, state="open", reason=f"opened by {who}"[:200], clean_runs=0)
-            edges = self._edges | {edge: new}
-            save_state(self.path, edges)
-            self._edges = edges
-        return Change(new, old.state, new.state)
+            store_edge(connection, new)
+            return Change(new, old.state, new.state)
+
+        with self._lock:
+            change = self._database.write_now(work)
+            self._unwritten.pop(edge, None)
+        return change
 
     def snapshot(self) -> list[EdgeLeakage]:
-        """All edges by name."""
-        now = self._clock()
-        return [self._aged(e, now) for _, e in sorted(self._edges.items())]
+        """All edges by name. Raises ``DatabaseError``."""
+        now, edges = self._clock(), self._database.read(all_edges) | self._unwritten
+        return [self._aged(e, now) for _, e in sorted(edges.items())]
 
-    def _edge(self, name: EdgeName) -> EdgeLeakage:
-        return self._edges.get(name) or EdgeLeakage(*name, since_s=self._clock())
+    def _change(self, name: EdgeName, judged: Callable[[EdgeLeakage], EdgeLeakage]) -> Change:
+        def work(connection: Connection | None) -> Change:
+            old = self._unwritten.get(name)
+            if old is None and connection is not None:
+                old = stored_edge(connection, name)
+            old = old or EdgeLeakage(*name, since_s=self._clock())
+            new = judged(old)
+            if connection is not None:
+                store_edge(connection, new)
+            return Change(new, old.state, new.state)
+
+        with self._lock:
+            try:
+                change = self._database.write_now(work)
+            except DatabaseError as error:
+                # a full disk must not keep an edge open; nor does it open one
+                self.error = str(error)
+                logger.error("%s", error)
+                change = work(None)
+                if change.new == "closed":
+                    self._unwritten[name] = change.edge
+            else:
+                self.error = ""
+                self._unwritten.pop(name, None)
+        return change
 
     def _aged(self, edge: EdgeLeakage, now: float) -> EdgeLeakage:
         last = edge.since_s if edge.measured_at_s is None else edge.measured_at_s
         return replace(edge, stale=now - last > STALE_INTERVALS * self.interval_s)
-
-    def _keep(self, edge: EdgeLeakage) -> None:
-        # memory first: a full disk must not keep an edge open
-        edges = self._edges | {edge.name: edge}
-        self._edges = edges
-        try:
-            save_state(self.path, edges)
-        except LeakageError as error:
-            self.error = str(error)
-            logger.error("%s", error)
-        else:
-            self.error = ""
 
     def _judged(self, old: EdgeLeakage, s: Screening) -> EdgeLeakage:
         now = self._clock()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Annotated, Self
@@ -69,8 +69,23 @@ class Bucket:
         spent = self.per_min - self._now(now_s)
         self.per_min, self._level = per_min, per_min - spent
 
-    def full(self, now_s: float) -> bool:
-        return self._now(now_s) >= self.per_min
+    def full_at_s(self, now_s: float) -> float:
+        """When it is as if it had never been used."""
+        return now_s + self.wait_s(self.per_min, now_s)
+
+    def saved(self) -> list[float]:
+        """For ``restored``."""
+        return [self.per_min, self._level, self._at_s]
+
+    @classmethod
+    def restored(cls, saved: Sequence[float] | None) -> Bucket | None:
+        """As ``saved`` gave it; None for none."""
+        if saved is None:
+            return None
+        per_min, level, at_s = saved
+        made = cls(int(per_min), at_s)
+        made._level = level
+        return made
 
     def _now(self, now_s: float) -> float:
         passed_s = max(0.0, now_s - self._at_s)
@@ -79,7 +94,7 @@ class Bucket:
         return self._level
 
 
-class _Account:
+class Account:
     """What one key has spent."""
 
     def __init__(self) -> None:
@@ -91,10 +106,54 @@ class _Account:
         self.requests = _fitted(self.requests, limits.requests_per_min, now_s)
         self.tokens = _fitted(self.tokens, limits.tokens_per_min, now_s)
 
+    def admit(self, limits: Limits, now_s: float, tokens: int) -> None:
+        """Counts one request and sets ``tokens`` aside, both or neither. Raises ``Limited``."""
+        if limits.concurrency is not None and self.running >= limits.concurrency:
+            raise Limited(f"the key has {limits.concurrency} requests running already", _SOON_S)
+        if self.requests is not None and (wait_s := self.requests.wait_s(1, now_s)):
+            raise _later(f"the key's {limits.requests_per_min} requests a minute are spent", wait_s)
+        self.reserve(tokens, now_s)
+        self.running += 1
+        if self.requests is not None:
+            self.requests.take(1, now_s)
+
+    def reserve(self, n: int, now_s: float) -> None:
+        """Sets ``n`` tokens aside. Raises ``Limited``, and sets none aside then."""
+        bucket = self.tokens
+        if bucket is None:
+            return
+        if n > bucket.per_min:
+            raise Limited(
+                f"the request may take {n} tokens, the key has {bucket.per_min} a minute: "
+                "shorten the prompt or lower max_tokens",
+                None,
+                413,
+            )
+        if wait_s := bucket.wait_s(n, now_s):
+            raise _later(f"the key's {bucket.per_min} tokens a minute are spent", wait_s)
+        bucket.take(n, now_s)
+
+    def full_at_s(self, now_s: float) -> float:
+        """When its buckets are as if they had never been used."""
+        buckets = (self.requests, self.tokens)
+        return max((b.full_at_s(now_s) for b in buckets if b is not None), default=now_s)
+
     def fresh(self, now_s: float) -> bool:
         """Whether it is as if it had never been used, so that it can be forgotten."""
-        buckets = (self.requests, self.tokens)
-        return self.running == 0 and all(b is None or b.full(now_s) for b in buckets)
+        return self.running == 0 and self.full_at_s(now_s) <= now_s
+
+    def saved(self) -> dict[str, list[float]]:
+        """Its buckets, for ``restored``."""
+        buckets = {"requests": self.requests, "tokens": self.tokens}
+        return {name: b.saved() for name, b in buckets.items() if b is not None}
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Sequence[float]]) -> Account:
+        """As ``saved`` gave it; nothing runs."""
+        made = cls()
+        made.requests = Bucket.restored(saved.get("requests"))
+        made.tokens = Bucket.restored(saved.get("tokens"))
+        return made
 
 
 def _fitted(bucket: Bucket | None, per_min: int | None, now_s: float) -> Bucket | None:
@@ -110,25 +169,14 @@ def _fitted(bucket: Bucket | None, per_min: int | None, now_s: float) -> Bucket 
 class Admission:
     """One running request of a key; a context manager that ends it."""
 
-    def __init__(self, account: _Account, clock: Callable[[], float]) -> None:
+    def __init__(self, account: Account, clock: Callable[[], float], reserved: int = 0) -> None:
         self._account, self._clock = account, clock
-        self._reserved = 0
+        self._reserved = reserved
         self._ended = False
 
     def reserve(self, n: int) -> None:
         """Sets ``n`` further tokens aside. Raises ``Limited``, and sets none aside then."""
-        bucket, now_s = self._account.tokens, self._clock()
-        if bucket is not None:
-            if n > bucket.per_min:
-                raise Limited(
-                    f"the request may take {n} tokens, the key has {bucket.per_min} a minute: "
-                    "shorten the prompt or lower max_tokens",
-                    None,
-                    413,
-                )
-            if wait_s := bucket.wait_s(n, now_s):
-                raise _later(f"the key's {bucket.per_min} tokens a minute are spent", wait_s)
-            bucket.take(n, now_s)
+        self._account.reserve(n, self._clock())
         self._reserved += n
 
     def settle(self, actual: int) -> None:
@@ -170,7 +218,7 @@ class KeyLimits:
     ) -> None:
         """``max_keys``: keys that are remembered at a time."""
         self.default, self._max_keys, self._clock = default or Limits(), max_keys, clock
-        self._accounts: OrderedDict[str, _Account] = OrderedDict()
+        self._accounts: OrderedDict[str, Account] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -189,22 +237,14 @@ class KeyLimits:
             return Admission(_unlimited(), self._clock)
         account = self._account(key_id, now_s)
         account.apply(limits, now_s)
-        if limits.concurrency is not None and account.running >= limits.concurrency:
-            raise Limited(f"the key has {limits.concurrency} requests running already", _SOON_S)
-        if account.requests is not None and (wait_s := account.requests.wait_s(1, now_s)):
-            raise _later(f"the key's {limits.requests_per_min} requests a minute are spent", wait_s)
-        admission = Admission(account, self._clock)
-        admission.reserve(tokens)
-        account.running += 1
-        if account.requests is not None:
-            account.requests.take(1, now_s)
-        return admission
+        account.admit(limits, now_s, tokens)
+        return Admission(account, self._clock, tokens)
 
-    def _account(self, key_id: str, now_s: float) -> _Account:
+    def _account(self, key_id: str, now_s: float) -> Account:
         account = self._accounts.get(key_id)
         if account is None:
             self._forget(now_s)
-            account = self._accounts[key_id] = _Account()
+            account = self._accounts[key_id] = Account()
         self._accounts.move_to_end(key_id)
         return account
 
@@ -220,8 +260,8 @@ class KeyLimits:
             raise Limited(f"{self._max_keys} keys are in use at a time", _SOON_S)
 
 
-def _unlimited() -> _Account:
-    account = _Account()
+def _unlimited() -> Account:
+    account = Account()
     account.running = 1
     return account
 

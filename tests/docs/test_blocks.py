@@ -26,6 +26,7 @@ from lcguard.config import load_config
 from lcguard.evaluation.plan import EvalConfig
 from lcguard.evaluation.presets import preset
 from lcguard.handoff.policy import parse_policy
+from lcguard.server.settings import ServerSettings
 from lcguard.strict_yaml import parse_yaml
 from tests.docs.blocks import PAGES, Block, block, blocks, every_block
 from tests.paths import ROOT
@@ -167,6 +168,7 @@ YAML = {
     "docs/evaluation.md": read_as(EvalConfig),
     "docs/frameworks.md": read_policy,
     "docs/guards.md": read_as(DetectorRun),
+    "docs/operations.md": read_as(ServerSettings),
     "docs/proxy.md": read_policy,
     "docs/training.md": read_as(TrainRun),
 }

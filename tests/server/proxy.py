@@ -61,6 +61,7 @@ POLICY = {
         _to("strict", ALL, guard="residual"),
         _to("brief", [], guard="identity", ttl_s=2),
         _to("frugal", [], guard="identity", max_segments=1, window_s=4),
+        _to("rationed", [], guard="identity", max_segments=3),
         _to("screened", ["government_id"], guard="redact", detect="presidio"),
         _to("read", ["person", "government_id"], guard="redact", detect="lcguard"),
         _to("named", ["health", "government_id"], guard="redact"),
@@ -190,6 +191,13 @@ class Front:
     def ready(self) -> dict[str, Any]:
         """What ``/readyz`` says."""
         return dict(self.http.get("/readyz").json())
+
+
+def close_edges(folder: Path, *audiences: str) -> None:
+    """As canaries did for agent ``intake``, in the file that a proxy takes over at its start."""
+    edge = {"tenant": "default", "source": "intake", "since_s": 1.0, "state": "closed"}
+    edges = [edge | {"audience": name, "reason": "a test"} for name in audiences]
+    (folder / "leakage.json").write_text(json.dumps({"version": 1, "edges": edges}))
 
 
 def error(answer: httpx.Response) -> tuple[int, str]:

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from lcguard.commands.live_servers import Running, Site
-from lcguard.server.leakage.edge_state import save_state
-from lcguard.server.leakage.meter import EdgeLeakage
 from tests.server.option_cases import FOREVER, with_key
-from tests.server.proxy import ENGINE_ARGS, POLICY, Front, front_of
+from tests.server.proxy import ENGINE_ARGS, POLICY, Front, close_edges, front_of
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +41,7 @@ def front(site: Site, engine: Running, tmp_path_factory: pytest.TempPathFactory)
 def tight(site: Site, engine: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """A proxy with narrow limits and files of its own, and two edges that canaries closed."""
     folder = tmp_path_factory.mktemp("tight")
-    shut = [
-        EdgeLeakage("default", "intake", name, since_s=1.0, state="closed", reason="a test")
-        for name in ("shut", "shut-redacted")
-    ]
-    save_state(folder / "leakage.json", {e.name: e for e in shut})
+    close_edges(folder, "shut", "shut-redacted")
     (folder / "book").mkdir()
     with front_of(
         with_key(site, "OTHER_KEY", engine.api_key),

@@ -18,9 +18,7 @@ from lcguard.client import AsyncClient, Client
 from lcguard.commands.live_servers import Site
 from lcguard.handoff.policy import parse_policy
 from lcguard.server.health.selftest import edges_by_guard
-from lcguard.server.leakage.edge_state import save_state
-from lcguard.server.leakage.meter import EdgeLeakage
-from tests.server.proxy import Front, error, rewrite, wait_for
+from tests.server.proxy import Front, close_edges, error, rewrite, wait_for
 from tests.server.proxy_client import audit_rows
 
 NAME, SSN = "Ada Long", "912-55-1029"
@@ -50,8 +48,7 @@ POLICY = {
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """A proxy whose engine cannot be reached."""
     site = Site(tmp_path_factory.mktemp("text"), POLICY)
-    shut = EdgeLeakage("default", "intake", "shut", since_s=1.0, state="closed", reason="a test")
-    save_state(site.folder / "leakage.json", {shut.name: shut})
+    close_edges(site.folder, "shut")
     site.key("nobody")
     nowhere = {"url": "http://127.0.0.1:9", "retries": 0}
     limits = {"max_body_bytes": 100_000}
@@ -270,10 +267,12 @@ def test_the_openapi_document_has_the_routes(front: Front) -> None:
 
 def test_an_older_database_gets_the_table(tmp_path: Path) -> None:
     from lcguard.server.database import schema
+    from lcguard.server.database.sqlite_file import SQLITE
 
     with closing(sqlite3.connect(tmp_path / "old.sqlite")) as connection:
-        schema.prepare(connection)
-        connection.execute("DROP TABLE originals")
+        schema.prepare(connection, SQLITE)
+        for table in ("originals", "edges", "accounts"):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute("PRAGMA user_version = 2")
-        schema.prepare(connection)
+        schema.prepare(connection, SQLITE)
         assert connection.execute("SELECT count(*) FROM originals").fetchone() == (0,)

@@ -15,9 +15,8 @@ from lcguard.commands.live_servers import Running, Site
 from lcguard.handoff.grants import make_grant
 from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.server.authorization.approved_handoff import signed_order
-from lcguard.server.leakage.edge_state import EdgeLeakage, save_state
 from tests.engine import needs_vllm
-from tests.server.proxy import SSN, Front, error, front_of
+from tests.server.proxy import SSN, Front, close_edges, error, front_of
 from tests.server.proxy_client import audit_rows
 
 pytest_plugins = ("tests.server.proxy_fixtures",)
@@ -137,16 +136,7 @@ def test_a_closed_edge_delivers_nothing_that_was_published_before(
         intake = front.auth("intake")
         handles = {a: front.handle(intake, a) for a in ("shut", "shut-redacted", "open")}
         keys = front.keys
-    save_state(
-        tmp_path / "leakage.json",
-        {
-            e.name: e
-            for e in (
-                EdgeLeakage("default", "intake", name, since_s=1.0, state="closed", reason="a test")
-                for name in ("shut", "shut-redacted")
-            )
-        },
-    )
+    close_edges(tmp_path, "shut", "shut-redacted")
     with front_of(site, engine, tmp_path) as front:
         front.keys = keys
         for name in ("shut", "shut-redacted"):

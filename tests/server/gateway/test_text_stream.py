@@ -59,7 +59,7 @@ class Deployment:
         spans = SpanFinder(Upstream(UpstreamSettings(), "http://127.0.0.1:9", ""), "")
         stack.callback(spans.close)
         audit = AuditLog(database, KEY)
-        meter = LeakageMeter(folder / "leakage.json", 0.2, 3600.0)
+        meter = LeakageMeter(database, 0.2, 3600.0)
         self.settlement = Settlement(store, line, KEY, audit)
         self.hops = TextHops(Authority(parse_policy(POLICY), store, line, KEY, audit, meter, spans))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lcguard.server.database.writer import Database
 from lcguard.server.leakage.canaries import CanaryRunner
 from lcguard.server.leakage.meter import EdgeLeakage, LeakageMeter
 from tests.server.leakage.canary_bench import Bench, alive, found, pass_now, says, stop, until
@@ -20,8 +21,9 @@ from tests.server.leakage.canary_edges import EDGES, edge
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(LeakageMeter(tmp_path / "leakage.json", 0.2, 3600))
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with Database(tmp_path / "lcguard.sqlite") as database:
+        yield Bench(LeakageMeter(database, 0.2, 3600))
 
 
 @pytest.fixture

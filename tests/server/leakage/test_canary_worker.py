@@ -27,6 +27,7 @@ from lcguard.protocols import AttackData
 from lcguard.records import IGNORE, TokenRecord, mask_of
 from lcguard.rule import Rule
 from lcguard.segment import KVSegment
+from lcguard.server.database.writer import Database
 from lcguard.server.leakage.meter import LeakageMeter
 from lcguard.store import open_store
 from lcguard.training.dataset import attack_data, guard_all
@@ -264,8 +265,9 @@ def test_the_worker_plants_screens_and_cleans_up(site: Site, tmp_path: Path) -> 
     assert refused["error"] == "the proxy answered 403: not for nobody"
     assert "published under guard 'gate', the job says 'redact'" in wrong["error"]
     # each is what the meter takes
-    meter = LeakageMeter(tmp_path / "leakage.json", 0.2, 60)
-    assert [meter.record(r).new for r in results[:3]] == ["closed", "closed", "open"]
+    with Database(tmp_path / "lcguard.sqlite") as database:
+        meter = LeakageMeter(database, 0.2, 60)
+        assert [meter.record(r).new for r in results[:3]] == ["closed", "closed", "open"]
     assert len(site.bodies) == 40 + 24 + 2
     first = site.bodies[0]
     assert (first["model"], first["max_tokens"]) == ("served", 1)

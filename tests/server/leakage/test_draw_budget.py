@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from lcguard.server.database import schema
+from lcguard.server.database.connection import Connection
+from lcguard.server.database.place import place_of
 from lcguard.server.database.writer import Database
 from lcguard.server.leakage.draw_budget import (
     KEEP_TEXTS,
@@ -26,10 +28,12 @@ KEY, NOW = bytes(range(32)), 1_700_000_000.0
 NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."
 
 
+pytest_plugins = ("tests.server.databases",)
+
+
 @pytest.fixture
-def connection(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    made = sqlite3.connect(tmp_path / "x.sqlite", isolation_level=None)
-    schema.prepare(made)
+def connection(where: Path | str) -> Iterator[Connection]:
+    made = place_of(where, 2.0).writer()
     yield made
     made.close()
 
@@ -38,7 +42,7 @@ def chat(text: str, name: str | None = None) -> Text:
     return text_of(KEY, name, {"messages": [{"role": "system", "content": text}]})
 
 
-def record(connection: sqlite3.Connection, text: Text | None, audience: str = "billing") -> str:
+def record(connection: Connection, text: Text | None, audience: str = "billing") -> str:
     return record_of(connection, "acme", "intake", audience, text, NOW)
 
 
@@ -56,7 +60,7 @@ def record(connection: sqlite3.Connection, text: Text | None, audience: str = "b
         NOTE.replace("9", "\uff19"),
     ],
 )
-def test_nearly_the_same_text_is_the_same_record(connection: sqlite3.Connection, same: str) -> None:
+def test_nearly_the_same_text_is_the_same_record(connection: Connection, same: str) -> None:
     assert record(connection, chat(NOTE)) == record(connection, chat(same))
 
 
@@ -70,18 +74,18 @@ def test_nearly_the_same_text_is_the_same_record(connection: sqlite3.Connection,
         f"{NOTE} " + " ".join(f"word{i}" for i in range(9)),
     ],
 )
-def test_another_value_is_another_record(connection: sqlite3.Connection, other: str) -> None:
+def test_another_value_is_another_record(connection: Connection, other: str) -> None:
     assert record(connection, chat(NOTE)) != record(connection, chat(other))
 
 
-def test_records_of_one_template_stay_apart(connection: sqlite3.Connection) -> None:
+def test_records_of_one_template_stay_apart(connection: Connection) -> None:
     """A long instruction before each: what differs is a number."""
     prompt = "You are the intake agent. " + " ".join(f"Rule {i}: be brief." for i in range(200))
     found = [record(connection, chat(f"{prompt} Order {1000 + i}.")) for i in range(50)]
     assert len(set(found)) == 50
 
 
-def test_a_named_record_is_that_record_whatever_its_text(connection: sqlite3.Connection) -> None:
+def test_a_named_record_is_that_record_whatever_its_text(connection: Connection) -> None:
     first = record(connection, chat(NOTE, "patient-17"))
     assert first == record(connection, chat("Quite another text.", "patient-17"))
     assert first != record(connection, chat(NOTE, "patient-18"))
@@ -89,16 +93,17 @@ def test_a_named_record_is_that_record_whatever_its_text(connection: sqlite3.Con
     assert record(connection, None) != record(connection, None)
 
 
-def test_edges_do_not_meet(connection: sqlite3.Connection) -> None:
+def test_edges_do_not_meet(connection: Connection) -> None:
     assert record(connection, chat(NOTE)) != record(connection, chat(NOTE), "research")
 
 
-def test_no_text_and_no_name_lies_in_the_file(
-    connection: sqlite3.Connection, tmp_path: Path
-) -> None:
+def test_no_text_and_no_name_lies_in_the_database(connection: Connection, tmp_path: Path) -> None:
     record(connection, chat(NOTE))
     receive(connection, "h1", "a" * 64, record(connection, chat(NOTE, "ada-long")))
-    whole = (tmp_path / "x.sqlite").read_bytes()
+    rows = [connection.execute(f"SELECT * FROM {t}").fetchall() for t in ("texts", "segments")]
+    assert all(rows)
+    files = [p.read_bytes() for p in tmp_path.iterdir()]  # none where it is a server
+    whole = b"".join([repr(rows).encode(), *files])
     plain = {w.encode() for w in ("patient", "Long. Chief", "ada-long", "complaint")}
     assert [w for w in plain if w in whole] == []
     assert chat(NOTE).words.isdisjoint(
@@ -106,7 +111,7 @@ def test_no_text_and_no_name_lies_in_the_file(
     )
 
 
-def test_tokens_are_words_too(connection: sqlite3.Connection) -> None:
+def test_tokens_are_words_too(connection: Connection) -> None:
     one, two = (text_of(KEY, None, {"prompt": p}) for p in ([5, 6, 7, 8], [5, 6, 7, 9]))
     assert record(connection, one) != record(connection, two)
     assert record(connection, one) == record(
@@ -115,7 +120,7 @@ def test_tokens_are_words_too(connection: sqlite3.Connection) -> None:
 
 
 def receive(
-    connection: sqlite3.Connection,
+    connection: Connection,
     handle: str,
     draw: str,
     record: str = "r",
@@ -146,7 +151,7 @@ def receive(
     reserve_draw(connection, "acme", audience, handle, max_draws, at_s)
 
 
-def test_two_draws_of_a_record_and_no_third(connection: sqlite3.Connection) -> None:
+def test_two_draws_of_a_record_and_no_third(connection: Connection) -> None:
     receive(connection, "h1", "a")
     receive(connection, "h2", "b", at_s=NOW + 5)
     with pytest.raises(DrawsSpent, match=r"2 draws of one record .*lcguard\.publish\.record") as e:
@@ -171,7 +176,7 @@ def test_two_draws_of_a_record_and_no_third(connection: sqlite3.Connection) -> N
     receive(connection, "i3", "m", "t", at_s=NOW + KEEP_RECEIVED_S)
 
 
-def test_what_is_old_is_swept(connection: sqlite3.Connection) -> None:
+def test_what_is_old_is_swept(connection: Connection) -> None:
     receive(connection, "h1", "a")
     for i in range(KEEP_TEXTS + 3):
         record(connection, chat(f"number {i}"))
@@ -187,7 +192,8 @@ def test_a_file_of_the_version_before_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "old.sqlite"
     old = sqlite3.connect(path, isolation_level=None)
     for statement in schema._TABLES:
-        if any(new in statement for new in ("texts", "TABLE draws", "originals")):
+        later = ("texts", "TABLE draws", "originals", "TABLE edges", "accounts")
+        if any(new in statement for new in later):
             continue
         parts = (
             ",\n        draw TEXT NOT NULL DEFAULT ''",

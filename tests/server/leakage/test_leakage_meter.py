@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from lcguard.evaluation.intervals import wilson
+from lcguard.server.database.connection import DatabaseError
+from lcguard.server.database.place import place_of
+from lcguard.server.database.writer import Database
 from lcguard.server.leakage.meter import LeakageError, LeakageMeter
+
+pytest_plugins = ("tests.server.databases",)
 
 EDGE = ("acme", "intake", "billing")
 INTERVAL_S = 60.0
@@ -53,12 +58,24 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def meter(tmp_path: Path, clock: Clock) -> LeakageMeter:
-    return opened(tmp_path, clock)
+def database(tmp_path: Path) -> Iterator[Database]:
+    with Database(tmp_path / "lcguard.sqlite") as made:
+        yield made
 
 
-def opened(folder: Path, clock: Clock) -> LeakageMeter:
-    return LeakageMeter(folder / "leakage.json", 0.2, INTERVAL_S, clock)
+@pytest.fixture
+def either(where: Path | str) -> Iterator[Database]:
+    with Database(where) as made:
+        yield made
+
+
+@pytest.fixture
+def meter(database: Database, clock: Clock) -> LeakageMeter:
+    return opened(database, clock)
+
+
+def opened(database: Database, clock: Clock) -> LeakageMeter:
+    return LeakageMeter(database, 0.2, INTERVAL_S, clock)
 
 
 def states(meter: LeakageMeter, *results: dict[str, Any]) -> list[str]:
@@ -191,67 +208,134 @@ def test_inconsistent_results_are_refused(meter: LeakageMeter, broken: dict[str,
     assert meter.verdict(*EDGE) == "closed"
 
 
-def test_a_restart_forgets_nothing(meter: LeakageMeter, tmp_path: Path, clock: Clock) -> None:
+def test_a_restart_forgets_nothing(either: Database, clock: Clock) -> None:
+    database, meter = either, opened(either, clock)
     meter.record(LEAK)
     meter.record(CLEAN)
     meter.record_error(("acme", "a", "b"), "gone")
-    again = opened(tmp_path, clock)
+    again = opened(database, clock)
     assert again.snapshot() == meter.snapshot()
     assert again.verdict(*EDGE) == "closed"
     assert again.record(CLEAN).new == "open"  # the second in a row, of which one was before
-    assert opened(tmp_path, clock).verdict(*EDGE) == "open"
-    assert stat.S_IMODE((tmp_path / "leakage.json").stat().st_mode) == 0o600
-    assert os.listdir(tmp_path) == ["leakage.json"]
+    assert opened(database, clock).verdict(*EDGE) == "open"
     json.dumps([asdict(e) for e in again.snapshot()])
+
+
+def test_what_one_closes_is_closed_for_others(where: Path | str, clock: Clock) -> None:
+    """Two proxies: each asks the database, every time."""
+    with Database(where) as one, Database(where) as other:
+        meters = opened(one, clock), opened(other, clock)
+        meters[0].record(LEAK)
+        assert [m.verdict(*EDGE) for m in meters] == ["closed", "closed"]
+        assert states(meters[1], CLEAN) == ["closed"]
+        assert states(meters[0], CLEAN) == ["open"]  # the second in a row, of whichever proxy
+        assert [m.verdict(*EDGE) for m in meters] == ["open", "open"]
+        meters[0].record(LEAK)
+        meters[1].reopen(EDGE, "root")
+        assert [m.verdict(*EDGE) for m in meters] == ["open", "open"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("screened", "", "JSON"),
+        ("screened", "{", "JSON"),
+        ("screened", '{"tenant": "acme"}', "source"),
+        ("source", "other", "another edge's"),
+    ],
+)
+def test_a_row_that_was_altered_refuses_to_start(
+    meter: LeakageMeter, database: Database, clock: Clock, column: str, value: str, says: str
+) -> None:
+    meter.record(LEAK)
+    database.write_now(lambda c: c.execute(f"UPDATE edges SET {column} = ?", (value,)))
+    with pytest.raises(LeakageError, match=f"table edges, acme/.*{says}.*restore it") as caught:
+        opened(database, clock)
+    assert "\n" not in str(caught.value)
+
+
+OLD_FILE = json.dumps(
+    {
+        "version": 1,
+        "edges": [
+            dict(zip(("tenant", "source", "audience"), EDGE, strict=True))
+            | {"since_s": 1.0, "state": "closed", "reason": "100 of 200"}
+        ],
+    }
+)
+
+
+def test_the_file_of_the_release_before_is_taken_over(
+    either: Database, tmp_path: Path, clock: Clock
+) -> None:
+    path = tmp_path / "leakage.json"
+    path.write_text(OLD_FILE)
+    opened(either, clock).adopt_file(path)
+    assert not path.exists()
+    again = opened(either, clock)
+    again.adopt_file(path)  # as at every later start
+    assert again.verdict(*EDGE) == "closed"
+    assert [e.reason for e in again.snapshot()] == ["100 of 200"]
 
 
 @pytest.mark.parametrize("cut", ["", "{", "null", "all but the end", "version", "state", "key"])
 def test_a_broken_file_refuses_to_start(
     meter: LeakageMeter, tmp_path: Path, clock: Clock, cut: str
 ) -> None:
-    meter.record(LEAK)
     path = tmp_path / "leakage.json"
-    good = path.read_text()
     changed = {
-        "all but the end": good[:-2],
-        "version": good.replace('"version":1', '"version":2'),
-        "state": good.replace('"state":"closed"', '"state":"ajar"'),
-        "key": good.replace('"error":', '"errors":'),
+        "all but the end": OLD_FILE[:-2],
+        "version": OLD_FILE.replace('"version": 1', '"version": 2'),
+        "state": OLD_FILE.replace('"closed"', '"ajar"'),
+        "key": OLD_FILE.replace('"reason":', '"reasons":'),
     }.get(cut, cut)
-    assert changed != good
+    assert changed != OLD_FILE
     path.write_text(changed)
     with pytest.raises(LeakageError, match=r"leakage\.json: .*put back a copy") as caught:
-        opened(tmp_path, clock)
+        meter.adopt_file(path)
     assert "\n" not in str(caught.value)
     assert path.read_text() == changed
+    assert meter.snapshot() == []
 
 
-def test_a_file_that_cannot_be_read_refuses_to_start(tmp_path: Path, clock: Clock) -> None:
+def test_a_file_that_cannot_be_read_refuses_to_start(meter: LeakageMeter, tmp_path: Path) -> None:
     (tmp_path / "leakage.json").mkdir()
     with pytest.raises(LeakageError, match="cannot be read"):
-        opened(tmp_path, clock)
+        meter.adopt_file(tmp_path / "leakage.json")
 
 
 def test_where_nothing_can_be_written_an_edge_closes_all_the_same(
-    tmp_path: Path, clock: Clock
+    either: Database, where: Path | str, clock: Clock
 ) -> None:
-    folder = tmp_path / "state"
-    meter = opened(folder, clock)
-    meter.record(CLEAN)
-    (folder / "leakage.json").unlink()
-    folder.rmdir()
-    folder.write_text("in the way")
-    assert meter.record(LEAK).new == "closed"
-    assert meter.verdict(*EDGE) == "closed"
-    assert "cannot be written" in meter.error
-    # an operator who opens has to know that it does not last
-    with pytest.raises(LeakageError, match="cannot be written"):
-        meter.reopen(EDGE, "root")
-    assert meter.verdict(*EDGE) == "closed"
-    folder.unlink()
-    meter.record(LEAK)
-    assert meter.error == ""
-    assert opened(folder, clock).verdict(*EDGE) == "closed"
+    other = ("acme", "intake", "clinic")
+    states(opened(either, clock), CLEAN, LEAK | {"audience": "clinic"})
+    with Database(where, busy_timeout_s=0.1) as tried, locked(where):
+        meter = opened(tried, clock)
+        assert meter.record(LEAK).new == "closed"
+        assert meter.verdict(*EDGE) == "closed"
+        assert meter.error
+        # an operator who opens has to know that it does not last
+        with pytest.raises(DatabaseError):
+            meter.reopen(EDGE, "root")
+        # and nothing opens what others closed
+        meter.record(CLEAN | {"audience": "clinic", "guard_digest": "g2"})
+        assert [meter.verdict(*name) for name in (EDGE, other)] == ["closed", "closed"]
+        assert [e.state for e in meter.snapshot()] == ["closed", "closed"]
+    with Database(where) as again:
+        meter = opened(again, clock)
+        assert meter.verdict(*EDGE) == "open"  # it was never written
+        meter.record(LEAK)
+        assert meter.error == ""
+        assert opened(again, clock).verdict(*EDGE) == "closed"
+
+
+@contextmanager
+def locked(where: Path | str) -> Iterator[None]:
+    """As by a writer that stands still."""
+    place = place_of(where, 5.0)
+    connection = place.begin(place.writer())
+    yield
+    connection.close()
 
 
 def test_stale_after_three_intervals(meter: LeakageMeter, clock: Clock) -> None:
@@ -277,6 +361,6 @@ def test_history_is_bounded_and_in_order(meter: LeakageMeter, clock: Clock) -> N
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, -1.0, float("nan")])
-def test_thresholds_that_mean_nothing(tmp_path: Path, threshold: float) -> None:
+def test_thresholds_that_mean_nothing(database: Database, threshold: float) -> None:
     with pytest.raises(ValueError, match="threshold"):
-        LeakageMeter(tmp_path / "leakage.json", threshold, INTERVAL_S)
+        LeakageMeter(database, threshold, INTERVAL_S)

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from lcguard.server.audit.trail import AuditLog, Entry, recent
 from lcguard.server.audit.verify import verify
 from lcguard.server.database import schema
+from lcguard.server.database.connection import Connection
+from lcguard.server.database.sqlite_file import SQLITE
 from lcguard.server.database.writer import Database
 from lcguard.server.leakage.ledger import (
     KEEP_RECEIVED_S,
@@ -37,9 +39,12 @@ from lcguard.server.leakage.ledger import (
 KEY, NOW, DAY = b"k" * 32, 1_700_000_000.0, 86_400.0
 
 
+pytest_plugins = ("tests.server.databases",)
+
+
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    with Database(tmp_path / "ledger.sqlite") as opened:
+def database(where: Path | str) -> Iterator[Database]:
+    with Database(where) as opened:
         yield opened
 
 
@@ -179,7 +184,7 @@ def test_the_named_time_is_when_it_fits(now_s: float, window_s: float, budget: i
 
 def memory() -> sqlite3.Connection:
     connection = sqlite3.connect(":memory:", isolation_level=None)
-    schema.prepare(connection)
+    schema.prepare(connection, SQLITE)
     return connection
 
 
@@ -200,7 +205,7 @@ def test_senseless_budgets(database: Database, budget: int, window_s: float) -> 
 
 def test_budget_holds_under_concurrency(database: Database) -> None:
     """32 requests for 5 places, over two connections: 5 rows, 5 receipts, 27 refusals."""
-    second = Database(database.path, busy_timeout_s=60)
+    second = Database(database.where, busy_timeout_s=60)
     logs = [AuditLog(database, KEY), AuditLog(second, KEY)]
 
     async def consume(i: int) -> object:
@@ -226,7 +231,7 @@ def test_budget_holds_under_concurrency(database: Database) -> None:
     assert counts(database) == {("intake", "billing"): 5}
     rows = database.read(recent)
     assert {row["handle"] for row in rows} == {f"h{i}" for i in kept}
-    assert verify(database.path, KEY).problems == []
+    assert verify(database.where, KEY).problems == []
 
 
 def test_revoke(database: Database) -> None:
@@ -296,11 +301,11 @@ def test_sweep(database: Database) -> None:
     assert counts(database, last - 1, window_s=KEEP_RECEIVED_S) == {("intake", "billing"): 1}
     database.write_now(lambda c: sweep(c, last + 1))
     for table in ("segments", "ancestors", "received"):
-        query: Callable[[sqlite3.Connection], int] = partial(n_rows, table=table)
+        query: Callable[[Connection], int] = partial(n_rows, table=table)
         assert database.read(query) == 0, table
 
 
-def n_rows(connection: sqlite3.Connection, table: str) -> int:
+def n_rows(connection: Connection, table: str) -> int:
     (n,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
     return int(n)
 
