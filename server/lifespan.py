@@ -40,6 +40,7 @@ from lcguard.server.limits.concurrency import ConcurrencyLimit
 from lcguard.server.limits.key_limits import KeyLimits, Limits
 from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
+from lcguard.server.tracing.environment import open_tracing
 from lcguard.store import SegmentStore, open_store
 from lcguard.store.line import StoreLine
 
@@ -187,6 +188,8 @@ def open_proxy(
         upstream, deployment.model, s.limits.redact_timeout_s, deployment.text_finder
     )
     stack.callback(spans.close)
+    tracing = open_tracing(os.environ)
+    stack.callback(tracing.close)
     authority = Authority(
         policy, store, line, key, audit, meter, spans, conditions.publishing_blocked
     )
@@ -211,6 +214,8 @@ def open_proxy(
         ),
         policy_error=lambda: policy.error,
         context=lambda: conditions.selftest.context,
+        tracing=tracing,
+        engine_starts=lambda: deployment.engine.starts if deployment.engine else 0,
         certificates=certificates(s.engine.guards),
         unproven=unproven,
     )

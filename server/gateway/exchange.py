@@ -13,13 +13,21 @@ from lcguard.server.authorization.approved_handoff import ApprovedHandoff
 from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.sse import event
 from lcguard.server.gateway.text_pass import TextPass
+from lcguard.server.tracing.spans import Tracing, Untraced
 
 
 class Exchange:
     """One request and what became of it."""
 
-    def __init__(self, headers: Mapping[str, str], send: Send, request_id: str) -> None:
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        send: Send,
+        request_id: str,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.headers, self.request_id = headers, request_id
+        self.tracing = tracing or Untraced()
         self._send = send
         self.started_s = time.perf_counter()
         self.upstream_s = 0.0

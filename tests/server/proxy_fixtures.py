@@ -44,7 +44,15 @@ def tight(site: Site, engine: Running, tmp_path_factory: pytest.TempPathFactory)
     """A proxy with narrow limits and files of its own, and two edges that canaries closed."""
     folder = tmp_path_factory.mktemp("tight")
     shut = [
-        EdgeLeakage("default", "intake", name, since_s=1.0, state="closed", reason="a test")
+        EdgeLeakage(
+            *("default", "intake", name),
+            since_s=1.0,
+            state="closed",
+            reason="a test",
+            asr=0.9,
+            asr_low=0.8,
+            asr_high=0.95,
+        )
         for name in ("shut", "shut-redacted")
     ]
     save_state(folder / "leakage.json", {e.name: e for e in shut})
