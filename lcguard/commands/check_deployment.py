@@ -6,14 +6,10 @@ No key and no password is in what is said.
 
 from __future__ import annotations
 
-import json
 import os
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +17,7 @@ from lcguard.agents.models import NAMED, model_location
 from lcguard.cache import kv_shape
 from lcguard.commands.checks import Advice, Check
 from lcguard.commands.policy import summary, unended, warnings
+from lcguard.commands.running_server import readiness_of
 from lcguard.commands.serve import (
     KEY_FILE,
     SEGMENTS,
@@ -45,8 +42,6 @@ from lcguard.store import open_store
 from lcguard.vllm.probe import model_support
 from lcguard.vllm.setup import digest_of, saved_guard
 
-_ASK_S = 5.0
-
 
 def policy_report(settings: ServerSettings) -> tuple[str, list[str]]:
     """What the policy's file holds, and its warnings: what ``lcguard config check`` says.
@@ -69,7 +64,7 @@ class DeploymentChecks:
     """What ``/readyz`` of a server answered that listens there."""
 
     def __post_init__(self) -> None:
-        self.running = self._ask()
+        self.running = readiness_of(self.settings.host, self.settings.port)
 
     def checks(self) -> dict[str, Check]:
         """In the order in which one would mend them."""
@@ -239,20 +234,6 @@ class DeploymentChecks:
             out["real"] = f"the model {MODEL}"
         return out
 
-    def _ask(self) -> dict[str, object] | None:
-        host, port = self.settings.host, self.settings.port
-        if not port:
-            return None
-        local = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-        local = f"[{local}]" if ":" in local else local
-        # past a proxy that the environment names: the question is about this machine
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            found = json.loads(_answer(opener, f"http://{local}:{port}/readyz"))
-        except ValueError:
-            return None
-        return found if isinstance(found, dict) and "ready" in found else None
-
 
 def _downloaded(name: str) -> Path:
     """A folder, or where a hub repository lies. Raises ``Advice`` for one that is still to come."""
@@ -260,15 +241,3 @@ def _downloaded(name: str) -> Path:
         return local_folder(name)
     except ValueError:
         raise Advice(f"{name} is not on this machine: the first start downloads it") from None
-
-
-def _answer(opener: urllib.request.OpenerDirector, url: str) -> bytes:
-    """The answer's body, whatever its status; empty where nobody answers in HTTP."""
-    try:
-        with opener.open(url, timeout=_ASK_S) as answer:
-            return bytes(answer.read(2**20))
-    except urllib.error.HTTPError as error:
-        with error:  # it holds the connection
-            return error.read(2**20)
-    except (OSError, HTTPException):
-        return b""
