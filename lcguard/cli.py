@@ -32,6 +32,7 @@ app.add_typer(service.keys_app, name="keys")
 app.add_typer(service.audit_app, name="audit")
 app.add_typer(service.config_app, name="config")
 app.command("serve")(service.serve)
+app.command("doctor")(service.doctor)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for results; resumed if it exists.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override, such as data.seed=3.")]

@@ -8,6 +8,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def open_to_others(path: Path) -> str:
+    """Who else may use a file or folder, and the fix; empty where only its owner may."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if not mode & 0o077:
+        return ""
+    may = "written to" if mode & 0o022 else "read"
+    wanted = "700" if path.is_dir() else "600"
+    return f"{path} may be {may} by others (mode {mode:o}): chmod {wanted} {path}"
+
+
 def private_folder(path: Path) -> str:
     """Makes a folder that others can neither enter nor list, or makes one that exists such.
 
@@ -19,16 +29,14 @@ def private_folder(path: Path) -> str:
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     mode = stat.S_IMODE(path.stat().st_mode)
-    if not mode & 0o077:
+    if not (open_now := open_to_others(path)):
         return ""
     try:
         path.chmod(mode & 0o700)
     except OSError:
         if mode & 0o022:
-            raise ValueError(
-                f"{path} may be written to by others (mode {mode:o}): chmod 700 {path}"
-            ) from None
-        return f"{path} may be read by others (mode {mode:o}): chmod 700 {path}"
+            raise ValueError(open_now) from None
+        return open_now
     return f"{path} was open to others (mode {mode:o}): it is its owner's now"
 
 

@@ -25,6 +25,9 @@ MIDDLEWARE = "lcguard.vllm.authentication.AuthenticationMiddleware"
 _STOP_S = 20.0
 _BACKOFF_S = (1.0, 5.0, 15.0)
 _LOOK_S = 0.5
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+CPU_CACHE_GIB = "1"
+"""Where the variable is not set: vLLM's own default is several. Read by its CPU build alone."""
 _USAGE = 2
 """Exit code for arguments that cannot be read."""
 
@@ -152,7 +155,7 @@ class Engine:
             "VLLM_PLUGINS": "lcguard",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build alone
+        environment.setdefault(CPU_CACHE, CPU_CACHE_GIB)
         with private_log(self.plan.log) as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(

@@ -46,6 +46,7 @@ from lcguard.server.limits.key_limits import KeyLimits, Limits
 from lcguard.server.limits.shared_limits import SharedLimits, sweep_accounts
 from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
+from lcguard.server.tracing.environment import open_tracing
 from lcguard.store import SegmentStore, open_store
 from lcguard.store.line import StoreLine
 
@@ -195,6 +196,8 @@ def open_proxy(
         upstream, deployment.model, s.limits.redact_timeout_s, deployment.text_finder
     )
     stack.callback(spans.close)
+    tracing = open_tracing(os.environ)
+    stack.callback(tracing.close)
     authority = Authority(
         policy, store, line, key, audit, meter, spans, conditions.publishing_blocked
     )
@@ -220,6 +223,8 @@ def open_proxy(
         shared_limits=shared_limits(storage.database),
         policy_error=lambda: policy.error,
         context=lambda: conditions.selftest.context,
+        tracing=tracing,
+        engine_starts=lambda: deployment.engine.starts if deployment.engine else 0,
         certificates=certificates(s.engine.guards),
         unproven=unproven,
     )

@@ -21,6 +21,7 @@ class UpstreamSettings:
     api_key_env: str = "LCGUARD_UPSTREAM_KEY"
     """Environment variable with vLLM's ``VLLM_API_KEY``; without it the proxy gets not ready."""
     connect_timeout_s: Seconds = 5.0
+    """How long vLLM may take to accept a connection."""
     read_timeout_s: Seconds = 120.0
     """Longest silence between two pieces of an answer."""
     total_timeout_s: Seconds = 600.0
@@ -51,6 +52,7 @@ class LimitSettings:
     max_queue: Annotated[int, Field(ge=0)] = 256
     """Requests that wait for a place; 429 beyond."""
     queue_timeout_s: Seconds = 30.0
+    """How long one waits for a place; 429 after it."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,19 @@ class CanarySettings:
     """Planted records that pass the live guard and are attacked."""
 
     enabled: bool = True
+    """Whether edges are screened; without it none ever closes."""
     interval_s: Seconds = 3600.0
+    """From the end of one screening of all edges to the next."""
     timeout_s: Seconds = 900.0
+    """Of one screening, which is ended then and counts as failed."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """An edge closes where the lower bound of the attack's success rate is above this."""
     train_records: Annotated[int, Field(ge=8)] = 96
+    """Planted on each edge, for the attack to be fitted on."""
     test_records: Annotated[int, Field(ge=8)] = 64
+    """Planted on each edge besides, whose secrets the attack is asked for."""
     attack: str = "probe"
+    """A name of ``lcguard eval list --attacks``."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class EngineSettings:
     """Lowers the engine's priority: on a full machine the proxy's small pieces of work come first,
     and a request waits for the engine alone."""
     start_timeout_s: Seconds = 300.0
+    """A vLLM that does not serve within it is ended, and counts as one that died."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often within ``restart_window_s`` a vLLM that died is started again soon."""
     restart_window_s: Seconds = 600.0
@@ -97,11 +106,14 @@ class ServerSettings:
     """The file ``server.yaml``. Relative paths are within the state folder."""
 
     host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` for all of this machine."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    """0: any that is free."""
     policy: Path = Path("policy.yaml")
     """Read again as it changes. While it is absent, every category is forbidden on every edge and
     the guard is ``redact``."""
     keys: Path = Path("keys.yaml")
+    """Written by ``lcguard keys new`` and ``revoke``; read again as it changes."""
     database: str = "lcguard.sqlite"
     """Audit and ledger: a file of one proxy, or ``postgresql://user@host/name`` of several. The
     password is in ``LCGUARD_DATABASE_PASSWORD``, or in a file (``?passfile=``)."""
@@ -110,6 +122,8 @@ class ServerSettings:
     store: str = ""
     """URL of the segment store that vLLM uses too; empty: the folder ``segments``."""
     store_max_bytes: Annotated[int, Field(gt=0)] | None = None
+    """Of the tensors of all segments together: putting above it removes the oldest. Null: no
+    bound."""
     store_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """How long one request waits for one answer of the store; nobody else waits for it."""
     prefix_cache: Literal["agent", "tenant"] = "agent"

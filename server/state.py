@@ -33,6 +33,7 @@ from lcguard.server.limits.concurrency import ConcurrencyLimit
 from lcguard.server.limits.key_limits import KeyLimits, Limited, Limits
 from lcguard.server.limits.shared_limits import SharedLimits
 from lcguard.server.settings import ServerSettings
+from lcguard.server.tracing.spans import Tracing, Untraced
 from lcguard.store import SegmentStore
 from lcguard.store.line import StoreLine
 
@@ -96,6 +97,9 @@ class Proxy:
     """Why the policy's file as it is now cannot be used."""
     context: Callable[[], int | None] = lambda: None
     """Of the model, in tokens; None where it is not known yet."""
+    tracing: Tracing = field(default_factory=Untraced)
+    engine_starts: Callable[[], int] = lambda: 0
+    """How often vLLM was started here."""
     canaries: CanaryRunner | None = None
     certificates: dict[str, float] = field(default_factory=dict)
     """Guard to the mean pair leak of its segments, in nats."""

@@ -24,15 +24,22 @@ def check_command(
     """
     policy = load_policy(path)
     say(f"{path.name}: {summary(policy)}")
-    if not is_whole(path):
-        warn(
-            f"warning: nothing shows that {path.name} is whole: end it with a line `...`, or a "
-            "running server takes no change of it that hides less"
-        )
+    if line := unended(path):
+        warn(line)
     for line in warnings(policy, keys or path.with_name("keys.yaml"), must_exist=keys is not None):
         warn(line)
     for line in why(policy, *hop) if hop else ():
         say(line)
+
+
+def unended(path: Path) -> str:
+    """A warning where nothing shows that the file is whole; empty where something does."""
+    if is_whole(path):
+        return ""
+    return (
+        f"warning: nothing shows that {path.name} is whole: end it with a line `...`, or a "
+        "running server takes no change of it that hides less"
+    )
 
 
 def summary(policy: Policy) -> str:

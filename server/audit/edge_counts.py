@@ -25,17 +25,20 @@ class EdgeCounts:
         self._lock = threading.Lock()
         self._last = 0
         self._found: dict[Name, Counter[str]] = {}
+        self.verdicts = Counter[tuple[str, str]]()
+        """Rows by event and verdict, canaries' left out, up to the last ``update``."""
 
     def update(self, connection: Connection) -> dict[Name, Counter[str]]:
         """Rows of each event by edge, up to now. For ``Database.read``."""
         with self._lock:
             while rows := connection.execute(
-                "SELECT seq, tenant, source, audience, event FROM audit WHERE seq > ? "
+                "SELECT seq, tenant, source, audience, event, verdict FROM audit WHERE seq > ? "
                 f"ORDER BY seq LIMIT {_AT_ONCE}",
                 (self._last,),
             ).fetchall():
-                for seq, tenant, source, audience, event in rows:
+                for seq, tenant, source, audience, event, verdict in rows:
                     self._last = seq
+                    self.verdicts[event, verdict] += tenant != CANARY_TENANT
                     if source and audience and tenant != CANARY_TENANT:
                         self._found.setdefault((tenant, source, audience), Counter())[event] += 1
             return {name: Counter(found) for name, found in self._found.items()}

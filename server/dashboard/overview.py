@@ -199,7 +199,10 @@ def refresh_metrics(proxy: Proxy) -> None:
     for c in proxy.readiness.conditions.values():
         m.ready.labels(c.name).set(c.ok)
     m.audit_rows.set(proxy.audit.head().count)
+    m.engine_starts.set(proxy.engine_starts())
     known = known_edges(proxy, proxy.authority.policy, proxy.database.read(proxy.counts.update))
+    for (event, verdict), n in Counter(proxy.counts.verdicts).items():
+        m.events.labels(event, verdict).set(n)
     for leak in proxy.meter.snapshot():
         name = (leak.tenant, leak.source, leak.audience)
         if name not in known and leak.state == "open":

@@ -14,6 +14,7 @@ from lcguard.server.errors import ProxyError
 from lcguard.server.gateway.contract_fields import Endpoint
 from lcguard.server.gateway.sse import event, named_event
 from lcguard.server.gateway.text_pass import TextPass
+from lcguard.server.tracing.spans import Tracing, Untraced
 
 
 class Exchange:
@@ -25,8 +26,10 @@ class Exchange:
         send: Send,
         request_id: str,
         endpoint: Endpoint = "chat",
+        tracing: Tracing | None = None,
     ) -> None:
         self.headers, self.request_id, self.endpoint = headers, request_id, endpoint
+        self.tracing = tracing or Untraced()
         self._send = send
         self.started_s = time.perf_counter()
         self.upstream_s = 0.0

@@ -20,10 +20,11 @@ async def applied(x: Exchange, settlement: Settlement) -> dict[str, Any]:
     Raises ``ProxyError`` (502, 503) where it did not come about.
     """
     out: dict[str, Any] = {}
-    if x.text is not None:
-        out["text"] = await x.text.finish()
-    if x.approved is not None:
-        out |= await settlement.finish(x.approved)
+    with x.tracing.step("settle", x):
+        if x.text is not None:
+            out["text"] = await x.text.finish()
+        if x.approved is not None:
+            out |= await settlement.finish(x.approved)
     return out
 
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -54,8 +54,11 @@ class Relay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        exchange = Exchange(headers, send, self.proxy.request_id(headers), self.endpoint)
-        with self.proxy.watch(exchange, self.endpoint):
+        tracing = self.proxy.tracing
+        exchange = Exchange(
+            headers, send, self.proxy.request_id(headers), self.endpoint, tracing
+        )
+        with self.proxy.watch(exchange, self.endpoint), tracing.request(exchange, self.path):
             try:
                 await self._answer(exchange, receive)
             except ProxyError as error:
@@ -113,8 +116,10 @@ class Relay:
                 try:
                     if handoff is not None:
                         _one_prompt(self.endpoint, body)
-                        body = await self._hand_over(x, handoff, body)
-                    await self._within(self._forward(x, body, usage))
+                        with x.tracing.step("authorize", x):
+                            body = await self._hand_over(x, handoff, body)
+                    with x.tracing.upstream(self.path, proxy.model, body) as trace:
+                        await self._within(self._forward(x, body, usage, trace))
                 except BaseException as error:
                     if isinstance(error, asyncio.CancelledError):
                         usage.used_tokens = size.total  # an answer left before its end is not free
@@ -169,11 +174,15 @@ class Relay:
         if x.text is not None:
             await x.text.fail(event, reason)
 
-    async def _forward(self, x: Exchange, body: dict[str, Any], usage: TokenUsage) -> None:
-        """Relays vLLM's answer, and writes down the tokens that it took."""
+    async def _forward(
+        self, x: Exchange, body: dict[str, Any], usage: TokenUsage, trace: Mapping[str, str]
+    ) -> None:
+        """Relays vLLM's answer, and writes down the tokens that it took. ``trace``: headers of the
+        proxy's own span, in the place of the client's."""
         passed = {
             k: v for k, form in _PASSED_ON.items() if form.fullmatch(v := x.headers.get(k, ""))
         }
+        passed.update(trace)
         if x.approved is not None and x.approved.handle:
             # becomes the answer's id, which every client shows
             passed["x-request-id"] = x.approved.handle

@@ -25,6 +25,15 @@ class Metrics:
         self.handoffs = Counter(
             "lcguard_handoffs", "Segments published and consumed.", ["kind"], registry=r
         )
+        self.events = Gauge(
+            "lcguard_audit_events",
+            "Rows of the audit by what happened and its verdict.",
+            ["event", "verdict"],
+            registry=r,
+        )
+        self.engine_starts = Gauge(
+            "lcguard_engine_starts", "Starts of the vLLM that the server started.", registry=r
+        )
         self.details = d = CollectorRegistry()
         """What names edges, or tells by its change how long a request was."""
         self.tokens = Counter("lcguard_tokens", "Tokens of served requests.", registry=d)
@@ -66,6 +75,11 @@ class Metrics:
             registry=r,
         )
         self.audit_rows = Gauge("lcguard_audit_rows", "Rows of the audit.", registry=r)
+        # there from the start: an alert on a series that is absent never fires
+        for kind in ("published", "consumed"):
+            self.handoffs.labels(kind)
+        for file in ("policy", "keys"):
+            self.files.labels(file)
         self.recent_first_ms: deque[float] = deque(maxlen=2048)
         self.recent_overhead_ms: deque[float] = deque(maxlen=2048)
 

@@ -49,6 +49,7 @@ WHOLE = {"docs/first-hour.md": "tests/docs/test_first_hour.py"}
 QUICK = (
     "--help",
     "config show",
+    "config reference",
     "policy schema",
     "eval schema",
     "eval list --attacks",
@@ -63,6 +64,7 @@ QUICK = (
 HEAVY = {
     "demo": "tests/evaluation/test_evaluation_runner.py",
     "config check": "tests/server/test_proxy_commands.py",
+    "doctor": "tests/test_doctor.py",
     "keys list": "tests/server/test_proxy_commands.py",
     "keys revoke": "tests/server/test_proxy_commands.py",
     "audit": "tests/server/test_proxy_commands.py",

@@ -1,0 +1,1 @@
+"""Traces of requests, where the environment asks for them."""
