@@ -14,7 +14,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ WARM_UP = 2
 
 
 def publishes(llm: Any, n_tokens: int, repeats: int, vocab: int, seed: int) -> dict[str, Any]:
-    """Raw timings in milliseconds, wall clock and processor time, for contexts of ``n_tokens``."""
+    """Raw timings in milliseconds for contexts of ``n_tokens``: of whole publishes and of the copy,
+    and processor time of what the worker does between prefill and store."""
     rng = random.Random(f"{seed}/{n_tokens}")
     wall: dict[str, list[float]] = {k: [] for k in (*KINDS, "copy")}
     processor: dict[str, list[float]] = {k: [] for k in KINDS}
@@ -41,15 +42,34 @@ def publishes(llm: Any, n_tokens: int, repeats: int, vocab: int, seed: int) -> d
             if kind == "copy":
                 spent, used = copied(llm, n_tokens), 0.0
             else:
-                used = time.process_time()
-                spent, handle = timed(llm.publish, agent="sender", prompt=context, audience=kind)
-                used = (time.process_time() - used) * 1e3
-                worker_store(llm).delete(handle.handle)  # the store's disk is not what is measured
+                spent, used = published(llm, context, kind, processor_ms)
             if repetition >= WARM_UP:
                 wall[kind].append(spent)
                 if kind in processor:
                     processor[kind].append(used)
-    return {"publish": wall, "processor": processor}
+    return {"publish": wall, "save_processor": processor}
+
+
+def processor_ms(call: Callable[[], Any]) -> float:
+    """Of all threads of this process."""
+    started = time.process_time()
+    call()
+    return (time.process_time() - started) * 1e3
+
+
+def published(
+    llm: Any, context: list[int], kind: str, of_save: Callable[[Callable[[], Any]], float]
+) -> tuple[float, float]:
+    """Milliseconds of one publish, and what ``of_save`` finds of its worker's save."""
+    own, found = saver(llm), []
+    save = own.save
+    own.save = lambda job: found.append(of_save(lambda: save(job)))
+    try:
+        spent, handle = timed(llm.publish, agent="sender", prompt=context, audience=kind)
+    finally:
+        del own.save
+    worker_store(llm).delete(handle.handle)  # the store's disk is not what is measured
+    return spent, max(found)
 
 
 def copied(llm: Any, n_tokens: int) -> float:
@@ -73,19 +93,9 @@ def saver(llm: Any) -> Any:
 
 def peaks(llm: Any, n_tokens: int, vocab: int) -> dict[str, int]:
     """Bytes beside the segment that saving one takes, for each kind."""
-    own, found = saver(llm), {}
-    rng = random.Random(n_tokens)
-    for kind in KINDS:
-        save, seen = own.save, []
-        own.save = lambda job, save=save, seen=seen: seen.append(peak_bytes(lambda: save(job)))
-        try:
-            context = [rng.randrange(64, vocab) for _ in range(n_tokens)]
-            handle = llm.publish(agent="sender", prompt=context, audience=kind)
-        finally:
-            del own.save
-        worker_store(llm).delete(handle.handle)
-        found[kind] = max(seen) - segment_bytes(llm, n_tokens)
-    return found
+    rng, own = random.Random(n_tokens), segment_bytes(llm, n_tokens)
+    context = [rng.randrange(64, vocab) for _ in range(n_tokens)]
+    return {kind: int(published(llm, context, kind, peak_bytes)[1]) - own for kind in KINDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": Path(args.model).name,
         "guard": args.guard,
         "repeats": args.repeats,
+        "threads": torch.get_num_threads(),
         # of the longest context where several were measured
         "publish_ms": rows[-1]["publish_ms"],
         "peak_extra_bytes": rows[-1]["peak_extra_bytes"],
@@ -159,12 +170,12 @@ def engine_rows(args: Any) -> list[dict[str, Any]]:
         rows = []
         for n_tokens in sorted(args.tokens):
             raw = publishes(llm, n_tokens, args.repeats, vocab, args.seed)
-            spent, used = medians(raw["publish"]), medians(raw["processor"])
+            spent, used = medians(raw["publish"]), medians(raw["save_processor"])
             row = {
                 "tokens": n_tokens,
                 "publish_ms": {k: spent[k] for k in KINDS},
                 "copy_ms": spent["copy"],
-                "processor_ms": used,
+                "save_processor_ms": used,
                 "guarded_over_vanilla": round(spent["guarded"] / spent["vanilla"], 4),
                 "segment_bytes": segment_bytes(llm, n_tokens),
                 "peak_extra_bytes": peaks(llm, n_tokens, vocab),

@@ -47,7 +47,7 @@ where None."""
 
 TILE_BYTES = 1 << 20
 """Of a segment in float32, rewritten at a time: it stays in a processor's cache."""
-TILE_TOKENS = 64
+TILE_TOKENS = 32
 """And so many tokens at least: a matrix is read once for all of them."""
 
 
@@ -144,7 +144,9 @@ class GuardModule(nn.Module):
 
     def standardise(self, kv: KVBatch) -> Tensor:
         """z-scores ``[B, T, L, 2, H * D]``."""
-        return (self.channels(kv) - self.center) / self.scale
+        z = self.channels(kv) - self.center
+        z /= self.scale
+        return z
 
     def restore(self, z: Tensor, like: KVBatch) -> KVBatch:
         """Back from z-scores; padding becomes zero."""
@@ -205,7 +207,7 @@ class GuardModule(nn.Module):
         """Guarded KV and what it was made of."""
         raw = self.standardise(kv)
         out = self.rewrite(raw, kv.valid, mask)
-        return self._sent(kv, raw, out, mask, generator, 0), out
+        return self._sent(kv, raw, out.mean, mask, generator, 0), out
 
     def tile_tokens(self, n_tokens: int) -> int:
         """How many tokens of a segment of ``n_tokens`` are rewritten at a time."""
@@ -236,22 +238,35 @@ class GuardModule(nn.Module):
         if not self.in_tiles():
             return self(kv, mask, [key])[0]  # type: ignore[no-any-return]
         raw = self.standardise(kv)
-        out = self.rewrite_seen(raw, kv.valid, mask, seen)
-        return self._sent(kv, raw, out, mask, [key], first_token)
+        mean = self.rewrite_seen(raw, kv.valid, mask, seen).mean
+        if mean is not raw:
+            nothing = kv.keys[:, :, :, :0]
+            del raw  # what is not needed any more is half of what a tile would take
+            kv = KVBatch(nothing, nothing, kv.valid)
+            return self._sent(kv, None, mean, mask, [key], first_token)
+        return self._sent(kv, raw, mean, mask, [key], first_token)
 
     def _sent(
-        self, kv: KVBatch, raw: Tensor, out: Rewrite, mask: Mask, draws: Draws, first_token: int
+        self,
+        kv: KVBatch,
+        raw: Tensor | None,
+        mean: Tensor,
+        mask: Mask,
+        draws: Draws,
+        first_token: int,
     ) -> KVBatch:
-        """The output for ``raw``, the z-scores of ``kv``, with noise from ``first_token`` on."""
-        z = out.mean
-        if z is raw and not self.config.noise:  # nothing changed: no rounding either
+        """The output for ``mean``, with noise from ``first_token`` on. Where there is none and
+        ``mean`` is ``raw``, the z-scores of ``kv``, that is ``kv`` itself."""
+        if mean is raw and not self.config.noise:  # nothing changed: no rounding either
             live = kv.valid[:, None, None, :, None]
             return KVBatch(kv.keys * live, kv.values * live, kv.valid)
+        z = mean
         if self.config.noise > 0 and (not self.reads_policy or bool(mask.forbid.any())):
-            z = self.add_noise(z, draws, first_token)
-            if self.reads_policy:
+            z = self.add_noise(mean, draws, first_token)
+            if self.reads_policy and not bool(mask.forbid.any(1).all()):
                 hides = mask.forbid.any(1).to(z.device)[:, None, None, None, None]
-                z = torch.where(hides, z, out.mean)
+                z = torch.where(hides, z, mean)
+        del mean
         return self.restore(self.finish(z, mask), kv)
 
     @torch.no_grad()

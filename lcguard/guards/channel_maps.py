@@ -33,7 +33,7 @@ def identity(kind: Kind, shape: KVShape, rank: int) -> Tensor:
         return torch.eye(shape.head_dim).repeat(shape.layers, 2, shape.kv_heads, 1, 1)
     if not 0 < rank <= width:
         raise ValueError(f"rank {rank} must be within 1 and the {width} channels of a layer")
-    both = torch.randn(shape.layers, 2, 2, rank, width) * width**-0.5
+    both: Tensor = torch.randn(shape.layers, 2, 2, rank, width) * width**-0.5
     both[:, :, 1] = 0  # V: what is read is not written yet
     return both
 
@@ -61,9 +61,10 @@ def dense(kind: Kind, matrix: Tensor) -> Tensor:
 
 def inverse(kind: Kind, matrix: Tensor) -> Tensor:
     """What undoes all layers' maps as far as that can be done, of kind ``OF_INVERSE[kind]``."""
-    if OF_INVERSE[kind] == kind:
-        return torch.linalg.pinv(matrix)
-    return torch.linalg.pinv(torch.stack([dense(kind, layer) for layer in matrix]))
+    if OF_INVERSE[kind] != kind:
+        matrix = torch.stack([dense(kind, layer) for layer in matrix])
+    out: Tensor = torch.linalg.pinv(matrix)
+    return out
 
 
 def is_identity(kind: Kind, matrix: Tensor) -> bool:

@@ -135,7 +135,10 @@ class GateGuard(GuardModule):
     def _mean(self, z: Tensor, seen: Decision, mask: Mask) -> Tensor:
         g = seen.closed[..., None]
         constant = torch.einsum("btw,wlkc->btlkc", seen.words, self.codebook)
-        return (1 - g) * self._where_forbidden(z, self.squeeze, mask) + g * constant
+        passed = self._where_forbidden(z, self.squeeze, mask)
+        if torch.is_grad_enabled() or passed is z:
+            return (1 - g) * passed + g * constant
+        return passed.mul_(1 - g).add_(constant.mul_(g))  # the same, in less memory
 
     def finish(self, noisy: Tensor, mask: Mask) -> Tensor:
         """Undoes the squeeze as well as the noise allows."""

@@ -137,9 +137,10 @@ class Passage:
         assert self.seen is not None
         self._last = None  # before there is another
         first, last = self.tiles[index]
-        kv = self._tokens.read(first, last)
-        out = self._module.rewrite_tile(kv, self._mask, key, first, self.seen[index])
-        out = out.to(self._dtype)
+        # the tile is the callee's alone, to be let go of
+        out = self._module.rewrite_tile(
+            self._tokens.read(first, last), self._mask, key, first, self.seen[index]
+        ).to(self._dtype)
         if not all(_finite(x) for x in (out.keys, out.values)):
             raise GuardError(
                 f"guard {self._module.name!r} gave values that are not finite; withheld"

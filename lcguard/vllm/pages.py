@@ -107,7 +107,7 @@ def gather_layers(layers: Sequence[LayerPages], slots: Tensor) -> tuple[Tensor, 
 def gather_tokens(layers: Sequence[LayerPages], slots: Tensor) -> Tensor:
     """The same token by token: ``[T, L, 2, H, D]``, keys first."""
     both = torch.stack([x for layer in layers for x in layer.gather(slots)], 1)
-    return both.unflatten(1, (len(layers), 2))
+    return both.view(len(slots), len(layers), 2, *both.shape[2:])
 
 
 def write_layers(layers: Sequence[LayerPages], slots: Tensor, keys: Tensor, values: Tensor) -> None:
