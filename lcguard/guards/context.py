@@ -65,9 +65,10 @@ def banded(
 def _band(reach: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What is added to the logits of ``QUERIES`` queries and the keys from ``reach`` before the
     first of them on: 0 within reach, else minus infinity."""
-    away = torch.arange(QUERIES)[:, None] - torch.arange(-reach, QUERIES + reach)
-    band = torch.zeros(away.shape, dtype=dtype)
-    return band.masked_fill_(away.abs() > reach, -torch.inf).to(device)
+    with torch.inference_mode(False):  # whoever asks first: a later one may train
+        away = torch.arange(QUERIES)[:, None] - torch.arange(-reach, QUERIES + reach)
+        band = torch.zeros(away.shape, dtype=dtype)
+        return band.masked_fill_(away.abs() > reach, -torch.inf).to(device)
 
 
 class _Tile(NamedTuple):
