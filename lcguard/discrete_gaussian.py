@@ -67,12 +67,31 @@ def table() -> np.ndarray:
     return np.array(packed, dtype=np.uint64)
 
 
+@cache
+def _halves() -> tuple[np.ndarray, np.ndarray]:
+    """The table in half its bytes: of each slot the upper 32 bits of its threshold, uint32, and the
+    value of its alias, int16."""
+    threshold = table() & np.uint64((1 << BITS) - 1)
+    alias = (table() >> np.uint64(BITS)).astype(np.int32) - ZERO
+    return (threshold >> np.uint64(BITS - 32)).astype(np.uint32), alias.astype(np.int16)
+
+
 def discrete_gaussian(words: np.ndarray) -> np.ndarray:
     """Random uint32 words ``[..., 2n]`` to int16 draws ``[..., n]``, two neighbours for each."""
     whole = np.ascontiguousarray(words, dtype="<u4").view("<u8")
-    slot = (whole >> np.uint64(BITS)).astype(np.intp)
-    entry = table()[slot]
-    rest = np.uint64(64 - BITS)
-    own = (whole << rest) < (entry << rest)
-    drawn = np.where(own, slot.astype(np.uint16), (entry >> np.uint64(BITS)).astype(np.uint16))
-    return drawn.astype(np.int16) - np.int16(ZERO)
+    slot = (whole >> np.uint64(BITS)).view(np.int64)
+    upper, alias = _halves()
+    rest = (whole >> np.uint64(BITS - 32)).astype(np.uint32)  # without the bits of the slot
+    limit = upper.take(slot)
+    drawn = np.where(rest < limit, slot.astype(np.int16) - np.int16(ZERO), alias.take(slot))
+    if (equal := rest == limit).any():  # one in 2^32, or a threshold of 0: the other 17 bits decide
+        drawn[equal] = _exactly(whole[equal])
+    return drawn
+
+
+def _exactly(whole: np.ndarray) -> np.ndarray:
+    """Draws of 64-bit words, by all bits of their thresholds."""
+    slot = (whole >> np.uint64(BITS)).view(np.int64)
+    entry, left = table()[slot], np.uint64(64 - BITS)
+    own = (whole << left) < (entry << left)
+    return np.where(own, slot - ZERO, (entry >> np.uint64(BITS)).view(np.int64) - ZERO)

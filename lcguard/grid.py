@@ -17,6 +17,8 @@ from lcguard.discrete_gaussian import STEPS
 
 LIMIT = 1 << 30
 """Largest grid point of a mean; int32 then holds its draw too."""
+EXACT = 1 << 23
+"""Below it a grid point and its draw add up exactly in float32."""
 SMALLEST = 1e-4
 """Least noise, in standard deviations: the grid reaches 100 of them to each side."""
 
@@ -51,7 +53,13 @@ def noisy(mean: Tensor, noise: float, draws: Tensor) -> Tensor:
 
     NaN where the mean is not finite: who sends it must look, and refuse.
     """
-    points = _nearest(mean, noise) + draws.to(mean.device)
+    draws = draws.to(mean.device)
+    if mean.numel() and mean.dtype == torch.float32 and draws.dtype == torch.int16:
+        steps = (mean * steps_per_unit(noise)).round_()
+        low, high = steps.aminmax()
+        if bool((low > -EXACT) & (high < EXACT)):  # and none is NaN
+            return steps.add_(draws).mul_(step_size(noise))
+    points = _nearest(mean, noise) + draws
     return torch.where(mean.isfinite(), points.to(mean.dtype) * step_size(noise), torch.nan)
 
 

@@ -227,4 +227,6 @@ class Rotary:
         half = len(self.inv_freq)
         first, second = keys[..., :half].to(compute), keys[..., half : 2 * half].to(compute)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        if 2 * half == self.head_dim:
+            return turned.to(keys.dtype)
         return torch.cat((turned.to(keys.dtype), keys[..., 2 * half :]), -1)

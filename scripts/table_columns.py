@@ -210,6 +210,59 @@ def handoff(report: Row) -> str:
     return by(columns, report["rows"])
 
 
+def publish(report: Row) -> str:
+    """What the guard adds to a publish, in time and in memory."""
+    columns: Columns = {
+        "context": lambda r: f"{r['tokens']:,} tokens",
+        **{k: lambda r, k=k: ms(r["publish_ms"][k]) for k in ("vanilla", "guarded")},
+        "guarded / vanilla": cell("guarded_over_vanilla", 2),
+        "processor time of the save alone": lambda r: (
+            f"{ms(r['save_processor_ms']['vanilla'])}, {ms(r['save_processor_ms']['guarded'])}"
+        ),
+        "copy of its bytes (floor)": lambda r: ms(r["copy_ms"]),
+        "segment": lambda r: mib(r["segment_bytes"]),
+        "beside it: vanilla, guarded": lambda r: (
+            f"{mib(r['peak_extra_bytes']['vanilla'])}, {mib(r['peak_extra_bytes']['guarded'])}"
+        ),
+    }
+    return by(columns, report["rows"])
+
+
+def synthetic(report: Row) -> str:
+    """Memory of segments as large models have them."""
+    columns: Columns = {
+        "tokens": lambda r: f"{r['tokens']:,}",
+        "layers of 8 KV heads of 128": text("layers"),
+        "segment": lambda r: mib(r["segment_bytes"]),
+        "beside it": lambda r: mib(r["peak_extra_bytes"]),
+        "share": cell("share"),
+        "gate's weights": lambda r: mib(r["guard_bytes"]),
+        "processor time a 1,000 tokens and layer": lambda r: (
+            f"{r['processor_s'] / r['tokens'] / r['layers'] * 1e6:.0f} ms"
+        ),
+    }
+    return by(columns, report["synthetic"])
+
+
+def mib(n_bytes: int) -> str:
+    return f"{n_bytes / (1 << 20):,.1f} MiB"
+
+
+def reach(report: Row) -> str:
+    """A guard that sees some tokens beside one that sees all."""
+    columns: Columns = {
+        "records in a segment": text("records_in_segment"),
+        "longest": lambda r: f"{r['longest_tokens']:,} tokens",
+        "sees": lambda r: f"{r['reach_tokens']} to either side" if r["reach_tokens"] else "all",
+        "task answers right": cell("task_right"),
+        "of values withheld": cell("value_tokens_withheld"),
+        "of other tokens": cell("other_tokens_withheld"),
+        "value tokens left open": lambda r: f"{r['value_tokens_open']} of {r['value_tokens']:,}",
+        "largest change of a token's share": cell("most_moved"),
+    }
+    return by(columns, report["rows"])
+
+
 def proxy(report: Row) -> str:
     """Latency and throughput by both ways, and of a bare relay."""
     ours, direct = report["streams"]["proxy"], report["streams"]["direct"]

@@ -8,7 +8,7 @@ with ``lcguard_config.json`` (the card) and ``guard.safetensors``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -20,6 +20,10 @@ from lcguard.grid import SMALLEST, noisy, to_grid
 from lcguard.nearest import unknown
 from lcguard.noise import new_noise_key, segment_noise
 from lcguard.protocols import KVBatch, Mask
+
+
+class GuardError(ValueError):
+    """A guard that cannot be loaded, or does not belong to the model or data at hand."""
 
 
 class KVShape(NamedTuple):
@@ -39,6 +43,12 @@ Placeholder = Literal["neutral", "fixed_length", "typed", "surrogate"]
 Draws = torch.Generator | Sequence[bytes] | None
 """Where noise comes from: a generator in training, a key for each record on a hop, fresh secrets
 where None."""
+
+
+TILE_BYTES = 1 << 20
+"""Of a segment in float32, rewritten at a time: it stays in a processor's cache."""
+TILE_TOKENS = 32
+"""And so many tokens at least: a matrix is read once for all of them."""
 
 
 class Rewrite(NamedTuple):
@@ -71,6 +81,11 @@ class GuardModule(nn.Module):
     locks: ClassVar[bool] = False
     """True for a guard of the wire alone, which the receiver undoes with a key by ``unlock``; its
     tokens change places."""
+    by_token: ClassVar[bool] = False
+    """True where a token's output depends on its own entries, and on what ``look`` saw, alone. Each
+    class says so itself: one that inherits from it may do more."""
+    looks: ClassVar[bool] = False
+    """True where ``look`` reads other tokens' entries."""
     placeholder: Placeholder = "neutral"
     """What stands for a replaced value, for guards that send a twin: a neutral token for each of
     its own, a run of fixed length, its category's name in brackets, or another value like it."""
@@ -124,16 +139,20 @@ class GuardModule(nn.Module):
 
     def channels(self, kv: KVBatch) -> Tensor:
         """``[B, T, L, 2, H * D]`` from keys and values."""
-        both = torch.stack((kv.keys, kv.values), 2)  # [B, L, 2, H, T, D]
-        return both.permute(0, 4, 1, 2, 3, 5).flatten(4)
+        by_token = (x.permute(0, 3, 1, 2, 4) for x in (kv.keys, kv.values))  # [B, T, L, H, D]
+        return torch.stack((*by_token,), 3).flatten(4)
 
     def standardise(self, kv: KVBatch) -> Tensor:
         """z-scores ``[B, T, L, 2, H * D]``."""
-        return (self.channels(kv) - self.center) / self.scale
+        z = self.channels(kv) - self.center
+        z /= self.scale
+        return z
 
     def restore(self, z: Tensor, like: KVBatch) -> KVBatch:
         """Back from z-scores; padding becomes zero."""
-        x = (z * self.scale + self.center) * like.valid[:, :, None, None, None]
+        x = z * self.scale
+        x += self.center
+        x *= like.valid[:, :, None, None, None]
         x = x.unflatten(4, (self.shape.kv_heads, self.shape.head_dim))
         x = x.permute(0, 2, 3, 4, 1, 5).to(like.keys.dtype)  # [B, L, 2, H, T, D]
         return KVBatch(x[:, :, 0], x[:, :, 1], like.valid)
@@ -152,6 +171,14 @@ class GuardModule(nn.Module):
         is told the values, or replaces none."""
         return None
 
+    def marks_in(self, tiles: Iterable[KVBatch], mask: Mask) -> Tensor | None:
+        """The same of one segment's raw KV that comes in tiles, in order."""
+        parts = list(tiles)
+        keys, values = (
+            torch.cat(x, 3) for x in zip(*((p.keys, p.values) for p in parts), strict=True)
+        )
+        return self.marks(KVBatch(keys, values, torch.cat([p.valid for p in parts], 1)), mask)
+
     def finish(self, noisy: Tensor, mask: Mask) -> Tensor:
         """What happens to the noisy output before it is sent; can reveal nothing more."""
         return noisy
@@ -160,7 +187,7 @@ class GuardModule(nn.Module):
         """The opposite of ``finish``, for one who attacks, in the precision of ``sent``."""
         return sent
 
-    def add_noise(self, mean: Tensor, draws: Draws) -> Tensor:
+    def add_noise(self, mean: Tensor, draws: Draws, first_token: int = 0) -> Tensor:
         """``mean [B, T, L, 2, H * D]`` with noise that is the same on every device.
 
         A hop sends grid points (``lcguard.grid``), drawn from the records' keys, whatever batch
@@ -173,23 +200,74 @@ class GuardModule(nn.Module):
         keys = [new_noise_key() for _ in mean] if draws is None else draws
         if len(keys) != len(mean):
             raise ValueError(f"{len(keys)} noise keys for {len(mean)} segments")
-        rows = [segment_noise(key, self.shape, mean.shape[1]) for key in keys]
+        rows = [segment_noise(key, self.shape, mean.shape[1], first_token) for key in keys]
         return noisy(mean, self.config.noise, torch.stack(rows))
 
     def forward(self, kv: KVBatch, mask: Mask, generator: Draws = None) -> tuple[KVBatch, Rewrite]:
         """Guarded KV and what it was made of."""
         raw = self.standardise(kv)
         out = self.rewrite(raw, kv.valid, mask)
-        z = out.mean
-        if z is raw and not self.config.noise:  # nothing changed: no rounding either
+        return self._sent(kv, raw, out.mean, mask, generator, 0), out
+
+    def tile_tokens(self, n_tokens: int) -> int:
+        """How many tokens of a segment of ``n_tokens`` are rewritten at a time."""
+        few = max(TILE_TOKENS, TILE_BYTES // (4 * self.shape.channels))
+        return few if self.in_tiles() else max(1, n_tokens)
+
+    def in_tiles(self) -> bool:
+        """Whether a segment is rewritten some tokens at a time, and not whole."""
+        return bool(vars(type(self)).get("by_token"))
+
+    def look(self, tiles: Iterable[KVBatch], mask: Mask) -> Iterator[Any]:
+        """What rewriting a tile needs of the rest of the segment, for every tile of one segment's
+        raw KV, in order; it may lag behind them."""
+        for _ in tiles:
+            yield None
+
+    def rewrite_seen(self, z: Tensor, valid: Tensor, mask: Mask, seen: Any) -> Rewrite:
+        """``rewrite`` for a tile, with what ``look`` said of it."""
+        return self.rewrite(z, valid, mask)
+
+    def rewrite_tile(
+        self, kv: KVBatch, mask: Mask, key: bytes, first_token: int, seen: Any
+    ) -> KVBatch:
+        """Guarded KV of a tile of one segment, with the noise of ``key`` that lies there.
+
+        See ``lcguard.guards.passage``.
+        """
+        if not self.in_tiles():
+            return self(kv, mask, [key])[0]  # type: ignore[no-any-return]
+        raw = self.standardise(kv)
+        mean = self.rewrite_seen(raw, kv.valid, mask, seen).mean
+        if mean is not raw:
+            nothing = kv.keys[:, :, :, :0]
+            del raw  # what is not needed any more is half of what a tile would take
+            kv = KVBatch(nothing, nothing, kv.valid)
+            return self._sent(kv, None, mean, mask, [key], first_token)
+        return self._sent(kv, raw, mean, mask, [key], first_token)
+
+    def _sent(
+        self,
+        kv: KVBatch,
+        raw: Tensor | None,
+        mean: Tensor,
+        mask: Mask,
+        draws: Draws,
+        first_token: int,
+    ) -> KVBatch:
+        """The output for ``mean``, with noise from ``first_token`` on. Where there is none and
+        ``mean`` is ``raw``, the z-scores of ``kv``, that is ``kv`` itself."""
+        if mean is raw and not self.config.noise:  # nothing changed: no rounding either
             live = kv.valid[:, None, None, :, None]
-            return KVBatch(kv.keys * live, kv.values * live, kv.valid), out
-        if self.config.noise > 0:
-            z = self.add_noise(z, generator)
-            if self.reads_policy:
+            return KVBatch(kv.keys * live, kv.values * live, kv.valid)
+        z = mean
+        if self.config.noise > 0 and (not self.reads_policy or bool(mask.forbid.any())):
+            z = self.add_noise(mean, draws, first_token)
+            if self.reads_policy and not bool(mask.forbid.any(1).all()):
                 hides = mask.forbid.any(1).to(z.device)[:, None, None, None, None]
-                z = torch.where(hides, z, out.mean)
-        return self.restore(self.finish(z, mask), kv), out
+                z = torch.where(hides, z, mean)
+        del mean
+        return self.restore(self.finish(z, mask), kv)
 
     @torch.no_grad()
     def grid_mean(self, kv: KVBatch, mask: Mask) -> Tensor:

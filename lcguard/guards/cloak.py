@@ -32,6 +32,7 @@ VARIABLE = "LCGUARD_CLOAK_KEY"
 class CloakGuard(GuardModule):
     trained = False
     locks = True
+    by_token = True
     claim = (
         "Hides the segment on the wire from those without the key. Nothing is claimed against the "
         "receiving agent, who holds it and sees everything, nor against one who has seen raw and "
@@ -94,6 +95,9 @@ class CloakGuard(GuardModule):
         turned = torch.einsum("btlkc,lkcd->btlkd", z, self._held())
         order = self._order(valid)
         return Rewrite(_reorder(turned, order), torch.zeros(valid.shape, device=z.device))
+
+    def in_tiles(self) -> bool:
+        return super().in_tiles() and not self.config.block
 
     @torch.no_grad()
     def unlock(self, kv: KVBatch) -> KVBatch:

@@ -9,7 +9,7 @@ receiver subtract the one from the other.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ def part_key(key: bytes, index: int) -> bytes:
 @register("compose")
 class ComposeGuard(GuardModule):
     trained = False
+    by_token = True
     claim = "What its parts claim, each about what the parts before it let through."
 
     @dataclass(frozen=True)
@@ -105,6 +106,25 @@ class ComposeGuard(GuardModule):
                 kv = part.restore(part.finish(out.mean, mask), kv)
             withheld = 1 - (1 - withheld) * (1 - out.withheld)
         return Rewrite(z if kv is like else self.standardise(kv), withheld)
+
+    def in_tiles(self) -> bool:
+        """A part behind the first that looks around would look at what it does not know yet."""
+        parts = self.chain()
+        whole = not super().in_tiles() or not all(p.in_tiles() for p in parts)
+        return not whole and not any(p.looks for p in parts[1:])
+
+    def look(self, tiles: Iterable[KVBatch], mask: Mask) -> Iterator[Any]:
+        return self.chain()[0].look(tiles, mask) if self.in_tiles() else super().look(tiles, mask)
+
+    def rewrite_tile(
+        self, kv: KVBatch, mask: Mask, key: bytes, first_token: int, seen: Any
+    ) -> KVBatch:
+        if not self.in_tiles():
+            return super().rewrite_tile(kv, mask, key, first_token, seen)
+        for i, part in enumerate(self.chain()):
+            own = seen if i == 0 else None
+            kv = part.rewrite_tile(kv, mask, part_key(key, i), first_token, own)
+        return kv
 
     def _batch(self, z: Tensor, valid: Tensor) -> KVBatch:
         """Raw KV from this guard's z-scores, in their precision."""

@@ -8,9 +8,8 @@ when its KV is there, so little is left to learn: minutes on a CPU, for any mode
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,14 +39,22 @@ class LatentDetector(nn.Module):
 
     def forward(self, features: Tensor, valid: Tensor) -> Tensor:
         """``valid [B, T]``."""
-        x = self.read(F.layer_norm(features, features.shape[-1:]))
-        at = torch.arange(x.shape[1], device=x.device)
-        away = (at[:, None] - at).abs()
-        # padding sees itself, or its softmax would be empty and its gradient not a number
-        seen = (valid[:, None] & (away <= self.reach)) | (away == 0)
+        x = self._embedded(features)
         for block in self.blocks:
-            x = block(x, seen)
+            x = block(x, valid, self.reach)
         return self.category(self.norm(x))  # type: ignore[no-any-return]
+
+    def stream(self, tiles: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same for one segment that comes in tiles ``[1, t, F]``; they come back later."""
+        xs: Iterable[Tensor] = map(self._embedded, tiles)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            xs = block.stream(xs, self.reach)
+        return (self.category(self.norm(x)) for x in xs)
+
+    def _embedded(self, features: Tensor) -> Tensor:
+        embedded: Tensor = self.read(F.layer_norm(features, features.shape[-1:]))
+        return embedded
 
 
 def evenly_spaced(layers: int, count: int) -> tuple[int, ...]:

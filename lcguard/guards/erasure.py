@@ -14,6 +14,7 @@ of categories is erased jointly, not one after the other. Anything non-linear st
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from lcguard.protocols import KVBatch, Mask
 
 @register("erasure")
 class ErasureGuard(GuardModule):
+    by_token = True
     trained = False
     reads_policy = True
     claim = (
@@ -82,6 +84,16 @@ class ErasureGuard(GuardModule):
     def eraser(self, forbid: Tensor) -> Tensor:
         """``A [L, 2, W, W]`` with ``z' = z - A z`` for one policy ``[C]``; its trace is its rank.
 
+        Raises as ``factors``.
+        """
+        left, right = self.factors(forbid)
+        out: Tensor = left @ right
+        return out
+
+    @torch.no_grad()
+    def factors(self, forbid: Tensor) -> tuple[Tensor, Tensor]:
+        """``[L, 2, W, N]`` and ``[L, 2, N, W]``, float64, of which ``eraser`` is the product.
+
         Raises ``ValueError`` where a forbidden category was never seen: nothing would be erased.
         """
         seen = self.seen.view(self.n_categories, -1)
@@ -99,8 +111,17 @@ class ErasureGuard(GuardModule):
         norm = torch.where(size > 1e-12, size.clamp_min(1e-12).rsqrt(), 0.0)
         cross, solved = cross * norm, solved * norm
         inverse = torch.linalg.pinv(solved.mT @ cross, rtol=1e-7)
-        out: Tensor = cross @ inverse @ solved.mT
-        return out
+        return cross @ inverse, solved.mT
+
+    def rewrite_seen(self, z: Tensor, valid: Tensor, mask: Mask, seen: Any) -> Rewrite:
+        """By factors: the eraser of a large model has as many numbers as a long segment."""
+        if not self.fitted or not bool(mask.forbid.any()):
+            return self.rewrite(z, valid, mask)
+        left, right = (x.to(z.dtype) for x in self.factors(mask.forbid[0]))
+        share = (left * right.mT).sum((2, 3)).mean().clamp(0, 1) / left.shape[2]
+        inner = torch.einsum("btlkc,lknc->btlkn", z, right)
+        mean = z - torch.einsum("btlkn,lkdn->btlkd", inner, left)
+        return Rewrite(mean, share * valid)
 
     def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
         if not self.fitted:

@@ -21,6 +21,7 @@ SAME = 0.05
 @register("evict")
 class EvictGuard(RedactGuard):
     keeps_later = True
+    by_token = True
     claim = (
         "The told values' own entries are gone. Later tokens keep what they took from them: "
         "nothing is claimed against a receiver who reads those."

@@ -18,7 +18,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lcguard.categories import CATEGORIES
+from lcguard.guards.base import GuardError as GuardError
 from lcguard.guards.base import GuardModule, KVShape, guard_class
+from lcguard.guards.passage import Passage, StartedTokens, Tokens
 from lcguard.guards.shipped import CARD, guard_folder
 from lcguard.model_digest import add_tensor
 from lcguard.nearest import unknown
@@ -29,10 +31,6 @@ from lcguard.rule import Rule
 
 WEIGHTS = "guard.safetensors"
 FORMAT = 1
-
-
-class GuardError(ValueError):
-    """A guard that cannot be loaded, or does not belong to the model or data at hand."""
 
 
 class Card(BaseModel):
@@ -130,26 +128,13 @@ class FrozenGuard:
             mask = _same_mask(len(kv), CATEGORIES if forbid is None else forbid, derive)
         elif forbid is not None or derive:
             raise GuardError("mask and forbid both say what to hide: give one")
-        _, layers, heads, _, dim = kv.keys.shape
-        if (layers, heads, dim) != tuple(self.module.shape):
-            raise GuardError(
-                f"guard {self.name!r} is for KV of (layers, heads, dim) "
-                f"{tuple(self.module.shape)}, the segment has {(layers, heads, dim)}; "
-                "load the guard made for this model"
-            )
-        if mask.forbid.shape != (len(kv), self.module.n_categories):
-            raise GuardError(
-                f"mask of shape {tuple(mask.forbid.shape)} does not fit {len(kv)} segments and "
-                f"{self.module.n_categories} categories"
-            )
+        self._check(kv, mask)
         if self.needs_twin:
             if twin is None:
-                raise GuardError(
-                    f"guard {self.name!r} sends the twin's KV; prefill it and pass twin=..."
-                )
+                raise self._no_twin()
             if len(twin) != len(kv):
                 raise GuardError(f"{len(twin)} twins for {len(kv)} segments")
-            if (twin.keys.shape[1:3], twin.keys.shape[4]) != ((layers, heads), dim):
+            if _shape(twin) != _shape(kv):
                 raise GuardError(
                     f"twin of shape {tuple(twin.keys.shape)} is not KV of the model that made "
                     f"{tuple(kv.keys.shape)}"
@@ -164,6 +149,44 @@ class FrozenGuard:
         if not bool(torch.isfinite(out.keys).all() and torch.isfinite(out.values).all()):
             raise GuardError(f"guard {self.name!r} gave values that are not finite; withheld")
         return Guarded(out, rewrite.withheld)
+
+    def passage(
+        self,
+        tokens: Tokens,
+        mask: Mask,
+        *,
+        twin: Tokens | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Passage:
+        """The way of one segment through the guard, some tokens at a time, to KV of ``dtype``.
+
+        Raises as a call does, and the passage too.
+        """
+        if type(self).__call__ is not FrozenGuard.__call__:
+            raise GuardError(f"guard {self.name!r} has a call of its own: override passage too")
+        self._check(tokens.read(0, 1), mask)
+        if self.needs_twin:
+            if twin is None:
+                raise self._no_twin()
+            tokens = StartedTokens(self.module, tokens, twin)
+        return Passage(self.module, tokens, mask, dtype)
+
+    def _check(self, kv: KVBatch, mask: Mask) -> None:
+        """Raises ``GuardError`` for KV of another shape, or a mask that does not fit it."""
+        if _shape(kv) != tuple(self.module.shape):
+            raise GuardError(
+                f"guard {self.name!r} is for KV of (layers, heads, dim) "
+                f"{tuple(self.module.shape)}, the segment has {_shape(kv)}; "
+                "load the guard made for this model"
+            )
+        if mask.forbid.shape != (len(kv), self.module.n_categories):
+            raise GuardError(
+                f"mask of shape {tuple(mask.forbid.shape)} does not fit {len(kv)} segments and "
+                f"{self.module.n_categories} categories"
+            )
+
+    def _no_twin(self) -> GuardError:
+        return GuardError(f"guard {self.name!r} sends the twin's KV; prefill it and pass twin=...")
 
     def with_card(self, **changes: Any) -> FrozenGuard:
         """The same guard with changed card entries."""
@@ -264,6 +287,12 @@ class FrozenGuard:
 def read_card(name_or_path: str | os.PathLike[str]) -> Card:
     """The card alone of what ``from_pretrained`` loads. Raises ``GuardError``."""
     return _read_card(_find(str(name_or_path), None))
+
+
+def _shape(kv: KVBatch) -> tuple[int, int, int]:
+    """``(L, H, D)``."""
+    _, layers, heads, _, dim = kv.keys.shape
+    return layers, heads, dim
 
 
 def _same_mask(n: int, forbid: Sequence[str], derive: Sequence[str]) -> Mask:

@@ -16,6 +16,7 @@ from lcguard.protocols import Mask
 
 @register("gaussian")
 class GaussianGuard(GuardModule):
+    by_token = True
     trained = False
     claim = "Blurs every entry alike; a receiver that needs the task values can denoise the rest."
 

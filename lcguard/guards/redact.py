@@ -16,6 +16,7 @@ from lcguard.protocols import Mask
 
 @register("redact")
 class RedactGuard(GuardModule):
+    by_token = True
     needs_twin = True
     trained = False
     claim = "Exact against every receiver, for the spans it is told; lengths and context remain."

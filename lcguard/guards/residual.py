@@ -19,6 +19,7 @@ from lcguard.protocols import Mask
 
 @register("residual")
 class ResidualGuard(GuardModule):
+    by_token = True
     claim = "Trained so that one decoder fails; nothing is claimed against a fresh attacker."
 
     @dataclass(frozen=True)

@@ -13,6 +13,7 @@ value stands in the segment, and what the detector missed stands among them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -26,6 +27,7 @@ from lcguard.protocols import KVBatch, Mask
 
 @register("twin")
 class TwinGuard(GuardModule):
+    by_token = True
     needs_twin = True
     finds_secrets = True
     reads_policy = True
@@ -91,6 +93,12 @@ class TwinGuard(GuardModule):
     def marks(self, kv: KVBatch, mask: Mask) -> Tensor:
         """See ``GuardModule.marks``: of the categories that each record's policy forbids."""
         return self.marks_of(self.logits(kv), kv.valid, mask)
+
+    @torch.no_grad()
+    def marks_in(self, tiles: Iterable[KVBatch], mask: Mask) -> Tensor:
+        logits = torch.cat(list(self.detector.stream(map(self.features, tiles))), 1)
+        valid = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        return self.marks_of(logits, valid, mask)
 
     def marks_of(
         self, logits: Tensor, valid: Tensor, mask: Mask, peak: float | None = None

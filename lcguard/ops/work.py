@@ -18,8 +18,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lcguard.guards import channel_maps
 from lcguard.guards.base import GuardModule
-from lcguard.guards.gate import NEVER, GateGuard, hard_clamp
+from lcguard.guards.gate import GateGuard
 from lcguard.guards.gaussian import GaussianGuard
 from lcguard.guards.identity import IdentityGuard
 from lcguard.guards.residual import ResidualGuard
@@ -143,19 +144,9 @@ def decide(module: GateGuard, z: Tensor, mask: Mask) -> Decision:
     """
     if len(mask.forbid) != 1:
         raise ValueError(f"the mask has {len(mask.forbid)} records: give the segment's own")
-    forbid, derive = (m[0].to(z.device) for m in (mask.forbid, mask.derive))
     valid = torch.ones(1, len(z), dtype=torch.bool, device=z.device)
-    hidden = module.context(z[None], valid)[0]
-    own = module.gate(hidden).unflatten(-1, (module.n_categories, 2, module.shape.layers, 2))
-    asked = torch.where(derive[:, None, None], own[:, :, 1], own[:, :, 0])
-    asked = asked.masked_fill(~forbid[:, None, None], NEVER)  # [T, C, L, 2]
-    closed = hard_clamp(1.2 * asked.logsumexp(1).sigmoid() - 0.1)
-    word_weights = module.word(hidden).unflatten(-1, (module.n_categories, -1)).softmax(-1)
-    first = torch.zeros_like(word_weights)
-    first[..., 0] = 1.0
-    belongs = asked.mean((2, 3)).softmax(-1) * (forbid & derive)
-    words = first[:, 0] + ((word_weights - first) * belongs[..., None]).sum(1)
-    return Decision(closed, words, mask)
+    seen = module.decision(module.context(z[None], valid), mask)
+    return Decision(seen.closed[0], seen.words[0], mask)
 
 
 @torch.no_grad()
@@ -221,14 +212,23 @@ def work_of(
 def _mixes_heads(module: GuardModule, layer: int) -> bool:
     if not isinstance(module, GateGuard):
         return isinstance(module, ResidualGuard)
-    eye = torch.eye(module.squeeze.shape[-1], device=module.squeeze.device)
-    return any(bool((m[layer] != eye).any()) for m in (module.squeeze, module.expand))
+    return module.config.maps != "per_head" and _maps_something(module, layer)
+
+
+def _maps_something(module: GateGuard, layer: int) -> bool:
+    kind = module.config.maps
+    return not all(
+        channel_maps.is_identity(kind, m[layer]) for m in (module.squeeze, module.expand)
+    )
 
 
 def _gate_of(module: GateGuard, layer: int, decision: Decision, cut: slice) -> Gate:
     squeeze = expand = None
-    if _mixes_heads(module, layer):
-        squeeze, expand = (m[layer].detach().float() for m in (module.squeeze, module.expand))
+    if _maps_something(module, layer):
+        squeeze, expand = (
+            channel_maps.dense(module.config.maps, m[layer].detach().float())[:, cut, cut]
+            for m in (module.squeeze, module.expand)
+        )
     codebook = module.codebook[:, layer, :, cut].detach().float()
     return Gate(
         decision.closed[:, layer].float(), decision.words.float(), codebook, squeeze, expand

@@ -10,7 +10,7 @@ The noise of new rows comes from a key that is an HMAC under the deployment's ke
 guard, model, tokens, what they were read on top of, *and the raw KV to the bit*: an engine's sums
 differ in their last bits from one batch to the next, and two means next to each other under one
 noise would differ just where the mean lies between two points of the grid, to many digits. With
-another bit of raw KV all noise is another.
+another bit of raw KV, or another way of computing the mean from it, all noise is another.
 
 What is published is named by its *draw* in the manifest: distinct names are draws that add up, and
 the proxy's ledger counts them.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lcguard.canonical import check_key
 from lcguard.handoff.content import Chain, draw_mac
-from lcguard.manifest import SegmentError, TensorDigests
+from lcguard.manifest import SegmentError
 from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
 
@@ -63,10 +63,9 @@ class Draws:
         self._longest: OrderedDict[str, bytes] = OrderedDict()
         """Draw -> all of its longest text."""
 
-    def noise_key(self, chain: Chain, keys: Tensor, values: Tensor) -> bytes:
-        """32 bytes; ``keys``, ``values``: the raw KV ``[L, H, T, D]``."""
-        raw = TensorDigests.of(keys, values)
-        return draw_mac(self._key, "noise", chain[-1].hex(), raw.keys, raw.values)
+    def noise_key(self, chain: Chain, raw: str) -> bytes:
+        """32 bytes; ``raw``: what the guard computed its mean from, to the bit, and how."""
+        return draw_mac(self._key, "noise", chain[-1].hex(), raw)
 
     def settle(
         self, chain: Chain, noise_key: bytes, keys: Tensor, values: Tensor, whole: bool = False

@@ -104,6 +104,12 @@ def gather_layers(layers: Sequence[LayerPages], slots: Tensor) -> tuple[Tensor, 
     return keys, torch.stack([v.transpose(0, 1) for _, v in both])
 
 
+def gather_tokens(layers: Sequence[LayerPages], slots: Tensor) -> Tensor:
+    """The same token by token: ``[T, L, 2, H, D]``, keys first."""
+    both = torch.stack([x for layer in layers for x in layer.gather(slots)], 1)
+    return both.view(len(slots), len(layers), 2, *both.shape[2:])
+
+
 def write_layers(layers: Sequence[LayerPages], slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Rotated keys and values ``[L, H, T, D]`` into ``slots [T]``."""
     for layer, key, value in zip(layers, keys, values, strict=True):

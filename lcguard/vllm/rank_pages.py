@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lcguard.guards.passage import HeldTokens
+from lcguard.manifest import TensorDigests
+from lcguard.protocols import KVBatch
 from lcguard.rope import Rotary
-from lcguard.vllm.pages import LayerPages, gather_layers, slots_of, write_layers
+from lcguard.vllm.pages import (
+    LayerPages,
+    gather_layers,
+    gather_tokens,
+    slots_of,
+    write_layers,
+)
+
+HASHED_TOKENS = 64
+"""At a time, of what nobody else reads."""
 
 
 @dataclass
@@ -31,6 +44,10 @@ class RankPages:
         """Of the tokens ``start .. end`` of a request with this block table, ``[T]``."""
         return slots_of(blocks, self.block_size, start, end).to(self.device)
 
+    def tokens(self, blocks: list[int], start: int, end: int) -> PageTokens:
+        """The same tokens, to be read some at a time; of one rank that has all heads."""
+        return PageTokens(self.layers, self.slots(blocks, start, end), self.rotary, start)
+
     def read(self, blocks: list[int], start: int, end: int) -> tuple[Tensor, Tensor]:
         """Un-rotated keys, and values, ``[L, H, T, D]`` of this rank's heads, a copy."""
         keys, values = gather_layers(self.layers, self.slots(blocks, start, end))
@@ -50,3 +67,48 @@ class RankPages:
         shared = heads * self.world > total
         first = self.rank * total // self.world if shared else self.rank * heads
         return tensor[:, first : first + heads]
+
+
+class PageTokens:
+    """What a request publishes, read from its pages: ``lcguard.guards.passage.Tokens``.
+
+    Of one rank that has all heads. Un-rotated in float32, whatever the pages' dtype is.
+    """
+
+    def __init__(self, layers: list[LayerPages], slots: Tensor, rotary: Rotary, start: int) -> None:
+        """``slots [T]``, the first of them at position ``start``."""
+        self.layers, self.slots, self.rotary, self.start = layers, slots, rotary, start
+        self._sha, self._hashed = hashlib.sha256(str(start).encode()), 0
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.slots)
+
+    def read(self, start: int, end: int) -> KVBatch:
+        both = gather_tokens(self.layers, self.slots[start:end])
+        if start <= self._hashed < end:
+            new = both[self._hashed - start :].cpu().view(torch.uint8)
+            self._sha.update(new.numpy().data)
+            self._hashed = end
+        both = both.float()
+        positions = torch.arange(self.start + start, self.start + end, device=both.device)
+        keys = self.rotary.unrotate(both[:, :, 0], positions[:, None, None])  # [t, L, H, D]
+        valid = torch.ones(1, end - start, dtype=torch.bool, device=both.device)
+        keys, values = (x.permute(1, 2, 0, 3)[None] for x in (keys, both[:, :, 1]))
+        return KVBatch(keys, values, valid)
+
+    def digest(self) -> str:
+        """SHA-256 over where the pages' content stands and what it is, to the bit, token by token:
+        the same however much is read at a time."""
+        while self._hashed < self.n_tokens:
+            self.read(self._hashed, min(self._hashed + HASHED_TOKENS, self.n_tokens))
+        return self._sha.hexdigest()
+
+
+class GatheredTokens(HeldTokens):
+    """The same of several ranks, in memory."""
+
+    def digest(self) -> str:
+        """Of un-rotated KV to the bit."""
+        both = TensorDigests.of(self._kv.keys, self._kv.values)
+        return both.keys + both.values

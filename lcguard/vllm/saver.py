@@ -14,19 +14,21 @@ from vllm.logger import init_logger
 
 from lcguard.guards.detector import runs
 from lcguard.guards.frozen import FrozenGuard, GuardError
+from lcguard.guards.passage import Passage
 from lcguard.handoff.content import chain_of
 from lcguard.handoff.names import EdgeName
 from lcguard.handoff.plan import ModelFacts, PublishPlan
 from lcguard.manifest import Lineage, SegmentError
-from lcguard.protocols import Guarded, KVBatch, Mask
+from lcguard.noise import new_noise_key
+from lcguard.protocols import KVBatch, Mask
 from lcguard.records import mask_of
 from lcguard.segment import KVSegment
 from lcguard.store import SegmentStore, StoreError
 from lcguard.store.line import Call, StoreLine
 from lcguard.vllm.draws import Draws, Rows
 from lcguard.vllm.jobs import SaveJob, SaveResults
-from lcguard.vllm.rank_pages import RankPages
-from lcguard.vllm.rewrite import has_page_form, rewrite_pages
+from lcguard.vllm.rank_pages import GatheredTokens, PageTokens, RankPages
+from lcguard.vllm.rewrite import arithmetic, by_pages, rewrite_pages
 
 logger = init_logger("vllm.lcguard.saver")
 
@@ -64,18 +66,14 @@ class SegmentSaver:
 
     def save(self, job: SaveJob) -> None:
         """Guards and stores a prompt's KV. Nothing is stored where anything fails."""
-        both = self._read(job)
-        if both is None:
-            self._lost[job.plan.handle] = "its KV could not be read"
-            return
-        keys, values = (self._gather_heads(t) for t in both)
-        if self._pages.rank != 0:
-            return
         try:
+            tokens = self._tokens(job)
+            if self._pages.rank != 0:
+                return
             if job.plan.scan:
-                self._found[job.plan.handle] = self._scanned(job, keys, values)
+                self._found[job.plan.handle] = self._scanned(job, tokens)
             else:
-                self._commit(job, keys, values)
+                self._commit(job, tokens)
         except Exception as error:
             known = isinstance(error, SegmentError | GuardError)
             log = logger.error if known else logger.exception
@@ -103,62 +101,64 @@ class SegmentSaver:
         self._puts.close()
 
     @torch.inference_mode()
-    def _read(self, job: SaveJob) -> tuple[Tensor, Tensor] | None:
-        """Un-rotated keys, and values, ``[L, H, T, D]`` of this rank; None where that failed."""
-        pages = self._pages
+    def _tokens(self, job: SaveJob) -> PageTokens | GatheredTokens:
+        """What is published, as a guard reads it."""
+        pages, span = self._pages, (job.plan.start_token, job.n_tokens)
+        if pages.world == 1:
+            return pages.tokens(job.blocks, *span)
         try:
-            return pages.read(job.blocks, job.plan.start_token, job.n_tokens)
+            both = pages.read(job.blocks, *span)
         except Exception:
             logger.exception("lcguard: reading the KV of request %s failed", job.request_id)
-        if pages.world == 1:
-            return None
-        # every rank takes part in the exchange, or the others would wait for it for ever
-        shape = len(pages.layers), pages.layers[0].heads, 1, pages.layers[0].dim
-        nothing = torch.full(shape, float("nan"), device=pages.device)
-        return nothing, nothing
-
-    def _raw(self, keys: Tensor, values: Tensor) -> KVBatch:
-        """Gathered KV ``[L, H, T, D]`` as guards take it; ranks may hold the same heads."""
+            # every rank takes part in the exchange, or the others would wait for it for ever
+            shape = len(pages.layers), pages.layers[0].heads, span[1] - span[0], pages.layers[0].dim
+            both = (torch.full(shape, float("nan"), device=pages.device),) * 2
+        keys, values = (self._gather_heads(t) for t in both)
         heads = int(self.config.num_key_value_heads)
+        # ranks may hold the same heads
         keys, values = (t[:, :: max(1, t.shape[1] // heads)] for t in (keys, values))
         valid = torch.ones(1, keys.shape[2], dtype=torch.bool, device=keys.device)
-        return KVBatch(keys[None].float(), values[None].float(), valid)
+        return GatheredTokens(KVBatch(keys[None], values[None], valid))
 
     @torch.inference_mode()
-    def _scanned(self, job: SaveJob, keys: Tensor, values: Tensor) -> list[tuple[int, int]]:
+    def _scanned(self, job: SaveJob, tokens: PageTokens | GatheredTokens) -> list[tuple[int, int]]:
         """Token ranges of the prompt that the plan's guard hides. Raises ``GuardError``."""
         plan = job.plan
-        marks = self.guards[plan.guard].marks(self._raw(keys, values), _mask(plan))
+        marks = self._passage(plan, tokens).marks()
         if marks is None:
             raise GuardError(f"guard {plan.guard!r} cannot look for secrets")
         hidden = (marks[0] >= 0).int() - 1
         return [(start, end) for start, end, _ in runs(hidden.tolist())]
 
-    @torch.inference_mode()
-    def _guarded(self, job: SaveJob, keys: Tensor, values: Tensor, noise_key: bytes) -> Guarded:
-        """The segment through the plan's guard: from the pages where that can be, else from the
-        gathered KV ``[L, H, T, D]``, which a guard over several ranks' heads needs."""
-        plan, pages, raw = job.plan, self._pages, self._raw(keys, values)
-        guard, mask = self.guards[plan.guard], _mask(plan)
-        if pages.world == 1 and has_page_form(guard):
-            slots = pages.slots(job.blocks, plan.start_token, job.n_tokens)
-            return rewrite_pages(
-                guard, pages.layers, slots, pages.rotary, plan.start_token, mask, noise_key, raw
-            )
+    def _passage(self, plan: PublishPlan, tokens: PageTokens | GatheredTokens) -> Passage:
+        guard, dtype = self.guards[plan.guard], self._pages.layers[0].pages.dtype
         # the prompt is the twin already: its secrets' places hold neutral tokens
-        return guard(raw, mask, keys=[noise_key], twin=raw if guard.needs_twin else None)
+        twin = tokens if guard.needs_twin else None
+        return guard.passage(tokens, _mask(plan), twin=twin, dtype=dtype)
 
     @torch.inference_mode()
-    def _commit(self, job: SaveJob, keys: Tensor, values: Tensor) -> None:
+    def _commit(self, job: SaveJob, tokens: PageTokens | GatheredTokens) -> None:
         plan, guard = job.plan, self.guards[job.plan.guard]
-        chain = chain_of(plan.content, guard.digest)
-        noise_key = self.draws.noise_key(chain, keys, values)
-        out = self._guarded(job, keys, values, noise_key)
-        fresh = Rows(
-            out.kv.keys[0].to(keys.dtype).cpu().contiguous(),
-            out.kv.values[0].to(values.dtype).cpu().contiguous(),
-        )
+        chain, layers = chain_of(plan.content, guard.digest), self._pages.layers
         noisy, whole = guard.is_noisy(bool(plan.rule.forbid)), not guard.keeps_tokens
+        passage = self._passage(plan, tokens)
+        passage.look()
+        noise_key = new_noise_key()
+        if noisy:
+            raw = f"{tokens.digest()} {arithmetic(guard, layers)}"
+            noise_key = self.draws.noise_key(chain, raw)
+        size = guard.module.shape.layers, guard.module.shape.kv_heads, tokens.n_tokens
+        fresh = Rows(
+            *(
+                torch.empty(*size, guard.module.shape.head_dim, dtype=layers[0].pages.dtype)
+                for _ in range(2)
+            )
+        )
+        if isinstance(tokens, PageTokens) and by_pages(guard, layers):
+            seen = passage.seen or ()
+            rewrite_pages(guard, tokens, _mask(plan), noise_key, seen, fresh.keys, fresh.values)
+        else:
+            passage.fill(noise_key, fresh.keys, fresh.values)
 
         def store() -> None:
             rows = fresh

@@ -1,8 +1,9 @@
 """Proves at start that the engine's own rewriting path does what the guard says.
 
 ``rewrite_pages`` may run Triton kernels on whatever device, dtype and page layout this engine has.
-Here known numbers go through vLLM's write into its null block, then through the pages' path and,
-gathered, through the guard's module, which shares no code with the kernels. An engine whose paths
+Here known numbers go through vLLM's write into its null block, then through the path from the pages
+that this engine takes and, gathered, through the guard's module, which shares no code with the
+kernels. An engine whose paths
 differ does not start: a guard that is computed wrong leaks, and nothing later would notice. On a
 GPU this also compiles the kernels before the first request.
 """
@@ -24,7 +25,8 @@ from lcguard.rope import Rotary
 from lcguard.rule import Rule
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.pages import LayerPages, gather_layers, write_layers
-from lcguard.vllm.rewrite import has_page_form, rewrite_pages
+from lcguard.vllm.rank_pages import PageTokens
+from lcguard.vllm.rewrite import by_pages, has_page_form, rewrite_pages
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
 """Largest difference over max(standard deviation of the channel, value): some roundings to the
@@ -58,11 +60,12 @@ def check_rewriting(
         for name, guard in paged.items():
             _write_numbers(guard, layers, slots, rotary)
             raw = _read(layers, slots, rotary)
+            tokens = PageTokens(layers, slots, rotary, START)
             limit = TOLERANCE[page.dtype] + GRID_STEPS * step_size(guard.module.config.noise)
             for rule in (Rule(CATEGORIES), Rule(CATEGORIES, DERIVABLE)):
                 mask = mask_of([rule])
                 try:
-                    off = _difference(guard, layers, slots, rotary, raw, mask)
+                    off = _difference(guard, tokens, raw, mask)
                 except (GuardError, RuntimeError) as error:  # a kernel that does not compile, say
                     raise StartError(
                         f"guard {name!r}: rewriting this engine's pages ({page.dtype}, "
@@ -105,16 +108,19 @@ def _positions(slots: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _difference(
-    guard: FrozenGuard,
-    layers: list[LayerPages],
-    slots: Tensor,
-    rotary: Rotary,
-    raw: KVBatch,
-    mask: Mask,
-) -> float:
-    """Largest difference of both paths over max(standard deviation of the channel, value)."""
-    found = rewrite_pages(guard, layers, slots, rotary, START, mask, KEY, raw).kv
+def _difference(guard: FrozenGuard, tokens: PageTokens, raw: KVBatch, mask: Mask) -> float:
+    """Largest difference of the engine's path from the guard's own module on gathered KV, over
+    max(standard deviation of the channel, value)."""
+    layers, page = tokens.layers, tokens.layers[0].pages
+    passage = guard.passage(tokens, mask, dtype=page.dtype)
+    passage.look()
+    size = len(layers), layers[0].heads, tokens.n_tokens, layers[0].dim
+    keys, values = (torch.empty(size, dtype=page.dtype, device=page.device) for _ in range(2))
+    if by_pages(guard, layers):
+        rewrite_pages(guard, tokens, mask, KEY, passage.seen or (), keys, values)
+    else:
+        passage.fill(KEY, keys, values)
+    found = KVBatch(keys[None], values[None], raw.valid)
     wanted = guard(raw, mask, keys=[KEY]).kv
     got, right = (guard.module.channels(kv).float() for kv in (found, wanted))
     off = (got - right).abs() / right.abs().maximum(guard.module.scale)

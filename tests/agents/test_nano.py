@@ -12,8 +12,11 @@ import lcguard
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.check import accuracy
 from lcguard.agents.nano.load import model_path
+from lcguard.agents.scenarios.load import load_hops
 from lcguard.guards import FrozenGuard
+from lcguard.guards.gate import GateGuard
 from lcguard.guards.shipped import guard_folder
+from lcguard.records import masks
 
 
 def test_package_data_is_small() -> None:
@@ -42,6 +45,23 @@ def test_it_answers_as_text_and_as_a_segment_alike() -> None:
         whole = agent.source.model.generate(ids, max_new_tokens=24, do_sample=False)
         answer = [t for t in whole[0, ids.shape[1] :].tolist() if t != end]
         assert answer == list(segment)
+
+
+def test_the_gate_reads_long_records_as_it_did_when_it_was_measured() -> None:
+    """It sees 128 tokens to either side since: what it withholds of a token moves by 2% at most."""
+    agent = load_backend("nano")
+    records = agent.encoder.encode(load_hops("generator", seed=0, split="coined", n=150))
+    longest = sorted(records, key=lambda r: len(r.ids))[-16:]
+    kv, mask = agent.source.prefill([r.ids for r in longest]), masks(longest)
+    gate = FrozenGuard.from_pretrained("nano:gate").module
+    assert isinstance(gate, GateGuard)
+    assert len(longest[0].ids) > gate.context.reach + 1
+    z, found = gate.standardise(kv), []
+    for reach in (gate.context.reach, 0):
+        gate.context.reach = reach
+        with torch.no_grad():
+            found.append(gate.rewrite(z, kv.valid, mask).withheld)
+    assert float((found[0] - found[1]).abs().max()) < 0.02
 
 
 NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."

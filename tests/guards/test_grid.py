@@ -44,6 +44,20 @@ def test_means_go_to_the_nearest_point_and_ties_to_even() -> None:
     assert to_grid(torch.tensor([1.0]), 0.25).dtype is torch.int32
 
 
+def test_far_points_and_near_ones_are_the_same_arithmetic() -> None:
+    """Where float32 would no longer add exactly, integers do."""
+    draws = torch.tensor([-9000, -1, 0, 1, 2, 8191], dtype=torch.int16)
+    near = torch.linspace(-8.0, 8.0, 6)
+    with_far = torch.cat((near, torch.tensor([2e5])))
+    alone = noisy(near, 0.21, draws)
+    together = noisy(with_far, 0.21, torch.cat((draws, draws[-1:])))
+    assert torch.equal(alone, together[:6])
+    k = to_grid(torch.tensor([2e5]), 0.21).item() + 8191
+    assert together[6] == torch.tensor(float(k)) * step_size(0.21)
+    points = (to_grid(near, 0.21) + draws).float() * step_size(0.21)
+    assert torch.equal(alone, points)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_mean_that_is_not_finite_is_never_made_a_number(bad: float) -> None:
     """A grid point in its place would pass for output: a failed guard must be seen."""

@@ -100,6 +100,23 @@ def test_words_become_draws_by_the_table_alone() -> None:
     assert discrete_gaussian(words).flatten().tolist() == wanted
 
 
+def test_a_word_next_to_its_threshold_is_decided_by_all_its_bits() -> None:
+    """Most words are told from it by 32 bits; those that are not are one in four billion."""
+    slots = [1, 5, 9000, ZERO, 20000, SLOTS - 1]
+    wanted, pairs = [], []
+    for slot in slots:
+        entry = int(table()[slot])
+        threshold, alias = entry % (1 << BITS), entry >> BITS
+        for rest in (threshold - 1, threshold, threshold + 1, threshold ^ 1, threshold ^ (1 << 16)):
+            if 0 <= rest < 1 << BITS:
+                word = slot << BITS | rest
+                pairs.append([word % (1 << 32), word >> 32])
+                wanted.append((slot if rest < threshold else alias) - ZERO)
+    words = np.array(pairs, dtype=np.uint32)
+    assert discrete_gaussian(words)[:, 0].tolist() == wanted
+    assert len({*wanted}) > len(slots)
+
+
 def test_draws_are_normal_and_independent() -> None:
     noise = segment_noise(noise_key(0, "a"), SHAPE, 4000)
     flat = noise.double().flatten() / STEPS

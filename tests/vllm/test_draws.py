@@ -16,9 +16,11 @@ from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.handoff.content import Chain, Content, chain_of, content_of
 from lcguard.manifest import Manifest
 from lcguard.noise import segment_noise
+from lcguard.protocols import KVBatch
 from lcguard.segment import KVSegment
 from lcguard.store import open_store
 from lcguard.vllm.draws import Draws, Rows
+from lcguard.vllm.rank_pages import GatheredTokens
 
 KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 LAYERS, HEADS, DIM = 2, 2, 8
@@ -37,6 +39,12 @@ def content(
     tokens: Any = range(5), edge: Any = EDGE, model: Any = MODEL, on: Any = (), key: bytes = KEY
 ) -> Content:
     return content_of(key, edge, model, on, list(tokens))
+
+
+def digest(keys: torch.Tensor, values: torch.Tensor) -> str:
+    """Of raw KV ``[L, H, T, D]``, as a worker of several ranks has it."""
+    valid = torch.ones(1, keys.shape[2], dtype=torch.bool)
+    return GatheredTokens(KVBatch(keys[None], values[None], valid)).digest()
 
 
 class Engine:
@@ -59,7 +67,7 @@ class Engine:
     def publish(self, tokens: list[int], jitter: float = 0.0, whole: bool = False) -> KVSegment:
         raw = self.raw(tokens, jitter)
         chain = chain_of(content(tokens), GUARD)
-        key = self.draws.noise_key(chain, raw, raw)
+        key = self.draws.noise_key(chain, digest(raw, raw))
         made = self.guarded(raw, key)
         rows = self.draws.settle(chain, key, made, made.clone(), whole)
         self.n += 1
@@ -138,7 +146,7 @@ def test_of_two_that_grow_at_the_same_time_one_is_another_draw(engine: Engine) -
     made = []
     for tokens in ([*TEXT, 1, 2, 3], [*TEXT, 7, 8, 9]):  # settled before either is stored
         raw, chain = engine.raw(tokens), chain_of(content(tokens), GUARD)
-        key = engine.draws.noise_key(chain, raw, raw)
+        key = engine.draws.noise_key(chain, digest(raw, raw))
         made.append(engine.draws.settle(chain, key, engine.guarded(raw, key), raw).draw)
     assert made[0] == stem.manifest.draw != made[1]
 
@@ -184,7 +192,8 @@ def test_everything_is_in_the_key(engine: Engine) -> None:
         guard: str = GUARD, keys: torch.Tensor = raw, values: torch.Tensor = raw, **changes: Any
     ) -> bytes:
         draws = Draws(changes.get("key", KEY), engine.store)
-        return draws.noise_key(chain_of(content(**{"tokens": TEXT} | changes), guard), keys, values)
+        chain = chain_of(content(**{"tokens": TEXT} | changes), guard)
+        return draws.noise_key(chain, digest(keys, values))
 
     bit = raw.clone()
     bit.view(torch.int32)[0, 0, 3, 1] ^= 1
@@ -213,7 +222,7 @@ def test_names_tell_nothing_to_who_lacks_the_key(engine: Engine) -> None:
     chain = chain_of(content(TEXT, key=OTHER_KEY), GUARD)
     guessed = Draws(OTHER_KEY, engine.store)
     raw = engine.raw(TEXT)
-    rows = guessed.settle(chain, guessed.noise_key(chain, raw, raw), raw, raw)
+    rows = guessed.settle(chain, guessed.noise_key(chain, digest(raw, raw)), raw, raw)
     assert rows.draw != shown.draw
     assert isinstance(shown, Manifest)
 

@@ -16,7 +16,8 @@ from tests.ops.triton_cases import LAYERS, Case, module_of, rotary_of
 
 pytest.importorskip("vllm")
 
-from lcguard.vllm import rewrite, selfcheck
+from lcguard.protocols import KVBatch
+from lcguard.vllm import rank_pages, rewrite, selfcheck
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.pages import LayerPages
 
@@ -55,9 +56,19 @@ def layers(dtype: torch.dtype = torch.float32) -> list[LayerPages]:
     ]
 
 
+@pytest.fixture
+def by_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: rewritten from the pages, by the kernels' reference."""
+    monkeypatch.setenv("LCGUARD_OPS", "reference")
+
+
+@pytest.mark.parametrize("ops", ["", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", GUARDS)
-def test_right_rewriting_starts_and_leaves_the_pages(name: str, dtype: torch.dtype) -> None:
+def test_right_rewriting_starts_and_leaves_the_pages(
+    name: str, dtype: torch.dtype, ops: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCGUARD_OPS", ops)
     made = layers(dtype)
     before = [layer.pages.clone() for layer in made]
     selfcheck.check_rewriting({name: GUARDS[name]}, made, ROTARY)
@@ -86,6 +97,7 @@ def keys_for_values(*args: Any) -> None:
     reference.rewrite_layer(*args[:6], args[7], args[6])
 
 
+@pytest.mark.usefixtures("by_pages")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("wrong", "guard"),
@@ -110,6 +122,31 @@ def test_wrong_rewriting_does_not_start(
     assert all(torch.equal(a.pages, b) for a, b in zip(made, before, strict=True))
 
 
+class WrongRows(rank_pages.PageTokens):
+    def read(self, start: int, end: int) -> KVBatch:
+        kv = super().read(start, end)
+        return KVBatch(kv.keys.roll(1, 3), kv.values, kv.valid)
+
+
+class WrongPosition(rank_pages.PageTokens):
+    def read(self, start: int, end: int) -> KVBatch:
+        self.start += 1
+        try:
+            return super().read(start, end)
+        finally:
+            self.start -= 1
+
+
+@pytest.mark.parametrize("wrong", [WrongRows, WrongPosition])
+@pytest.mark.parametrize("guard", ["identity", "gate"])
+def test_pages_that_are_read_wrong_do_not_start(
+    wrong: Any, guard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfcheck, "PageTokens", wrong)
+    with pytest.raises(StartError, match=f"guard '{guard}': rewriting this engine's pages"):
+        selfcheck.check_rewriting({guard: GUARDS[guard]}, layers(), ROTARY)
+
+
 def not_finite(*args: Any) -> None:
     args[6].fill_(torch.nan)
 
@@ -118,6 +155,7 @@ def does_not_compile(*args: Any) -> None:
     raise RuntimeError("no such instruction\nand a long trace")
 
 
+@pytest.mark.usefixtures("by_pages")
 @pytest.mark.parametrize("wrong", [not_finite, does_not_compile])
 def test_failing_rewriting_does_not_start(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewrite, "rewrite_layer", wrong)
