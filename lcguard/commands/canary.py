@@ -57,6 +57,8 @@ class EdgeJob(BaseModel):
     derive: tuple[Category, ...] = ()
     guard: str = ""
     """Expected guard; an edge that publishes under another one is an error. Empty: any."""
+    guard_digest: str = ""
+    """Likewise, of a registry's live version."""
 
     @property
     def names(self) -> dict[str, str]:
@@ -80,6 +82,8 @@ class Job(BaseModel):
     attack: Literal["probe", "linear"] = "probe"
     seed: Annotated[int, Field(ge=0)] = 0
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    limit: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Success rate above which a category leaks by itself."""
 
 
 class Screened(NamedTuple):
@@ -93,6 +97,20 @@ class Screened(NamedTuple):
     floor: float
 
 
+class Reading(NamedTuple):
+    """What a screening found."""
+
+    figures: Screened
+    """Of all values, or of the one category that leaks by itself."""
+    by_category: dict[str, Screened]
+    category: str
+    """The one; empty where there is none."""
+
+
+Attempt = tuple[str, bool]
+"""A planted value's category, and whether the attack got it whole."""
+
+
 def screen(
     train: AttackData,
     test: AttackData,
@@ -100,30 +118,54 @@ def screen(
     *,
     seed: int = 0,
     level: float = 0.95,
-) -> Screened:
+    limit: float = 0.2,
+) -> Reading:
     """Fits a fresh attack on ``train``, and counts whole values of ``test`` that it gets exactly.
+
+    A category that leaks whole is a seventh of the values where seven are hidden, and would not
+    show among them all: where they stay below ``limit`` together and one is above it by itself, the
+    figures are that one's. Its interval is for all categories together (Bonferroni), so that many
+    do not cry wolf.
 
     Raises ``ValueError`` for an attack that is not for canaries, or where nothing could be scored.
     """
-    won, n = _recovered(train, test, attack, seed)
-    by_chance, m = _recovered(blind(train, seed), blind(test, seed + 1), attack, seed)
-    if not n or not m:
+    found = _attempts(train, test, attack, seed)
+    blindly = _attempts(blind(train, seed), blind(test, seed + 1), attack, seed)
+    if not found or not blindly:
         raise ValueError(f"attack {attack!r} gave no guess that could be scored")
-    return Screened(n, won, won / n, *wilson(won, n, level), by_chance / m)
+    chance = sum(won for _, won in blindly) / len(blindly)
+    parts: dict[str, list[Attempt]] = {}
+    for category, won in found:
+        parts.setdefault(category, []).append((category, won))
+    strict = 1 - (1 - level) / len(parts)
+    each = {c: _tallied(part, chance, strict) for c, part in sorted(parts.items())}
+    whole, allowed = _tallied(found, chance, level), max(limit, chance)
+    above = [c for c, s in each.items() if s.asr_low > allowed]
+    if whole.asr_low > allowed or not above:
+        return Reading(whole, each, "")
+    worst = max(above, key=lambda c: each[c].asr_low)
+    return Reading(each[worst], each, worst)
 
 
-def _recovered(train: AttackData, test: AttackData, attack: str, seed: int) -> tuple[int, int]:
-    """Exact values, and values that were tried."""
+def _tallied(found: Sequence[Attempt], chance: float, level: float) -> Screened:
+    n, won = len(found), sum(won for _, won in found)
+    return Screened(n, won, won / n, *wilson(won, n, level), chance)
+
+
+def _attempts(train: AttackData, test: AttackData, attack: str, seed: int) -> list[Attempt]:
+    """Each value that a fresh attack tried. Raises ``ValueError`` for one that is not for
+    canaries."""
     if attack not in ATTACKS:
         raise ValueError(f"attack={attack!r}: for canaries there are {', '.join(ATTACKS)}")
     words = Words.of(train)
     fitted = attack_class(attack).build(ATTACKS[attack]).fit(words.rename(train), seed=seed)
     guesses = fitted.recover(words.rename(test))
-    truth = [s.ids for row in test.secrets for s in row]
-    tried = [
-        words.back(g.ids) == ids for g, ids in zip(guesses, truth, strict=True) if g.ids is not None
+    truth = [s for row in test.secrets for s in row]
+    return [
+        (s.category, words.back(g.ids) == s.ids)
+        for g, s in zip(guesses, truth, strict=True)
+        if g.ids is not None
     ]
-    return sum(tried), len(tried)
 
 
 @dataclass
@@ -181,10 +223,11 @@ class Canaries:
             job.attack,
             seed=job.seed,
             level=job.level,
+            limit=job.limit,
         )
         figures = {
-            **found._asdict(),
-            "attack": job.attack,
+            **found.figures._asdict(),
+            "attack": f"{job.attack} on {found.category}" if found.category else job.attack,
             "guard": applied.guard,
             "guard_digest": applied.guard_digest,
             "policy_digest": first[0].policy_digest,
@@ -209,6 +252,11 @@ class Canaries:
         if edge.guard and applied.guard != edge.guard:
             raise PlantError(
                 f"published under guard {applied.guard!r}, the job says {edge.guard!r}"
+            )
+        if edge.guard_digest not in ("", applied.guard_digest):
+            raise PlantError(
+                f"published under guard {applied.guard_digest[:12]}, the registry has "
+                f"{edge.guard_digest[:12]} live"
             )
         if missing := sorted(set(edge.forbid) - set(applied.rule.forbid)):
             raise PlantError(f"published without hiding {', '.join(missing)}: the policy changed")

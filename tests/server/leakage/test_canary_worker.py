@@ -124,11 +124,11 @@ def test_an_open_guard_is_read_and_the_gate_is_not(
             for i, (rs, kv) in enumerate(zip((train, test), raw, strict=True))
         ]
 
-    leak = screen(*pairs("identity"), seed=5)
+    leak = screen(*pairs("identity"), seed=5).figures
     assert leak.asr >= 0.9
     assert leak.asr_low < leak.asr == leak.recovered / leak.n_secrets < leak.asr_high
     assert leak.floor <= 0.05
-    hidden = screen(*pairs("gate"), seed=5)
+    hidden = screen(*pairs("gate"), seed=5).figures
     assert hidden.n_secrets == leak.n_secrets > 150
     assert hidden.asr_high < 0.1
     with pytest.raises(ValueError, match="attack='trigger': for canaries there are probe"):
