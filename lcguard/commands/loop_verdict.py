@@ -108,9 +108,10 @@ def _utility(row: GuardRow, share: float) -> list[str]:
 
 
 def _certificate(own: Certificate | None, live: Certificate | None) -> list[str]:
-    """A vacuous one is refused where the live guard's is better."""
-    if own is None or not own.vacuous or live is None or own.mean_nats <= live.mean_nats:
+    """A vacuous one is refused where the live guard's is better: beyond its confidence bound."""
+    if own is None or not own.vacuous or live is None or own.mean_nats <= live.upper_nats:
         return []
     return [
-        f"its segments tell up to {own.mean_nats:.3g} nats, the live guard's {live.mean_nats:.3g}"
+        f"its segments tell up to {own.mean_nats:.3g} nats, the live guard's at most "
+        f"{live.upper_nats:.3g}"
     ]
