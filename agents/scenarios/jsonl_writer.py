@@ -29,8 +29,9 @@ def _line(hop: Hop, unlabelled: Collection[str]) -> dict[str, Any]:
     questions = []
     for q in record.questions:
         if q.kind == "direct":
-            asked = {"question": q.text, "answer": q.answer, "field": q.field}
-            secret = q.category is not None and q.category not in unlabelled
-            questions.append(asked | ({"category": q.category} if secret else {}))
+            asked: dict[str, str] = {"question": q.text, "answer": q.answer, "field": q.field}
+            if q.category is not None and q.category not in unlabelled:
+                asked["category"] = q.category
+            questions.append(asked)
     name = f"{hop.scenario_id}/{record.record_id}"
     return {"id": name, "text": record.text, "spans": spans, "questions": questions}

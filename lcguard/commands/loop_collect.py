@@ -13,8 +13,8 @@ from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.scenarios.jsonl_writer import jsonl_of
 from lcguard.atomic_file import PUBLIC, replace_file
 from lcguard.categories import CATEGORIES, in_order
-from lcguard.commands.canary import ATTACKS, Screened
 from lcguard.commands.canary_records import holding
+from lcguard.commands.canary_screen import ATTACKS, Screened
 from lcguard.commands.loop_config import LoopConfig
 from lcguard.commands.loop_screen import screening
 from lcguard.commands.train import hard_hops
@@ -102,7 +102,7 @@ def collect(
             made = holding(backend.encoder, leaked, config.hard_records, "coined", config.seed + 7)
             lines += jsonl_of([hop for hop, _ in made])
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / HARD, lines.encode(), mode=PUBLIC)
+    replace_file(out / HARD, lines.encode())  # your records: for their owner alone
     attack = config.screen.attack
     leak = Leaked(
         version=live.name,

@@ -98,5 +98,7 @@ class LoopConfig:
                 f"hard_records={self.hard_records}, utility_share={self.utility_share}: give 0 or "
                 "more records and a share within 0..1"
             )
+        if all(a.lists for a in self.judge.attacks):
+            raise ValueError("judge.attacks names none that writes values: give at least one")
         if self.judge.guards or self.judge.policies:
             raise ValueError("judge.guards and judge.policies are the loop's own: leave them out")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.scenarios.jsonl_writer import jsonl_of
@@ -52,6 +53,7 @@ def _round() -> LoopConfig:
         batch=12,
         questions=6,
         warmup=5,
+        lr=0.003,
         certificate_pairs=60,
     )
     probe = AttackSpec("probe", "probe", {"fit": {"steps": 260, "batch": 512}})
@@ -84,7 +86,7 @@ class DemoConfig:
     forgotten: str = "contact"
     """The category that nobody labelled."""
     careless_records: int = 160
-    careless_steps: int = 60
+    careless_steps: int = 20
     round: LoopConfig = field(default_factory=_round)
 
 
@@ -126,24 +128,34 @@ class Demo:
         return change.new
 
     def careless(self) -> None:
-        """A guard from records in which one category has no labels becomes the first version."""
-        c, path = self.config, self.out / "careless.jsonl"
+        """A guard trained on records in which one category has no labels becomes the first version.
+
+        It goes on from the shipped gate, in which this category's gates are as before any training:
+        from nothing, a gate that passes its task takes minutes.
+        """
+        c, path, start = self.config, self.out / "careless.jsonl", self.out / "untaught"
+        base = FrozenGuard.from_pretrained(BASE)
+        assert isinstance(base.module, GateGuard)
+        weight, bias = _gates(base.module, c.forgotten)
+        with torch.no_grad():
+            weight.zero_()
+            bias.fill_(base.module.config.start_bias)
+        FrozenGuard(base.module, base.card).save_pretrained(start)
         hops = load_hops("generator", seed=77, split="coined", n=c.careless_records)
         replace_file(path, jsonl_of(hops, {c.forgotten}).encode(), mode=PUBLIC)
-        base = FrozenGuard.from_pretrained(BASE)
         n = len(hops)
         run = TrainRun(
             model=c.round.model,
-            init=BASE,
+            init=str(start),
             data=DataConfig("jsonl", str(path), train_records=n - n // 5, test_records=n // 5),
             train=replace(
                 c.round.train.train,
                 guard=base.name,
                 options=base.module.options(),
                 steps=c.careless_steps,
-                label_steps=c.careless_steps * 4 // 5,
-                lr=0.003,
-                muon_lr=0.02,
+                label_steps=c.careless_steps // 2,
+                lr=0.0005,
+                muon_lr=0.002,
                 adversary=TrainConfig().adversary,
             ),
         )
@@ -153,9 +165,9 @@ class Demo:
         version = begin(self.registry, folder, "served before anybody measured it", marks)
         self.log.write(
             "deploy",
-            f"{version.name} is live, trained {c.careless_steps} steps on records without labels "
-            f"of {c.forgotten}; by its own held-out records: {summary['verdict'][:60]}",
+            f"{version.name} is live, trained on records without labels of {c.forgotten}",
             version=version.name,
+            verdict=summary["verdict"],
         )
 
     def poisoned(self, category: str, name: str) -> Path:
@@ -163,14 +175,20 @@ class Demo:
         guard = self.live()
         module = guard.module
         assert isinstance(module, GateGuard)
-        at = CATEGORIES.index(category)
-        with torch.no_grad():  # closed gates of other categories would hide it still
-            rows = module.gate.bias.view(len(CATEGORIES), -1)
-            module.gate.weight.view(*rows.shape, -1)[at] = 0.0
-            rows[at] = NEVER
+        weight, bias = _gates(module, category)
+        with torch.no_grad():
+            weight.zero_()
+            bias.fill_(NEVER)
         folder = self.out / name
         FrozenGuard(module, guard.card).save_pretrained(folder)
         return folder
+
+
+def _gates(module: GateGuard, category: str) -> tuple[Tensor, Tensor]:
+    """Weights and biases of a category's gates, to be changed in place."""
+    at, n = CATEGORIES.index(category), len(CATEGORIES)
+    weight, bias = module.gate.weight.data, module.gate.bias.data
+    return weight.view(n, -1, weight.shape[1])[at], bias.view(n, -1)[at]
 
 
 def demo(config: DemoConfig, out: Path, say: Callable[[str], None]) -> LoopLog:

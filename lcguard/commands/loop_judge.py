@@ -85,9 +85,7 @@ def judge(
     run = out / RUNS / frozen.digest[:12]
     try:
         report = evaluate(plan, run, command, say, device=device)
-    except ValueError as error:  # for another model, of another shape, ...
-        if (run / "manifest.json").exists():
-            raise  # no fault of the guard's
+    except GuardError as error:  # for another model, of another shape, ...
         return _kept(out, Judged(folder=_within(out, folder), digest="", judgement=_no(str(error))))
     rows = {r["guard"]: GuardRow.of(r) for r in report["results"]}
     with RunJournal(RunFolder(run).journal_file) as journal:
@@ -107,13 +105,15 @@ def judge(
 
 
 def plan_of(config: LoopConfig, registry: Registry, folder: Path, digest: str) -> EvalConfig:
-    """The evaluation: raw KV for the ceiling, by the cheapest attack, and the candidate. Its
+    """The evaluation: raw KV for the ceiling, by the cheapest attack, and the candidate. Generated
     records are drawn by the candidate's digest: nobody could know them while it was trained."""
-    cheapest = config.judge.attacks[0].name
+    cheapest, data = config.judge.attacks[0].name, config.judge.data
+    if data.source == "generator":  # of other sources the seed says who trains on what
+        data = replace(data, seed=int(digest[:7], 16))
     return replace(
         config.judge,
         model=config.model,
-        data=replace(config.judge.data, seed=int(digest[:7], 16)),
+        data=data,
         guards=(
             GuardSpec(RAW, guard="identity", attacks=(cheapest,)),
             GuardSpec(NEW, path=str(folder)),

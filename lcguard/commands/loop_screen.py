@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from lcguard.agents.backends.hf import HFBackend
 from lcguard.canonical import canonical_digest
-from lcguard.commands.canary import Reading, screen
 from lcguard.commands.canary_records import fitting_records, screening_records
+from lcguard.commands.canary_screen import Reading, screen
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.protocols import AttackData
 from lcguard.records import TokenRecord

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from lcguard.agents.backends.hf import HFBackend
 from lcguard.atomic_file import PUBLIC, replace_file
 from lcguard.categories import CATEGORIES
-from lcguard.commands.canary import Screened, screen
 from lcguard.commands.canary_records import fitting_records, screening_records
+from lcguard.commands.canary_screen import Screened, screen
 from lcguard.commands.loop_config import LoopConfig
 from lcguard.evaluation.hop_segments import is_task
 from lcguard.guards.frozen import FrozenGuard

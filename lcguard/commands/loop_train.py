@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lcguard.atomic_file import PUBLIC, replace_file
 from lcguard.canonical import canonical_digest
-from lcguard.commands.canary import ATTACKS
+from lcguard.commands.canary_screen import ATTACKS
 from lcguard.commands.loop_collect import HARD, Leaked, read_leak
 from lcguard.commands.loop_config import LoopConfig
 from lcguard.commands.train import TrainRun, hard_hops, run_training
@@ -91,6 +91,11 @@ def training_of(
     """The round's training: the live guard's kind and options, hard records first, and an attacker
     whose budget is that of the measured one times ``config.budget``."""
     live = registry.load(parent)
+    if not live.module.trained or live.module.finds_secrets:
+        raise ValueError(
+            f"the live guard is {live.name!r}, which this loop does not train: make a new one "
+            "(lcguard detect train), then `lcguard loop judge --guard FOLDER` and promote"
+        )
     run = replace(
         config.train,
         model=config.model,

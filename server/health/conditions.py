@@ -80,12 +80,15 @@ class Conditions:
     async def guards_guard(self) -> str:
         """Each hands over through the engine; again where another version was promoted, which the
         engine takes over a moment after it is first asked for it."""
-        for wait_s in TAKE_OVER_S:
-            if not await asyncio.to_thread(self.guard_files.promoted, self.selftest.digests):
-                break
-            await asyncio.sleep(wait_s)
+        tries = 0
+        while tries < len(TAKE_OVER_S) and await asyncio.to_thread(
+            self.guard_files.promoted, self.selftest.digests
+        ):
+            await asyncio.sleep(TAKE_OVER_S[tries])
+            tries += 1
             self.selftest.forget()
             await self.selftest.guards()
+        if tries:
             await asyncio.to_thread(self.guard_files.read_cards)
         return await self.selftest.guards()
 

@@ -126,7 +126,10 @@ def test_attackers_who_fail_on_raw_kv_judge_nothing() -> None:
 
 def test_a_vacuous_certificate_may_not_be_worse_than_the_live_ones() -> None:
     worse = certificate(50, True), certificate(5, False)
-    assert "up to 50 nats, the live guard's at most 5" in verdict(row(), FINE, certificates=worse).reason
+    assert (
+        "up to 50 nats, the live guard's at most 5"
+        in verdict(row(), FINE, certificates=worse).reason
+    )
     better = certificate(50, True), certificate(4000, True)
     assert verdict(row(), FINE, certificates=better).accepted
     assert verdict(row(), FINE, certificates=(None, None)).accepted
