@@ -252,10 +252,9 @@ def shadow(
 
 
 def _load(config: Path | None, sets: list[str] | None) -> LoopConfig:
-    from lcguard.commands.loop_config import LoopConfig
-    from lcguard.config import load_config
+    from lcguard.commands.loop_config import load_loop
 
-    return load_config(LoopConfig, config, sets or [])
+    return load_loop(config, sets or [])
 
 
 def _in(state: Path, given: Path | None, name: str) -> Path | None:

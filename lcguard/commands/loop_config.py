@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lcguard.commands.loop_screen import ScreenConfig
 from lcguard.commands.train import TrainRun
+from lcguard.config import load_config
 from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig
 from lcguard.evaluation.verdict import UTILITY_SHARE
 from lcguard.training.config import AdversaryConfig, PolicyMix, TrainConfig
@@ -102,3 +105,8 @@ class LoopConfig:
             raise ValueError("judge.attacks names none that writes values: give at least one")
         if self.judge.guards or self.judge.policies:
             raise ValueError("judge.guards and judge.policies are the loop's own: leave them out")
+
+
+def load_loop(path: Path | None, sets: Sequence[str] = ()) -> LoopConfig:
+    """A file's options over the loop's own, part by part. Raises ``ConfigError``."""
+    return load_config(LoopConfig, path, sets, base=LoopConfig())

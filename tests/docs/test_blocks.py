@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.cli import app
 from lcguard.commands.detector import DetectorRun
-from lcguard.commands.loop_config import LoopConfig
+from lcguard.commands.loop_config import load_loop
 from lcguard.commands.train import TrainRun
 from lcguard.config import load_config
 from lcguard.evaluation.plan import EvalConfig
@@ -165,11 +165,17 @@ def read_as(schema: type[Any]) -> Callable[[str, Path], None]:
     return read
 
 
+def read_loop(text: str, folder: Path) -> None:
+    path = folder / "loop.yaml"
+    path.write_text(text)
+    load_loop(path)
+
+
 YAML = {
     "docs/evaluation.md": read_as(EvalConfig),
     "docs/frameworks.md": read_policy,
     "docs/guards.md": read_as(DetectorRun),
-    "docs/loop.md": read_as(LoopConfig),
+    "docs/loop.md": read_loop,
     "docs/proxy.md": read_policy,
     "docs/training.md": read_as(TrainRun),
 }

@@ -10,6 +10,7 @@ import pytest
 
 from lcguard.commands.loop_demo import DemoConfig, demo
 from lcguard.commands.loop_round import LoopLog
+from lcguard.commands.loop_screen import ScreenConfig
 from lcguard.deployment_key import KEY_VARIABLE
 from lcguard.evaluation.plan import AttackSpec, DataConfig
 from lcguard.guards.registry import Registry
@@ -20,16 +21,34 @@ KEY = "ef" * 32
 
 def small() -> DemoConfig:
     config = DemoConfig()
-    probe = AttackSpec("probe", "probe", {"fit": {"steps": 120, "batch": 512}})
+    part = config.round
+    probe = AttackSpec("probe", "probe", {"fit": {"steps": 150, "batch": 512}})
     return replace(
         config,
-        careless_records=60,
+        careless_records=40,
         careless_steps=4,
         round=replace(
-            config.round,
+            part,
+            limit=0.1,  # fewer records say less: what leaks whole has to show all the same
+            hard_records=80,
+            utility_share=0.8,
+            certificate_pairs=24,
+            screen=ScreenConfig(train_records=40, test_records=32),
+            train=replace(
+                part.train,
+                data=DataConfig(seed=5000, train_records=80, test_records=24),
+                train=replace(
+                    part.train.train,
+                    steps=50,
+                    label_steps=30,
+                    hard_steps=34,
+                    batch=10,
+                    certificate_pairs=24,
+                ),
+            ),
             judge=replace(
-                config.round.judge,
-                data=DataConfig(train_records=120, test_records=40),
+                part.judge,
+                data=DataConfig(train_records=90, test_records=50),
                 attacks=(probe,),
             ),
         ),

@@ -14,13 +14,13 @@ from lcguard.agents.scenarios.jsonl_writer import jsonl_of
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.categories import CATEGORIES
 from lcguard.commands.loop_collect import closed_under, collect, hidden_on, read_leak
-from lcguard.commands.loop_config import LoopConfig
+from lcguard.commands.loop_config import LoopConfig, load_loop
 from lcguard.commands.loop_judge import judge, plan_of, promote, read_judged
 from lcguard.commands.loop_round import begin
 from lcguard.commands.loop_train import train, training_of
 from lcguard.commands.loop_verdict import decide, worst_by_category
 from lcguard.commands.loop_watch import watch_once
-from lcguard.config import ConfigError, load_config
+from lcguard.config import ConfigError
 from lcguard.evaluation.load import hops_for
 from lcguard.evaluation.outcomes import Attempt, Outcome
 from lcguard.evaluation.results import GuardRow
@@ -339,4 +339,14 @@ def test_options_that_make_no_sense(tmp_path: Path, text: str, why: str) -> None
     path = tmp_path / "loop.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=why):
-        load_config(LoopConfig, path)
+        load_loop(path)
+
+
+def test_a_part_that_is_named_keeps_the_rest_of_the_loops_own(tmp_path: Path) -> None:
+    path = tmp_path / "loop.yaml"
+    path.write_text("train: {train: {steps: 40}}\njudge: {data: {test_records: 30}}\n")
+    found, own = load_loop(path, ["train.train.batch=8"]), LoopConfig()
+    assert (found.train.train.steps, found.train.train.batch) == (40, 8)
+    assert found.train.train.adversary == own.train.train.adversary
+    assert (found.judge.data.test_records, found.judge.attacks) == (30, own.judge.attacks)
+    assert load_loop(None) == own
