@@ -53,7 +53,7 @@ bench: $(READY)  ## Run every scripts/bench_*.py
 	  echo "bench: $$script"; $(BIN)/python "$$script"; \
 	done
 
-# An environment of its own: beside vLLM's pins there is no kfp of the second version.
+# An environment of its own: kfp wants an older protobuf than vLLM is pinned with.
 KFP := build/kfp
 pipeline: $(KFP)/.ready  ## Compile container/loop_pipeline.yaml
 	@echo "pipeline: scripts/loop_pipeline.py"

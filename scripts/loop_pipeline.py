@@ -1,7 +1,7 @@
 """The loop's round as a Kubeflow pipeline: compiles ``container/loop_pipeline.yaml``.
 
-Runs in an environment of its own, with kfp alone (``make pipeline``): beside vLLM's pins kfp has no
-release of the second version. Nothing of lcguard is imported, each step is its command line.
+Runs in an environment of its own (``make pipeline``): kfp wants an older protobuf than vLLM's pins
+have. Nothing of lcguard is imported, each step is its command line.
 """
 
 # kfp reads annotations as types: they may not be postponed
