@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test test-fast lint docs bench help venv vllm gpu clean
+.PHONY: demo demo-real test test-fast lint docs bench pipeline help venv vllm gpu clean
 
 demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
@@ -53,6 +53,17 @@ bench: $(READY)  ## Run every scripts/bench_*.py
 	@set -e; for script in $(sort $(wildcard scripts/bench_*.py)); do \
 	  echo "bench: $$script"; $(BIN)/python "$$script"; \
 	done
+
+# An environment of its own: kfp wants an older protobuf than vLLM is pinned with.
+KFP := build/kfp
+pipeline: $(KFP)/.ready  ## Compile container/loop_pipeline.yaml
+	@echo "pipeline: scripts/loop_pipeline.py"
+	@$(KFP)/bin/python scripts/loop_pipeline.py
+
+$(KFP)/.ready: requirements-kfp.txt | $(READY)
+	@$(BIN)/python -m venv $(KFP)
+	@$(KFP)/bin/python -m pip -qq --disable-pip-version-check install -r requirements-kfp.txt
+	@touch $@
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -136,7 +136,7 @@ class BaseAttack:
 
     def as_adversary(self) -> Adversary:
         """The attack as something that a guard can be trained against, step by step."""
-        raise ValueError(f"attack {self.name!r} cannot be an adversary; use decoder")
+        raise ValueError(f"attack {self.name!r} cannot be an adversary; use decoder or probe")
 
     def fit(self, pairs: AttackData, *, seed: int = 0) -> BaseAttack:
         raise NotImplementedError(f"attack {self.name!r} defines no fit")

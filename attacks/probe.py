@@ -41,6 +41,71 @@ class ProbeAttack(ScheduledAttack):
     def __init__(self, config: Config | None = None) -> None:
         super().__init__(config)
         self.net: nn.Sequential | None = None
+        self.fields: dict[str, int] = {}
+
+    # -- in the training loop of a guard
+
+    def as_adversary(self) -> ProbeAttack:
+        return self
+
+    @property
+    def network(self) -> nn.Module:
+        if self.net is None:
+            raise ValueError(f"attack {self.name!r} is not fitted; call fit first")
+        return self.net
+
+    def start(self, pairs: AttackData, *, seed: int = 0) -> None:
+        """Makes the network without training it. Raises ``ValueError`` as ``fit``."""
+        torch.manual_seed(seed)
+        x, _, secret = _positions(pairs, self.config.layers)
+        if not bool(secret.any()):
+            raise ValueError("no secret position in the training pairs: nothing to probe")
+        names = {s.field for secrets in pairs.secrets for s in secrets}
+        self.fields = {name: i for i, name in enumerate(sorted(names))}
+        self.net = self._made(x, pairs.special.vocab)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        learnt = [p for p in self.network.parameters() if p.requires_grad]
+        return [torch.optim.AdamW(learnt, lr=self.config.fit.lr)]
+
+    def update(self, batch: AttackData, optimizers: Sequence[torch.optim.Optimizer]) -> float:
+        """One step on already guarded pairs; returns the loss in nats."""
+        loss = self.loss(batch)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return float(loss.detach())
+
+    def loss(self, batch: AttackData, *, auxiliary: bool = True) -> Tensor:
+        """Cross-entropy of the secrets' tokens in nats, differentiable in the KV; ``auxiliary``:
+        half of it that of the tokens beside them."""
+        x, y, secret = _positions(batch, self.config.layers)
+        kinds = [secret, ~secret] if auxiliary else [secret]
+        found = [F.cross_entropy(self.network(x[k]), y[k]) for k in kinds if bool(k.any())]
+        return sum(found, x.sum() * 0.0) / max(1, len(found))
+
+    def log_probs(self, batch: AttackData) -> tuple[Tensor, Tensor, Tensor]:
+        """Fields ``[N]``, labels ``[N, K]`` and log-probabilities ``[N, K, V]``, differentiable."""
+        seen, rows = features(batch.kv, self.config.layers).float(), []
+        labels, fields = [], []
+        for i, secrets in enumerate(batch.secrets):
+            for s in secrets:
+                here = seen[i, s.positions[0] : s.positions[1]]
+                if len(here) == len(s.ids):  # else the guard moved the tokens
+                    rows.append(here)
+                    labels.append(torch.tensor(s.ids, device=seen.device))
+                    fields.append(self.fields.get(s.field, len(self.fields)))
+        if not rows:
+            nothing = torch.zeros(0, 1, dtype=torch.long, device=seen.device)
+            return nothing[:, 0], nothing, self.network(seen[:0, :1]).log_softmax(-1)
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        due = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+        at = torch.tensor(fields, device=seen.device)
+        return at, due, self.network(x).log_softmax(-1)
+
+    # -- afterwards
 
     def fit(self, pairs: AttackData, *, seed: int = 0) -> ProbeAttack:
         """Raises ``ValueError`` where the pairs hold no secret whose position is known."""
@@ -48,14 +113,8 @@ class ProbeAttack(ScheduledAttack):
         x, y, secret = _positions(pairs, self.config.layers)
         if not bool(secret.any()):
             raise ValueError("no secret position in the training pairs: nothing to probe")
-        center, scale = x.mean(0), x.std(0).clamp_min(1e-4)
         c = self.config
-        self.net = nn.Sequential(
-            _Standardise(center, scale),
-            nn.Linear(x.shape[1], c.width),
-            nn.GELU(),
-            self._names(pairs.special.vocab),
-        ).to(x.device)
+        self.net = self._made(x, pairs.special.vocab)
         learnt = [p for p in self.net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learnt, lr=c.fit.lr)
         rng = torch.Generator().manual_seed(seed)
@@ -77,6 +136,16 @@ class ProbeAttack(ScheduledAttack):
             loss.backward()
             optimizer.step()
         return self
+
+    def _made(self, x: Tensor, vocab: int) -> nn.Sequential:
+        """The untrained network for features like ``x [N, F]``."""
+        center, scale = x.detach().mean(0), x.detach().std(0).clamp_min(1e-4)
+        return nn.Sequential(
+            _Standardise(center, scale),
+            nn.Linear(x.shape[1], self.config.width),
+            nn.GELU(),
+            self._names(vocab),
+        ).to(x.device)
 
     def _names(self, vocab: int) -> nn.Module:
         """Hidden state to logits."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lcguard import __version__
-from lcguard.commands import detect, models, service
+from lcguard.commands import detect, loop, models, registry, service
 from lcguard.commands.script import command_line, existing, one_line, resumable
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(policy_app, name="policy")
 app.add_typer(models.models_app, name="models")
 app.add_typer(detect.detect_app, name="detect")
+app.add_typer(loop.loop_app, name="loop")
+app.add_typer(registry.registry_app, name="registry")
 app.add_typer(service.keys_app, name="keys")
 app.add_typer(service.audit_app, name="audit")
 app.add_typer(service.config_app, name="config")

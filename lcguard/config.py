@@ -128,13 +128,18 @@ def _dataclasses_in(hint: Any) -> Iterator[type]:
         yield from _dataclasses_in(argument)
 
 
-def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    cls: type[T], path: Path | None, overrides: Sequence[str] = (), base: T | None = None
+) -> T:
     """Loads ``path`` as a ``cls``; ``overrides`` are ``a.b=c`` with c parsed as YAML.
 
-    Without a path the defaults of ``cls`` are the file.
+    Without a path the defaults of ``cls`` are the file. ``base``: what the file leaves out, within
+    its parts too; without it a part that is named has the defaults of its own type.
     """
     name = str(path) if path else "defaults"
     data = read_mapping(path) if path else {}
+    if base is not None:
+        data = _over(parse_yaml(dump_config(base)), data)
     for override in overrides:
         _apply(data, override)
     if overrides:
@@ -150,6 +155,14 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
             [{**line, "loc": line["loc"][1:]} for line in error.errors()],  # type: ignore[typeddict-unknown-key]
         )
         raise ConfigError(f"{name}: {explain(stripped, field_paths(cls))}") from None
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Mappings merged, key by key; anything else is what stands above."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    both = {k: _over(below[k], v) if k in below else v for k, v in above.items()}
+    return {**below, **both}
 
 
 def validated(

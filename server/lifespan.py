@@ -6,15 +6,13 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lcguard.guards import FrozenGuard
-from lcguard.guards.frozen import GuardError, finders
-from lcguard.guards.standing import unproven_guards
+from lcguard.guards.frozen import finders
 from lcguard.handoff.policy import Policy
 from lcguard.handoff.policy_reader import PolicyReader
 from lcguard.reloading import ReloadingFile
@@ -34,8 +32,9 @@ from lcguard.server.engine import Engine, EnginePlan
 from lcguard.server.gateway.upstream import Upstream
 from lcguard.server.health.clocks import Clocks
 from lcguard.server.health.conditions import Conditions
+from lcguard.server.health.guard_files import GuardFiles
 from lcguard.server.health.readiness import Readiness, Watch
-from lcguard.server.health.selftest import GuardFiles, SelfTest
+from lcguard.server.health.selftest import SelfTest
 from lcguard.server.leakage.canaries import CanaryRunner
 from lcguard.server.leakage.canary_jobs import canary_job
 from lcguard.server.leakage.draw_budget import sweep_draws
@@ -191,7 +190,7 @@ def open_proxy(
     """The proxy around all of them."""
     s, key, store, line = deployment.settings, deployment.key, storage.store, storage.line
     audit, meter = storage.audit, storage.meter
-    unproven = unproven_guards(s.engine.guards)
+    files = conditions.guard_files
     spans = SpanFinder(
         upstream, deployment.model, s.limits.redact_timeout_s, deployment.text_finder
     )
@@ -214,7 +213,7 @@ def open_proxy(
         meter=meter,
         authority=authority,
         text_hops=TextHops(authority),
-        settlement=Settlement(store, line, key, audit, unproven),
+        settlement=Settlement(store, line, key, audit, files.unproven),
         readiness=deployment.readiness,
         limits=KeyLimits(Limits(concurrency=s.limits.key_concurrency)),
         concurrency=ConcurrencyLimit(
@@ -225,8 +224,8 @@ def open_proxy(
         context=lambda: conditions.selftest.context,
         tracing=tracing,
         engine_starts=lambda: deployment.engine.starts if deployment.engine else 0,
-        certificates=certificates(s.engine.guards),
-        unproven=unproven,
+        certificates=files.certificates,
+        unproven=files.unproven,
     )
 
 
@@ -252,17 +251,6 @@ async def _stop(proxy: Proxy, tasks: Sequence[asyncio.Future[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     with suppress(DatabaseError):
         await proxy.audit.append(Entry("stop"))
-
-
-def certificates(folders: Mapping[str, str]) -> dict[str, float]:
-    """Guard to the mean pair leak on its card, in nats."""
-    out = {}
-    for name, folder in folders.items():
-        with suppress(GuardError):
-            card = FrozenGuard.from_pretrained(folder).card
-            if card.certificate is not None:
-                out[name] = float(card.certificate["mean_nats"])
-    return out
 
 
 async def _announce(deployment: Deployment) -> None:

@@ -17,6 +17,7 @@ from lcguard.agents.nano.load import model_path
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.categories import CATEGORIES
 from lcguard.guards import FrozenGuard, KVShape, guard_class
+from lcguard.guards.registry import Judgement, Registry
 from lcguard.guards.shipped import guard_folder
 from lcguard.guards.twin import TwinGuard
 from lcguard.records import TokenQuestion, TokenRecord
@@ -42,7 +43,7 @@ def policy() -> dict[str, Any]:
         "version": 1,
         "edges": [
             {"source": "*", "audience": name, "forbid": list(CATEGORIES), "guard": name}
-            for name in (*GUARDS, "broken")
+            for name in (*GUARDS, "broken", "live")
         ],
     }
 
@@ -63,7 +64,18 @@ def guard_folders(agent: HFBackend, folder: Path) -> dict[str, str]:
         "gate": "nano:gate",
         # the same weights under a name whose guard the tests break
         "broken": guard_folder("nano:gate"),
+        "live": str(registry(folder / "registry").folder),
     }
+
+
+def registry(folder: Path) -> Registry:
+    """Of the engine's guard ``live``: the shipped gate, and another that may take its place."""
+    found = Registry(folder, bytes.fromhex(KEY))
+    for name in ("nano:gate", "nano:gate-full"):
+        word = Judgement(accepted=True, reason="shipped")
+        found.add(Path(guard_folder(name)), word)
+    found.promote("v1", "the first")
+    return found
 
 
 def fit_twin(agent: HFBackend) -> FrozenGuard:

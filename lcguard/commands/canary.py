@@ -17,32 +17,23 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lcguard.agents.nano.load import model_path
 from lcguard.agents.scenarios.encode import Encoder
-from lcguard.attacks.base import attack_class
 from lcguard.categories import Category
 from lcguard.commands.canary_plant import AppliedGuard, Plant, Planter, PlantError
-from lcguard.commands.canary_records import Words, fitting_records, screening_records
-from lcguard.evaluation.intervals import wilson
+from lcguard.commands.canary_records import fitting_records, screening_records
+from lcguard.commands.canary_screen import screen
 from lcguard.handoff.keys import deployment_key
 from lcguard.manifest import SegmentError
 from lcguard.protocols import AttackData, KVBatch
 from lcguard.records import TokenRecord
 from lcguard.store import StoreError, open_store
 from lcguard.tokens import Special
-from lcguard.training.dataset import attack_data, blind
-
-ATTACKS: dict[str, dict[str, Any]] = {
-    # as strong as with 2048 tokens a step, in a quarter of the time
-    "probe": {"fit": {"steps": 300, "batch": 512, "lr": 5e-3}},
-    "linear": {},
-}
-"""Attacks that need no model of the agents and a few seconds of one core. A decoder takes minutes
-beside a live server: that is for ``lcguard eval``."""
+from lcguard.training.dataset import attack_data
 
 
 class EdgeJob(BaseModel):
@@ -57,6 +48,8 @@ class EdgeJob(BaseModel):
     derive: tuple[Category, ...] = ()
     guard: str = ""
     """Expected guard; an edge that publishes under another one is an error. Empty: any."""
+    guard_digest: str = ""
+    """Likewise, of a registry's live version."""
 
     @property
     def names(self) -> dict[str, str]:
@@ -80,50 +73,8 @@ class Job(BaseModel):
     attack: Literal["probe", "linear"] = "probe"
     seed: Annotated[int, Field(ge=0)] = 0
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
-
-
-class Screened(NamedTuple):
-    """What an attack recovered."""
-
-    n_secrets: int
-    recovered: int
-    asr: float
-    asr_low: float
-    asr_high: float
-    floor: float
-
-
-def screen(
-    train: AttackData,
-    test: AttackData,
-    attack: str = "probe",
-    *,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Screened:
-    """Fits a fresh attack on ``train``, and counts whole values of ``test`` that it gets exactly.
-
-    Raises ``ValueError`` for an attack that is not for canaries, or where nothing could be scored.
-    """
-    won, n = _recovered(train, test, attack, seed)
-    by_chance, m = _recovered(blind(train, seed), blind(test, seed + 1), attack, seed)
-    if not n or not m:
-        raise ValueError(f"attack {attack!r} gave no guess that could be scored")
-    return Screened(n, won, won / n, *wilson(won, n, level), by_chance / m)
-
-
-def _recovered(train: AttackData, test: AttackData, attack: str, seed: int) -> tuple[int, int]:
-    """Exact values, and values that were tried."""
-    if attack not in ATTACKS:
-        raise ValueError(f"attack={attack!r}: for canaries there are {', '.join(ATTACKS)}")
-    words = Words.of(train)
-    fitted = attack_class(attack).build(ATTACKS[attack]).fit(words.rename(train), seed=seed)
-    guesses = fitted.recover(words.rename(test))
-    truth = [s.ids for row in test.secrets for s in row]
-    tried = [
-        words.back(g.ids) == ids for g, ids in zip(guesses, truth, strict=True) if g.ids is not None
-    ]
-    return sum(tried), len(tried)
+    limit: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Success rate above which a category leaks by itself."""
 
 
 @dataclass
@@ -181,10 +132,11 @@ class Canaries:
             job.attack,
             seed=job.seed,
             level=job.level,
+            limit=job.limit,
         )
         figures = {
-            **found._asdict(),
-            "attack": job.attack,
+            **found.figures._asdict(),
+            "attack": f"{job.attack} on {found.category}" if found.category else job.attack,
             "guard": applied.guard,
             "guard_digest": applied.guard_digest,
             "policy_digest": first[0].policy_digest,
@@ -209,6 +161,11 @@ class Canaries:
         if edge.guard and applied.guard != edge.guard:
             raise PlantError(
                 f"published under guard {applied.guard!r}, the job says {edge.guard!r}"
+            )
+        if edge.guard_digest not in ("", applied.guard_digest):
+            raise PlantError(
+                f"published under guard {applied.guard_digest[:12]}, the registry has "
+                f"{edge.guard_digest[:12]} live"
             )
         if missing := sorted(set(edge.forbid) - set(applied.rule.forbid)):
             raise PlantError(f"published without hiding {', '.join(missing)}: the policy changed")

@@ -25,7 +25,7 @@ def fitting_records(
     encoder: Encoder, forbid: Sequence[str], n: int, seed: int
 ) -> list[TokenRecord]:
     """``n`` pairs of records that hold forbidden values, together of as many words as possible."""
-    pool = _holding(encoder, forbid, 2 * _POOL * n, "coined", seed, min_fields=7)
+    pool = holding(encoder, forbid, 2 * _POOL * n, "coined", seed, min_fields=7)
     chosen = [pool[i][0] for i in _varied([record for _, record in pool], 2 * n)]
     pairs = [_join(a, b) for a, b in zip(chosen[::2], chosen[1::2], strict=True)]
     return with_policy(encoder.encode(pairs), forbid)
@@ -35,10 +35,10 @@ def screening_records(
     encoder: Encoder, forbid: Sequence[str], n: int, seed: int
 ) -> list[TokenRecord]:
     """``n`` records that hold forbidden values, of names that no fitting record has."""
-    return [record for _, record in _holding(encoder, forbid, n, "test", seed)]
+    return [record for _, record in holding(encoder, forbid, n, "test", seed)]
 
 
-def _holding(
+def holding(
     encoder: Encoder, forbid: Sequence[str], n: int, split: str, seed: int, min_fields: int = 5
 ) -> list[tuple[Hop, TokenRecord]]:
     """The first ``n`` generated records with a forbidden value."""

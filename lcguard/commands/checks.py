@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rich.text import Text
 
 from lcguard.commands.script import one_line
+from lcguard.server.database.connection import DatabaseError
 from lcguard.store import StoreError
 
 Level = Literal["ok", "warning", "fails"]
@@ -44,7 +45,7 @@ def _result(what: str, check: Check) -> Result:
         return Result(what, "ok", check())
     except Advice as advice:
         return Result(what, "warning", " ".join(str(advice).split()))
-    except (ValueError, OSError, StoreError) as error:
+    except (ValueError, OSError, StoreError, DatabaseError) as error:
         return Result(what, "fails", one_line(error))
 
 

@@ -24,6 +24,7 @@ from lcguard.commands.policy import warnings
 from lcguard.commands.text_detector import MODEL, shared_text_detector
 from lcguard.config import load_config
 from lcguard.guards.frozen import finders
+from lcguard.guards.registry_file import is_registry
 from lcguard.guards.standing import check_proven
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
 from lcguard.handoff.policy import Policy, check_finders, load_policy
@@ -56,9 +57,12 @@ def load_settings(
         ServerSettings, found if config is not None or found.exists() else None, overrides
     )
     folder, engine = state.resolve(), settings.engine
+    guards = engine.guards or served_guards(engine.model)
+    if any(is_registry(Path(at)) for at in guards.values()):
+        state_key(state, make=False)  # which its signature is checked with, wherever it is read
     return replace(
         settings,
-        engine=replace(engine, guards=engine.guards or served_guards(engine.model)),
+        engine=replace(engine, guards=guards),
         policy=folder / settings.policy,
         keys=folder / settings.keys,
         database=database_in(folder, settings.database),

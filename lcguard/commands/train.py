@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
+from lcguard.agents.scenarios.files import ScenarioWarning
+from lcguard.agents.scenarios.load import load_hops
+from lcguard.agents.scenarios.types import Hop
 from lcguard.atomic_file import PUBLIC, replace_file
 from lcguard.attacks.base import attack_class
 from lcguard.categories import CATEGORIES
@@ -44,6 +48,9 @@ class TrainRun:
     init: str = ""
     """A trained guard to go on from: a folder, or ``nano:NAME``; its options must be the same but
     for ``noise``."""
+    hard: str = ""
+    """JSONL of records that the guard of ``init`` failed on: trained on beside those of ``data``,
+    and alone in the first ``train.hard_steps``."""
     average: float = 1.0
     """Share of this run's weights in an average with those of ``init``; 1 keeps them as they are.
     The average of two ends of one trajectory often lies better than both."""
@@ -84,11 +91,13 @@ def run_training(
     if not run.train.steps and first is None:
         raise ValueError("steps=0 trains nothing: set init to a trained guard, or steps above 0")
     train, test = (backend.encoder.encode(hops) for hops in hops_for(run.data))
+    hard = backend.encoder.encode(hard_hops(run.hard))
     if not train or not test:
         raise ValueError(f"{run.data.source}: no records to train on or to certify with")
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "config.yaml", dump_config(run).encode(), mode=PUBLIC)
-    say(f"{len(train)} training and {len(test)} held-out records, model {run.model}")
+    more = f" ({len(hard)} more to begin with)" if hard else ""
+    say(f"{len(train)} training{more} and {len(test)} held-out records, model {run.model}")
     takes = estimate(backend.source.model.config.get_text_config(), run.train.batch)
     say(f"batch {run.train.batch}: {takes.line(run.train.steps)}")
     if takes.bytes > machine_bytes():
@@ -101,6 +110,7 @@ def run_training(
         out,
         adversary_factory(run.train.adversary.attack),
         first,
+        hard=hard,
     )
     other = first if not run.average_with else load_other(run, backend)
     if other is not None:
@@ -119,6 +129,15 @@ def run_training(
     replace_file(out / "summary.json", text.encode(), mode=PUBLIC)
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return summary
+
+
+def hard_hops(path: str) -> list[Hop]:
+    """The records of ``TrainRun.hard``; none without a file. Raises ``ScenarioError``."""
+    if not path:
+        return []
+    with warnings.catch_warnings():  # of values that stand again, which are guarded too
+        warnings.simplefilter("ignore", ScenarioWarning)
+        return load_hops("jsonl", path=Path(path))
 
 
 def check_folder(run: TrainRun, out: Path) -> None:

@@ -1,21 +1,26 @@
-"""Guards that come with the package, for the models that go by a name: ``nano:gate``."""
+"""Where a guard lies that goes by a name: ``nano:gate`` came with the package, a registry's folder
+means its live version."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
 
+from lcguard.guards.registry_file import CARD_FILE, is_registry, live_folder
 from lcguard.nearest import unknown
 
-CARD = "lcguard_config.json"
+CARD = CARD_FILE
 
 
 def guard_folder(path: str) -> str:
-    """The folder of a guard: ``MODEL:NAME`` is one that came with the package, anything else is a
-    folder or repository as it is.
+    """The folder of a guard: ``MODEL:NAME`` is one that came with the package, a registry stands
+    for its live version, anything else is a folder or repository as it is.
 
-    Raises ``ValueError`` naming the shipped ones where the model has none of that name.
+    Raises ``ValueError`` naming the shipped ones where the model has none of that name, and
+    ``RegistryError`` for a registry that was altered or has no live version.
     """
+    if is_registry(Path(path)):
+        return str(live_folder(Path(path)))
     model, _, name = path.partition(":")
     if not name or not model.isidentifier():
         return path

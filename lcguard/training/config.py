@@ -72,6 +72,10 @@ class TrainConfig:
     alone: cheap, and the counterfactuals then only have to say what else to withhold."""
     label_weight: float = 0.0
     """Weight of the spans' labels in the steps after that."""
+    hard_steps: int = 0
+    """First so many steps, those on labels included, see the records alone that a guard before has
+    failed on; what they teach is then kept among all others. Without such records it says nothing.
+    """
     open_weight: float = 0.0
     """Share of the labels for opening each category's gates on the values of the others: numbers
     that are allowed look like numbers that are not."""
@@ -101,6 +105,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps={self.steps} must be at least 0")
+        if self.hard_steps < 0:
+            raise ValueError(f"hard_steps={self.hard_steps} must be at least 0")
         for name in ("batch", "questions", "checkpoint_every", "path_hops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -76,8 +76,20 @@ class Steps:
     source: ModelSource
     config: TrainConfig
     neutral_id: int
+    hard: Sequence[TokenRecord] = ()
+    """Those that the first ``hard_steps`` are for, sorted by length; ``records`` has them too."""
 
-    def draw(self, rng: random.Random, module: GuardModule, generator: torch.Generator) -> StepData:
+    def seen_at(self, step: int) -> Sequence[TokenRecord]:
+        """What a step draws from."""
+        return self.hard if self.hard and step < self.config.hard_steps else self.records
+
+    def draw(
+        self,
+        rng: random.Random,
+        module: GuardModule,
+        generator: torch.Generator,
+        step: int,
+    ) -> StepData:
         """One step's records, policies, questions and counterfactuals.
 
         With ``path_hops`` above 1 the batch is so many hops of as many paths, hop after hop: each
@@ -88,7 +100,7 @@ class Steps:
         """
         config = self.config
         chosen = []
-        for record in draw_batch(rng, self.records, config.batch):
+        for record in draw_batch(rng, self.seen_at(step), config.batch):
             (record,) = with_policy([record], *sample_policy(rng, config.policies))
             questions = [q for q in record.questions if permitted(record, q)]
             rng.shuffle(questions)

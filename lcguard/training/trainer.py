@@ -112,8 +112,10 @@ def train_guard(
     factory: AdversaryFactory | None = None,
     init: FrozenGuard | None = None,
     progress: bool | None = None,
+    hard: Sequence[TokenRecord] = (),
 ) -> Run:
-    """Trains on ``records`` and returns the frozen guard.
+    """Trains on ``records`` and returns the frozen guard; ``hard`` are records beside them that
+    the first ``config.hard_steps`` see alone.
 
     ``out`` gets ``metrics.jsonl`` and, while the run lasts, ``checkpoint.safetensors``. Raises
     ``ValueError`` for a guard without parameters, an adversary without factory, or a loss that is
@@ -123,7 +125,7 @@ def train_guard(
     if config.adversary.count and factory is None:
         raise ValueError("config.adversary.count > 0 needs a factory for the attackers")
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, records, source, special, factory or _no_adversary, init)
+    trainer = Trainer(config, records, source, special, factory or _no_adversary, init, hard)
     state = out / "checkpoint.safetensors"
     first, spent = trainer.resume(state)
     metrics = _kept_metrics(out / "metrics.jsonl", first)
@@ -154,7 +156,9 @@ class Trainer:
         special: Special,
         factory: AdversaryFactory,
         init: FrozenGuard | None = None,
+        hard: Sequence[TokenRecord] = (),
     ) -> None:
+        records = [*hard, *records]
         self.config, self.special = config, special
         self.accelerator = Accelerator(cpu=source.device.type == "cpu")
         self.module = make_module(config, source)
@@ -168,8 +172,8 @@ class Trainer:
         self.average: AveragedModel | None = None
         if config.ema:
             self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-        by_length = sorted(records, key=lambda r: len(r.ids))
-        self.steps = Steps(by_length, pool, source, config, special.neutral_id)
+        by_length, hard = (sorted(rows, key=lambda r: len(r.ids)) for rows in (records, hard))
+        self.steps = Steps(by_length, pool, source, config, special.neutral_id, hard)
         self.objective = Objective(config, source, pool)
 
     def step(self, step: int) -> dict[str, float]:
@@ -184,14 +188,14 @@ class Trainer:
         return row
 
     def _label(self, rng: random.Random, step: int) -> dict[str, float]:
-        chosen = draw_batch(rng, self.steps.records, self.config.batch)
+        chosen = draw_batch(rng, self.steps.seen_at(step), self.config.batch)
         raw = self.steps.source.prefill([r.ids for r in chosen], batch=len(chosen))
         loss = label_loss(self.module, chosen, raw, self.steps.pool)
         self._descend(loss, step)
         return {"loss": float(loss.detach())}
 
     def _guard(self, rng: random.Random, generator: torch.Generator, step: int) -> dict[str, float]:
-        data = self.steps.draw(rng, self.module, generator)
+        data = self.steps.draw(rng, self.module, generator, step)
         total, metrics, guarded = self.objective.losses(self.module, data, generator, step)
         if self.ensemble.members:
             total = total + self.ensemble.guard_term(self._observed(data, guarded))

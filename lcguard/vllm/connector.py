@@ -12,6 +12,7 @@ only routes: ``scheduler`` plans, ``worker`` reads and writes, ``gatekeeper`` de
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from lcguard.vllm.setup import (
     gatekeeper_of,
     guards_of,
     key_of,
+    saved_guard_for,
     settings_of,
     store_of,
 )
@@ -85,6 +87,8 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
             rank=_tensor_rank() if world > 1 else 0,
             world=world,
             gather_heads=_gather_heads if world > 1 else lambda x: x,
+            follow=settings.guards,
+            load=partial(saved_guard_for, vllm_config, facts),
         )
 
     # -- scheduler

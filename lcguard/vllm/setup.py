@@ -122,11 +122,16 @@ def guards_of(config: Any, settings: Settings, facts: ModelFacts) -> dict[str, F
     out = {}
     for name in guard_names(settings):
         if name in settings.guards:
-            out[name] = saved_guard(name, settings.guards[name], facts.revision, shape)
+            out[name] = saved_guard_for(config, facts, name, settings.guards[name])
         else:
             module = guard_class(name).build(KVShape(*shape), len(CATEGORIES), {})
             out[name] = FrozenGuard(module)
     return out
+
+
+def saved_guard_for(config: Any, facts: ModelFacts, name: str, path: str) -> FrozenGuard:
+    """The guard that policies call ``name``, made for the engine's model. Raises ``StartError``."""
+    return saved_guard(name, path, facts.revision, kv_shape(config.model_config.hf_text_config))
 
 
 def saved_guard(

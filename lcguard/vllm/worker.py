@@ -20,6 +20,7 @@ from lcguard.rope import Rotary
 from lcguard.store import SegmentStore, StoreError
 from lcguard.store.line import StoreLine
 from lcguard.vllm.jobs import StepJobs
+from lcguard.vllm.live_guards import LiveGuards, Load
 from lcguard.vllm.loader import SegmentLoader
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.rank_pages import RankPages
@@ -46,7 +47,14 @@ class HandoffWorker:
         rank: int = 0,
         world: int = 1,
         gather_heads: Callable[[Tensor], Tensor] = lambda x: x,
+        follow: Mapping[str, str] | None = None,
+        load: Load | None = None,
     ) -> None:
+        """
+        Args:
+            follow: folders of guards by name; those of registries are followed.
+            load: reads a guard for this engine's model.
+        """
         self.guards, self.store, self._line = dict(guards), store, line
         self.pages = RankPages(Rotary.from_config(config), block_size, rank, world)
         self.loader = SegmentLoader(self.pages, store, line, key)
@@ -60,6 +68,9 @@ class HandoffWorker:
             timeout_s=line.timeout_s,
             gather_heads=gather_heads,
         )
+        self.live: LiveGuards | None = None
+        if rank == 0 and follow and load is not None:  # the first rank alone guards
+            self.live = LiveGuards(self.guards, follow, key, load, self._check, line)
         self._swept_s = 0.0
 
     def register(self, layers: list[LayerPages]) -> None:
@@ -67,9 +78,13 @@ class HandoffWorker:
         right."""
         for layer in layers:
             layer.probe()
-        if self.pages.world == 1:  # several ranks rewrite with the guards' modules
-            check_rewriting(self.guards, layers, self.pages.rotary)
         self.pages.layers = layers
+        self._check(self.guards)
+
+    def _check(self, guards: Mapping[str, FrozenGuard]) -> None:
+        """Raises ``StartError`` for a guard that these pages would be rewritten wrong by."""
+        if self.pages.world == 1:  # several ranks rewrite with the guards' modules
+            check_rewriting(guards, self.pages.layers, self.pages.rotary)
 
     def load(self, jobs: StepJobs) -> None:
         """Before a forward pass: asks for what its requests consume."""
@@ -78,6 +93,8 @@ class HandoffWorker:
 
     def save(self, jobs: StepJobs) -> None:
         """After a forward pass: guards what its requests publish, and has it stored."""
+        if self.live is not None:
+            self.live.look()
         for job in jobs.saves:
             self.saver.save(job)
         if jobs.saves and self.pages.rank == 0:

@@ -55,9 +55,7 @@ class Relay:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         tracing = self.proxy.tracing
-        exchange = Exchange(
-            headers, send, self.proxy.request_id(headers), self.endpoint, tracing
-        )
+        exchange = Exchange(headers, send, self.proxy.request_id(headers), self.endpoint, tracing)
         with self.proxy.watch(exchange, self.endpoint), tracing.request(exchange, self.path):
             try:
                 await self._answer(exchange, receive)

@@ -13,10 +13,14 @@ from lcguard.server.audit.trail import AuditLog
 from lcguard.server.engine import Engine
 from lcguard.server.errors import ProxyError
 from lcguard.server.health.clocks import Clocks
+from lcguard.server.health.guard_files import GuardFiles
 from lcguard.server.health.readiness import Check
-from lcguard.server.health.selftest import GuardFiles, SelfTest
+from lcguard.server.health.selftest import SelfTest
 from lcguard.store import SegmentStore
 from lcguard.store.line import StoreLine
+
+TAKE_OVER_S = (0.0, 0.25, 0.5, 1.0)
+"""Waits before an engine is tried again that has not gone over to a promoted guard yet."""
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Conditions:
             "door": self.door_is_shut,
             "store": self.store_works,
             "clocks": self.clocks.check,
-            "guards": self.selftest.guards,
+            "guards": self.guards_guard,
             "guard_files": self.guards_are_intact,
             "policy": self.policy_is_good,
             "audit": self.audit_works,
@@ -72,6 +76,21 @@ class Conditions:
     async def door_is_shut(self) -> str:
         async with self._blocks("door", lambda error: error.code == "door"):
             return await self.selftest.door()
+
+    async def guards_guard(self) -> str:
+        """Each hands over through the engine; again where another version was promoted, which the
+        engine takes over a moment after it is first asked for it."""
+        tries = 0
+        while tries < len(TAKE_OVER_S) and await asyncio.to_thread(
+            self.guard_files.promoted, self.selftest.digests
+        ):
+            await asyncio.sleep(TAKE_OVER_S[tries])
+            tries += 1
+            self.selftest.forget()
+            await self.selftest.guards()
+        if tries:
+            await asyncio.to_thread(self.guard_files.read_cards)
+        return await self.selftest.guards()
 
     async def guards_are_intact(self) -> str:
         async with self._blocks("guards", lambda error: True):

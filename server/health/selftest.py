@@ -7,12 +7,8 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from lcguard.guards import FrozenGuard
-from lcguard.guards.frozen import GuardError
-from lcguard.guards.shipped import guard_folder
 from lcguard.handoff.grants import make_grant, new_handle
 from lcguard.handoff.names import ANY
 from lcguard.handoff.policy import Edge, Policy
@@ -193,39 +189,3 @@ def edges_by_guard(policy: Policy) -> Iterator[Edge]:
         if rule.channel == "kv" and rule.guard not in seen:
             seen.add(rule.guard)
             yield rule
-
-
-class GuardFiles:
-    """Whether the guards on disk are still those that the engine runs."""
-
-    def __init__(self, folders: dict[str, str]) -> None:
-        """``folders``: guard name to folder, hub repository or ``nano:NAME``."""
-        self.folders = {k: Path(guard_folder(v)) for k, v in folders.items()}
-        self._marks: dict[str, tuple[object, str]] = {}
-
-    def check(self, running: dict[str, str]) -> str:
-        """Raises ``ProxyError`` for a guard whose files were altered since the engine read them."""
-        for name, folder in self.folders.items():
-            if name not in running or not (folder.is_absolute() or folder.is_dir()):
-                continue  # not used by the policy, or a hub repository
-            if not folder.is_dir():
-                why = f"guard {name!r}: {folder} is gone: put it back"
-                raise ProxyError(503, why, code="guard")
-            mark = [
-                (p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.iterdir())
-            ]
-            before = self._marks.get(name)
-            if before is None or before[0] != mark:
-                try:
-                    digest = FrozenGuard.from_pretrained(folder).digest
-                except GuardError as error:
-                    digest = f"unreadable: {error}"
-                before = self._marks[name] = (mark, digest)
-            if before[1] != running[name]:
-                raise ProxyError(
-                    503,
-                    f"guard {name!r} on the disk is not the one that the engine runs "
-                    f"({before[1][:80]}): put the files back, or restart",
-                    code="guard",
-                )
-        return f"{len(self.folders)} as the engine runs them"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lcguard.categories import CATEGORIES
+from lcguard.guards.registry_file import live_digest
 from lcguard.server.access.keyring import Identity
 from lcguard.server.audit.edge_counts import CANARY_TENANT
 from lcguard.server.dashboard.overview import known_edges
@@ -27,6 +28,7 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
 
     def job() -> dict[str, Any]:
         c, policy = proxy.settings.canaries, proxy.authority.policy
+        guards = proxy.settings.engine.guards
         counts = proxy.database.read(proxy.counts.update)
         edges = []
         for tenant, source, audience in sorted(known_edges(proxy, policy, counts)):
@@ -41,6 +43,8 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
                     # of the policy's own categories there are no records to plant
                     "forbid": [c for c in rule.forbid if c in CATEGORIES],
                     "guard": rule.guard,
+                    # another version is screened as soon as it is promoted
+                    "guard_digest": live_digest(guards.get(rule.guard, "")),
                 }
             )
         return {
@@ -55,6 +59,7 @@ def canary_job(proxy: Proxy, model: str, url: Callable[[], str]) -> Callable[[],
             "attack": c.attack,
             "seed": secrets.randbelow(2**31),
             "level": LEVEL,
+            "limit": c.threshold,
         }
 
     return job

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.cli import app
 from lcguard.commands.detector import DetectorRun
+from lcguard.commands.loop_config import load_loop
 from lcguard.commands.train import TrainRun
 from lcguard.config import load_config
 from lcguard.evaluation.plan import EvalConfig
@@ -82,6 +83,8 @@ HEAVY = {
     "label": "tests/test_init_label.py",
     "detect train": "tests/training/test_detect.py",
     "detect eval": "tests/training/test_detect.py",
+    "loop": "tests/loop/test_loop_demo.py",
+    "registry": "tests/loop/test_registry_commands.py",
 }
 
 
@@ -166,10 +169,17 @@ def read_as(schema: type[Any]) -> Callable[[str, Path], None]:
     return read
 
 
+def read_loop(text: str, folder: Path) -> None:
+    path = folder / "loop.yaml"
+    path.write_text(text)
+    load_loop(path)
+
+
 YAML = {
     "docs/evaluation.md": read_as(EvalConfig),
     "docs/frameworks.md": read_policy,
     "docs/guards.md": read_as(DetectorRun),
+    "docs/loop.md": read_loop,
     "docs/operations.md": read_as(ServerSettings),
     "docs/proxy.md": read_policy,
     "docs/training.md": read_as(TrainRun),
@@ -207,6 +217,8 @@ def parse(words: list[str]) -> None:
         if not hasattr(command, "commands"):
             return
         rest = [*context._protected_args, *context.args]
+        if not rest:
+            return
         name, command, words = command.resolve_command(context, rest)
 
 

@@ -102,7 +102,7 @@ class TestStep:
         rng, noise = random.Random(0), torch.Generator().manual_seed(0)
         pool = ValuePool(records)
         steps = Steps(records, pool, world.source, config, world.special.neutral_id)
-        data = steps.draw(rng, module, noise)
+        data = steps.draw(rng, module, noise, 0)
         losses = Objective(config, world.source, pool).losses(module, data, noise, 0)
         return data, losses, module
 

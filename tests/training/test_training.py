@@ -17,7 +17,7 @@ from torch import nn
 
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES, DERIVABLE
-from lcguard.commands.train import TrainRun, run_training
+from lcguard.commands.train import TrainRun, adversary_factory, run_training
 from lcguard.evaluation.plan import DataConfig
 from lcguard.guards.base import GuardModule, KVShape, guard_class
 from lcguard.guards.frozen import FrozenGuard, weights_digest
@@ -68,6 +68,20 @@ CONFIGS = {
         adversary=adversary(objective="kl_prior", lag=2, reset_every=3),
         **SMALL,
     ),
+    "gate-probe": TrainConfig(
+        "gate",
+        GUARDS["gate"],
+        hard_steps=3,
+        label_steps=1,
+        adversary=AdversaryConfig(
+            count=1,
+            weight=0.5,
+            objective="kl_prior",
+            attack="probe",
+            options={"width": 16, "fit": {"lr": 0.01}},
+        ),
+        **SMALL,
+    ),
     "gate-all": TrainConfig(
         "gate",
         GUARDS["gate"],
@@ -82,8 +96,16 @@ CONFIGS = {
 
 
 def train(world: World, config: TrainConfig, out: Path) -> Run:
+    factory, hard = adversary_factory(config.adversary.attack), world.records[:20]
     return train_guard(
-        config, world.records, world.source, world.special, out, make_adversary, progress=False
+        config,
+        world.records,
+        world.source,
+        world.special,
+        out,
+        factory,
+        progress=False,
+        hard=hard if config.hard_steps else (),
     )
 
 

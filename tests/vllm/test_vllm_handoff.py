@@ -18,6 +18,8 @@ from lcguard.agents.scenarios.generator import GeneratorConfig
 from lcguard.agents.scenarios.graph import make_graph_scenario
 from lcguard.agents.topology import Link, Topology
 from lcguard.guards.frozen import GuardError
+from lcguard.guards.registry import Registry
+from lcguard.guards.registry_file import REGISTRY_FILE
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.grants import make_grant, new_handle
 from lcguard.manifest import Manifest
@@ -554,3 +556,39 @@ def test_a_graph_of_agents_runs_alike_on_both_backends(engine: Engine) -> None:
                 )
             ]
         )
+
+
+# -- live
+
+
+def test_what_is_promoted_guards_without_a_restart(engine: Engine) -> None:
+    """And what is not as it was signed does not: the guard in force stays."""
+    followed, live = engine.worker.live._followed[0], engine.worker.live
+    followed.file._every_s = 0.0
+    kept = Registry(followed.folder, SECRET)
+    v1, v2 = kept.state.versions
+    chosen = iter(records(engine.agent, 400, seed=501))
+
+    def publishes() -> str:
+        segment = stored(engine, publish(engine, next(chosen).ids, "live"))
+        return segment.manifest.guard_digest
+
+    assert publishes() == v1.digest
+    before = (kept.folder / REGISTRY_FILE).read_bytes()
+    kept.promote("v2", "better")
+    found = [publishes()]
+    while found[-1] == v1.digest:  # until it is read, beside the steps
+        found.append(publishes())
+    assert found[-1] == v2.digest
+    assert engine.worker.guards["live"].digest == v2.digest
+    after = (kept.folder / REGISTRY_FILE).read_bytes()
+    for data, why in ((before, "an older copy was put back"), (after[:-9], "put back a copy")):
+        (kept.folder / REGISTRY_FILE).write_bytes(data)
+        assert publishes() == v2.digest
+        assert why in followed.complaint
+    (kept.folder / REGISTRY_FILE).write_bytes(after)
+    assert kept.rollback("it leaks").name == "v1"
+    while publishes() == v2.digest:
+        pass
+    assert engine.worker.guards["live"].digest == v1.digest
+    assert (followed.complaint, live._guards is engine.worker.guards) == ("", True)
