@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import speed_columns as speed
 import table_columns as columns
 
 from lcguard.commands.script import run_script
@@ -63,12 +64,12 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "certificate": ("demo", columns.certificate),
     "draws": ("draws", columns.draws),
     "residual_search": ("residual_search", columns.search),
-    "handoff": ("handoff", columns.handoff),
-    "publish": ("publish", columns.publish),
-    "synthetic": ("publish", columns.synthetic),
-    "reach": ("reach", columns.reach),
-    "proxy": ("proxy", columns.proxy),
-    "soak": ("soak", columns.soak),
+    "handoff": ("handoff", speed.handoff),
+    "publish": ("publish", speed.publish),
+    "synthetic": ("publish", speed.synthetic),
+    "reach": ("reach", speed.reach),
+    "proxy": ("proxy", speed.proxy),
+    "soak": ("soak", speed.soak),
     "multihop": ("multihop", columns.multihop),
     "attackers": ("multihop", columns.attackers),
     "hops": ("multihop", columns.hops),

@@ -1,0 +1,117 @@
+"""Tables of what a handoff, a publish and the proxy cost: a result in, a Markdown table out."""
+
+from __future__ import annotations
+
+from table_columns import Columns, Row, by, cell, table, text
+
+
+def ms(value: float) -> str:
+    return f"{value:.1f} ms"
+
+
+def handoff(report: Row) -> str:
+    """Time to first token of the receiver, and what the sender spends."""
+    columns: Columns = {
+        "context": lambda r: f"{r['tokens']:,} tokens",
+        "text": lambda r: ms(r["ttft_ms"]["text"]),
+        "vanilla KV": lambda r: ms(r["ttft_ms"]["vanilla"]),
+        "guarded KV": lambda r: ms(r["ttft_ms"]["guarded"]),
+        "guarded / vanilla": cell("guarded_over_vanilla", 2),
+        "publish vanilla": lambda r: ms(r["publish_ms"]["vanilla"]),
+        "publish guarded": lambda r: ms(r["publish_ms"]["guarded"]),
+    }
+    return by(columns, report["rows"])
+
+
+def publish(report: Row) -> str:
+    """What the guard adds to a publish, in time and in memory."""
+    columns: Columns = {
+        "context": lambda r: f"{r['tokens']:,} tokens",
+        **{k: lambda r, k=k: ms(r["publish_ms"][k]) for k in ("vanilla", "guarded")},
+        "guarded / vanilla": cell("guarded_over_vanilla", 2),
+        "processor time of the save alone": lambda r: (
+            f"{ms(r['save_processor_ms']['vanilla'])}, {ms(r['save_processor_ms']['guarded'])}"
+        ),
+        "copy of its bytes (floor)": lambda r: ms(r["copy_ms"]),
+        "segment": lambda r: mib(r["segment_bytes"]),
+        "beside it: vanilla, guarded": lambda r: (
+            f"{mib(r['peak_extra_bytes']['vanilla'])}, {mib(r['peak_extra_bytes']['guarded'])}"
+        ),
+    }
+    return by(columns, report["rows"])
+
+
+def synthetic(report: Row) -> str:
+    """Memory of segments as large models have them."""
+    columns: Columns = {
+        "tokens": lambda r: f"{r['tokens']:,}",
+        "layers of 8 KV heads of 128": text("layers"),
+        "segment": lambda r: mib(r["segment_bytes"]),
+        "beside it": lambda r: mib(r["peak_extra_bytes"]),
+        "share": cell("share"),
+        "gate's weights": lambda r: mib(r["guard_bytes"]),
+        "processor time a 1,000 tokens and layer": lambda r: (
+            f"{r['processor_s'] / r['tokens'] / r['layers'] * 1e6:.0f} ms"
+        ),
+    }
+    return by(columns, report["synthetic"])
+
+
+def mib(n_bytes: int) -> str:
+    return f"{n_bytes / (1 << 20):,.1f} MiB"
+
+
+def reach(report: Row) -> str:
+    """A guard that sees some tokens beside one that sees all."""
+    columns: Columns = {
+        "records in a segment": text("records_in_segment"),
+        "longest": lambda r: f"{r['longest_tokens']:,} tokens",
+        "sees": lambda r: f"{r['reach_tokens']} to either side" if r["reach_tokens"] else "all",
+        "task answers right": cell("task_right"),
+        "of values withheld": cell("value_tokens_withheld"),
+        "of other tokens": cell("other_tokens_withheld"),
+        "value tokens left open": lambda r: f"{r['value_tokens_open']} of {r['value_tokens']:,}",
+        "largest change of a token's share": cell("most_moved"),
+    }
+    return by(columns, report["rows"])
+
+
+def proxy(report: Row) -> str:
+    """Latency and throughput by both ways, and of a bare relay."""
+    ours, direct = report["streams"]["proxy"], report["streams"]["direct"]
+    rps = "{proxy:.1f} of {direct:.1f} requests/s".format(**report["throughput_rps"])
+    gaps = f"{ms(ours['gap_p50_ms'])} ({ms(direct['gap_p50_ms'])})"
+    ways = ("paired_", "floor_")
+    times = {"at_concurrency": f"{report['concurrency']} at a time", "alone": "one at a time"}
+    rows = [
+        (f"added latency, p50, {when}", *(ms(report[way + key]["extra_p50_ms"]) for way in ways))
+        for key, when in times.items()
+    ]
+    rows += [
+        ("throughput over direct", f"{report['throughput_share']:.3f} ({rps})", "-"),
+        ("gap between pieces of a stream, p50 (direct)", gaps, "-"),
+        ("pieces of a stream (direct)", f"{ours['pieces']:.1f} ({direct['pieces']:.1f})", "-"),
+    ]
+    return table(("", "proxy", "floor"), rows)
+
+
+def soak(report: Row) -> str:
+    """Requests, memory, latency and the audit."""
+    memory, audit, latency = report["memory"], report["audit"], report["latency"]
+    failed = f"{report['n_5xx']} answered 5xx ({report['n_5xx_without_reason']} without a reason)"
+    grown = f"{memory['slope_mib_per_min']:+.2f} MiB a minute over the second half"
+    first, last = memory["first_quarter_mib"], memory["last_quarter_mib"]
+    quarters = f"{first:.0f} MiB in the first quarter, {last:.0f} in the last"
+    lost = f"{audit['lost']} lost of {sum(audit['told'].values()):,} that clients were told of"
+    times = (
+        f"{kind} {latency[kind]['p50_ms']:.0f} / {latency[kind]['p99_ms']:.0f} ms"
+        for kind in ("chat", "publish", "consume")
+    )
+    rows = (
+        ("requests", f"{report['requests']:,}, {failed}"),
+        ("memory of the proxy", f"{quarters}; {grown}"),
+        ("open files", f"{memory['files_first']} at the start, {memory['files_last']} at the end"),
+        ("audit", f"{audit['rows']:,} rows, whole; {lost}"),
+        ("latency, p50 / p99", ", ".join(times)),
+    )
+    return table(("", "seen"), rows)
