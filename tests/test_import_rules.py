@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "training": {"core", "guards"},
     "handoff": {"core", "store"},
     "text": {"core", "handoff"},
-    "integrations": {"core", "text"},
+    "integrations": {"core", "handoff", "text"},
     "vllm": {"core", "guards", "handoff", "ops", "store"},
     "agents": {"core", "handoff", "store", "training"},
     "attacks": {"core", "guards", "training"},
@@ -43,6 +43,7 @@ OUTSIDE = {
     "starlette": {"server", "vllm"},
     "uvicorn": {"server", "commands"},
     "psycopg": {"server"},
+    "ag2": {"integrations"},
     "langgraph": {"integrations"},
     "langchain_core": {"integrations"},
 }

@@ -231,6 +231,8 @@ class DeploymentChecks:
         s, out = self.settings, {}
         if s.store.startswith(("redis://", "rediss://")):
             out["store"] = "the store"
+        if is_server(self.settings.database):
+            out["postgres"] = "the database"
         if variable := asked_by(os.environ):
             out["otel"] = variable
         try:

@@ -21,6 +21,7 @@ EXTRAS = {
     "server": "the proxy, lcguard serve",
     "vllm": "vLLM itself",
     "store": "stores on Redis or Valkey",
+    "postgres": "the database of several proxies",
     "pii": "edges with detect: presidio",
     "real": "making the model smollm2, which edges with detect: lcguard read with",
     "client": "lcguard.client",
