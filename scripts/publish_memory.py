@@ -1,14 +1,16 @@
-"""What a publish holds in memory beside its segment, as PyTorch's allocator counts it."""
+"""What a publish holds in memory beside its segment, counted tensor by tensor."""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import KVShape, guard_class
@@ -24,19 +26,47 @@ BLOCK = 128
 """Tokens of a page of vLLM's CPU engine."""
 
 
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations made and somebody still holds.
+
+    Weights and whatever else was there before do not count, nor do NumPy's arrays, of which the
+    noise keeps a quarter of a megabyte, nor what an operation needs while it runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and _storage(x) not in before | self._known:
+                self._hold(x.untyped_storage())
+        return out
+
+    def _hold(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._let_go, key, size)
+
+    def _let_go(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _storage(x: torch.Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most that ``call`` had allocated at once, of what PyTorch's allocator hands out: tensors,
-    and what operations need while they run. Weights that are there already do not count; nor do
-    NumPy's arrays, of which the noise keeps a quarter of a megabyte."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    """The most that ``call`` held at once: see ``Held``."""
+    with Held() as held:
         call()
-    assert found.profiler is not None
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: int(e.start_ns())):
-        held += int(event.nbytes())
-        peak = max(peak, held)
-    return peak
+    return held.peak
 
 
 def pages_of(shape: KVShape, n_tokens: int, dtype: torch.dtype) -> list[LayerPages]:

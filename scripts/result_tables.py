@@ -30,7 +30,8 @@ COMMANDS = {
     "draws": f"python scripts/measure_draws.py --secrets 4 {OUT}/draws.json",
     "residual_search": "python scripts/search_residual.py",
     "handoff": f"python scripts/bench_handoff.py --repeats 11 {OUT}/handoff.json",
-    "publish": f"python scripts/bench_publish.py --tokens 1024 4096 --repeats 7 {OUT}/publish.json",
+    "publish": f"python scripts/bench_publish.py --tokens 4096 --repeats 2 "
+    f"--synthetic 1024x36 4096x9 {OUT}/publish.json",
     "reach": f"python scripts/measure_reach.py --records 80 {OUT}/reach.json",
     "proxy": f"python scripts/bench_proxy.py --concurrency 32 {OUT}/proxy.json",
     "soak": f"python scripts/soak.py --concurrency 32 --minutes 10 {OUT}/soak.json",
