@@ -19,8 +19,9 @@ loop_app = typer.Typer(help="From a leak that canaries found to a retrained guar
 Out = Annotated[Path, typer.Option("--out", help="The round's folder; resumed if it exists.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML; see lcguard loop config.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override, such as limit=0.1.")]
-Leakage = Annotated[
-    Path | None, typer.Option(help="What the canaries found; leakage.json of --dir by default.")
+Where = Annotated[
+    str | None,
+    typer.Option("--database", help="What the canaries found; the database of --dir by default."),
 ]
 Policy = Annotated[
     Path | None, typer.Option(help="The proxy's policy; policy.yaml of --dir if it is there.")
@@ -82,7 +83,7 @@ def init(
 @loop_app.command("collect")
 def collect(
     out: Out = ROUND,
-    leakage: Leakage = None,
+    database: Where = None,
     policy: Policy = None,
     data: Data = None,
     registry: Root = None,
@@ -97,7 +98,7 @@ def collect(
         _load(config, sets),
         open_registry(registry, state),
         out,
-        leakage=_in(state, leakage, "leakage.json"),
+        database=_database(state, database),
         policy=_in(state, policy, "policy.yaml"),
         data=existing(data),
         say=_say(Console(stderr=True)),
@@ -165,7 +166,7 @@ def promote(out: Out = ROUND, registry: Root = None, state: State = STATE) -> No
 @loop_app.command("run")
 def run_all(
     out: Out = ROUND,
-    leakage: Leakage = None,
+    database: Where = None,
     policy: Policy = None,
     data: Data = None,
     registry: Root = None,
@@ -185,7 +186,7 @@ def run_all(
             out,
             LoopLog(out / LOG, typer.echo),
             command_line(),
-            leakage=_in(state, leakage, "leakage.json"),
+            database=_database(state, database),
             policy=_in(state, policy, "policy.yaml"),
             data=existing(data),
             say=say,
@@ -200,7 +201,7 @@ def watch(
     once: Annotated[
         bool, typer.Option("--once", help="One look; exit 3 where it rolls back.")
     ] = False,
-    leakage: Leakage = None,
+    database: Where = None,
     registry: Root = None,
     state: State = STATE,
     config: Config = None,
@@ -211,7 +212,9 @@ def watch(
     from lcguard.commands.loop_watch import watch as run
 
     opened, limit = open_registry(registry, state), _load(config, sets).limit
-    path = leakage or state / "leakage.json"
+    path = database or _database(state, None)
+    if path is None:
+        raise ValueError(f"{state} has no database: give --database, or --dir of the proxy's state")
 
     def tell(found: Watched) -> None:
         typer.echo(f"{found.action}: {found.version} is live; {found.why}")
@@ -255,6 +258,17 @@ def _load(config: Path | None, sets: list[str] | None) -> LoopConfig:
     from lcguard.commands.loop_config import load_loop
 
     return load_loop(config, sets or [])
+
+
+def _database(state: Path, given: str | None) -> str | None:
+    """What is given, or the one that the proxy of this state folder has, if it is there."""
+    from lcguard.commands.serve import load_settings
+    from lcguard.server.database.place import is_server
+
+    if given is not None or not state.is_dir():
+        return given
+    own = load_settings(state, None, [], None).database
+    return own if is_server(own) or Path(own).exists() else None
 
 
 def _in(state: Path, given: Path | None, name: str) -> Path | None:

@@ -16,11 +16,12 @@ from lcguard.categories import CATEGORIES, in_order
 from lcguard.commands.canary_records import holding
 from lcguard.commands.canary_screen import ATTACKS, Screened
 from lcguard.commands.loop_config import LoopConfig
+from lcguard.commands.loop_leakage import screened_edges
 from lcguard.commands.loop_screen import screening
 from lcguard.commands.train import hard_hops
 from lcguard.guards.registry import Registry
 from lcguard.handoff.policy import load_policy
-from lcguard.server.leakage.edge_state import EdgeLeakage, load_state
+from lcguard.server.leakage.edge_state import EdgeLeakage
 
 LEAK, HARD = "leak.json", "hard.jsonl"
 
@@ -61,7 +62,7 @@ def collect(
     registry: Registry,
     out: Path,
     *,
-    leakage: Path | None = None,
+    database: str | Path | None = None,
     policy: Path | None = None,
     data: Path | None = None,
     backend: HFBackend | None = None,
@@ -71,7 +72,7 @@ def collect(
     and writes ``out/leak.json`` and ``out/hard.jsonl``; what was written before is kept.
 
     Args:
-        leakage: the proxy's ``leakage.json``.
+        database: the proxy's, where canaries leave what they found.
         policy: its policy, for what each edge hides; without one everything is.
         data: new labelled records of your own, as JSONL.
 
@@ -80,7 +81,7 @@ def collect(
     if (out / LEAK).exists():
         return read_leak(out)
     live = registry.state.live_version
-    edges = closed_under(leakage, live.digest) if leakage is not None else []
+    edges = closed_under(database, live.digest) if database is not None else []
     forbid = hidden_on(edges, policy)
     own = hard_hops(str(data)) if data is not None else []
     lines = jsonl_of(own)
@@ -139,14 +140,12 @@ def read_leak(out: Path) -> Leaked:
     return leak
 
 
-def closed_under(leakage: Path, digest: str) -> list[EdgeLeakage]:
+def closed_under(database: str | Path, digest: str) -> list[EdgeLeakage]:
     """Edges that canaries closed under the guard of ``digest`` and that are closed still.
 
-    Raises ``ValueError`` for a file that is not there: no news is not good news.
+    Raises ``ValueError`` as ``screened_edges``.
     """
-    if not leakage.exists():
-        raise ValueError(f"{leakage} does not exist: give the leakage.json of the proxy's state")
-    edges = load_state(leakage).values()
+    edges = screened_edges(database).values()
     return [e for e in edges if e.state == "closed" and e.closed_guard_digest == digest]
 
 

@@ -35,6 +35,7 @@ from lcguard.evaluation.plan import AttackSpec, DataConfig
 from lcguard.guards.frozen import WEIGHTS, FrozenGuard
 from lcguard.guards.gate import NEVER, GateGuard
 from lcguard.guards.registry import Judgement, Registry, record_mark
+from lcguard.server.database.writer import Database
 from lcguard.server.leakage.meter import EdgeName, LeakageMeter
 from lcguard.training.config import TrainConfig
 
@@ -97,8 +98,8 @@ class Demo:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.config, self.out, self.say = config, out, say
         self.registry = Registry(out / "guards", state_key(out))
-        self.leakage = out / "leakage.json"
-        self.meter = LeakageMeter(self.leakage, config.round.limit, 3600.0)
+        self.database = out / "lcguard.sqlite"
+        self.meter = LeakageMeter(Database(self.database), config.round.limit, 3600.0)
         self.log = LoopLog(out / LOG, say)
         self.backend: HFBackend = load_backend(config.round.model, "cpu")
         self._runs = 0
@@ -206,7 +207,7 @@ def demo(config: DemoConfig, out: Path, say: Callable[[str], None]) -> LoopLog:
         out / "round1",
         d.log,
         command,
-        leakage=d.leakage,
+        database=d.database,
         backend=d.backend,
         say=say,
     )
@@ -224,7 +225,7 @@ def demo(config: DemoConfig, out: Path, say: Callable[[str], None]) -> LoopLog:
             )
         forced(d)
         d.canaries()
-        now = watch_once(d.registry, d.leakage, config.round.limit)
+        now = watch_once(d.registry, d.database, config.round.limit)
         d.log.write("watch", f"{now.action}: {now.version} is live; {now.why}", version=now.version)
         d.canaries()
     seconds, cpu = time.monotonic() - started, time.process_time()

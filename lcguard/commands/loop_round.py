@@ -76,7 +76,7 @@ def run_round(
     log: LoopLog,
     command: str = "lcguard loop run",
     *,
-    leakage: Path | None = None,
+    database: str | Path | None = None,
     policy: Path | None = None,
     data: Path | None = None,
     backend: HFBackend | None = None,
@@ -85,7 +85,7 @@ def run_round(
     """Collect, train, judge, and promote or keep; a round that was killed goes on where it stopped.
     Returns ``nothing to do``, ``promoted`` or ``kept``."""
     leak = collect(
-        config, registry, out, leakage=leakage, policy=policy, data=data, backend=backend, say=say
+        config, registry, out, database=database, policy=policy, data=data, backend=backend, say=say
     )
     if not leak.needed:
         log.write("collect", "no edge is closed under the live guard, and there are no new records")

@@ -44,8 +44,9 @@ def screening(
     attack has nothing to say."""
     test = screening_records(backend.encoder, forbid, config.test_records, seed + 1)
     train = fitting_records(backend.encoder, forbid, config.train_records, seed)
-    pairs = [_guarded(backend, guard, records, seed + i) for i, records in enumerate((train, test))]
-    return screen(*pairs, config.attack, seed=seed, level=config.level, limit=limit)
+    fitted_on = _guarded(backend, guard, train, seed)
+    tried_on = _guarded(backend, guard, test, seed + 1)
+    return screen(fitted_on, tried_on, config.attack, seed=seed, level=config.level, limit=limit)
 
 
 def as_result(

@@ -109,8 +109,8 @@ def _side(
         level=config.screen.level,
         limit=config.limit,
     )
-    rows = backend.source.exact_match(records[1], guard.opened(guarded[1]), is_task)
-    right = [x for row in rows for x in row]
+    answers = backend.source.exact_match(records[1], guard.opened(guarded[1]), is_task)
+    right = [x for row in answers for x in row]
     return Side(
         digest=guard.digest,
         leaked=found.figures,

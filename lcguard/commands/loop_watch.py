@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from lcguard.commands.loop_leakage import screened_edges
 from lcguard.guards.registry import Registry, RegistryError
-from lcguard.server.leakage.edge_state import EdgeLeakage, load_state
+from lcguard.server.leakage.edge_state import EdgeLeakage
 
 
 class Watched(NamedTuple):
@@ -25,23 +26,23 @@ class Watched(NamedTuple):
     why: str
 
 
-def leaking(leakage: Path, digest: str, limit: float) -> list[EdgeLeakage]:
+def leaking(database: str | Path, digest: str, limit: float) -> list[EdgeLeakage]:
     """Edges whose last screening under the guard of ``digest`` shows that it leaks: the interval's
     lower end is above ``limit`` and above what is guessed blind."""
     return [
         e
-        for e in load_state(leakage).values()
+        for e in screened_edges(database).values()
         if e.guard_digest == digest
         and e.asr_low is not None
         and e.asr_low > max(limit, e.floor or 0.0)
     ]
 
 
-def watch_once(registry: Registry, leakage: Path, limit: float) -> Watched:
-    """Rolls back where the live guard leaks. Raises ``RegistryError`` and ``LeakageError`` for
-    files that cannot be read: nothing is changed then."""
+def watch_once(registry: Registry, database: str | Path, limit: float) -> Watched:
+    """Rolls back where the live guard leaks. Raises ``RegistryError`` and ``ValueError`` for
+    what cannot be read: nothing is changed then."""
     live = registry.state.live_version
-    found = leaking(leakage, live.digest, limit)
+    found = leaking(database, live.digest, limit)
     if not found:
         return Watched("none", live.name, "")
     why = "; ".join(
@@ -58,7 +59,7 @@ def watch_once(registry: Registry, leakage: Path, limit: float) -> Watched:
 
 def watch(
     registry: Registry,
-    leakage: Path,
+    database: str | Path,
     limit: float,
     every_s: float,
     tell: Callable[[Watched], None],
@@ -66,7 +67,7 @@ def watch(
     """Looks every so often, until Ctrl-C; ``tell`` hears of each change once."""
     before: Watched | None = None
     while True:
-        now = watch_once(registry, leakage, limit)
+        now = watch_once(registry, database, limit)
         if now.action != "none" and now != before:
             tell(now)
         before = now

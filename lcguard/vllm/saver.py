@@ -147,13 +147,9 @@ class SegmentSaver:
         if noisy:
             raw = f"{tokens.digest()} {arithmetic(guard, layers)}"
             noise_key = self.draws.noise_key(chain, raw)
-        size = guard.module.shape.layers, guard.module.shape.kv_heads, tokens.n_tokens
-        fresh = Rows(
-            *(
-                torch.empty(*size, guard.module.shape.head_dim, dtype=layers[0].pages.dtype)
-                for _ in range(2)
-            )
-        )
+        shape, dtype = guard.module.shape, layers[0].pages.dtype
+        size = (shape.layers, shape.kv_heads, tokens.n_tokens, shape.head_dim)
+        fresh = Rows(torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
         if isinstance(tokens, PageTokens) and by_pages(guard, layers):
             seen = passage.seen or ()
             rewrite_pages(guard, tokens, _mask(plan), noise_key, seen, fresh.keys, fresh.values)

@@ -32,10 +32,11 @@ def cleaned(x: Exchange, answer: Mapping[str, Any]) -> dict[str, Any]:
     """What of vLLM's answer, or of a piece of it, may go to the client of a handoff."""
     approved = x.approved
     reads = bool(approved and approved.consumed) or bool(x.text and x.text.guards_answer)
-    made = clean
-    if x.responds:
-        made = clean_event if "type" in answer else clean_response
-    return made(answer, reads, approved.unsaid_tokens if approved else 0)
+    unsaid_tokens = approved.unsaid_tokens if approved else 0
+    if not x.responds:
+        return clean(answer, reads, unsaid_tokens)
+    made = clean_event if "type" in answer else clean_response
+    return made(answer, reads, unsaid_tokens)
 
 
 def with_outcome(answer: dict[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,15 +28,16 @@ class GuardFiles:
 
     def read_cards(self) -> None:
         """Again, in place: who shows them holds these very dictionaries."""
-        unproven, certificates = unproven_guards(self._folders), {}
+        unproven, certificates = unproven_guards(self._folders), dict[str, float]()
         for name, folder in self._folders.items():
             with suppress(ValueError):
                 card = FrozenGuard.from_pretrained(folder).card
                 if card.certificate is not None:
                     certificates[name] = float(card.certificate["mean_nats"])
-        for kept, found in ((self.unproven, unproven), (self.certificates, certificates)):
-            kept.clear()  # type: ignore[attr-defined]
-            kept.update(found)  # type: ignore[attr-defined]
+        self.unproven.clear()
+        self.unproven.update(unproven)
+        self.certificates.clear()
+        self.certificates.update(certificates)
 
     def promoted(self, running: dict[str, str]) -> bool:
         """Whether a registry has another version live than the engine was seen to run."""

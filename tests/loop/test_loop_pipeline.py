@@ -16,6 +16,7 @@ from lcguard.commands.loop_config import LoopConfig
 from lcguard.config import dump_config
 from lcguard.deployment_key import KEY_VARIABLE
 from lcguard.guards.registry import Registry
+from lcguard.server.database.writer import Database
 from lcguard.server.leakage.meter import LeakageMeter
 from tests.paths import ROOT
 
@@ -50,7 +51,8 @@ def test_the_steps_run_one_after_the_other_on_the_deployments_state(
     """Of a deployment in which nothing leaks: each does what little there is to do."""
     monkeypatch.setenv(KEY_VARIABLE, "ab" * 32)
     (tmp_path / "loop.yaml").write_text(dump_config(LoopConfig()))
-    LeakageMeter(tmp_path / "leakage.json", 0.2, 3600).record_error(("a", "b", "c"), "no engine")
+    meter = LeakageMeter(Database(tmp_path / "lcguard.sqlite"), 0.2, 3600)
+    meter.record_error(("a", "b", "c"), "no engine")
     begun = CliRunner().invoke(app, ["loop", "init", "nano:gate", "--dir", str(tmp_path)])
     assert begun.exit_code == 0, begun.output
     said = []

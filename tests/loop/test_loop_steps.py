@@ -27,6 +27,7 @@ from lcguard.evaluation.results import GuardRow
 from lcguard.guards.base import KVShape, guard_class
 from lcguard.guards.frozen import WEIGHTS, Card, FrozenGuard
 from lcguard.guards.registry import Judgement, Registry, record_mark
+from lcguard.server.database.writer import Database
 from lcguard.server.leakage.meter import LeakageMeter
 from lcguard.training.certificate import Certificate
 from tests.matrix import GUARDS
@@ -173,8 +174,8 @@ def screened(meter: LeakageMeter, digest: str, recovered: int) -> None:
 def test_watching_goes_back_once_and_never_to_what_leaked(
     registry: Registry, tmp_path: Path
 ) -> None:
-    path = tmp_path / "leakage.json"
-    meter = LeakageMeter(path, 0.2, 3600)
+    path = tmp_path / "lcguard.sqlite"
+    meter = LeakageMeter(Database(path), 0.2, 3600)
     v1, v2 = registry.state.versions
     screened(meter, v2.digest, 0)
     assert watch_once(registry, path, 0.2).action == "none"
@@ -183,7 +184,7 @@ def test_watching_goes_back_once_and_never_to_what_leaked(
     found = watch_once(registry, path, 0.2)
     assert (found.action, found.version) == ("rollback", "v1")
     assert "acme/intake/billing: 40 of 60 planted secrets read, at least 50%" in found.why
-    # the file still says what it said of v2
+    # the database still says what it said of v2
     assert watch_once(registry, path, 0.2).action == "none"
     screened(meter, v1.digest, 40)
     stuck = watch_once(registry, path, 0.2)
@@ -193,7 +194,7 @@ def test_watching_goes_back_once_and_never_to_what_leaked(
 
 
 def test_a_closed_edge_opens_behind_another_version(registry: Registry, tmp_path: Path) -> None:
-    meter = LeakageMeter(tmp_path / "leakage.json", 0.2, 3600)
+    meter = LeakageMeter(Database(tmp_path / "lcguard.sqlite"), 0.2, 3600)
     v1, v2 = registry.state.versions
     screened(meter, v2.digest, 40)
     assert meter.verdict(*EDGE) == "closed"
@@ -204,13 +205,13 @@ def test_a_closed_edge_opens_behind_another_version(registry: Registry, tmp_path
 def test_without_a_leak_and_without_records_there_is_nothing_to_do(
     registry: Registry, tmp_path: Path
 ) -> None:
-    path, out = tmp_path / "leakage.json", tmp_path / "round"
-    LeakageMeter(path, 0.2, 3600).record_error(EDGE, "no engine")
-    leak = collect(LoopConfig(), registry, out, leakage=path)
+    path, out = tmp_path / "lcguard.sqlite", tmp_path / "round"
+    LeakageMeter(Database(path), 0.2, 3600).record_error(EDGE, "no engine")
+    leak = collect(LoopConfig(), registry, out, database=path)
     assert not leak.needed
     assert train(LoopConfig(), registry, out) is None
     with pytest.raises(ValueError, match="does not exist: give the"):
-        collect(LoopConfig(), registry, tmp_path / "other", leakage=tmp_path / "none.json")
+        collect(LoopConfig(), registry, tmp_path / "other", database=tmp_path / "none.sqlite")
 
 
 def test_new_records_are_enough_and_stay_as_collected(registry: Registry, tmp_path: Path) -> None:
@@ -318,8 +319,8 @@ def test_edges_hide_what_the_policy_says(registry: Registry, tmp_path: Path) -> 
             }
         )
     )
-    path = tmp_path / "leakage.json"
-    meter = LeakageMeter(path, 0.2, 3600)
+    path = tmp_path / "lcguard.sqlite"
+    meter = LeakageMeter(Database(path), 0.2, 3600)
     screened(meter, registry.state.live_version.digest, 40)
     edges = closed_under(path, registry.state.live_version.digest)
     assert hidden_on(edges, policy) == ("person", "health")

@@ -12,6 +12,7 @@ from lcguard.commands.serve import load_settings
 from lcguard.deployment_key import KEY_VARIABLE
 from lcguard.guards.frozen import WEIGHTS, FrozenGuard, finders
 from lcguard.guards.registry_file import REGISTRY_FILE
+from lcguard.server.database.writer import Database
 
 
 def test_from_the_first_version_to_a_rollback(
@@ -39,7 +40,7 @@ def test_from_the_first_version_to_a_rollback(
     assert "v1 is live" in call("registry", "rollback", "--why", "billing complained")
     assert "withdrawn" in call("registry", "list")
     assert "2 versions as they were signed, live v1, change 5" in call("registry", "verify")
-    assert "none: v1 is live" in call("loop", "watch", "--once", "--leakage", str(empty(tmp_path)))
+    assert "none: v1 is live" in call("loop", "watch", "--once", "--database", empty(tmp_path))
     weights = root / "versions" / "v2" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     assert "v2: " in call("registry", "verify", code=1)
@@ -48,10 +49,10 @@ def test_from_the_first_version_to_a_rollback(
     assert "not signed with this deployment's key" in str(done.exception)
 
 
-def empty(folder: Path) -> Path:
-    path = folder / "found.json"
-    path.write_text('{"version": 1, "edges": []}')
-    return path
+def empty(folder: Path) -> str:
+    path = folder / "found.sqlite"
+    Database(path).close()
+    return str(path)
 
 
 def test_the_loops_options_are_printed_as_they_are_read() -> None:
