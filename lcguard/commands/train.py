@@ -48,15 +48,15 @@ class TrainRun:
     init: str = ""
     """A trained guard to go on from: a folder, or ``nano:NAME``; its options must be the same but
     for ``noise``."""
-    hard: str = ""
-    """JSONL of records that the guard of ``init`` failed on: trained on beside those of ``data``,
-    and alone in the first ``train.hard_steps``."""
     average: float = 1.0
     """Share of this run's weights in an average with those of ``init``; 1 keeps them as they are.
     The average of two ends of one trajectory often lies better than both."""
     average_with: str = ""
     """Another guard than ``init`` to average with: a folder, or ``nano:NAME``."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    hard: str = ""
+    """JSONL of records that the guard of ``init`` failed on: trained on beside those of ``data``,
+    and alone in the first ``train.hard_steps``."""
 
 
 def adversary_factory(name: str) -> Callable[[dict[str, Any]], Adversary]:

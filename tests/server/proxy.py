@@ -196,6 +196,7 @@ class Front:
 def close_edges(folder: Path, *audiences: str) -> None:
     """As canaries did for agent ``intake``, in the file that a proxy takes over at its start."""
     edge = {"tenant": "default", "source": "intake", "since_s": 1.0, "state": "closed"}
+    edge |= {"asr": 0.9, "asr_low": 0.8, "asr_high": 0.95}
     edges = [edge | {"audience": name, "reason": "a test"} for name in audiences]
     (folder / "leakage.json").write_text(json.dumps({"version": 1, "edges": edges}))
 
