@@ -14,7 +14,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,33 @@ def worker_store(llm: Any) -> Any:
     return get_kv_transfer_group().worker.store
 
 
+@contextmanager
+def opened(args: Any, n_tokens: int, cache_gib: int) -> Iterator[tuple[Any, int]]:
+    """An engine in this process for prompts of so many tokens, and how many its vocabulary has;
+    agents hand over by ``policy``, nothing is taken from a prefix cache."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from lcguard.vllm.llm import GuardedLLM
+
+    longest = n_tokens + 8
+    with tempfile.TemporaryDirectory(prefix="lcguard-bench-") as folder:
+        llm = GuardedLLM.build(
+            str(model_path()) if args.model == "nano" else args.model,
+            policy=policy(args.guard),
+            guards={args.guard: args.guard_path},
+            unproven=[args.guard],
+            store=f"file://{folder}/store",
+            dtype=args.dtype,
+            max_model_len=longest,
+            max_num_batched_tokens=max(longest, 2048),
+            enable_prefix_caching=False,
+            enforce_eager=True,
+            seed=0,
+        )
+        yield llm, llm.engine.llm_engine.vllm_config.model_config.get_vocab_size()
+
+
 def medians(values: dict[str, list[float]]) -> dict[str, float]:
     return {k: round(statistics.median(v), 3) for k, v in values.items()}
 
@@ -102,28 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.tokens) < 1 or args.repeats < 1:
         raise ValueError(f"--tokens {args.tokens} --repeats {args.repeats}: use 1 or more")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from lcguard.vllm.llm import GuardedLLM
-
-    longest = max(args.tokens) + SUFFIX_TOKENS + 8
     nano = args.model == "nano"
-    with tempfile.TemporaryDirectory(prefix="lcguard-bench-") as folder:
-        llm = GuardedLLM.build(
-            str(model_path()) if nano else args.model,
-            policy=policy(args.guard),
-            guards={args.guard: args.guard_path},
-            unproven=[args.guard],
-            store=f"file://{folder}/store",
-            dtype=args.dtype,
-            max_model_len=longest,
-            max_num_batched_tokens=max(longest, 2048),
-            enable_prefix_caching=False,
-            enforce_eager=True,
-            seed=0,
-        )
-        vocab = llm.engine.llm_engine.vllm_config.model_config.get_vocab_size()
+    with opened(args, max(args.tokens) + SUFFIX_TOKENS, cache_gib=2) as (llm, vocab):
         rows = []
         for n_tokens in sorted(args.tokens):
             raw = measure(llm, n_tokens, args.repeats, vocab, args.seed)

@@ -10,19 +10,16 @@ other sizes (8 KV heads of 128, bfloat16), without an engine, for what memory th
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_handoff import medians, policy, timed, worker_store
+from bench_handoff import medians, opened, timed, worker_store
 from publish_memory import measure, peak_bytes
 
-from lcguard.agents.nano.load import model_path
 from lcguard.commands.script import run_script, script_parser, write_report
 from lcguard.guards.base import KVShape
 
@@ -146,28 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def engine_rows(args: Any) -> list[dict[str, Any]]:
     """One row for each number of tokens, of one engine."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from lcguard.vllm.llm import GuardedLLM
-
-    longest = max(args.tokens) + 8
-    with tempfile.TemporaryDirectory(prefix="lcguard-bench-") as folder:
-        llm = GuardedLLM.build(
-            str(model_path()) if args.model == "nano" else args.model,
-            policy=policy(args.guard),
-            guards={args.guard: args.guard_path},
-            unproven=[args.guard],
-            store=f"file://{folder}/store",
-            dtype=args.dtype,
-            max_model_len=longest,
-            max_num_batched_tokens=max(longest, 2048),
-            enable_prefix_caching=False,
-            enforce_eager=True,
-            seed=0,
-        )
-        vocab = llm.engine.llm_engine.vllm_config.model_config.get_vocab_size()
-        rows = []
+    rows = []
+    with opened(args, max(args.tokens), cache_gib=1) as (llm, vocab):
         for n_tokens in sorted(args.tokens):
             raw = publishes(llm, n_tokens, args.repeats, vocab, args.seed)
             spent, used = medians(raw["publish"]), medians(raw["save_processor"])

@@ -32,7 +32,11 @@ def doctor(
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    folder = tmp_path / "state"
+    return new_state(tmp_path / "state")
+
+
+def new_state(folder: Path) -> Path:
+    """A server's, with two agents' keys."""
     ok(folder, "keys", "new", "intake", "billing")
     (folder / "server.yaml").write_text("port: 0\n")
     return folder

@@ -13,16 +13,12 @@ from lcguard.commands import check_machine, serve
 from lcguard.commands.check_machine import EXTRAS, check_memory, check_processor, memory_bytes
 from lcguard.commands.checks import Advice
 from tests.paths import ROOT
-from tests.server.test_proxy_commands import ok
-from tests.test_doctor import PLAIN_EDGE, doctor, edges
+from tests.test_doctor import PLAIN_EDGE, doctor, edges, new_state
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    folder = tmp_path / "state"
-    ok(folder, "keys", "new", "intake", "billing")
-    (folder / "server.yaml").write_text("port: 0\n")
-    return folder
+    return new_state(tmp_path / "state")
 
 
 @contextmanager

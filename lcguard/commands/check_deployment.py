@@ -231,7 +231,7 @@ class DeploymentChecks:
         s, out = self.settings, {}
         if s.store.startswith(("redis://", "rediss://")):
             out["store"] = "the store"
-        if is_server(self.settings.database):
+        if is_server(s.database):
             out["postgres"] = "the database"
         if variable := asked_by(os.environ):
             out["otel"] = variable

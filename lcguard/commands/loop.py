@@ -212,7 +212,7 @@ def watch(
     from lcguard.commands.loop_watch import watch as run
 
     opened, limit = open_registry(registry, state), _load(config, sets).limit
-    path = database or _database(state, None)
+    path = _database(state, database)
     if path is None:
         raise ValueError(f"{state} has no database: give --database, or --dir of the proxy's state")
 

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.scenarios.jsonl_writer import jsonl_of
-from lcguard.atomic_file import PUBLIC, replace_file
+from lcguard.atomic_file import replace_file
 from lcguard.categories import CATEGORIES, in_order
 from lcguard.commands.canary_records import holding
 from lcguard.commands.canary_screen import ATTACKS, Screened
 from lcguard.commands.loop_config import LoopConfig
+from lcguard.commands.loop_files import write_step
 from lcguard.commands.loop_leakage import screened_edges
 from lcguard.commands.loop_screen import screening
 from lcguard.commands.train import hard_hops
@@ -121,7 +122,7 @@ def collect(
     )
     if edges:  # nobody may roll back to it
         registry.withdraw(live.name, f"leaked on {', '.join(leak.edges)}: {leak.reason}")
-    replace_file(out / LEAK, (leak.model_dump_json(indent=1) + "\n").encode(), mode=PUBLIC)
+    write_step(out / LEAK, leak)
     return leak
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from lcguard.agents.backends.hf import load_backend
-from lcguard.atomic_file import PUBLIC, replace_file
 from lcguard.categories import CATEGORIES
 from lcguard.commands.loop_config import LoopConfig
+from lcguard.commands.loop_files import read_step, write_step
 from lcguard.commands.loop_train import CANDIDATE, read_marks, read_trained
 from lcguard.commands.loop_verdict import decide
 from lcguard.commands.record import record
@@ -160,12 +159,7 @@ def origin_of(registry: Registry, out: Path, digest: str) -> Origin:
 
 def read_judged(out: Path) -> Judged:
     """Raises ``ValueError`` where ``judge`` did not end there."""
-    try:
-        return Judged.model_validate(json.loads((out / JUDGED).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(
-            f"{out}: {JUDGED} cannot be read ({error.strerror}): run `lcguard loop judge`"
-        ) from None
+    return read_step(Judged, out / JUDGED, "judge")
 
 
 def guard_of(judged: Judged, out: Path) -> Path:
@@ -203,7 +197,7 @@ def promote(registry: Registry, out: Path, why: str = "") -> str:
 
 def _kept(out: Path, judged: Judged) -> Judged:
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / JUDGED, (judged.model_dump_json(indent=1) + "\n").encode(), mode=PUBLIC)
+    write_step(out / JUDGED, judged)
     return judged
 
 

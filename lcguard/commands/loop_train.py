@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
@@ -15,6 +14,7 @@ from lcguard.canonical import canonical_digest
 from lcguard.commands.canary_screen import ATTACKS
 from lcguard.commands.loop_collect import HARD, Leaked, read_leak
 from lcguard.commands.loop_config import LoopConfig
+from lcguard.commands.loop_files import read_step, write_step
 from lcguard.commands.train import TrainRun, hard_hops, run_training
 from lcguard.evaluation.folder import plain
 from lcguard.evaluation.load import hops_for
@@ -81,7 +81,7 @@ def train(
         measured_steps=leak.attack_steps,
         seconds=summary["seconds"],
     )
-    replace_file(out / TRAINED, (trained.model_dump_json(indent=1) + "\n").encode(), mode=PUBLIC)
+    write_step(out / TRAINED, trained)
     return trained
 
 
@@ -115,12 +115,7 @@ def training_of(
 
 def read_trained(out: Path) -> Trained:
     """Raises ``ValueError`` where ``train`` did not end there."""
-    try:
-        return Trained.model_validate(json.loads((out / TRAINED).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(
-            f"{out}: {TRAINED} cannot be read ({error.strerror}): run `lcguard loop train`"
-        ) from None
+    return read_step(Trained, out / TRAINED, "train")
 
 
 def read_marks(out: Path) -> frozenset[str]:

@@ -17,7 +17,6 @@ from lcguard.vllm.checks import check_config, check_version
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.setup import (
     digest_of,
-    facts_of,
     gatekeeper_of,
     guards_of,
     key_of,
@@ -65,7 +64,9 @@ def check_engine(config: Any) -> None:
 
     check_version(vllm.__version__)
     check_config(config)
-    key_of()
-    gatekeeper_of(config, not envs.VLLM_ENABLE_V1_MULTIPROCESSING)
-    settings = settings_of(config)
-    guards_of(config, settings, facts_of(config, settings))
+    key_of()  # first: it is the likeliest, and all else reads the weights
+    keeper = gatekeeper_of(config, not envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+    try:
+        guards_of(config, settings_of(config), keeper.facts)
+    finally:
+        keeper.store.close()
