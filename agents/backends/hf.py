@@ -164,6 +164,9 @@ def _keep_first_layers(model: Any, n: int) -> None:
         has = "no list of layers" if layers is None else f"{len(layers)} layers"
         raise ValueError(f"first_layers = {n}: the model has {has}; use 0 for all of it")
     del layers[n:]
+    # Its keys and values are read, and nothing that comes after them: most of a layer's work.
+    if isinstance(getattr(getattr(layers[-1], "mlp", None), "down_proj", None), torch.nn.Linear):
+        layers[-1].mlp = torch.nn.Identity()
     model.config.num_hidden_layers = n
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:n]

@@ -68,7 +68,7 @@ class GateGuard(GuardModule):
         """Codebook size: word 0 and the words for derived values."""
         start_bias: float = -4.0
         """Initial logit of each category's gate: starts at keep."""
-        reach_tokens: int = 128
+        reach_tokens: int = 256
         """How far the context network's blocks see, to either side; 0: the whole segment."""
         maps: Kind = "full"
         """What A and B are: matrices of all channels, one of each KV head, or of low rank beside

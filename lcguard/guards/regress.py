@@ -28,7 +28,7 @@ class RegressGuard(GuardModule):
         noise: float = 0.3
         width: int = 96
         blocks: int = 2
-        reach_tokens: int = 128
+        reach_tokens: int = 256
         """How far the context network's blocks see, to either side; 0: the whole segment."""
 
     def __init__(self, shape: KVShape, n_categories: int, config: Config | None = None) -> None:

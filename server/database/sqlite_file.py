@@ -118,9 +118,12 @@ class _Dialect:
     """The marks stand in the file's header."""
 
     def marks(self, connection: Connection) -> tuple[int, int] | None:
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (n,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        # One statement is one snapshot: with three of them a process that sets the file up
+        # meanwhile is seen by half, and its file taken for another program's.
+        n, application, version = connection.execute(
+            "SELECT (SELECT count(*) FROM sqlite_master), application_id, user_version"
+            " FROM pragma_application_id, pragma_user_version"
+        ).fetchone()
         return (application, version) if n or application or version else None
 
     def mark(self, connection: Connection, application: int, version: int) -> None:

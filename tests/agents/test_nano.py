@@ -47,21 +47,21 @@ def test_it_answers_as_text_and_as_a_segment_alike() -> None:
         assert answer == list(segment)
 
 
-def test_the_gate_reads_long_records_as_it_did_when_it_was_measured() -> None:
-    """It sees 128 tokens to either side since: what it withholds of a token moves by 2% at most."""
+def test_the_gate_reads_its_records_whole_as_it_did_when_it_was_measured() -> None:
+    """Its reach is longer than any of them: figures of before it had one hold."""
     agent = load_backend("nano")
     records = agent.encoder.encode(load_hops("generator", seed=0, split="coined", n=150))
     longest = sorted(records, key=lambda r: len(r.ids))[-16:]
     kv, mask = agent.source.prefill([r.ids for r in longest]), masks(longest)
     gate = FrozenGuard.from_pretrained("nano:gate").module
     assert isinstance(gate, GateGuard)
-    assert len(longest[0].ids) > gate.context.reach + 1
+    assert 0 < len(longest[-1].ids) <= gate.context.reach + 1
     z, found = gate.standardise(kv), []
     for reach in (gate.context.reach, 0):
         gate.context.reach = reach
         with torch.no_grad():
             found.append(gate.rewrite(z, kv.valid, mask).withheld)
-    assert float((found[0] - found[1]).abs().max()) < 0.02
+    torch.testing.assert_close(*found)
 
 
 NOTE = "The patient's name is Ada Long. Chief complaint: back pain. SSN: 912-55-1029."

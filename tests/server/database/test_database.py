@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lcguard.server.database import schema
+from lcguard.server.database.sqlite_file import SQLITE
 from lcguard.server.database.writer import Database, DatabaseError
 
 LOCKER = """
@@ -382,6 +385,19 @@ def test_close_writes_what_waits(path: Path) -> None:
 def test_write_within_a_write_does_not_hang(database: Database) -> None:
     with pytest.raises(RuntimeError, match="use the connection"):
         database.write_now(lambda c: database.write_now(add("inner")))
+
+
+def test_a_file_is_seen_before_or_after_it_was_set_up_never_between(path: Path) -> None:
+    class Interrupted(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> Any:
+            rows = super().execute(sql, *values).fetchall()
+            Database(path).close()  # another process, between two statements of this one
+            return SimpleNamespace(fetchone=lambda: rows[0])
+
+    looking = sqlite3.connect(path, factory=Interrupted, isolation_level=None)
+    assert SQLITE.marks(looking) is None
+    assert SQLITE.marks(looking) is not None
+    looking.close()
 
 
 def test_opened_by_many_at_once(path: Path) -> None:
