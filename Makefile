@@ -29,8 +29,8 @@ demo-real: $(READY)  ## The same on SmolLM2-135M-Instruct
 
 # Two processes, each with whole files: a file's engine starts once.
 test: $(ENGINE)  ## Run the tests (ARGS="-k policy" for some)
-	@echo "test: pytest -n 2 --dist loadfile $(ARGS)"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@echo "test: pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What trains, attacks or compiles for minutes, beside the tests marked slow or vllm.
 SLOW := attacks evaluation training vllm ops/test_ops_triton.py

@@ -31,3 +31,10 @@ def deterministic_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start engines, train or attack come first: at the end of a run on two processes
+    nobody then waits for the last long one."""
+    long = {i.path for i in items if i.get_closest_marker("vllm") or i.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
