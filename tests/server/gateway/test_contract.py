@@ -34,6 +34,13 @@ from lcguard.server.gateway.contract_fields import (
 from tests.engine import needs_vllm
 from tests.paths import ROOT
 from tests.server.gateway.contract_cases import ENDPOINTS, MINIMAL, SAMPLE, asks, refusal
+from tests.vllm.records import RECORDS, fields_of
+
+
+def known(kind: str) -> set[str]:
+    """Fields of any version that was recorded."""
+    return {name for record in RECORDS for name in fields_of(record, kind)}
+
 
 EVERY = [(e, name, field) for e in ENDPOINTS for name, field in FIELDS[e].items()]
 
@@ -93,7 +100,8 @@ def test_every_field_of_vllm_s_requests_is_judged() -> None:
     for endpoint, model in models.items():
         own = OF_OPENAI[endpoint] - {"messages", "prompt"} - {*model.model_fields}
         own |= {"metadata"}  # vLLM and the client know it of chats alone; clients send it with both
-        assert set(FIELDS[endpoint]) == {*model.model_fields, "lcguard"} | own
+        other = {name for record in RECORDS for name in fields_of(record, endpoint)}
+        assert set(FIELDS[endpoint]) == {*model.model_fields, "lcguard"} | own | other
         for name, found in model.model_fields.items():
             # an alias would be a second name for a field, and one that is not in the table
             assert (found.alias, found.validation_alias) == (None, None), name
@@ -124,8 +132,9 @@ def test_every_field_of_vllm_s_answers_is_judged() -> None:
         text.CompletionResponseChoice,
         text.CompletionResponseStreamChoice,
     )
-    assert set(ANSWER) == {name for m in whole for name in m.model_fields} | {"lcguard", "error"}
-    assert set(CHOICE) == {name for m in choices for name in m.model_fields}
+    own = {"lcguard", "error"}
+    assert set(ANSWER) == {name for m in whole for name in m.model_fields} | own | known("answer")
+    assert set(CHOICE) == {name for m in choices for name in m.model_fields} | known("choice")
     assert set(USAGE) == set(text.UsageInfo.model_fields)
 
 
@@ -142,7 +151,8 @@ def test_every_field_of_vllm_s_responses_is_judged() -> None:
     )
     assert set(OUTPUT) == {f.alias or n for m in items for n, f in m.model_fields.items()}
     assert {*streaming_events.ResponseOutputText.model_fields} <= set(CONTENT)
-    assert set(RESPONSE) == {*protocol.ResponsesResponse.model_fields} | {"lcguard", "error"}
+    own = {"lcguard", "error"} | known("response")
+    assert set(RESPONSE) == {*protocol.ResponsesResponse.model_fields} | own
     assert set(RESPONSE_USAGE) == {*protocol.ResponseUsage.model_fields}
     made = [getattr(streaming_events, n) for n in vars(streaming_events) if n.endswith("Event")]
     here = ("output_item", "content_part", "text", "reasoning_text", "function", "custom_tool")
