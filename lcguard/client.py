@@ -11,8 +11,9 @@ as its message. For everything else that an OpenAI client does there is ``client
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Self, overload
 
 from lcguard.client_answers import (
     EdgeLeakage,
@@ -21,100 +22,36 @@ from lcguard.client_answers import (
     RestoredText,
     Revoked,
     Segment,
+    guarded_text,
+    published_of,
+    restored_text,
+    text_of,
+)
+from lcguard.client_requests import (
+    Audiences,
+    Body,
+    Form,
+    Handle,
+    Messages,
+    address,
+    cascading,
+    consume_body,
+    form_of,
+    given,
+    name_of,
+    publish_body,
+    respond_body,
+    text_body,
 )
 
 try:
-    from openai import AsyncOpenAI, OpenAI, RequestOptions
+    from openai import AsyncOpenAI, OpenAI
     from openai.types.chat import ChatCompletion
+    from openai.types.responses import Response
 except ImportError as error:
     raise ImportError(
         "lcguard.client needs the openai package: pip install 'lcguard[client]'"
     ) from error
-
-Messages = str | Sequence[Mapping[str, Any]]
-"""A prompt: a text, or a conversation as OpenAI writes it."""
-
-
-Form = Literal["text", "messages", "json"]
-Handle = str | Published | Segment
-Body = dict[str, Any]
-
-
-def _name(handle: Handle) -> str:
-    return handle if isinstance(handle, str) else handle.handle
-
-
-def _chat(prompt: Messages, role: str, handoff: Body, options: Mapping[str, Any]) -> Body:
-    """The arguments of a chat request with a handoff."""
-    messages = [{"role": role, "content": prompt}] if isinstance(prompt, str) else [*prompt]
-    extra = {**options.get("extra_body", {}), "lcguard": handoff}
-    return {**options, "messages": messages, "extra_body": extra}
-
-
-def _publish(
-    prompt: Messages,
-    publish: Body,
-    consume: Sequence[Handle],
-    options: Mapping[str, Any],
-) -> Body:
-    read = {"consume": [_name(h) for h in consume]} if consume else {}
-    body = _chat(prompt, "system", {"publish": publish, **read}, {"max_tokens": 1, **options})
-    # only what is read is published: nothing of an answer's beginning
-    body["extra_body"].setdefault("add_generation_prompt", False)
-    return body
-
-
-def _consume(prompt: Messages, handles: Sequence[Handle], options: Mapping[str, Any]) -> Body:
-    return _chat(prompt, "user", {"consume": [_name(h) for h in handles]}, options)
-
-
-def _given(secrets: Sequence[str] | None, **fields: Any) -> Body:
-    """The fields of a handoff that were given."""
-    named = None if secrets is None else [*secrets]
-    return {k: v for k, v in {**fields, "secrets": named}.items() if v is not None}
-
-
-def _text_hop(prompt: Messages, hop: Body, options: Mapping[str, Any]) -> Body:
-    return _chat(prompt, "user", {"text": hop}, options)
-
-
-def _form(value: Any, form: Form | None) -> Form:
-    return form or ("text" if isinstance(value, str) else "json")
-
-
-def _handed(value: Any, form: Form, more: Body) -> Body:
-    return {form: value, **more}
-
-
-def _guarded_text(answer: Any, form: Form) -> GuardedText:
-    return GuardedText.model_validate({**answer["applied"], "value": answer[form]})
-
-
-def _restored_text(answer: Any, form: Form) -> RestoredText:
-    return RestoredText(value=answer[form], restored=answer["restored"], kept=answer["kept"])
-
-
-def _at(base_url: object, path: str) -> str:
-    """An address of the proxy's own, beside OpenAI's."""
-    root = str(base_url).rstrip("/").removesuffix("/v1")
-    return f"{root}/lcguard/v1/{path}"
-
-
-def _cascade(cascade: bool) -> RequestOptions:
-    return {"params": {"cascade": "true"}} if cascade else {}
-
-
-def _published(answer: ChatCompletion) -> Published:
-    found: Any = (answer.model_extra or {}).get("lcguard") or {}
-    if "published" not in found:
-        raise ValueError(
-            "the answer says nothing of a published segment: is base_url that of an LCGuard proxy?"
-        )
-    return Published.model_validate(found["published"])
-
-
-def _text(answer: ChatCompletion) -> str:
-    return answer.choices[0].message.content or ""
 
 
 class Client:
@@ -132,7 +69,9 @@ class Client:
     ) -> None:
         self.model = model
         self.openai = OpenAI(base_url=base_url, api_key=api_key, **options)
+        self._at = partial(address, self.openai.base_url)
 
+    @overload
     def publish(
         self,
         prompt: Messages,
@@ -144,10 +83,37 @@ class Client:
         record: str | None = None,
         consume: Sequence[Handle] = (),
         **options: Any,
-    ) -> Published:
+    ) -> Published: ...
+    @overload
+    def publish(
+        self,
+        prompt: Messages,
+        audience: Audiences,
+        *,
+        secrets: Sequence[str] | None = None,
+        forbid: Sequence[str] = (),
+        ttl_s: float | None = None,
+        record: str | None = None,
+        consume: Sequence[Handle] = (),
+        **options: Any,
+    ) -> list[Published]: ...
+    def publish(
+        self,
+        prompt: Messages,
+        audience: str | Audiences,
+        *,
+        secrets: Sequence[str] | None = None,
+        forbid: Sequence[str] = (),
+        ttl_s: float | None = None,
+        record: str | None = None,
+        consume: Sequence[Handle] = (),
+        **options: Any,
+    ) -> Published | list[Published]:
         """Reads a text, or a conversation, for another agent, which gets it behind the guard.
 
         Args:
+            audience: an agent, or a list: a handle for each, of one segment that hides what any
+                of their edges forbids.
             secrets: values to overwrite, for an edge with guard ``redact``; ``[]`` for none.
             forbid: categories to hide beyond those of the policy.
             ttl_s: seconds to live; the policy's where None, which it cannot exceed.
@@ -155,23 +121,45 @@ class Client:
             consume: segments that the text is read on top of.
             options: of the chat route, such as ``model``.
         """
-        to = {"audience": audience, "forbid": [*forbid]}
-        told = _given(secrets, **to, ttl_s=ttl_s, record=record)
-        return _published(self._create(_publish(prompt, told, consume, options)))
+        to: Body = {"audience": audience, "forbid": [*forbid]}
+        told = given(secrets, **to, ttl_s=ttl_s, record=record)
+        return published_of(self._create(publish_body(prompt, told, consume, options)))
 
     def consume(
         self, prompt: Messages, handles: Sequence[Handle], **options: Any
     ) -> ChatCompletion:
         """OpenAI's answer to a question, or a conversation, on top of segments."""
-        return self._create(_consume(prompt, handles, options))
+        return self._create(consume_body(prompt, handles, options))
 
     def ask(self, question: Messages, *handles: Handle, **options: Any) -> str:
         """The text of ``consume``."""
-        return _text(self.consume(question, handles, **options))
+        return text_of(self.consume(question, handles, **options))
+
+    def respond(
+        self,
+        prompt: Messages,
+        *handles: Handle,
+        source: str | None = None,
+        audience: str | None = None,
+        secrets: Sequence[str] | None = None,
+        conversation: str | None = None,
+        **options: Any,
+    ) -> Response:
+        """OpenAI's response (the Responses API) to a text, or to items, on top of segments; its
+        text is ``.output_text``.
+
+        Args:
+            source: whom the prompt came from, as text that is guarded.
+            audience: whom the answer goes to, as text that is guarded.
+            secrets, conversation: of those, as in ``guard_text``.
+            options: of ``responses.create``, such as ``instructions`` or ``max_output_tokens``.
+        """
+        hop = given(secrets, source=source, audience=audience, conversation=conversation)
+        return self._respond(respond_body(prompt, handles, hop, options))
 
     def inspect(self, handle: Handle) -> Segment:
         """A segment that this agent published or may consume, with its manifest."""
-        return Segment.model_validate(self._get(f"segments/{_name(handle)}"))
+        return Segment.model_validate(self._get(f"segments/{name_of(handle)}"))
 
     def segments(self) -> list[Segment]:
         """All of them."""
@@ -179,8 +167,8 @@ class Client:
 
     def revoke(self, handle: Handle, *, cascade: bool = False) -> Revoked:
         """Nobody consumes it from now on; with ``cascade`` nor what was published on top of it."""
-        at = _at(self.openai.base_url, f"segments/{_name(handle)}")
-        found: Any = self.openai.delete(at, cast_to=object, options=_cascade(cascade))
+        at, options = self._at(f"segments/{name_of(handle)}"), cascading(cascade)
+        found: Any = self.openai.delete(at, cast_to=object, options=options)
         return Revoked.model_validate(found)
 
     def chat(
@@ -195,8 +183,8 @@ class Client:
     ) -> ChatCompletion:
         """OpenAI's answer where text is handed over: the prompt came from ``source``, the answer
         goes to ``audience``, or both. Each is guarded under its edge."""
-        hop = _given(secrets, source=source, audience=audience, conversation=conversation)
-        return self._create(_text_hop(prompt, hop, options))
+        hop = given(secrets, source=source, audience=audience, conversation=conversation)
+        return self._create(text_body(prompt, hop, options))
 
     def guard_text(
         self,
@@ -214,18 +202,17 @@ class Client:
             conversation: within which a value keeps its placeholder.
             form: ``messages`` for a chat's; None takes a string as text, all else as JSON.
         """
-        form = _form(value, form)
-        more = _given(secrets, audience=audience, conversation=conversation)
-        body = _handed(value, form, more)
-        return _guarded_text(self._post("text", body), form)
+        form = form_of(value, form)
+        body = {form: value, **given(secrets, audience=audience, conversation=conversation)}
+        return guarded_text(self._post("text", body), form)
 
     def restore_text(
         self, value: Any, *, conversation: str | None = None, form: Form | None = None
     ) -> RestoredText:
         """The same with its values, as far as the policy lets this agent have them back."""
-        form = _form(value, form)
-        body = _handed(value, form, _given(None, conversation=conversation))
-        return _restored_text(self._post("text/restore", body), form)
+        form = form_of(value, form)
+        body = {form: value, **given(None, conversation=conversation)}
+        return restored_text(self._post("text/restore", body), form)
 
     def leakage(self) -> list[EdgeLeakage]:
         """What canaries lost on the edges of this agent."""
@@ -242,17 +229,23 @@ class Client:
         self.close()
 
     def _create(self, body: Body) -> ChatCompletion:
-        if self.model is None and "model" not in body:
-            self.model = self.openai.models.list().data[0].id
-        told: Body = {"model": self.model, **body}
-        found: ChatCompletion = self.openai.chat.completions.create(**told)
+        found: ChatCompletion = self.openai.chat.completions.create(**self._told(body))
         return found
 
+    def _respond(self, body: Body) -> Response:
+        found: Response = self.openai.responses.create(**self._told(body))
+        return found
+
+    def _told(self, body: Body) -> Body:
+        if self.model is None and "model" not in body:
+            self.model = self.openai.models.list().data[0].id
+        return {"model": self.model, **body}
+
     def _get(self, path: str) -> Any:
-        return self.openai.get(_at(self.openai.base_url, path), cast_to=object)
+        return self.openai.get(self._at(path), cast_to=object)
 
     def _post(self, path: str, body: Body) -> Any:
-        return self.openai.post(_at(self.openai.base_url, path), body=body, cast_to=object)
+        return self.openai.post(self._at(path), body=body, cast_to=object)
 
 
 class AsyncClient:
@@ -263,7 +256,9 @@ class AsyncClient:
     ) -> None:
         self.model = model
         self.openai = AsyncOpenAI(base_url=base_url, api_key=api_key, **options)
+        self._at = partial(address, self.openai.base_url)
 
+    @overload
     async def publish(
         self,
         prompt: Messages,
@@ -275,28 +270,66 @@ class AsyncClient:
         record: str | None = None,
         consume: Sequence[Handle] = (),
         **options: Any,
-    ) -> Published:
-        to = {"audience": audience, "forbid": [*forbid]}
-        told = _given(secrets, **to, ttl_s=ttl_s, record=record)
-        return _published(await self._create(_publish(prompt, told, consume, options)))
+    ) -> Published: ...
+    @overload
+    async def publish(
+        self,
+        prompt: Messages,
+        audience: Audiences,
+        *,
+        secrets: Sequence[str] | None = None,
+        forbid: Sequence[str] = (),
+        ttl_s: float | None = None,
+        record: str | None = None,
+        consume: Sequence[Handle] = (),
+        **options: Any,
+    ) -> list[Published]: ...
+    async def publish(
+        self,
+        prompt: Messages,
+        audience: str | Audiences,
+        *,
+        secrets: Sequence[str] | None = None,
+        forbid: Sequence[str] = (),
+        ttl_s: float | None = None,
+        record: str | None = None,
+        consume: Sequence[Handle] = (),
+        **options: Any,
+    ) -> Published | list[Published]:
+        to: Body = {"audience": audience, "forbid": [*forbid]}
+        told = given(secrets, **to, ttl_s=ttl_s, record=record)
+        return published_of(await self._create(publish_body(prompt, told, consume, options)))
 
     async def consume(
         self, prompt: Messages, handles: Sequence[Handle], **options: Any
     ) -> ChatCompletion:
-        return await self._create(_consume(prompt, handles, options))
+        return await self._create(consume_body(prompt, handles, options))
 
     async def ask(self, question: Messages, *handles: Handle, **options: Any) -> str:
-        return _text(await self.consume(question, handles, **options))
+        return text_of(await self.consume(question, handles, **options))
+
+    async def respond(
+        self,
+        prompt: Messages,
+        *handles: Handle,
+        source: str | None = None,
+        audience: str | None = None,
+        secrets: Sequence[str] | None = None,
+        conversation: str | None = None,
+        **options: Any,
+    ) -> Response:
+        hop = given(secrets, source=source, audience=audience, conversation=conversation)
+        return await self._respond(respond_body(prompt, handles, hop, options))
 
     async def inspect(self, handle: Handle) -> Segment:
-        return Segment.model_validate(await self._get(f"segments/{_name(handle)}"))
+        return Segment.model_validate(await self._get(f"segments/{name_of(handle)}"))
 
     async def segments(self) -> list[Segment]:
         return [Segment.model_validate(row) for row in (await self._get("segments"))["data"]]
 
     async def revoke(self, handle: Handle, *, cascade: bool = False) -> Revoked:
-        at = _at(self.openai.base_url, f"segments/{_name(handle)}")
-        found: Any = await self.openai.delete(at, cast_to=object, options=_cascade(cascade))
+        at, options = self._at(f"segments/{name_of(handle)}"), cascading(cascade)
+        found: Any = await self.openai.delete(at, cast_to=object, options=options)
         return Revoked.model_validate(found)
 
     async def chat(
@@ -309,8 +342,8 @@ class AsyncClient:
         conversation: str | None = None,
         **options: Any,
     ) -> ChatCompletion:
-        hop = _given(secrets, source=source, audience=audience, conversation=conversation)
-        return await self._create(_text_hop(prompt, hop, options))
+        hop = given(secrets, source=source, audience=audience, conversation=conversation)
+        return await self._create(text_body(prompt, hop, options))
 
     async def guard_text(
         self,
@@ -321,17 +354,16 @@ class AsyncClient:
         conversation: str | None = None,
         form: Form | None = None,
     ) -> GuardedText:
-        form = _form(value, form)
-        more = _given(secrets, audience=audience, conversation=conversation)
-        body = _handed(value, form, more)
-        return _guarded_text(await self._post("text", body), form)
+        form = form_of(value, form)
+        body = {form: value, **given(secrets, audience=audience, conversation=conversation)}
+        return guarded_text(await self._post("text", body), form)
 
     async def restore_text(
         self, value: Any, *, conversation: str | None = None, form: Form | None = None
     ) -> RestoredText:
-        form = _form(value, form)
-        body = _handed(value, form, _given(None, conversation=conversation))
-        return _restored_text(await self._post("text/restore", body), form)
+        form = form_of(value, form)
+        body = {form: value, **given(None, conversation=conversation)}
+        return restored_text(await self._post("text/restore", body), form)
 
     async def leakage(self) -> list[EdgeLeakage]:
         return [EdgeLeakage.model_validate(row) for row in (await self._get("leakage"))["edges"]]
@@ -346,14 +378,21 @@ class AsyncClient:
         await self.close()
 
     async def _create(self, body: Body) -> ChatCompletion:
-        if self.model is None and "model" not in body:
-            self.model = (await self.openai.models.list()).data[0].id
-        told: Body = {"model": self.model, **body}
+        told = await self._told(body)
         found: ChatCompletion = await self.openai.chat.completions.create(**told)
         return found
 
+    async def _respond(self, body: Body) -> Response:
+        found: Response = await self.openai.responses.create(**await self._told(body))
+        return found
+
+    async def _told(self, body: Body) -> Body:
+        if self.model is None and "model" not in body:
+            self.model = (await self.openai.models.list()).data[0].id
+        return {"model": self.model, **body}
+
     async def _get(self, path: str) -> Any:
-        return await self.openai.get(_at(self.openai.base_url, path), cast_to=object)
+        return await self.openai.get(self._at(path), cast_to=object)
 
     async def _post(self, path: str, body: Body) -> Any:
-        return await self.openai.post(_at(self.openai.base_url, path), body=body, cast_to=object)
+        return await self.openai.post(self._at(path), body=body, cast_to=object)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletion
 
 
 class _Shown(BaseModel):
@@ -78,3 +81,27 @@ class RestoredText(_Shown):
     """Placeholders that were replaced by their values."""
     kept: int
     """Values that stay hidden: expired, of another conversation, or not for this agent."""
+
+
+def guarded_text(answer: Any, form: str) -> GuardedText:
+    return GuardedText.model_validate({**answer["applied"], "value": answer[form]})
+
+
+def restored_text(answer: Any, form: str) -> RestoredText:
+    return RestoredText(value=answer[form], restored=answer["restored"], kept=answer["kept"])
+
+
+def published_of(answer: ChatCompletion) -> Published | list[Published]:
+    found: Any = (answer.model_extra or {}).get("lcguard") or {}
+    if "published" not in found:
+        raise ValueError(
+            "the answer says nothing of a published segment: is base_url that of an LCGuard proxy?"
+        )
+    made = found["published"]
+    if isinstance(made, list):  # audiences were given as a list
+        return [Published.model_validate(one) for one in made]
+    return Published.model_validate(made)
+
+
+def text_of(answer: ChatCompletion) -> str:
+    return answer.choices[0].message.content or ""

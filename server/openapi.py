@@ -80,7 +80,7 @@ def _generating(endpoint: Any) -> dict[str, Any]:
     else:
         properties["prompt"] = {"type": ["string", "array"]}
     headers = (
-        (PUBLISH_HEADER, "Audience; stands for lcguard.publish."),
+        (PUBLISH_HEADER, "Audience, or several with commas between; stands for lcguard.publish."),
         (CONSUME_HEADER, "Handles with commas between; stands for lcguard.consume."),
     )
     return {

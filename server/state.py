@@ -18,6 +18,7 @@ from lcguard.server.access.keyring import AuthError, Identity, Keyring
 from lcguard.server.audit.edge_counts import CANARY_TENANT, EdgeCounts
 from lcguard.server.audit.trail import AuditLog, Entry
 from lcguard.server.authorization.active_reads import ActiveReads
+from lcguard.server.authorization.approved_handoff import ApprovedHandoff, edge_name
 from lcguard.server.authorization.authority import Authority
 from lcguard.server.authorization.settlement import Settlement
 from lcguard.server.authorization.text_hops import TextHops
@@ -247,15 +248,12 @@ class Proxy:
             if x.approved is not None and not x.code:
                 self._handoff(x, x.approved)
 
-    def _handoff(self, x: Exchange, approved: Any) -> None:
+    def _handoff(self, x: Exchange, approved: ApprovedHandoff) -> None:
         if approved.consumed:
             self.metrics.handoffs.labels("consumed").inc(len(approved.consumed))
-        if approved.edge is not None:
+        for publish in approved.publishes:
             self.metrics.handoffs.labels("published").inc()
-            tenant, _, source = approved.edge.source.partition("/")
-            times = self.publish_ms.setdefault(
-                (tenant, source, approved.edge.audience.partition("/")[2]), []
-            )
+            times = self.publish_ms.setdefault(edge_name(publish.hop.own), [])
             times.append((time.perf_counter() - x.started_s) * 1000)
             del times[:-256]
 

@@ -38,12 +38,17 @@ GUARDS = ("identity", "gaussian", "residual", "gate", "redact", "twin")
 
 
 def policy() -> dict[str, Any]:
-    """Everything is forbidden; which guard hides it is the audience's name."""
+    """Everything is forbidden; which guard hides it is the audience's name. Some have a neighbour
+    with a milder rule."""
     return {
         "version": 1,
         "edges": [
             {"source": "*", "audience": name, "forbid": list(CATEGORIES), "guard": name}
             for name in (*GUARDS, "broken", "live")
+        ]
+        + [
+            {"source": "*", "audience": f"{name}-too", "forbid": ["person"], "guard": name}
+            for name in ("gate", "redact", "twin")
         ],
     }
 

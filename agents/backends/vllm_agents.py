@@ -54,8 +54,8 @@ class VLLMReference:
 class VLLMAgents:
     """Implements ``AgentBackend`` over a ``GuardedLLM``.
 
-    Unlike on transformers, a segment is published once for each audience, since a handle is bound
-    to one: two audiences hold two draws of the noise.
+    Unlike on transformers, a segment is published once for each audience, whose edges may have
+    different guards: two audiences hold two draws of the noise.
 
     Args:
         llm: the engine.

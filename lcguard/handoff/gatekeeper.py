@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from lcguard.handoff.audiences import Hop, check_hops, hops_of, scan_digest
 from lcguard.handoff.content import content_of
 from lcguard.handoff.errors import GrantError, HandoffError, LineageError
 from lcguard.handoff.grants import (
@@ -20,17 +21,11 @@ from lcguard.handoff.grants import (
     new_handle,
     sign_scan,
 )
-from lcguard.handoff.lineage import check_current, check_guard, on_top, origins
-from lcguard.handoff.plan import ModelFacts, Plan, PublishPlan
+from lcguard.handoff.lineage import check_current, origins
+from lcguard.handoff.plan import ModelFacts, Plan, PlannedCopy, PublishPlan
 from lcguard.handoff.policy import Edge, Policy, cannot_find
 from lcguard.handoff.redaction import covered
-from lcguard.handoff.request import (
-    Consume,
-    EnginePublish,
-    Handoff,
-    check_findable,
-    edge_of,
-)
+from lcguard.handoff.request import Consume, EnginePublish, Handoff
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.reloading import ReloadingFile, in_force
 from lcguard.rule import Rule
@@ -172,29 +167,28 @@ class Gatekeeper:
             raise HandoffError(error.status, f"{shown}: {error}") from None
         return manifest
 
-    def edge(self, publish: EnginePublish) -> Edge:
-        """The rule that this request is published under. Raises ``HandoffError``."""
-        return edge_of(self.policy, publish)
+    def edge(self, publish: EnginePublish, consumed: Sequence[Manifest] = ()) -> Edge:
+        """The rule that this request is published under, that of its first audience where it has
+        several: they differ in their names alone. Raises ``HandoffError``."""
+        return hops_of(self.policy, publish, consumed)[0].joint
 
     def _publish(
         self, publish: EnginePublish, consumed: Sequence[Manifest], prompt: Sequence[int]
     ) -> PublishPlan:
-        own_edge = self.edge(publish)
-        edge = on_top(own_edge, self.policy, consumed)
+        hops = hops_of(self.policy, publish, consumed)
+        edge = hops[0].joint
         if edge.guard not in self.guards:
             raise HandoffError(
                 400,
                 f"the policy wants guard {edge.guard!r} on {edge.name.in_words}, the engine has "
                 f"{', '.join(self.guards)}: add it to guards",
             )
-        check_findable(edge)
-        if edge.fixed_length:
+        if any(hop.joint.fixed_length for hop in hops):
             raise HandoffError(
                 400, "fixed_length is not supported inside vLLM: segments keep their token count"
             )
-        if consumed:
-            learnt, finds = edge.guard in self.policy_guards, edge.guard in self.finders
-            check_guard(edge, own_edge, consumed, learnt, finds)
+        learnt, finds = edge.guard in self.policy_guards, edge.guard in self.finders
+        check_hops(hops, consumed, learnt, finds)
         start = sum(m.n_tokens for m in consumed)
         own_tokens = prompt[start:]
         if not own_tokens:
@@ -206,7 +200,7 @@ class Gatekeeper:
         elif edge.guard in self.finders and not scan:
             # the engine must have looked for secrets in this prompt, and signed what it left of it
             self._check_covered(publish.spans or (), own_tokens)
-            check_scan(self.key, edge.digest, own_tokens, str(publish.scan), self.clock())
+            check_scan(self.key, scan_digest(hops), own_tokens, str(publish.scan), self.clock())
         elif scan and publish.spans is not None:
             raise HandoffError(
                 400, f"guard {edge.guard!r} finds what to hide itself: leave spans out"
@@ -217,24 +211,31 @@ class Gatekeeper:
             )
         content = content_of(
             self.key,
-            [edge.source, edge.audience, list(edge.forbid), list(edge.derive)],
+            [edge.source, _audiences(hops), list(edge.forbid), list(edge.derive)],
             [self.facts.revision, self.facts.config_digest],
             consumed,
             own_tokens,
         )
+        now_s = self.clock()
         return PublishPlan(
-            handle=publish.handle or new_handle(),
+            copies=tuple(
+                PlannedCopy(
+                    handle=one.handle or new_handle(),
+                    audience=one.audience,
+                    policy_digest=hop.alone.digest,
+                    expires_at_s=int(now_s + hop.alone.ttl_s),
+                )
+                for one, hop in zip(publish.each(), hops, strict=True)
+            ),
             source=publish.source,
-            audience=publish.audience,
             guard=edge.guard,
             rule=edge.rule,
-            policy_digest=edge.digest,
             origins=origins(publish.source, consumed),
-            expires_at_s=int(self.clock() + edge.ttl_s),
             hop=max((m.hop for m in consumed), default=-1) + 1,
             start_token=start,
             custom=edge.definitions,
             content=content,
+            scan_rule=scan_digest(hops),
             scan=scan,
             told=publish.told or (),
         )
@@ -293,20 +294,22 @@ class Gatekeeper:
         found = merged([*found, *plan.told])
         ids = covered(own, found, self.facts.neutral_id)
         until_s = int(self.clock()) + SCAN_S
-        signature = sign_scan(self.key, plan.policy_digest, ids, until_s)
+        signature = sign_scan(self.key, plan.scan_rule, ids, until_s)
         return {"spans": [list(span) for span in found], "scan": signature}
 
     def answer_planned(self, plan: PublishPlan, n_tokens: int) -> dict[str, Any]:
-        """What the publisher learns of a segment of this plan."""
-        return self._answer(plan, plan.guard, plan.rule, n_tokens)
+        """What the publisher learns of the segments of this plan."""
+        made = [self._answer(copy, plan.guard, plan.rule, n_tokens) for copy in plan.copies]
+        return _together(made)
 
-    def answer_stored(self, publish: EnginePublish, stored: Manifest) -> dict[str, Any]:
-        """What the publisher learns of a segment that is ``stored``. Raises ``HandoffError``."""
+    def answer_stored(self, publish: EnginePublish, stored: Sequence[Manifest]) -> dict[str, Any]:
+        """What the publisher learns of segments that are ``stored``, in its audiences' order.
+        Raises ``HandoffError``."""
         edge = self.edge(publish)
-        return self._answer(stored, edge.guard, edge.rule, stored.n_tokens)
+        return _together([self._answer(m, edge.guard, edge.rule, m.n_tokens) for m in stored])
 
     def _answer(
-        self, segment: PublishPlan | Manifest, guard: str, rule: Rule, n_tokens: int
+        self, segment: PlannedCopy | Manifest, guard: str, rule: Rule, n_tokens: int
     ) -> dict[str, Any]:
         handle, audience, until = segment.handle, segment.audience, segment.expires_at_s
         return {
@@ -320,3 +323,15 @@ class Gatekeeper:
             "derive": list(rule.derive),
             "placeholder_id": self.facts.placeholder_id,
         }
+
+
+def _together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first audience's answer, with those of the others in it."""
+    first, *others = answers
+    return {**first, "also": others} if others else first
+
+
+def _audiences(hops: Sequence[Hop]) -> str | list[str]:
+    """Those whom a draw of noise is for: another set of them gets another draw."""
+    names = sorted(hop.joint.audience for hop in hops)
+    return names if len(names) > 1 else names[0]

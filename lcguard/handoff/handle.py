@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lcguard.handoff.errors import HandoffError
+
 
 @dataclass(frozen=True)
 class Handle:
@@ -39,15 +41,28 @@ class Handle:
             raise ValueError(f"handle lacks {error}: pass what publish returned") from None
 
 
+def handles_of(answer: Mapping[str, Any]) -> list[Handle]:
+    """Of what the engine answered a publish, one for each audience. Raises ``ValueError``."""
+    return [Handle.from_dict(one) for one in (answer, *answer.get("also", ()))]
+
+
 def publish_params(
     agent: str,
-    audience: str,
+    audience: str | Sequence[str],
     policy: Sequence[str] | None = None,
     ttl_s: float | None = None,
     spans: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
-    """The ``publish`` part of a request; see ``lcguard.handoff.request.EnginePublish``."""
-    out: dict[str, Any] = {"source": agent, "audience": audience}
+    """The ``publish`` part of a request; see ``lcguard.handoff.request.EnginePublish``.
+
+    Raises ``HandoffError`` for no audience.
+    """
+    first, *others = [audience] if isinstance(audience, str) else list(audience) or [""]
+    if not first:
+        raise HandoffError(400, "audience names nobody: give at least one")
+    out: dict[str, Any] = {"source": agent, "audience": first}
+    if others:
+        out["also"] = [{"audience": name} for name in others]
     if policy is not None:
         out["forbid"] = list(policy)
     if ttl_s is not None:

@@ -26,24 +26,35 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class PlannedCopy:
+    """One audience's segment of a publish: a handle, a manifest and bytes of its own."""
+
+    handle: str
+    audience: str
+    policy_digest: str
+    """Of the edge as if it were the only one: its audience is shown it."""
+    expires_at_s: int
+
+
+@dataclass(frozen=True)
 class PublishPlan:
     """Everything the worker needs to guard and store a prompt's KV."""
 
-    handle: str
+    copies: tuple[PlannedCopy, ...]
+    """All of them are stored, or none."""
     source: str
-    audience: str
     guard: str
     rule: Rule
-    """Of the edge, and of what was consumed."""
-    policy_digest: str
+    """Of all edges, and of what was consumed."""
     origins: tuple[str, ...]
     """Agents whose text the segment stands on."""
-    expires_at_s: int
     hop: int
     start_token: int
     """First prompt token of the segment: what was consumed is not published again."""
     content: Content = field(repr=False)
     """The text: its noise is drawn from it, and it stands in no log."""
+    scan_rule: str = ""
+    """Digest of the rule that a guard looks for secrets under."""
     scan: bool = False
     """True for a prompt that the guard still has to look for secrets in: nothing is stored, and the
     answer says what was found."""
@@ -51,6 +62,16 @@ class PublishPlan:
     """What is hidden in the prompt before the guard looks at it."""
     custom: dict[str, str] = field(default_factory=dict)
     """Of the rule's own categories, the definitions that were looked for in the prompt."""
+
+    @property
+    def handle(self) -> str:
+        """The first copy's, which names the publish inside the engine."""
+        return self.copies[0].handle
+
+    @property
+    def audiences(self) -> str:
+        """For a log."""
+        return ", ".join(copy.audience for copy in self.copies)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,24 @@
     {"publish": {"source": "intake", "audience": "billing"}}
     {"consume": {"agent": "billing", "segments": [{"handle": "...", "grant": "..."}]}}
 
-Both together publish what an agent made of what it consumed.
+Both together publish what an agent made of what it consumed. ``also`` names further audiences of
+the same publish (``lcguard.handoff.audiences``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from lcguard.canonical import canonical_json
 from lcguard.categories import CATEGORIES, in_order, own_names
@@ -27,11 +35,22 @@ from lcguard.rule import Rule
 PARAM = "lcguard"
 SCANNED = "scanned"
 """Key of an answer that stored nothing and says what the guard found in the prompt."""
+MAX_AUDIENCES = 16
+"""Of one publish: each is one more segment in the store."""
 F = TypeVar("F", bound=BaseModel)
+NewHandle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{32,128}$")]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class AlsoFor(_Model):
+    """A further audience of a publish."""
+
+    audience: QualifiedName
+    handle: NewHandle | None = None
+    """As that of the publish."""
 
 
 class EnginePublish(_Model):
@@ -39,6 +58,9 @@ class EnginePublish(_Model):
 
     source: QualifiedName
     audience: QualifiedName
+    also: Annotated[tuple[AlsoFor, ...], Field(max_length=MAX_AUDIENCES - 1)] = ()
+    """Further audiences: the same guarded KV, each under a handle of its own. All of them get
+    theirs or none does."""
     forbid: tuple[CategoryName, ...] | None = None
     """Categories to hide beyond those of the policy: a request can tighten, never loosen."""
     ttl_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
@@ -47,7 +69,7 @@ class EnginePublish(_Model):
     """Token ranges ``[start, end)`` of the secrets in the prompt as sent, for guard ``redact``."""
     tokens: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
     """``tokens_digest`` of the prompt that the spans were counted on: another one is refused."""
-    handle: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{32,128}$")] | None = None
+    handle: NewHandle | None = None
     """The name to store it under, never used before; drawn by the engine if absent. It is no
     permission, see ``lcguard.handoff.grants``."""
     scan: Annotated[str, StringConstraints(max_length=100)] | None = None
@@ -67,6 +89,27 @@ class EnginePublish(_Model):
     @property
     def edge_name(self) -> EdgeName:
         return EdgeName(self.source, self.audience)
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        every = self.each()
+        audiences = [one.audience for one in every]
+        handles = [one.handle for one in every if one.handle is not None]
+        for named in (audiences, handles):
+            if repeated := [name for i, name in enumerate(named) if name in named[:i]]:
+                raise ValueError(f"also names {repeated[0]!r} again: name each audience once")
+        return self
+
+    def each(self) -> tuple[EnginePublish, ...]:
+        """One for each audience, as if it were the only one."""
+        first = self.model_copy(update={"also": ()})
+        others = ({"audience": one.audience, "handle": one.handle} for one in self.also)
+        return (first, *(first.model_copy(update=other) for other in others))
+
+    def named(self, new: Callable[[], str]) -> EnginePublish:
+        """With a handle for each audience; ``new`` draws those that are missing."""
+        also = tuple(one.model_copy(update={"handle": one.handle or new()}) for one in self.also)
+        return self.model_copy(update={"handle": self.handle or new(), "also": also})
 
 
 class Grant(_Model):
@@ -131,7 +174,9 @@ def parse_field(form: type[F], value: object) -> F:
         found = form.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise _bad(".".join([PARAM, *map(str, first["loc"])]), first["msg"]) from None
+        # which form of a value it was held against is no key: "(several)"
+        where = [str(key) for key in first["loc"] if not str(key).startswith("(")]
+        raise _bad(".".join([PARAM, *where]), first["msg"]) from None
     parts = [name for name in ("publish", "consume", "text") if name in form.model_fields]
     if not any(getattr(found, part) is not None for part in parts):
         raise _bad(PARAM, f"is empty: give {' or '.join(parts)}")

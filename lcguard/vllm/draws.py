@@ -12,6 +12,9 @@ differ in their last bits from one batch to the next, and two means next to each
 noise would differ just where the mean lies between two points of the grid, to many digits. With
 another bit of raw KV, or another way of computing the mean from it, all noise is another.
 
+A publish for several audiences is one draw for all of them, from a key of its own: the set of its
+audiences takes the edge's place in it. What is published for one of them as well is another draw.
+
 What is published is named by its *draw* in the manifest: distinct names are draws that add up, and
 the proxy's ledger counts them.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,8 +62,9 @@ class Draws:
     def __init__(self, key: bytes, store: SegmentStore) -> None:
         self._key, self._store = check_key(key), store
         self._lock = threading.Lock()
-        self._places: OrderedDict[bytes, str] = OrderedDict()
-        """A text up to some token -> the handle of a segment that begins with it."""
+        self._places: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
+        """A text up to some token -> the handles of segments that begin with it: one for each
+        audience, of which some may be gone."""
         self._longest: OrderedDict[str, bytes] = OrderedDict()
         """Draw -> all of its longest text."""
 
@@ -94,11 +99,11 @@ class Draws:
         same = n == len(chain) or grown
         return Rows(joined[0], joined[1], manifest.draw if same else draw, n)
 
-    def stored(self, chain: Chain, rows: Rows, handle: str) -> None:
-        """Remembers a segment that the store has taken."""
+    def stored(self, chain: Chain, rows: Rows, handles: Sequence[str]) -> None:
+        """Remembers a segment that the store has taken, under a handle for each audience."""
         with self._lock:
             for n in {*range(_BLOCK, len(chain) + 1, _BLOCK), len(chain)}:
-                _put(self._places, chain[n - 1], handle)
+                _put(self._places, chain[n - 1], tuple(handles))
             if rows.reused_tokens < len(chain):
                 _put(self._longest, rows.draw, chain[-1])
 
@@ -107,19 +112,24 @@ class Draws:
         gone: set[str] = set()
         for n in range(len(chain), 0, -1):
             with self._lock:
-                handle = self._places.get(chain[n - 1])
-            if handle is None or handle in gone:
-                continue
-            try:
-                segment = self._store.load(handle, self._key)
-            except (SegmentError, StoreError):  # expired, revoked or out of reach
-                gone.add(handle)
-                continue
-            total = segment.manifest.n_tokens
-            if segment.keys.dtype != like.dtype or (whole and not n == total == len(chain)):
-                continue
-            return segment, n
+                handles = self._places.get(chain[n - 1], ())
+            for handle in handles:
+                segment = None if handle in gone else self._load(handle)
+                if segment is None:  # expired, revoked or out of reach: another audience's may do
+                    gone.add(handle)
+                    continue
+                total = segment.manifest.n_tokens
+                if segment.keys.dtype == like.dtype and not (
+                    whole and not n == total == len(chain)
+                ):
+                    return segment, n
         return None
+
+    def _load(self, handle: str) -> KVSegment | None:
+        try:
+            return self._store.load(handle, self._key)
+        except (SegmentError, StoreError):
+            return None
 
 
 def _put(table: OrderedDict[K, V], key: K, value: V) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from lcguard.handoff.errors import HandoffError
@@ -68,11 +69,11 @@ class FrontEnd:
             yield served
         finally:
             self._found.pop(id(params), None)
-            if publish is not None and publish is not handoff.publish and not served.finished:
+            drawn = _drawn(handoff.publish, publish) if not served.finished else ()
+            for handle in drawn:
                 # its client left, or it failed; the engine may be about to store it. A handle that
                 # the request named is not touched: it may be another's
-                handle = str(publish.handle)
-                self.line.submit(lambda: self.gatekeeper.store.retire(handle))
+                self.line.submit(partial(self.gatekeeper.store.retire, handle))
 
     def must_scan(self, handoff: Handoff) -> bool:
         """Whether a publish's guard has yet to look for secrets in the prompt. Raises
@@ -102,7 +103,7 @@ class FrontEnd:
             kind = prompt.get("type") if isinstance(prompt, dict) else type(prompt).__name__
             raise HandoffError(400, f"a handoff takes a prompt of tokens or text, not {kind!r}")
         check_params(params)
-        if handoff.publish is not None and handoff.publish.handle is None and params.stop:
+        if handoff.publish is not None and params.stop and _unnamed(handoff.publish):
             # found here, before the engine has said under which handle it stored
             raise HandoffError(
                 400,
@@ -178,8 +179,8 @@ class Served:
             raise error
         if self._publish is not None and not output.kv_transfer_params:
             keeper = self._front.gatekeeper
-            manifest = await self._stored(str(self._publish.handle))
-            answer = keeper.answer_stored(self._publish, manifest)
+            stored = [await self._stored(str(one.handle)) for one in self._publish.each()]
+            answer = keeper.answer_stored(self._publish, stored)
             output.kv_transfer_params = {PARAM: answer}
         self.finished = True
 
@@ -202,13 +203,30 @@ def _named(handoff: Handoff, params: Any) -> EnginePublish | None:
     """The publish with a handle that this side knows: it may have to be given up. What the proxy
     signed stays as it is: its signature would not fit."""
     publish = handoff.publish
-    if publish is None or publish.handle is not None or handoff.order is not None:
+    if publish is None or handoff.order is not None or not _unnamed(publish):
         return publish
-    handle = new_handle()
+    made = publish.named(new_handle)
+    also = [one.model_dump(mode="json") for one in made.also]
     transfer = params.extra_args["kv_transfer_params"]
-    named = {**transfer[PARAM], "publish": {**transfer[PARAM]["publish"], "handle": handle}}
-    params.extra_args = {**params.extra_args, "kv_transfer_params": {**transfer, PARAM: named}}
-    return publish.model_copy(update={"handle": handle})
+    own = {**transfer[PARAM]["publish"], "handle": made.handle, "also": also}
+    params.extra_args = {
+        **params.extra_args,
+        "kv_transfer_params": {**transfer, PARAM: {**transfer[PARAM], "publish": own}},
+    }
+    return made
+
+
+def _drawn(asked: EnginePublish | None, named: EnginePublish | None) -> list[str]:
+    """The handles that this side has given the audiences."""
+    if asked is None or named is None:
+        return []
+    both = zip(asked.each(), named.each(), strict=True)
+    return [after.handle for before, after in both if before.handle is None and after.handle]
+
+
+def _unnamed(publish: EnginePublish) -> bool:
+    """Whether some audience's handle is still to be drawn."""
+    return any(one.handle is None for one in publish.each())
 
 
 def to_scan(params: Any) -> Any:

@@ -14,21 +14,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired, Self, TypedDict, Unpack
+from typing import Any, NotRequired, Self, TypedDict, Unpack, overload
 
 from lcguard.custom_categories import CustomCategory
 from lcguard.detokenize import TokenTextError, TokenTexts
 from lcguard.guards.standing import check_proven
 from lcguard.handoff.errors import HandoffError
-from lcguard.handoff.handle import Handle, consume_params, publish_params
+from lcguard.handoff.handle import Handle, consume_params, handles_of, publish_params
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
-from lcguard.handoff.lineage import on_top
 from lcguard.handoff.names import split_tenant
 from lcguard.handoff.policy import Edge
 from lcguard.handoff.redaction import RedactionError, redact
 from lcguard.handoff.request import PARAM, parse_handoff
 from lcguard.model_files import AS_TRANSFORMERS
 from lcguard.vllm import CONNECTOR
+from lcguard.vllm.checks import check_installed, check_version, installed_version
 from lcguard.vllm.frontend import after_scan, failure_of
 from lcguard.vllm.plugin import front_end
 from lcguard.vllm.preflight import check_start
@@ -39,12 +39,9 @@ Call = tuple[Any, Any]
 """vLLM's prompt and ``SamplingParams``."""
 
 
-class PublishRequest(TypedDict):
-    """The arguments of ``publish``."""
-
+class _Publish(TypedDict):
     agent: str
     prompt: Prompt
-    audience: str
     policy: NotRequired[Sequence[str] | None]
     """Categories to hide beyond those of the engine's policy."""
     ttl_s: NotRequired[float | None]
@@ -56,6 +53,19 @@ class PublishRequest(TypedDict):
     """The same as token ranges of the prompt."""
     consume: NotRequired[Sequence[Handle]]
     """Segments to read first; they are not part of what is published."""
+
+
+class PublishRequest(_Publish):
+    """The arguments of ``publish``."""
+
+    audience: str
+
+
+class SeveralRequest(_Publish):
+    """The arguments of ``publish`` for several audiences: one guard pass under all their rules, one
+    draw of noise, and a handle for each (``lcguard.handoff.audiences``)."""
+
+    audience: list[str] | tuple[str, ...]
 
 
 class GenerateRequest(TypedDict):
@@ -115,10 +125,13 @@ class _GuardedEngine(ABC):
             store = "file://" + tempfile.mkdtemp(prefix="lcguard-")
         found = read_settings(extra_config(store, policy, guards or {}, **settings or {}))
         policy_of(found)
+        if (engine := installed_version()) is not None:
+            check_version(engine[1], found.untested_vllm)
         own = not options.get("skip_tokenizer_init") and "tokenizer" not in options
         check_start(model, found.guards, tokenizer=own)
         check_proven(found.guards, unproven, "unproven=[{!r}]")
         config = transfer_config(store, policy, guards or {}, **settings or {})
+        check_installed(found.untested_vllm)
         return cls(cls._start(model=model, kv_transfer_config=config, **AS_TRANSFORMERS | options))
 
     @staticmethod
@@ -131,15 +144,15 @@ class _GuardedEngine(ABC):
         *,
         agent: str,
         prompt: Prompt,
-        audience: str,
+        audience: str | Sequence[str],
         policy: Sequence[str] | None = None,
         ttl_s: float | None = None,
         secrets: Sequence[str] | None = None,
         spans: Sequence[tuple[int, int]] | None = None,
         consume: Sequence[Handle] = (),
     ) -> Call:
-        """What the engine is asked for a ``PublishRequest``. Raises ``HandoffError`` for secrets
-        that cannot be covered."""
+        """What the engine is asked for a ``PublishRequest`` or a ``SeveralRequest``. Raises
+        ``HandoffError`` for secrets that cannot be covered."""
         if secrets is not None and spans is not None:
             raise HandoffError(400, "secrets and spans both say what to hide: give one")
         parts = {"publish": publish_params(agent, audience, policy, ttl_s, spans)}
@@ -163,7 +176,7 @@ class _GuardedEngine(ABC):
         assert asked is not None
         assert asked.publish is not None
         consumed = keeper.segments(asked.consume) if asked.consume else ()
-        edge = on_top(keeper.edge(asked.publish), keeper.policy, consumed)
+        edge = keeper.edge(asked.publish, consumed)
         return edge if edge.custom else None
 
     def _generating(
@@ -231,11 +244,12 @@ class _GuardedEngine(ABC):
         return asked | {"cache_salt": f"lcguard agent {agent}"}, made
 
     @staticmethod
-    def _handle(output: Any) -> Handle:
+    def _handles(output: Any) -> list[Handle]:
+        """One for each audience."""
         answer = (output.kv_transfer_params or {}).get(PARAM)
         if not answer or "handle" not in answer:
             raise HandoffError(400, "the engine answered without a handle: nothing was published")
-        return Handle.from_dict(answer)
+        return handles_of(answer)
 
 
 def _told(
@@ -257,6 +271,10 @@ def _told(
     return looked_for
 
 
+def _as_asked(audience: str | Sequence[str], handles: list[Handle]) -> Handle | list[Handle]:
+    return handles[0] if isinstance(audience, str) else handles
+
+
 class GuardedLLM(_GuardedEngine):
     """Wraps a ``vllm.LLM`` that was built with ``transfer_config``, or builds one."""
 
@@ -266,13 +284,19 @@ class GuardedLLM(_GuardedEngine):
 
         return LLM(**options)
 
-    def publish(self, **request: Unpack[PublishRequest]) -> Handle:
+    @overload
+    def publish(self, **request: Unpack[PublishRequest]) -> Handle: ...
+    @overload
+    def publish(self, **request: Unpack[SeveralRequest]) -> list[Handle]: ...
+    def publish(self, **request: Any) -> Handle | list[Handle]:
         """Prefills ``prompt`` and stores its guarded KV for ``audience``; see ``PublishRequest``.
+        For a list of audiences (``SeveralRequest``) a handle for each, in their order.
 
         Raises ``HandoffError`` where policy, guard or store refuse, and for a secret that is not
         in the prompt; nothing is stored then.
         """
-        return self.publish_all([request])[0]
+        (output,) = self._run([self._publishing(**request)])
+        return _as_asked(request["audience"], self._handles(output))
 
     def generate(self, **request: Unpack[GenerateRequest]) -> str:
         """Text that ``agent`` answers to ``prompt`` after the segments it may consume.
@@ -287,9 +311,8 @@ class GuardedLLM(_GuardedEngine):
         Raises ``HandoffError`` where any of them is refused; the others' segments then stay until
         they expire.
         """
-        return [
-            self._handle(output) for output in self._run([self._publishing(**r) for r in requests])
-        ]
+        outputs = self._run([self._publishing(**r) for r in requests])
+        return [self._handles(output)[0] for output in outputs]
 
     def generate_all(self, requests: Sequence[GenerateRequest]) -> list[str]:
         """Several answers at the same time."""
@@ -327,9 +350,14 @@ class AsyncGuardedLLM(_GuardedEngine):
 
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
 
-    async def publish(self, **request: Unpack[PublishRequest]) -> Handle:
+    @overload
+    async def publish(self, **request: Unpack[PublishRequest]) -> Handle: ...
+    @overload
+    async def publish(self, **request: Unpack[SeveralRequest]) -> list[Handle]: ...
+    async def publish(self, **request: Any) -> Handle | list[Handle]:
         """As ``GuardedLLM.publish``."""
-        return self._handle(await self._run(*self._publishing(**request)))
+        handles = self._handles(await self._run(*self._publishing(**request)))
+        return _as_asked(request["audience"], handles)
 
     async def generate(self, **request: Unpack[GenerateRequest]) -> str:
         """As ``GuardedLLM.generate``."""

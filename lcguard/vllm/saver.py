@@ -5,7 +5,9 @@ A save that fails stores nothing. Nothing here raises into the engine, nor makes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from lcguard.guards.passage import Passage
 from lcguard.handoff.content import chain_of
 from lcguard.handoff.names import EdgeName
 from lcguard.handoff.plan import ModelFacts, PublishPlan
-from lcguard.manifest import Lineage, SegmentError
+from lcguard.manifest import Lineage, Manifest, SegmentError
 from lcguard.noise import new_noise_key
 from lcguard.protocols import KVBatch, Mask
 from lcguard.records import mask_of
@@ -156,18 +158,50 @@ class SegmentSaver:
         else:
             passage.fill(noise_key, fresh.keys, fresh.values)
 
+        put: list[str] = []
+
         def store() -> None:
             rows = fresh
             if noisy:
                 rows = self.draws.settle(chain, noise_key, fresh.keys, fresh.values, whole)
-            self.store.put(self._segment(plan, guard, rows).sign(self.key))
+            try:
+                for segment in self._segments(plan, guard, rows):
+                    self.store.put(segment.sign(self.key))
+                    put.append(segment.manifest.handle)
+            except (SegmentError, StoreError):
+                undo()  # every audience gets its own or none does
+                raise
             if noisy:
-                self.draws.stored(chain, rows, plan.handle)
-            logger.info("lcguard: stored a segment for %s", plan.audience)
+                self.draws.stored(chain, rows, put)
+            logger.info("lcguard: stored a segment for %s", plan.audiences)
 
-        self._saves[plan.handle] = self._puts.submit(store, lambda: self.store.delete(plan.handle))
+        def undo() -> None:
+            for handle in put:
+                with suppress(SegmentError, StoreError):  # nobody was given it
+                    self.store.delete(handle)
 
-    def _segment(self, plan: PublishPlan, guard: FrozenGuard, rows: Rows) -> KVSegment:
+        self._saves[plan.handle] = self._puts.submit(store, undo)
+
+    def _segments(self, plan: PublishPlan, guard: FrozenGuard, rows: Rows) -> Iterator[KVSegment]:
+        """One for each audience: the same tensors, and nothing of the others in its manifest."""
+        first: KVSegment | None = None
+        for copy in plan.copies:
+            own: dict[str, Any] = {
+                "edge": EdgeName(plan.source, copy.audience).in_manifest,
+                "policy_digest": copy.policy_digest,
+                "handle": copy.handle,
+                "audience": copy.audience,
+                "expires_at_s": copy.expires_at_s,
+            }
+            if first is not None:
+                yield replace(first, manifest=Manifest(**dict(first.manifest) | own))
+                continue
+            first = self._segment(plan, guard, rows, own)
+            yield first
+
+    def _segment(
+        self, plan: PublishPlan, guard: FrozenGuard, rows: Rows, own: Mapping[str, Any]
+    ) -> KVSegment:
         return KVSegment.create(
             rows.keys,
             rows.values,
@@ -175,14 +209,9 @@ class SegmentSaver:
             model_id=self.facts.model_id,
             revision=self.facts.revision,
             source_agent=plan.source,
-            edge=EdgeName(plan.source, plan.audience).in_manifest,
             hop=plan.hop,
-            policy_digest=plan.policy_digest,
             guard_digest=guard.digest,
             draw=rows.draw,
-            handle=plan.handle,
-            audience=plan.audience,
-            expires_at_s=plan.expires_at_s,
             lineage=Lineage(
                 forbid=plan.rule.forbid,
                 derive=plan.rule.derive,
@@ -190,6 +219,7 @@ class SegmentSaver:
                 raw=type(guard) is FrozenGuard and guard.name == "identity",
                 custom=plan.custom,
             ),
+            **own,
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lcguard.handoff.audiences import Hop
 from lcguard.handoff.grants import sign_order
 from lcguard.handoff.names import split_tenant
 from lcguard.handoff.policy import Edge
@@ -20,6 +21,21 @@ GRANT_S = 600
 """Life of what the proxy shows the engine for one request: its signature and its grants."""
 
 
+@dataclass(frozen=True)
+class ApprovedPublish:
+    """What one audience gets of a publish."""
+
+    hop: Hop
+    """The rules that it goes by."""
+    handle: str
+    rule: str
+    """``rule_digest`` of the policy's own edge."""
+    text: Text | None = None
+    """Of what is published, where its draws are counted."""
+    declassified: tuple[str, ...] = ()
+    """Categories that the rule lets pass from what was consumed."""
+
+
 @dataclass
 class ApprovedHandoff:
     """A handoff that may happen, on its way through vLLM."""
@@ -31,18 +47,24 @@ class ApprovedHandoff:
     consumed: tuple[Manifest, ...] = ()
     shown_tokens: tuple[int, ...] = ()
     """Of each consumed segment, as far as its reader may know."""
-    edge: Edge | None = None
-    """The rule that a publish goes by."""
-    rule: str = ""
-    text: Text | None = None
-    """Of what is published, where its draws are counted."""
-    declassified: tuple[str, ...] = ()
-    """Categories that the rule lets pass from what was consumed."""
-    handle: str = ""
+    publishes: tuple[ApprovedPublish, ...] = ()
+    """One for each audience."""
+    listed: bool = False
+    """Whether its client gave the audiences as a list, and gets one."""
     n_redacted: int | None = None
     """Values that were covered in the prompt before any guard, every occurrence counted: what guard
     ``redact`` hides, and what belongs to the policy's own categories."""
     done: bool = field(default=False, compare=False)
+
+    @property
+    def edge(self) -> Edge | None:
+        """How a publish is guarded; the edges of several audiences differ in their names alone."""
+        return self.publishes[0].hop.joint if self.publishes else None
+
+    @property
+    def handle(self) -> str:
+        """What the answer's id is made of: the handle, where there is one alone."""
+        return self.publishes[0].handle if len(self.publishes) == 1 else ""
 
     @property
     def unsaid_tokens(self) -> int:
@@ -73,23 +95,31 @@ def consumption(approved: ApprovedHandoff, m: Manifest, event: Event, reason: st
 
 
 def publication(
-    approved: ApprovedHandoff, event: Event, manifest: Manifest | None = None, reason: str = ""
+    approved: ApprovedHandoff,
+    publish: ApprovedPublish,
+    event: Event,
+    manifest: Manifest | None = None,
+    reason: str = "",
 ) -> Entry:
-    """The audit's row for what is published; ``manifest``: of what was stored."""
-    edge = approved.edge
-    assert edge is not None
+    """The audit's row for what one audience gets; ``manifest``: of what was stored."""
+    edge = publish.hop.alone
     return _entry(
         approved,
         event,
         reason,
         source=split_tenant(edge.source)[1],
         audience=split_tenant(edge.audience)[1],
-        handle=approved.handle,
+        handle=publish.handle,
         guard=edge.guard,
         policy_digest=edge.digest,
         guard_digest=manifest.guard_digest if manifest else "",
         n_tokens=manifest.n_tokens if manifest else 0,
     )
+
+
+def publications(approved: ApprovedHandoff, event: Event, reason: str = "") -> list[Entry]:
+    """``publication`` for every audience."""
+    return [publication(approved, p, event, reason=reason) for p in approved.publishes]
 
 
 def _entry(approved: ApprovedHandoff, event: Event, reason: str = "", **more: Any) -> Entry:

@@ -10,14 +10,16 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+from lcguard.handoff.audiences import Hop, check_alike, check_hops, hops_of
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.grants import make_grant, new_handle
-from lcguard.handoff.lineage import check_guard, declassified, on_top
+from lcguard.handoff.lineage import declassified
 from lcguard.handoff.names import split_tenant
 from lcguard.handoff.policy import Edge, Policy
-from lcguard.handoff.request import EnginePublish, check_findable, edge_of
+from lcguard.handoff.request import AlsoFor, EnginePublish
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.reloading import ReloadingFile, in_force
 from lcguard.server.access.keyring import Identity
@@ -25,10 +27,12 @@ from lcguard.server.audit.trail import AuditLog, Entry
 from lcguard.server.authorization.approved_handoff import (
     GRANT_S,
     ApprovedHandoff,
+    ApprovedPublish,
     consumption,
     edge_name,
     gone,
     publication,
+    publications,
     qualified,
     signed_order,
     unavailable,
@@ -173,40 +177,39 @@ class Authority:
             raise ProxyError(503, reason, code="not_ready", retry_after_s=30)
         tenant = publish.tenant or who.tenant
         source = qualified(tenant, publish.source or who.agent)
-        audience = qualified(tenant, publish.audience)
+        first, *others = (qualified(tenant, name) for name in publish.audiences)
         wish = EnginePublish(
             source=source,
-            audience=audience,
+            audience=first,
+            also=tuple(AlsoFor(audience=name) for name in others),
             forbid=publish.forbid,
             ttl_s=publish.ttl_s,
-            handle=new_handle(),
-        )
+        ).named(new_handle)
         try:
-            own = edge_of(self.policy, wish)
-            edge = on_top(own, self.policy, approved.consumed)
-            approved.rule = rule_digest(self.policy.for_edge(source, audience))
-            approved.edge = edge  # from here on the audit can name it
+            hops = hops_of(self.policy, wish, approved.consumed)
             # a canary measures the guard itself: that is what opens a closed edge again
-            if not canary and await self.closed(edge):
-                if edge.on_leak != "redact":
-                    raise ProxyError(
-                        403,
-                        f"the edge to {publish.audience!r} is closed: planted records were "
-                        "read off its segments",
-                        code="edge_closed",
-                    )
+            if not canary and await self._redacts(hops):
                 wish = wish.model_copy(update={"guard": "redact"})
-                own = edge_of(self.policy, wish)
-                approved.edge = edge = on_top(own, self.policy, approved.consumed)
-            check_findable(edge)
-            check_guard(edge, own, approved.consumed)
-            if own.declassify:
-                approved.declassified = declassified(own, self.policy, approved.consumed)
+                hops = hops_of(self.policy, wish, approved.consumed)
+            check_hops(hops, approved.consumed)
+            approved.publishes = tuple(
+                ApprovedPublish(
+                    hop,
+                    str(one.handle),
+                    rule_digest(self.policy.for_edge(source, one.audience)),
+                    declassified=self._declassified(hop, approved.consumed),
+                )
+                for one, hop in zip(wish.each(), hops, strict=True)
+            )
         except HandoffError as error:
             raise ProxyError(error.status, str(error), code="policy") from None
-        approved.handle = str(wish.handle)
-        if edge.max_draws is not None and not canary:
-            approved.text = await asyncio.to_thread(text_of, self.key, publish.record, body)
+        approved.listed, edge = publish.several, hops[0].joint
+        if not canary and any(hop.own.max_draws is not None for hop in hops):
+            text = await asyncio.to_thread(text_of, self.key, publish.record, body)
+            approved.publishes = tuple(
+                p if p.hop.own.max_draws is None else replace(p, text=text)
+                for p in approved.publishes
+            )
         sent = wish.model_dump(mode="json", exclude_none=True)
         if edge.guard == "redact":
             found = await self.spans.find(endpoint, body, edge, publish.secrets)
@@ -227,6 +230,37 @@ class Authority:
             sent["looked_for"] = edge.definitions
         approved.params["publish"] = sent
 
+    async def _redacts(self, hops: Sequence[Hop]) -> bool:
+        """Whether guard ``redact`` takes the place of the edges' own, because canaries closed one.
+
+        Raises ``ProxyError`` (403) for a closed edge that lets nothing pass, ``HandoffError`` for
+        edges that are then guarded in different ways.
+        """
+        closed = [await self.closed(hop.own) for hop in hops]
+        if not any(closed):
+            return False
+        for hop, shut in zip(hops, closed, strict=True):
+            if shut and hop.own.on_leak != "redact":
+                raise ProxyError(
+                    403,
+                    f"the edge to {split_tenant(hop.own.audience)[1]!r} is closed: planted records "
+                    "were read off its segments",
+                    code="edge_closed",
+                )
+        check_alike(
+            [
+                hop.alone.model_copy(update={"guard": "redact"} if shut else {})
+                for hop, shut in zip(hops, closed, strict=True)
+            ]
+        )
+        return True
+
+    def _declassified(self, hop: Hop, consumed: Sequence[Manifest]) -> tuple[str, ...]:
+        if not hop.own.declassify:
+            return ()
+        passed = declassified(hop.own, self.policy, consumed)
+        return tuple(c for c in passed if c not in hop.joint.forbid)
+
     async def _allow_whole(self, approved: ApprovedHandoff) -> None:
         """``_allow``, not to be stopped half way: what the audit allowed has an end there, also
         where its client hangs up in this very moment."""
@@ -238,8 +272,7 @@ class Authority:
             if allowing.exception() is None:
                 reason = "the client hung up"
                 rows = [consumption(approved, m, "aborted", reason) for m in approved.consumed]
-                if approved.edge is not None:
-                    rows.append(publication(approved, "aborted", reason=reason))
+                rows += publications(approved, "aborted", reason)
                 with suppress(DatabaseError):
                     await self.audit.append_all(rows)
             raise
@@ -268,15 +301,17 @@ class Authority:
                 )
 
         entries = [consumption(approved, m, "consume") for m in approved.consumed]
-        if approved.edge is not None:
-            own = ", ".join(approved.edge.custom)
-            looked = f"own categories looked for: {own}" if own else ""
-            entries.append(publication(approved, "publish", reason=looked))
-        if approved.declassified:
-            passed = ", ".join(approved.declassified)
-            entries.append(
-                publication(approved, "declassified", reason=f"of what was consumed: {passed}")
-            )
+        if (joint := approved.edge) is not None:
+            own = ", ".join(joint.custom)
+            said = [f"own categories looked for: {own}"] if own else []
+            if len(approved.publishes) > 1:
+                names = (split_tenant(p.hop.own.audience)[1] for p in approved.publishes)
+                said.append(f"one publish for {', '.join(names)}")
+            entries += publications(approved, "publish", "; ".join(said))
+        for publish in approved.publishes:
+            if publish.declassified:
+                reason = f"of what was consumed: {', '.join(publish.declassified)}"
+                entries.append(publication(approved, publish, "declassified", reason=reason))
         try:
             await self.audit.append_all(entries, book if wanted else None)
         except (BudgetSpent, DrawsSpent) as error:
@@ -292,19 +327,23 @@ class Authority:
     ) -> None:
         """A refusal is audited too; where that fails it is still a refusal."""
         handles = handoff.consume or ("",)
-        entry = Entry(
-            request_id=approved.request_id,
-            event="refused",
-            tenant=approved.who.tenant,
-            agent=approved.who.agent,
-            source=approved.who.agent if handoff.publish else "",
-            audience=handoff.publish.audience if handoff.publish else approved.who.agent,
-            handle=handles[0],
-            verdict="blocked" if error.status < 500 else "error",
-            reason=f"{error.code}: {error.message}",
-        )
+        to = handoff.publish.audiences if handoff.publish else (approved.who.agent,)
+        entries = [
+            Entry(
+                request_id=approved.request_id,
+                event="refused",
+                tenant=approved.who.tenant,
+                agent=approved.who.agent,
+                source=approved.who.agent if handoff.publish else "",
+                audience=audience,
+                handle=handles[0],
+                verdict="blocked" if error.status < 500 else "error",
+                reason=f"{error.code}: {error.message}",
+            )
+            for audience in to
+        ]
         try:
-            await self.audit.append_all([entry])
+            await self.audit.append_all(entries)
         except DatabaseError:
             if error.status < 500:
                 raise unavailable(DatabaseError("the audit cannot be written")) from None

@@ -6,7 +6,7 @@ The segment is looked at where it lies: what was stored counts, not what was ord
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -16,8 +16,10 @@ from lcguard.manifest import Manifest, SegmentError
 from lcguard.server.audit.trail import AuditLog, Entry, Event
 from lcguard.server.authorization.approved_handoff import (
     ApprovedHandoff,
+    ApprovedPublish,
     consumption,
     publication,
+    publications,
     unavailable,
 )
 from lcguard.server.database.connection import Connection, DatabaseError
@@ -53,7 +55,7 @@ class Settlement:
         """
         answer: dict[str, Any] = {}
         entries: list[Entry] = []
-        manifest = None
+        stored: list[tuple[ApprovedPublish, Manifest]] = []
         try:
             if approved.consumed:
                 answer["consumed"] = [
@@ -61,11 +63,12 @@ class Settlement:
                     for m, n in zip(approved.consumed, approved.shown_tokens, strict=True)
                 ]
                 entries += [consumption(approved, m, "consumed") for m in approved.consumed]
-            if approved.edge is not None:
-                manifest = await self.line.run(self._stored, approved)
-                answer["published"] = self._describe(approved, manifest)
-                entries.append(publication(approved, "published", manifest))
-            await self.audit.append_all(entries, self._recorder(approved, manifest))
+            for publish in approved.publishes:
+                stored.append((publish, await self.line.run(self._stored, publish)))
+            entries += [publication(approved, p, "published", m) for p, m in stored]
+            if made := [self._describe(approved, p, m) for p, m in stored]:
+                answer["published"] = made if approved.listed else made[0]
+            await self.audit.append_all(entries, self._recorder(approved, stored))
         except (DatabaseError, LedgerError, StoreError) as error:
             await self.fail(approved, "failed", str(error))
             raise unavailable(error) from None
@@ -80,29 +83,27 @@ class Settlement:
         if approved.done:
             return
         approved.done = True
-        if approved.handle:
+        for publish in approved.publishes:
             # vLLM may be about to store it: nothing can be put there any more
             with suppress(StoreError, SegmentError):  # in no ledger: nobody can consume it
-                await self.line.run(self.store.retire, approved.handle)
+                await self.line.run(self.store.retire, publish.handle)
         entries = [consumption(approved, m, event, reason) for m in approved.consumed]
-        if approved.edge is not None:
-            entries.append(publication(approved, event, reason=reason))
+        entries += publications(approved, event, reason)
         try:
             await self.audit.append_all(entries)
         except DatabaseError:
             # the row that allowed it is there; its missing end says that it did not come about
             pass
 
-    def _stored(self, approved: ApprovedHandoff) -> Manifest:
+    def _stored(self, publish: ApprovedPublish) -> Manifest:
         """The manifest of what vLLM stored. Raises ``ProxyError`` unless it is what was ordered."""
-        edge = approved.edge
-        assert edge is not None
+        edge = publish.hop.alone
         try:
-            manifest = self.store.manifest(approved.handle)
+            manifest = self.store.manifest(publish.handle)
             manifest.check(
                 self.key,
                 {
-                    "handle": approved.handle,
+                    "handle": publish.handle,
                     "audience": edge.audience,
                     "source_agent": edge.source,
                     "policy_digest": edge.digest,
@@ -131,39 +132,49 @@ class Settlement:
             )
         return manifest
 
-    def _recorder(self, approved: ApprovedHandoff, manifest: Manifest | None) -> Any:
+    def _recorder(
+        self, approved: ApprovedHandoff, stored: Sequence[tuple[ApprovedPublish, Manifest]]
+    ) -> Callable[[Connection], None] | None:
         # a canary's segment is in no ledger: nobody can consume it, not even its audience
-        if manifest is None or approved.who.role == "canary":
+        if not stored or approved.who.role == "canary":
             return None
+        now_s = self.clock()
+
+        def write(connection: Connection) -> None:
+            for publish, manifest in stored:
+                row = self._row(approved, publish, manifest, now_s)
+                if row.draw:
+                    place = row.tenant, row.source, row.audience
+                    record = record_of(connection, *place, publish.text, now_s)
+                    row = replace(row, record=record)
+                record_segment(connection, row)
+
+        return write
+
+    def _row(
+        self, approved: ApprovedHandoff, publish: ApprovedPublish, manifest: Manifest, now_s: float
+    ) -> Segment:
+        """The ledger's, of one audience's segment."""
         tenant, source = split_tenant(manifest.source_agent)
-        row = Segment(
+        return Segment(
             handle=manifest.handle,
             tenant=tenant,
             source=source,
             audience=split_tenant(manifest.audience)[1],
-            created_at_s=self.clock(),
+            created_at_s=now_s,
             expires_at_s=manifest.expires_at_s,
             n_tokens=manifest.n_tokens,
-            guard=approved.edge.guard if approved.edge else "",
+            guard=publish.hop.joint.guard,
             guard_digest=manifest.guard_digest,
-            policy_digest=approved.rule,
+            policy_digest=publish.rule,
             parents=tuple(m.handle for m in approved.consumed),
             draw=manifest.draw,
         )
 
-        def write(connection: Connection) -> None:
-            record = ""
-            if row.draw:
-                record = record_of(
-                    connection, row.tenant, row.source, row.audience, approved.text, self.clock()
-                )
-            record_segment(connection, replace(row, record=record))
-
-        return write
-
-    def _describe(self, approved: ApprovedHandoff, manifest: Manifest) -> dict[str, Any]:
-        edge = approved.edge
-        assert edge is not None
+    def _describe(
+        self, approved: ApprovedHandoff, publish: ApprovedPublish, manifest: Manifest
+    ) -> dict[str, Any]:
+        edge = publish.hop.joint
         return {
             **_shown(manifest, manifest.n_tokens),
             "audience": split_tenant(edge.audience)[1],

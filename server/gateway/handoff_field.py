@@ -1,6 +1,7 @@
 """The one field that makes a request a handoff: ``lcguard``, or the headers that stand for it.
 
     {"publish": {"audience": "billing"}}
+    {"publish": {"audience": ["billing", "scheduling"]}}
     {"consume": ["HANDLE", ...]}
 
     {"text": {"source": "intake"}}, {"text": {"audience": "billing"}}
@@ -16,10 +17,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -27,7 +31,7 @@ from pydantic import (
 from lcguard.custom_categories import CategoryName
 from lcguard.handoff.errors import HandoffError
 from lcguard.handoff.names import HandleName, KeyName
-from lcguard.handoff.request import PARAM, parse_field
+from lcguard.handoff.request import MAX_AUDIENCES, PARAM, parse_field
 from lcguard.server.errors import ProxyError
 
 FIELD = PARAM
@@ -48,11 +52,31 @@ Secrets = Annotated[
 Conversation = Annotated[str, StringConstraints(max_length=200)]
 
 
+def _form(audience: Any) -> str:
+    return "(several)" if isinstance(audience, list | tuple) else "(one)"
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"names {repeated[0]!r} twice: give each once")
+    return names
+
+
+Several = Annotated[
+    tuple[KeyName, ...], Field(min_length=1, max_length=MAX_AUDIENCES), AfterValidator(_once)
+]
+
+
 class Publish(_Model):
     """Guard this prompt's KV and keep it for ``audience``."""
 
-    audience: KeyName
-    """Agent of the same tenant."""
+    audience: Annotated[
+        Annotated[KeyName, Tag("(one)")] | Annotated[Several, Tag("(several)")],
+        Discriminator(_form),
+    ]
+    """Agent of the same tenant, or several: one guard pass under the rules of all their edges, one
+    draw of noise, and a handle for each. The answer's ``published`` is a list then. Where an edge
+    refuses, nobody gets one."""
     forbid: tuple[CategoryName, ...] = ()
     """Categories to hide beyond those of the policy: a request tightens, never loosens."""
     ttl_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
@@ -66,6 +90,15 @@ class Publish(_Model):
     """For canaries alone: whom they stand in for."""
     tenant: KeyName | None = None
     """For canaries alone."""
+
+    @property
+    def several(self) -> bool:
+        """Whether audiences were given as a list, be it of one."""
+        return not isinstance(self.audience, str)
+
+    @property
+    def audiences(self) -> tuple[str, ...]:
+        return (self.audience,) if isinstance(self.audience, str) else self.audience
 
 
 class TextField(_Model):
@@ -120,7 +153,8 @@ def read_handoff(value: Any, headers: Mapping[str, str]) -> HandoffField | None:
             raise _bad(FIELD, f"give the field or the {PUBLISH_HEADER} headers, not both")
         value = {}
         if audience is not None:
-            value["publish"] = {"audience": audience.strip()}
+            names = [name.strip() for name in audience.split(",")]
+            value["publish"] = {"audience": names if len(names) > 1 else names[0]}
         if handles is not None:
             value["consume"] = [h.strip() for h in handles.split(",")]
     if value is None:

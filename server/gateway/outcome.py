@@ -56,15 +56,16 @@ def with_outcome(answer: dict[str, Any], outcome: Mapping[str, Any]) -> dict[str
 def outcome_headers(outcome: Mapping[str, Any]) -> dict[str, str]:
     """What was applied, as headers."""
     out = {"x-lcguard-verdict": "allowed"}
-    if made := outcome.get("published"):
+    if found := outcome.get("published"):
+        made = found if isinstance(found, list) else [found]  # of several audiences, in order
         out |= {
-            "x-lcguard-handle": made["handle"],
-            "x-lcguard-expires": str(made["expires_at_s"]),
-            "x-lcguard-guard": made["guard"],
-            "x-lcguard-policy": made["policy_digest"],
+            "x-lcguard-handle": ",".join(m["handle"] for m in made),
+            "x-lcguard-expires": ",".join(str(m["expires_at_s"]) for m in made),
+            "x-lcguard-guard": made[0]["guard"],
+            "x-lcguard-policy": ",".join(m["policy_digest"] for m in made),
         }
-        if made.get("unproven"):
-            out["x-lcguard-unproven"] = made["guard"]
+        if made[0].get("unproven"):
+            out["x-lcguard-unproven"] = made[0]["guard"]
     if got := outcome.get("consumed"):
         out["x-lcguard-consumed"] = ",".join(s["handle"] for s in got)
     return out
@@ -77,8 +78,8 @@ def stream_headers(x: Exchange) -> dict[str, str]:
     if approved is None:
         return {"x-lcguard-verdict": "allowed"} if x.text is not None else {}
     out = {"x-lcguard-verdict": "allowed"}
-    if approved.edge is not None:
-        out["x-lcguard-handle"] = approved.handle
+    if approved.publishes:
+        out["x-lcguard-handle"] = ",".join(p.handle for p in approved.publishes)
     if approved.consumed:
         out["x-lcguard-consumed"] = ",".join(m.handle for m in approved.consumed)
     return out

@@ -172,12 +172,12 @@ def _of_handoff(approved: ApprovedHandoff) -> dict[str, Any]:
     """Who hands over to whom, under what, and how many; no more of a segment than that."""
     out: dict[str, Any] = {"lcguard.consumed": len(approved.consumed)}
     if (edge := approved.edge) is not None:
+        made = approved.publishes
         out |= {
             "lcguard.source": split_tenant(edge.source)[1],
-            "lcguard.audience": split_tenant(edge.audience)[1],
+            "lcguard.audience": ",".join(split_tenant(p.hop.own.audience)[1] for p in made),
             "lcguard.guard": edge.guard,
-            "lcguard.policy": edge.digest[:12],
+            "lcguard.policy": ",".join(p.hop.alone.digest[:12] for p in made),
+            "lcguard.handle": ",".join(p.handle[:HANDLE_CHARS] for p in made),
         }
-    if approved.handle:
-        out["lcguard.handle"] = approved.handle[:HANDLE_CHARS]
     return out

@@ -136,13 +136,13 @@ def test_a_request_tightens_the_policy_and_never_loosens_it() -> None:
     plan = keeper().plan(handoff(publish=PUBLISH), [1, 2]).publish
     assert plan is not None
     assert (plan.rule.forbid, plan.rule.derive) == (("person", "health"), ("health",))
-    assert plan.expires_at_s == 1060
+    assert plan.copies[0].expires_at_s == 1060
     request = PUBLISH | {"forbid": ["finance", "health"], "ttl_s": 5.0}
     tight = keeper().plan(handoff(publish=request), [1, 2]).publish
     assert tight is not None
     assert (tight.rule.forbid, tight.rule.derive) == (("person", "health", "finance"), ())
-    assert tight.expires_at_s == 1005
-    assert tight.policy_digest != plan.policy_digest
+    assert tight.copies[0].expires_at_s == 1005
+    assert tight.copies[0].policy_digest != plan.copies[0].policy_digest
     longer = keeper().edge(EnginePublish(source="a", audience="b", forbid=(), ttl_s=9e5))
     assert (longer.forbid, longer.ttl_s) == (("person", "health"), 60.0)
 

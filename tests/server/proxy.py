@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,11 @@ class Front:
         return self.http.post("/v1/completions", json=body, headers=dict(who))
 
     def publish(
-        self, who: Mapping[str, str], audience: str, note: str = NOTE, **publish: Any
+        self,
+        who: Mapping[str, str],
+        audience: str | Sequence[str],
+        note: str = NOTE,
+        **publish: Any,
     ) -> httpx.Response:
         """A note as a system message, published."""
         return self.chat(

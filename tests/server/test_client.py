@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError, PermissionDeniedError
+from openai.types.responses import Response
 
 from lcguard.client import AsyncClient, Client, Published
 from lcguard.commands.live_servers import Running
@@ -80,6 +81,51 @@ def test_a_note_is_published_asked_about_inspected_and_revoked(agent: Any) -> No
     with pytest.raises(APIStatusError, match="segment"):
         billing.ask(ASK_COMPLAINT, sent, **answer)
     assert {"intake", "billing"} >= {e.source for e in intake.leakage() if e.audience == "billing"}
+
+
+def test_a_note_goes_to_several_at_once(agent: Any) -> None:
+    intake, billing, desk = (agent(name) for name in ("intake", "billing", "desk"))
+    sent = intake.publish(NOTE, audience=["billing", "desk"], secrets=[NAME, SSN])
+    assert [type(one) for one in sent] == [Published, Published]
+    assert [one.audience for one in sent] == ["billing", "desk"]
+    answer = {"max_tokens": 24, "temperature": 0}
+    for who, mine, other in ((billing, *sent), (desk, *reversed(sent))):
+        assert COMPLAINT in who.ask(ASK_COMPLAINT, mine, **answer)
+        with pytest.raises(PermissionDeniedError, match="not for agent"):
+            who.ask(ASK_COMPLAINT, other, **answer)
+    assert intake.revoke(sent[0]).revoked == (sent[0].handle,)
+    assert COMPLAINT in desk.ask(ASK_COMPLAINT, sent[1], **answer)
+    (one,) = intake.publish(NOTE, ("billing",), secrets=[])  # a list is answered by a list
+    assert one.audience == "billing"
+
+
+def test_a_response_is_given_on_top_of_segments(agent: Any) -> None:
+    intake, billing = agent("intake"), agent("billing")
+    sent = intake.publish(NOTE, "billing", secrets=[NAME, SSN])
+    options = {"max_output_tokens": 24, "temperature": 0}
+    got = billing.respond(ASK_COMPLAINT, sent, **options)
+    assert isinstance(got, Response)
+    assert COMPLAINT in got.output_text
+    assert got.lcguard["consumed"][0]["handle"] == sent.handle
+    items = [{"role": "user", "content": ASK_SSN}]
+    assert SSN not in billing.respond(items, sent.handle, **options).output_text
+    plain = intake.respond(ASK_COMPLAINT, instructions=NOTE, **options)
+    assert COMPLAINT in plain.output_text
+    assert not hasattr(plain, "lcguard")
+    with pytest.raises(PermissionDeniedError, match="segment"):
+        agent("mallory").respond(ASK_SSN, sent, **options)
+
+
+def test_a_response_hands_text_over(front: Front) -> None:
+    """The prompt as it came from another agent, the answer as another may have it."""
+    key = front.auth("clerk", "scribes")["Authorization"].removeprefix("Bearer ")
+    told = {"secrets": ["Ada Long"], "conversation": "case 7", "max_output_tokens": 8}
+    with Client(f"{front.url}/v1", key) as clerk:
+        got = clerk.respond(NOTE, source="desk", audience="desk", temperature=0, **told)
+        assert got.lcguard["text"]["source"] == "desk"
+        assert got.lcguard["text"]["audience"] == "desk"
+        with pytest.raises(PermissionDeniedError, match="channel: text"):
+            clerk.respond(NOTE, audience="hidden", secrets=[])
 
 
 def test_the_documented_lines_run(

@@ -84,7 +84,7 @@ class Engine:
             expires_at_s=1000,
         ).sign(KEY)
         self.store.put(segment)
-        self.draws.stored(chain, rows, handle)
+        self.draws.stored(chain, rows, [handle])
         return self.store.load(handle, KEY)
 
     @staticmethod

@@ -37,6 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 SECRET = bytes.fromhex(KEY)
+MADE = {"n_tokens", "draw", "tensor_digests", "created_at", "handle", "expires_at_s", "hmac"}
+"""Fields of a manifest that are another segment's own."""
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,91 @@ def test_equal_content_is_published_once(engine: Engine) -> None:
     draws = {s.manifest.draw for s in (first, moved, stored(engine, lab), blurred)}
     assert len(draws) == 4
     assert stored(engine, publish(engine, record.ids, "identity")).manifest.draw == ""
+
+
+# -- several audiences
+
+
+def test_one_publish_serves_several_audiences(engine: Engine) -> None:
+    """One pass, one draw: the same bytes under the strictest rule, each under its own handle."""
+    record, other = records(engine.agent, 2, seed=95)
+    handles = publish(engine, record.ids, ["gate", "gate-too"])
+    assert [h.audience for h in handles] == ["gate", "gate-too"]
+    first, second = (stored(engine, h) for h in handles)
+    assert torch.equal(first.keys, second.keys)
+    assert torch.equal(first.values, second.values)
+    assert first.manifest.draw == second.manifest.draw != ""
+    assert first.manifest.lineage == second.manifest.lineage
+    assert set(first.manifest.lineage.forbid) == set(record_forbid())
+    # of the other nothing but what its rule took from both: neither in a field nor in the digest
+    # of the rule that an audience is shown
+    for segment, name in ((first, "gate"), (second, "gate-too")):
+        manifest = segment.manifest
+        alone = stored(engine, publish(engine, other.ids, name)).manifest
+        assert (manifest.audience, manifest.edge) == (name, f"intake>{name}")
+        assert manifest.policy_digest == alone.policy_digest
+        own = MADE | {"lineage"}
+        assert manifest.model_dump(exclude=own) == alone.model_dump(exclude=own)
+    ask = list(question(record).prompt)
+    one, two = engine.run([ask] * 2, [consume(h) for h in handles])
+    assert tokens(one) == tokens(two)
+    with pytest.raises(Exception, match="does not let agent 'gate-too' consume"):
+        engine.run([ask], [consume(handles[0], agent="gate-too")])
+
+
+def test_the_set_of_audiences_names_the_draw(engine: Engine) -> None:
+    """Whoever gets one with others and one alone has two draws, and is counted so; of what the
+    same set gets again, nothing is drawn anew, whoever of them is left."""
+    (record,) = records(engine.agent, 1, seed=96)
+    alone = stored(engine, publish(engine, record.ids, "gate"))
+    one, two = publish(engine, record.ids, ["gate", "gate-too"])
+    first = stored(engine, one)
+    assert first.manifest.draw != alone.manifest.draw
+    assert not torch.equal(first.keys, alone.keys)
+    assert engine.worker.store.delete(one.handle)
+    kept = stored(engine, two)  # revoking one takes nothing from the other
+    again = [stored(engine, h) for h in publish(engine, record.ids, ("gate-too", "gate"))]
+    for segment in again:
+        assert torch.equal(segment.keys, kept.keys)
+        assert segment.manifest.draw == kept.manifest.draw == first.manifest.draw
+
+
+@pytest.mark.parametrize("name", ["twin", "redact"])
+def test_what_is_hidden_before_the_guard_is_hidden_from_all(engine: Engine, name: str) -> None:
+    """The strictest rule says what a detector looks for, and what is named is hidden from all."""
+    (record,) = records(engine.agent, 1, seed=97)
+    more = {"spans": [s.positions for s in record.secrets()]} if name == "redact" else {}
+    alone = stored(engine, publish(engine, record.ids, name, **more))
+    for names in ([name, f"{name}-too"], [f"{name}-too", name]):
+        for handle in publish(engine, record.ids, names, **more):
+            segment = stored(engine, handle)
+            torch.testing.assert_close(segment.keys, alone.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(segment.values, alone.values, atol=1e-4, rtol=1e-4)
+
+
+def test_where_one_cannot_be_stored_none_is(engine: Engine) -> None:
+    (record,) = records(engine.agent, 1, seed=98)
+    taken = publish(engine, record.ids, "gate-too")
+    before = sorted(engine.worker.store.handles())
+    for names, handles in (
+        (("gate", "gate-too"), (new_handle(), taken.handle)),
+        (("gate-too", "gate"), (taken.handle, new_handle())),
+    ):
+        raw = {
+            "publish": {
+                "source": "intake",
+                "audience": names[0],
+                "handle": handles[0],
+                "also": [{"audience": names[1], "handle": handles[1]}],
+            }
+        }
+        (out,) = engine.run([list(record.ids)], [raw], max_tokens=1)
+        assert "error" in out.kv_transfer_params["lcguard"]
+        assert sorted(engine.worker.store.handles()) == before  # what lay there lies there
+    for names, why in ((["gate", "twin"], "publish to them apart"), ([], "at least one")):
+        with pytest.raises(HandoffError, match=why):
+            publish(engine, record.ids, names)
+    assert sorted(engine.worker.store.handles()) == before
 
 
 def record_forbid() -> tuple[str, ...]:
