@@ -171,12 +171,13 @@ def validated(
     name: str,
     keys: Iterable[str],
     shown: Collection[str] | None = None,
+    context: dict[str, Any] | None = None,
 ) -> M:
     """Parsed YAML as a pydantic model; ``name`` stands for the file in the one-line
-    ``ConfigError``, ``keys`` and ``shown`` as for ``explain``."""
+    ``ConfigError``, ``keys`` and ``shown`` as for ``explain``, ``context`` is pydantic's."""
     try:
         # through JSON, as in ``load_config``
-        return model.model_validate_json(_as_json(data, name))
+        return model.model_validate_json(_as_json(data, name), context=context)
     except ValidationError as error:
         raise ConfigError(f"{name}: {explain(error, keys, shown)}") from None
 

@@ -1,7 +1,9 @@
-"""Categories that a policy defines itself: by terms, and by patterns that their values have.
+"""Categories that a policy defines itself: by terms, by patterns that their values have, and by
+examples from which a head learnt what they look like.
 
     categories:
       project_name: {terms: [Blue Heron, Grey Fox], patterns: ['PRJ-\\d{4}']}
+      ship_name: {examples: ships.jsonl}     # and a head in ships.detector
 
 A term is found in every spelling (``lcguard.value_search``): in any case, width, composition and
 spacing, over line breaks, with zero-width characters in it, and where JSON, HTML or a URL escapes
@@ -11,14 +13,19 @@ many others.
 A pattern is looked for in any case, in the text as it stands, as it reads (``normalise.folded``)
 and with its lines joined. Each has ``PATTERN_S`` seconds for one text: what takes longer is
 refused, never passed.
+
+Examples are no definition until a head was trained on them (``lcguard detect train``): without one,
+or with one that was made for something else, a policy is refused.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 
 import regex
@@ -27,12 +34,22 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     StringConstraints,
+    ValidationInfo,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
 
 from lcguard.canonical import canonical_digest
+from lcguard.categories import CATEGORIES
+from lcguard.category_head import (
+    MIN_RECALL,
+    CategoryHead,
+    default_folder,
+    examples_digest,
+    find_heads,
+)
+from lcguard.config import located
 from lcguard.normalise import folded, unspaced, unwrapped
 from lcguard.unescape import unescaped
 from lcguard.value_search import SHORTEST, Key, Range, Spellings, merged
@@ -64,8 +81,10 @@ def _usable(pattern: str) -> str:
     return pattern
 
 
-def _later(examples: Any) -> None:
-    raise ValueError("not supported yet: list the values as terms, or write their form as patterns")
+def _beside(path: str, info: ValidationInfo) -> str:
+    """Relative to the policy's file, where it is one."""
+    folder = (info.context or {}).get("folder")
+    return path if folder is None else str(Path(folder) / path)
 
 
 def _compiled(pattern: str) -> Any:
@@ -83,40 +102,103 @@ class CustomCategory(BaseModel):
     patterns: tuple[Annotated[str, AfterValidator(_usable)], ...] = Field(default=(), repr=False)
     """Regular expressions of the package ``regex``; case is ignored but for ``(?-i:...)``."""
 
-    examples: SkipJsonSchema[Annotated[Any, AfterValidator(_later)]] = Field(
-        default=None, exclude=True, repr=False
-    )
-    """Refused: nothing is trained from examples yet."""
+    examples: Annotated[str, Field(min_length=1), AfterValidator(_beside)] | None = None
+    """Labelled texts, JSONL as ``lcguard label`` writes it, from which ``lcguard detect train``
+    makes a head that finds further values. Relative paths start at the policy's file."""
+    detector: Annotated[str, Field(min_length=1), AfterValidator(_beside)] | None = None
+    """Folder of that head; by default that of ``examples`` with the ending ``.detector``. Without
+    ``examples`` nothing holds it against them."""
+    min_recall: Annotated[float, Field(ge=0, le=1)] = MIN_RECALL
+    """Lower bound on the share of values found below which ``policy check`` warns."""
+
+    _heads: tuple[CategoryHead, ...] = PrivateAttr(default=())
+    _untrained: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
     def _findable(self) -> CustomCategory:
-        if not (self.terms or self.patterns):
-            raise ValueError("nobody can find it: give terms or patterns")
+        if not (self.terms or self.patterns or self.examples or self.detector):
+            raise ValueError("nobody can find it: give terms, patterns or examples")
         return self
+
+    @property
+    def folder(self) -> Path | None:
+        """Of its head; None without examples and detector."""
+        if self.detector is not None:
+            return Path(self.detector)
+        return default_folder(Path(self.examples)) if self.examples is not None else None
+
+    def load_head(self, name: str) -> None:
+        """Reads the head that examples need. Raises ``ValueError`` in one line where there is none,
+        or one that was made for something else."""
+        if self.folder is None:
+            return
+        examples = Path(self.examples) if self.examples is not None else None
+        given = shlex.quote(self.examples) if self.examples else "FILE"
+        fix = (
+            f"run `lcguard detect train --name {name} --examples {given} --out "
+            f"{shlex.quote(str(self.folder))}`"
+        )
+        if examples is not None:
+            examples_digest(examples)  # one that is not there is no reason to train
+        if not self.folder.exists():
+            raise ValueError(f"no head was trained in {self.folder}: {fix}")
+        try:
+            head = CategoryHead.read(self.folder)
+        except ValueError as error:
+            raise ValueError(f"{error}: {fix}") from None
+        try:
+            head.check(name, examples)
+        except ValueError as error:
+            raise ValueError(f"the head in {self.folder} {error}: {fix}") from None
+        self._heads = (head,)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether a head that it needs was not read: then nothing may be guarded by it."""
+        return self._untrained or (self.folder is not None and not self._heads)
+
+    @property
+    def heads(self) -> tuple[CategoryHead, ...]:
+        """What finds values that are in no list."""
+        return self._heads
 
     @classmethod
     def joined(cls, parts: Iterable[CustomCategory]) -> CustomCategory:
         """What belongs to any of them."""
         found = list(parts)
-        terms = dict.fromkeys(t for part in found for t in part.terms)
-        return cls(
-            terms=tuple(terms),
+        made = cls.model_construct(
+            terms=tuple(dict.fromkeys(t for part in found for t in part.terms)),
             patterns=tuple(dict.fromkeys(p for part in found for p in part.patterns)),
+            min_recall=max(part.min_recall for part in found),
         )
+        made._heads = tuple(dict.fromkeys(head for part in found for head in part.heads))
+        made._untrained = any(part.untrained for part in found)
+        return made
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the definition. Whoever has it can try terms: it is shown to nobody."""
-        return canonical_digest([sorted(set(self.terms)), sorted(set(self.patterns))])
+        said: list[Any] = [sorted(set(self.terms)), sorted(set(self.patterns))]
+        if self._heads:
+            said.append(sorted(head.digest for head in self._heads))
+        return canonical_digest(said)
 
     @property
     def size(self) -> dict[str, int]:
         """What may be shown of the definition."""
-        return {"terms": len(self.terms), "patterns": len(self.patterns)}
+        counts = {"terms": len(self.terms), "patterns": len(self.patterns)}
+        if self._heads:
+            counts["examples"] = sum(head.card.n_examples for head in self._heads)
+        return counts
 
     def covers(self, other: CustomCategory) -> bool:
-        """Whether all of ``other`` belongs to this one."""
-        return {*other.terms} <= {*self.terms} and {*other.patterns} <= {*self.patterns}
+        """Whether all of ``other`` belongs to this one, as far as can be told: another head may
+        find more, or less."""
+        return (
+            {*other.terms} <= {*self.terms}
+            and {*other.patterns} <= {*self.patterns}
+            and {head.digest for head in other.heads} <= {head.digest for head in self._heads}
+        )
 
     @cached_property
     def _keys(self) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
@@ -135,10 +217,14 @@ class CustomCategory(BaseModel):
         return [_compiled(pattern) for pattern in self.patterns]
 
     def find(self, text: Spellings) -> list[Range]:
-        """Character ranges of what belongs to it, in order, none overlapping.
+        """Character ranges of its terms and patterns, in order, none overlapping; what its heads
+        find is ``learned``.
 
-        Raises ``SearchError`` for a pattern that takes too long, or matches nothing but a place.
+        Raises ``SearchError`` for a pattern that takes too long, or matches nothing but a place,
+        and where its head was not read.
         """
+        if self.untrained:
+            raise SearchError("examples: no head was read, which a policy's loading does")
         long, short = self._keys
         found = [*(text.find(*long) if long else ()), *(text.find_words(*short) if short else ())]
         for i, pattern in enumerate(self._patterns):
@@ -147,6 +233,37 @@ class CustomCategory(BaseModel):
             except SearchError as error:
                 raise SearchError(f"patterns[{i}] {error}") from None
         return merged(found)
+
+    def learned(self, text: str) -> list[Range]:
+        """Character ranges of what its heads find. Raises ``SearchError`` for a model that cannot
+        be loaded."""
+        try:
+            return find_heads(text, self._heads)
+        except ValueError as error:
+            raise SearchError(f"examples: {error}") from None
+
+
+def _new(name: str) -> str:
+    if name in CATEGORIES:
+        raise ValueError(f"{name!r} is a built-in category: choose another name for your own")
+    return name
+
+
+def _with_heads(own: dict[str, CustomCategory], info: ValidationInfo) -> dict[str, CustomCategory]:
+    """Raises for one of which a head is missing, or another's."""
+    for name, category in own.items() if not (info.context or {}).get("untrained") else ():
+        try:
+            category.load_head(name)
+        except ValueError as error:
+            key = "examples" if category.examples is not None else "detector"
+            raise located((name, key), None, str(error)) from None
+    return own
+
+
+CustomCategories = Annotated[
+    dict[Annotated[CategoryName, AfterValidator(_new)], CustomCategory], AfterValidator(_with_heads)
+]
+"""By name. A policy's; heads are read with it."""
 
 
 def find_custom(text: Spellings, custom: Mapping[str, CustomCategory]) -> dict[str, list[Range]]:
@@ -157,6 +274,19 @@ def find_custom(text: Spellings, custom: Mapping[str, CustomCategory]) -> dict[s
             out[name] = category.find(text)
         except SearchError as error:
             raise SearchError(f"categories.{name}.{error}") from None
+    return out
+
+
+def find_learned(text: str, custom: Mapping[str, CustomCategory]) -> dict[str, list[Range]]:
+    """The same of what heads find, for the categories that have some: each reads the text with a
+    small model."""
+    out = {}
+    for name, category in custom.items():
+        if category.heads:
+            try:
+                out[name] = category.learned(text)
+            except SearchError as error:
+                raise SearchError(f"categories.{name}.{error}") from None
     return out
 
 

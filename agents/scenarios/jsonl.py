@@ -69,12 +69,18 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Span(_Model):
+class LabelledSpan(_Model):
+    """A value in a text, of any category."""
+
     start: Annotated[int, Field(ge=0)]
     end: int
-    category: _Category
+    category: Text
     field: Annotated[Text, AfterValidator(_own)] | None = None
     value: Text | None = None
+
+
+class _Span(LabelledSpan):
+    category: _Category
 
 
 class _Question(_Model):
@@ -110,7 +116,7 @@ def read_jsonl(path: Path, *, forbid: Sequence[str] = CATEGORIES) -> list[Scenar
     for where, line in read_lines(path, _Line):
         name = line.id or f"{path.stem}-{where.rpartition(':')[2]}"
         check_new(where, "id", name, scenarios)
-        spans = _spans(where, line)
+        spans = spans_of(where, line.text, line.spans)
         notes[_CUT] += _cut(where, line)
         record, repeats = cover_repeats(
             Record(name, "jsonl", "user", line.text, spans, _questions(line))
@@ -148,9 +154,11 @@ def _shown(text: str, span: Offsets) -> str:
     return repr(value if len(value) <= 40 else value[:37] + "...")
 
 
-def _spans(where: str, line: _Line) -> tuple[Span, ...]:
-    n = len(line.text)
-    for i, span in enumerate(line.spans):
+def spans_of(where: str, text: str, spans: Sequence[LabelledSpan]) -> tuple[Span, ...]:
+    """The values of a line that stands at ``where``. Raises ``ScenarioError`` for a span that is
+    none of the text, or overlaps another."""
+    n = len(text)
+    for i, span in enumerate(spans):
         place = f"{where}: spans[{i}]"
         if span.start >= span.end:
             raise ScenarioError(
@@ -161,29 +169,29 @@ def _spans(where: str, line: _Line) -> tuple[Span, ...]:
             raise ScenarioError(
                 f"{place}.end = {span.end}: the text has {n} characters; use at most {n}"
             )
-        found = line.text[span.start : span.end]
+        found = text[span.start : span.end]
         if span.value is not None and span.value != found:
-            raise ScenarioError(f"{place}: {_mismatch(line, span)}")
+            raise ScenarioError(f"{place}: {_mismatch(text, span)}")
         if not found.strip():
             raise ScenarioError(f"{place}: covers white space alone; point it at a value")
-    order = sorted(range(len(line.spans)), key=lambda i: line.spans[i].start)
+    order = sorted(range(len(spans)), key=lambda i: spans[i].start)
     for i, j in pairwise(order):
-        if line.spans[i].end > line.spans[j].start:
+        if spans[i].end > spans[j].start:
             raise ScenarioError(
-                f"{where}: spans[{j}].start = {line.spans[j].start}: overlaps spans[{i}], which "
-                f"ends at {line.spans[i].end}; split or merge the two"
+                f"{where}: spans[{j}].start = {spans[j].start}: overlaps spans[{i}], which "
+                f"ends at {spans[i].end}; split or merge the two"
             )
     return tuple(
-        Span(s.start, s.end, s.field or s.category, s.category, line.text[s.start : s.end])
-        for s in line.spans
+        Span(s.start, s.end, s.field or s.category, s.category, text[s.start : s.end])
+        for s in spans
     )
 
 
-def _mismatch(line: _Line, span: _Span) -> str:
+def _mismatch(text: str, span: LabelledSpan) -> str:
     """Why ``value`` is not what the offsets cover, and where it is."""
     assert span.value is not None
-    reads = f"value is {span.value!r}, the text reads {_shown(line.text, (span.start, span.end))}"
-    at = line.text.find(span.value)
+    reads = f"value is {span.value!r}, the text reads {_shown(text, (span.start, span.end))}"
+    at = text.find(span.value)
     if at < 0:
         return f"{reads}, and the value stands nowhere in it: write it as it stands there"
     return f"{reads}: the value stands at start {at}, end {at + len(span.value)}, in characters"

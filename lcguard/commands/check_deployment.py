@@ -32,6 +32,7 @@ from lcguard.commands.text_detector import MODEL
 from lcguard.guards.standing import check_proven
 from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.handoff.policy import Policy
+from lcguard.handoff.policy_review import learned
 from lcguard.hub import local_folder, supported_config
 from lcguard.model_files import check_readable, weight_files
 from lcguard.private_files import open_to_others
@@ -242,8 +243,11 @@ class DeploymentChecks:
         detectors = {edge.detect for edge in policy.edges}
         if "presidio" in detectors:
             out["pii"] = "an edge with detect: presidio"
-        if "lcguard" in detectors and not NAMED[MODEL].ready():
-            out["real"] = "an edge with detect: lcguard"
+        if not NAMED[MODEL].ready():
+            if "lcguard" in detectors:
+                out["real"] = "an edge with detect: lcguard"
+            elif learned(policy):
+                out["real"] = "a category that is found by examples"
         if s.engine.model == MODEL and not NAMED[MODEL].ready():
             out["real"] = f"the model {MODEL}"
         return out

@@ -18,21 +18,70 @@ detect_app = typer.Typer(no_args_is_help=True, help="Find what a policy forbids,
 
 @detect_app.command("train")
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML, or the name of a preset.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the guard.")] = Path("runs/detect"),
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML, or the name of a preset; not for own categories.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the guard (runs/detect), or the head.")
+    ] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Override a key.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A quarter of records and steps: served by name alone.")
     ] = False,
+    categories: Annotated[
+        Path | None, typer.Option(help="Policy: a head for each of its categories with examples.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="Of a category of your own.")
+    ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="Labelled texts of the category, JSONL.")
+    ] = None,
 ) -> None:
-    """Train guard ``twin``'s detector on labelled records."""
+    """Train guard ``twin``'s detector on labelled records, or what finds categories of your own."""
+    if categories or name or examples:
+        if config is not None or quick:
+            raise ValueError("a configuration and --quick are not for categories of your own")
+        for folder in _train_heads(categories, name or [], examples, out, sets or []):
+            typer.echo(folder)
+        return
+    if config is None:
+        raise ValueError(
+            "nothing to train: name a configuration, or --categories POLICY, or --name NAME "
+            "--examples FILE"
+        )
     from lcguard.commands.detector import DetectorRun, quickened, train_detector
     from lcguard.evaluation.presets import load_plan
 
+    out = out or Path("runs/detect")
     run = load_plan(DetectorRun, config, sets or [], None, "detect-")
     run = quickened(run) if quick else run
     train_detector(run, out, command_line(), Console(stderr=True).print)
     typer.echo(out / "guard")
+
+
+def _train_heads(
+    policy: Path | None, names: list[str], examples: Path | None, out: Path | None, sets: list[str]
+) -> list[Path]:
+    """The folders of the heads. Raises ``ValueError`` for options that do not go together."""
+    from lcguard.category_head import default_folder
+    from lcguard.commands.category_detector import train_category, train_policy
+    from lcguard.config import load_config
+    from lcguard.training.fit_head import HeadConfig
+
+    config = load_config(HeadConfig, None, sets)
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    if policy is not None:
+        if examples is not None or out is not None:
+            raise ValueError("--examples and --out stand in the policy: leave them out")
+        return train_policy(policy, names, config, say)
+    if examples is None or len(names) != 1:
+        raise ValueError("give one --name and --examples FILE, or --categories POLICY")
+    return [train_category(names[0], examples, out or default_folder(examples), config, say)]
 
 
 @detect_app.command("eval")

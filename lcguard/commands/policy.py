@@ -8,7 +8,7 @@ from pathlib import Path
 from lcguard.handoff.names import ANY
 from lcguard.handoff.policy import Policy, load_policy
 from lcguard.handoff.policy_reader import is_whole
-from lcguard.handoff.policy_review import idle, never, unserved, why
+from lcguard.handoff.policy_review import idle, missed, never, unserved, why
 
 
 def check_command(
@@ -51,8 +51,9 @@ def summary(policy: Policy) -> str:
 def warnings(
     policy: Policy, keys: Path, guards: Collection[str] | None = None, must_exist: bool = False
 ) -> list[str]:
-    """A line for each edge that never matches, given who has a key, and for each on which the
-    engine refuses every publish, given its guards where they are known.
+    """A line for each edge that never matches, given who has a key, for each on which the engine
+    refuses every publish, given its guards where they are known, and for each category that is
+    named nowhere or found too seldom.
 
     Raises ``KeyringError`` for a keys file that cannot be used.
     """
@@ -61,5 +62,5 @@ def warnings(
         from lcguard.server.access.keyring import load_keys  # here: it needs the extra `server`
 
         agents = {(k.tenant, k.agent) for k in load_keys(keys).keys if k.role == "agent"}
-    found = (*never(policy, agents), *unserved(policy, guards), *idle(policy))
+    found = (*never(policy, agents), *unserved(policy, guards), *idle(policy), *missed(policy))
     return [f"warning: {line}" for line in found]

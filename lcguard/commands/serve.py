@@ -28,6 +28,7 @@ from lcguard.guards.registry_file import is_registry
 from lcguard.guards.standing import check_proven
 from lcguard.handoff.keys import KEY_VARIABLE, deployment_key, new_key
 from lcguard.handoff.policy import Policy, check_finders, load_policy
+from lcguard.handoff.policy_review import learned
 from lcguard.private_files import open_to_others, private_folder
 from lcguard.server.app import make_app
 from lcguard.server.database.place import check_address, is_server
@@ -236,7 +237,7 @@ def _serve(state: Path, settings: ServerSettings, console: Console, door: socket
         policy = policy_in(settings)
         for line in warnings(policy, settings.keys, engine_guards(settings)):
             say(line)
-        if any(edge.detect == "lcguard" for edge in policy.edges):
+        if learned(policy) or any(edge.detect == "lcguard" for edge in policy.edges):
             model_location(MODEL, say)  # what it lacks is said now, not to the first publisher
     deployment = Deployment(
         settings, key, model, name, plan, state.resolve(), say, worker, shared_text_detector

@@ -12,21 +12,29 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
+import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.scenarios.types import Hop
 from lcguard.categories import CATEGORIES, Category
+from lcguard.category_head import CategoryHead
 from lcguard.evaluation.detection import overlapping
 from lcguard.evaluation.load import load_guard
 from lcguard.evaluation.plan import GuardSpec
 from lcguard.guards import FrozenGuard, guard_class
 from lcguard.guards.detector import runs
+from lcguard.guards.token_head import TokenHead, belonging
+from lcguard.guards.twin import TwinGuard
 from lcguard.nearest import unknown
 from lcguard.normalise import folded
+from lcguard.protocols import KVBatch
 from lcguard.records import mask_of
 from lcguard.rule import Rule
+from lcguard.value_search import Range
 
 MODEL, GUARD = "smollm2", "smollm2:text"
 WINDOW_TOKENS, OVERLAP_TOKENS = 512, 128
@@ -42,7 +50,8 @@ class Span:
     start: int
     """Of its characters ``[start, end)``."""
     end: int
-    category: Category
+    category: str
+    """Of ``lcguard.categories``, or a policy's own."""
 
 
 class TextDetector:
@@ -58,40 +67,80 @@ class TextDetector:
         backend = load_backend(model, reader=False, first_layers=card.shape[0])
         self.encoder, self.source = backend.encoder, backend.source
         self._guard = load_guard(GuardSpec("detector", path=guard), backend)
+        self._heads: dict[str, TokenHead] = {}
 
-    def find(self, text: str, forbid: Collection[str] = CATEGORIES) -> list[Span]:
-        """Values of the categories, in order, none overlapping.
+    def find(
+        self,
+        text: str,
+        forbid: Collection[str] = CATEGORIES,
+        own: Sequence[CategoryHead] = (),
+    ) -> list[Span]:
+        """Values of the categories and of what ``own`` finds, in order, none overlapping.
 
         The text is read as it stands and, where that differs, as a person sees it: without
         unseen characters, in plain widths, digits, dashes and spaces.
         """
-        found = self._read(text, forbid)
+        forbid = [c for c in CATEGORIES if c in forbid]  # a policy's own are for ``own``
+        found = self._read(text, forbid, own)
         plain = folded(text)
         if plain.text != _WHITE.sub(" ", text):
             found += [
                 Span(*plain.origin(s.start, s.end), s.category)
-                for s in self._read(plain.text, forbid)
+                for s in self._read(plain.text, forbid, own)
             ]
         return _apart(found)
 
-    def _read(self, text: str, forbid: Collection[str]) -> list[Span]:
+    def _read(self, text: str, forbid: Collection[str], own: Sequence[CategoryHead]) -> list[Span]:
         """Of each piece what it shows; the pieces overlap."""
-        if not text.strip() or not forbid:
+        if not text.strip() or not (forbid or own):
             return []
+        out = list[Span]()
+        for kv, pieces in self._pieces(text):
+            found: list[tuple[str, Tensor]] = []
+            if forbid:
+                marks = self._guard.marks(kv, mask_of([Rule.hiding(forbid)] * len(pieces)))
+                assert marks is not None  # it finds secrets
+                found += ((c, marks == i) for i, c in enumerate(CATEGORIES) if c in forbid)
+            found += ((head.card.category, self._own_marks(kv, head)) for head in own)
+            for category, hits in found:
+                for (first, offsets), row in zip(pieces, hits.int().tolist(), strict=True):
+                    for start, end, _ in runs([m - 1 for m in row[first : first + len(offsets)]]):
+                        low, high = offsets[start][0], offsets[end - 1][1]
+                        out += _trimmed(text, max(0, low), high, category)
+        return out
+
+    def _pieces(self, text: str) -> Iterator[tuple[KVBatch, list[tuple[int, list[Range]]]]]:
+        """KV of a text's pieces, some at a time; of each, its first token and the characters of
+        that and the others."""
         ids, offsets = self.encoder.context(text), self.encoder.offsets(text)
         own = next((i for i, (_, end) in enumerate(offsets) if end > 0), len(ids))
         pieces = list(_windows(own, len(ids)))
-        out = list[Span]()
         for first in range(0, len(pieces), BATCH):
             some = pieces[first : first + BATCH]
             kv = self.source.prefill([ids[:own] + ids[a:b] for a, b in some])
-            marks = self._guard.marks(kv, mask_of([Rule.hiding(forbid)] * len(some)))
-            assert marks is not None  # it finds secrets
-            for (a, b), row in zip(some, marks.tolist(), strict=True):
-                for start, end, category in runs(row[own : own + b - a]):
-                    low, high = offsets[a + start][0], offsets[a + end - 1][1]
-                    out += _trimmed(text, max(0, low), high, CATEGORIES[category])
-        return out
+            yield kv, [(own, offsets[a:b]) for a, b in some]
+
+    @torch.no_grad()
+    def features(self, text: str) -> Iterator[tuple[Tensor, list[Range]]]:
+        """What heads read: of each piece ``[t, F]``, and each token's characters."""
+        for kv, pieces in self._pieces(text) if text.strip() else ():
+            for (first, offsets), row in zip(pieces, self._features(kv), strict=True):
+                yield row[first : first + len(offsets)].cpu(), offsets
+
+    def _features(self, kv: KVBatch) -> Tensor:
+        module = self._guard.module
+        assert isinstance(module, TwinGuard)  # it finds secrets
+        return module.features(kv)
+
+    @torch.no_grad()
+    def _own_marks(self, kv: KVBatch, head: CategoryHead) -> Tensor:
+        """``[B, T]`` bool."""
+        if head.digest not in self._heads:
+            made = TokenHead(head.card.features, head.card.width)
+            made.load_state_dict(load(head.weights))
+            self._heads[head.digest] = made.eval().to(kv.keys.device)
+        logits = self._heads[head.digest](self._features(kv), kv.valid)
+        return belonging(logits, kv.valid, head.card.threshold, head.card.peak)
 
     def marks(self, hops: Sequence[Hop]) -> list[Tensor]:
         """For each hop's context, which tokens of ``encoder`` overlap what is found of the
@@ -111,7 +160,11 @@ def shared_text_detector() -> TextDetector:
     return TextDetector()
 
 
-def detect(text: str, categories: Collection[Category] = CATEGORIES) -> list[Span]:
+def detect(
+    text: str,
+    categories: Collection[Category] = CATEGORIES,
+    own: Sequence[str | Path | CategoryHead] = (),
+) -> list[Span]:
     """Personal data in a text: character ranges with their category, in order.
 
     ``for span in lcguard.detect(note): print(span.category, note[span.start:span.end])``
@@ -120,12 +173,26 @@ def detect(text: str, categories: Collection[Category] = CATEGORIES) -> list[Spa
     ``real``). How much it finds of text that it never saw is in docs/results.md; it vouches for no
     value.
 
-    Raises ``ValueError`` for an unknown category, and where the model cannot be loaded.
+    Args:
+        own: folders of ``lcguard detect train --name``, which find categories of your own.
+
+    Raises ``ValueError`` for an unknown category, a folder that holds no head for this release's
+    detector, and where the model cannot be loaded.
     """
     for category in categories:
         if category not in CATEGORIES:
             raise ValueError(unknown("category", category, CATEGORIES))
-    return shared_text_detector().find(text, categories)
+    heads = [head if isinstance(head, CategoryHead) else _head(Path(head)) for head in own]
+    return shared_text_detector().find(text, categories, heads)
+
+
+def _head(folder: Path) -> CategoryHead:
+    head = CategoryHead.read(folder)
+    try:
+        head.check(head.card.category, None)
+    except ValueError as error:
+        raise ValueError(f"{folder} {error}: train it again") from None
+    return head
 
 
 def _windows(first: int, end: int) -> Iterator[tuple[int, int]]:
@@ -135,7 +202,7 @@ def _windows(first: int, end: int) -> Iterator[tuple[int, int]]:
         yield at, min(end, at + WINDOW_TOKENS)
 
 
-def _trimmed(text: str, start: int, end: int, category: Category) -> Iterator[Span]:
+def _trimmed(text: str, start: int, end: int, category: str) -> Iterator[Span]:
     """Tokens begin with the space before a word, which is no part of the value."""
     value = text[start:end]
     if bare := value.strip():

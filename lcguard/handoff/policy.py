@@ -41,7 +41,7 @@ from pydantic import (
 from lcguard.canonical import canonical_digest
 from lcguard.categories import CATEGORIES, DERIVABLE, Category, in_order, own_names
 from lcguard.config import ConfigError, located, read_mapping, validated
-from lcguard.custom_categories import CategoryName, CustomCategory
+from lcguard.custom_categories import CategoryName, CustomCategories, CustomCategory
 from lcguard.handoff.channel import AgentName, ChannelFields, Model
 from lcguard.handoff.names import ANY, EdgeName, is_agent, split_tenant
 from lcguard.rule import Rule
@@ -59,15 +59,8 @@ def _canonical(categories: tuple[str, ...]) -> tuple[str, ...]:
     return in_order(categories)
 
 
-def _new(name: str) -> str:
-    if name in CATEGORIES:
-        raise ValueError(f"{name!r} is a built-in category: choose another name for your own")
-    return name
-
-
 CategorySet = Annotated[tuple[CategoryName, ...], AfterValidator(_canonical)]
 KnownCategories = Annotated[tuple[Category, ...], AfterValidator(_canonical)]
-CustomCategories = dict[Annotated[CategoryName, AfterValidator(_new)], CustomCategory]
 
 
 def _form(value: Any) -> str:
@@ -149,6 +142,12 @@ class Edge(ChannelFields):
     def custom(self) -> dict[str, CustomCategory]:
         """The forbidden categories that the policy defines itself, as it defines them."""
         return {name: self._custom[name] for name in self.forbid if name in self._custom}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model of ``lcguard.detect`` reads what is handed over."""
+        detects = self.guard == "redact" and self.detect == "lcguard"
+        return detects or any(own.heads for own in self.custom.values())
 
     @property
     def definitions(self) -> dict[str, str]:
@@ -339,7 +338,7 @@ def _hint(name: str, own: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; use {', '.join(known)}{rest}"
 
 
-_CATEGORY = ("*.terms", "*.patterns")
+_CATEGORY = tuple(f"*.{name}" for name in CustomCategory.model_fields)
 _KEYS = (
     *Policy.model_fields,
     *(f"edges.{name}" for name in Edge.model_fields),
@@ -357,13 +356,25 @@ def load_policy(path: str | Path) -> Policy:
         data = read_mapping(Path(path))
     except ConfigError as error:
         raise PolicyError(str(error)) from None
-    return parse_policy(data, str(path))
+    return parse_policy(data, str(path), Path(path).parent)
 
 
-def parse_policy(data: dict[str, Any], name: str = "policy") -> Policy:
-    """Checks a policy that is already parsed; ``name`` stands for the file in errors."""
+def parse_policy(
+    data: dict[str, Any],
+    name: str = "policy",
+    folder: Path | None = None,
+    *,
+    untrained: bool = False,
+) -> Policy:
+    """Checks a policy that is already parsed; ``name`` stands for the file in errors.
+
+    Args:
+        folder: where its relative paths start; None: where the process runs.
+        untrained: read no head, for whoever is to train one. Nobody is guarded by such a policy.
+    """
+    context = {"folder": folder, "untrained": untrained}
     try:
-        return validated(Policy, data, name, _KEYS, _SHOWN)
+        return validated(Policy, data, name, _KEYS, _SHOWN, context)
     except ConfigError as error:
         raise PolicyError(str(error)) from None
 

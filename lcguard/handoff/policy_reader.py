@@ -87,7 +87,7 @@ def _looser(old: Edge, new: Edge) -> str:
         return f"{', '.join(lost)} no longer forbidden"
     less = [c for c, own in old.custom.items() if not new.custom[c].covers(own)]
     if less:
-        return f"{', '.join(less)} has lost terms or patterns"
+        return f"{', '.join(less)} has lost terms or patterns, or has another head"
     told = [c for c in new.derive if c not in old.derive]
     if told:
         return f"the derived value of {', '.join(told)} now passes"

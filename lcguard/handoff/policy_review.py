@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -31,10 +31,7 @@ def why(policy: Policy, source: str, audience: str) -> list[str]:
     lines.append(
         f"forbid {_listed(edge.forbid)}; derive {_listed(edge.derive)}; {lifted}{_rest(edge)}"
     )
-    lines += [
-        f"{name}: {_size(category)}, found in any spelling"
-        for name, category in edge.custom.items()
-    ]
+    lines += [f"{name}: {_found(category)}" for name, category in edge.custom.items()]
     lines += [f"{_named(policy, i)} matches too and stands back" for i in found[1:]]
     return lines
 
@@ -81,9 +78,44 @@ def idle(policy: Policy) -> Iterator[str]:
                 yield f"{where}.{name} is forbidden on no edge, only where none matches"
 
 
-def _size(category: CustomCategory) -> str:
-    counts = category.size.items()
-    return " and ".join(f"{n} {what if n != 1 else what[:-1]}" for what, n in counts if n)
+def learned(policy: Policy) -> dict[str, CustomCategory]:
+    """Where in the file each category stands that is found by a head."""
+    common = policy.categories if isinstance(policy.categories, Mapping) else {}
+    all_ = {f"categories.{name}": category for name, category in common.items()}
+    for tenant, rules in policy.tenants.items():
+        all_ |= {f"tenants.{tenant}.categories.{n}": c for n, c in rules.categories.items()}
+    return {where: category for where, category in all_.items() if category.heads}
+
+
+def missed(policy: Policy) -> Iterator[str]:
+    """A line for each head that was measured to find less than the category asks for."""
+    for where, category in learned(policy).items():
+        for head in category.heads:
+            held = head.card.held_out
+            if held.recall_lower < category.min_recall:
+                yield (
+                    f"{where}: of values that are in no list its head found {held.found} of "
+                    f"{held.total}, at least {held.recall_lower:.2f} of them at {held.level:.0%}, "
+                    f"less than min_recall {category.min_recall:g}: give more examples and train "
+                    f"again, or accept it with min_recall: {_floor(held.recall_lower):g}"
+                )
+
+
+def _floor(share: float) -> float:
+    return int(share * 100) / 100
+
+
+def _found(category: CustomCategory) -> str:
+    counts = {w: n for w, n in category.size.items() if n and w != "examples"}
+    parts = [f"{n} {what if n != 1 else what[:-1]}" for what, n in counts.items()]
+    said = [" and ".join(parts) + ", found in any spelling"] if parts else []
+    for head in category.heads:
+        held = head.card.held_out
+        said.append(
+            f"a head trained on {head.card.n_examples} examples, which finds at least "
+            f"{held.recall_lower:.2f} of further values"
+        )
+    return "; ".join(said)
 
 
 def _no_key_can(edge: Edge) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcguard.custom_categories import CustomCategory, SearchError, find_custom
+from lcguard.custom_categories import CustomCategory, SearchError, find_custom, find_learned
 from lcguard.detokenize import TokenText
 from lcguard.normalise import runs
 from lcguard.value_search import SHORTEST, Key, Range, Spellings, merged
@@ -45,8 +45,8 @@ def redact(
 
     Raises:
         RedactionError: for a secret that is nowhere in the prompt or of white space alone, for a
-            pattern that takes too long, and where a covered value could still be read from the
-            tokens that are left.
+            pattern that takes too long or a head that cannot read, and where a covered value could
+            still be read from the tokens that are left.
     """
     text = Spellings(prompt.text)
     keys: list[Key] = []
@@ -67,7 +67,8 @@ def redact(
     detected = list(detect(prompt.text))
     custom = custom or {}
     try:
-        detected += [place for found in find_custom(text, custom).values() for place in found]
+        for found_of in (find_custom(text, custom), find_learned(prompt.text, custom)):
+            detected += [place for found in found_of.values() for place in found]
     except SearchError as error:
         raise RedactionError(str(error)) from None
     values = {Key.of(prompt.text[a:b]) for a, b in detected}

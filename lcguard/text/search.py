@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lcguard.custom_categories import CustomCategory, SearchError, find_custom
+from lcguard.custom_categories import CustomCategory, SearchError, find_custom, find_learned
 from lcguard.handoff.errors import HandoffError
 from lcguard.normalise import Form, runs
 from lcguard.text.json_text import spellings_of_number
@@ -137,9 +137,7 @@ class Search:
     def _places(self, text: str) -> Iterator[tuple[int, int, bool, str]]:
         """Start, end, whether the hit is firm, and its category."""
         if time.monotonic() > self._until_s:
-            raise HandoffError(
-                400, f"looking through the text took longer than {SEARCH_S:g} s: send less at once"
-            )
+            raise _too_slow()
         spellings = Spellings(text)
         yield from ((a, b, True, "") for a, b in spellings.find(*self.named))
         try:
@@ -153,9 +151,10 @@ class Search:
             yield from ((a, b, False, name) for a, b in places if (a, b) not in terms)
 
     def _detected(self, leaves: Sequence[Leaf]) -> Iterator[Hit]:
-        """What the edge's detector finds: in texts as they are read, and in all else of a message
-        or a value at once, since the keys beside a value say what it is."""
-        if self._detect is None:
+        """What the edge's detector and the heads of own categories find: in texts as they are read,
+        and in all else of a message or a value at once, since the keys beside a value say what it
+        is."""
+        if self._detect is None and not any(c.heads for c in self.custom.values()):
             return
         for which in _by(leaves, lambda leaf: leaf.spot.run):
             yield from self._read(Joined(leaves, which, "\n"))
@@ -165,11 +164,19 @@ class Search:
                 yield from self._read(Joined(leaves, rest, _APART))
 
     def _read(self, text: Joined) -> Iterator[Hit]:
-        assert self._detect is not None
-        for a, b in merged(self._detect(text.text)):
-            hit = text.hit(a, b, False)
-            if hit.pieces and _seen(hit.value):
-                yield hit
+        if time.monotonic() > self._until_s:
+            raise _too_slow()
+        try:
+            found = find_learned(text.text, self.custom)
+        except SearchError as error:
+            raise HandoffError(400, str(error)) from None
+        if self._detect is not None:
+            found[""] = list(self._detect(text.text))
+        for category, places in found.items():
+            for a, b in merged(places):
+                hit = text.hit(a, b, False, category)
+                if hit.pieces and _seen(hit.value):
+                    yield hit
 
     def _split(self, leaves: Sequence[Leaf], known: Mapping[str, set[Key]]) -> Iterator[Hit]:
         """Long values over any strings of a group."""
@@ -229,6 +236,12 @@ def _by(leaves: Sequence[Leaf], of: Callable[[Leaf], int | None]) -> list[list[i
         if (name := of(leaf)) is not None:
             found.setdefault(name, []).append(i)
     return list(found.values())
+
+
+def _too_slow() -> HandoffError:
+    return HandoffError(
+        400, f"looking through the text took longer than {SEARCH_S:g} s: send less at once"
+    )
 
 
 def _seen(value: str) -> bool:

@@ -5,7 +5,8 @@ makes of the whole answer, so that a client reads the same streamed or not:
 
 - by named values and terms alone, a text is held back as far as one may still begin in it: the
   letters of the longest, and an escape or a tag that is not over
-- where an edge has a pattern or a detector, which may look at any distance, all of it until it ends
+- where an edge has a pattern, a detector or a head, which may look at any distance, all of it
+  until it ends
 - texts that are JSON, tool calls and whatever else is no running text, until the choice ends
 
 What would have had to be hidden once it was sent (a field that went on behind another) ends the
@@ -67,7 +68,8 @@ def settled(text: str, letters: int, signs: int) -> int:
 
 def looks_anywhere(guard: TextGuard) -> bool:
     """Whether an edge has what may look at any distance: nothing is sent before an answer's end."""
-    return guard.edge.detect != "none" or any(c.patterns for c in guard.edge.custom.values())
+    own = guard.edge.custom.values()
+    return guard.edge.detect != "none" or any(c.patterns or c.heads for c in own)
 
 
 def longest_of(search: Search) -> tuple[int, int]:

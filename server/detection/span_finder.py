@@ -72,7 +72,8 @@ class SpanFinder:
         text_finder: Callable[[], TextFinder] | None = None,
     ) -> None:
         """``model``: folder or hub repository with the tokenizer; empty where it is not known.
-        ``text_finder``: loads what edges with ``detect: lcguard`` use, at the first of them."""
+        ``text_finder``: loads what edges with ``detect: lcguard`` or learned categories use, at the
+        first of them."""
         self.upstream, self.model, self._load = upstream, model, text_finder
         self._loading = asyncio.Lock()
         # what is searched is bounded by the model's context, the search grows with it
@@ -133,7 +134,7 @@ class SpanFinder:
 
         Raises ``ProxyError``: 503 where it takes too long, and as ``detect``.
         """
-        if edge.guard == "redact" and edge.detect == "lcguard":
+        if edge.reads_text:
             async with self._loading:  # once, and not on the time of who comes first
                 await asyncio.to_thread(lambda: self.text_finder)
         return await self.work(work, *args)

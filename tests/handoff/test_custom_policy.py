@@ -90,7 +90,7 @@ def test_a_tenant_adds_to_what_holds_for_all(tmp_path: Path) -> None:
         ("terms: [Blue Heron]", "terms: ['']", "categories.project_name.terms[0]: '' is nothing"),
         ("terms: [Blue Heron]", 'terms: ["\\u200b"]', "terms[0]: '\\u200b' is nothing but"),
         ("terms: [Blue Heron]", "tems: [Blue Heron]", "tems: unknown key; did you mean 'terms'?"),
-        ("terms: [Blue Heron]", "examples: x.jsonl", "project_name.examples: not supported yet"),
+        ("terms: [Blue Heron]", "examples: x.jsonl", "x.jsonl cannot be read: No such file"),
         ("terms: [Long March]", "", "tenants.acme.categories.deal: nobody can find it: give terms"),
         ("  project_name: {terms: [Blue", "  health: {terms: [Blue", "'health' is a built-in"),
         ("  project_name: {terms: [Blue", "  Project: {terms: [Blue", "categories.Project.[key]"),
