@@ -189,6 +189,24 @@ def eval_record(
     typer.echo(f"{card}: {found['verdict']}: {found['reason']}")
 
 
+@eval_app.command("certify")
+def eval_certify(
+    guard: Annotated[str, typer.Argument(help="A guard's folder, or MODEL:NAME.")],
+    sets: Sets = None,
+    data: Annotated[Path | None, typer.Option(help="Folder or file of the data.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON of the certificate.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write it onto the guard's card.")] = False,
+    device: Device = None,
+) -> None:
+    """Bound what any attacker recovers of a guard's segments, on held-out records."""
+    from lcguard.commands.certify import certify_guard
+    from lcguard.commands.train_summary import ceiling_lines
+
+    found = certify_guard(guard, sets or [], existing(data), command_line(), out, card, device)
+    for line in ceiling_lines(found):
+        typer.echo(line)
+
+
 @eval_app.command("schema")
 def eval_schema() -> None:
     """Print the JSON Schema of report.json."""

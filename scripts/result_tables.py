@@ -28,6 +28,7 @@ OUT = "--out benchmarks/results"
 COMMANDS = {
     "demo": "lcguard demo --out runs/demo",
     "main": "lcguard eval run main --out runs/main",
+    "certificate": f"lcguard eval certify nano:gate {OUT}/certificate.json",
     "draws": f"python scripts/measure_draws.py --secrets 4 {OUT}/draws.json",
     "residual_search": "python scripts/search_residual.py",
     "handoff": f"python scripts/bench_handoff.py --repeats 11 {OUT}/handoff.json",
@@ -65,7 +66,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "main_likelihood": ("main", columns.likelihood),
     "policies": ("demo", columns.policies),
     "derived": ("demo", columns.derived),
-    "certificate": ("demo", columns.certificate),
+    "certificate": ("certificate", columns.certificate),
+    "ceilings": ("certificate", columns.ceilings),
     "draws": ("draws", columns.draws),
     "residual_search": ("residual_search", columns.search),
     "handoff": ("handoff", speed.handoff),

@@ -168,11 +168,36 @@ def certificate(report: Row) -> str:
         "99%": cell("p99_nats", 1),
         "largest": cell("max_nats", 1),
         "unguarded, same noise": cell("raw_nats", 0),
-        "ASR ceiling": lambda c: "vacuous" if c["vacuous"] else figure(c["asr_ceiling"], 2),
         "pairs": text("n_pairs"),
     }
-    found = [r for r in report["results"] if r.get("certificate")]
-    return by(columns, [{"guard": r["guard"], **r["certificate"]} for r in found])
+    return by(columns, [{"guard": report["guard"], **report["certificate"]}])
+
+
+def ceilings(report: Row) -> str:
+    """How often one secret can be named at most, by how well it is guessed without the segment."""
+    columns: Columns = {
+        "secret": text("secret"),
+        "guessed blind": cell("guess"),
+        "ceiling": cell("ceiling"),
+        "at most, 95%": cell("upper"),
+        "secrets": text("secrets"),
+    }
+    found = report["certificate"]["secrets"]
+    rows = [
+        {"secret": f"any, one value in {1 / c['least_guess']:,.0f}", **c} for c in found["ceilings"]
+    ]
+    rows += [{"secret": name, **c} for name, c in found["by_category"].items()]
+    listed = found["listed"]
+    rows.append(
+        {
+            "secret": f"measured: picked from {listed['candidates']} candidates",
+            "guess": listed["chance"],
+            "ceiling": listed["asr"],
+            "upper": listed["upper"],
+            "secrets": listed["secrets"],
+        }
+    )
+    return by(columns, rows)
 
 
 def nano(report: Row) -> str:

@@ -128,3 +128,15 @@ def sample_value(field: str, rng: random.Random, split: str = "test") -> str | N
     type has. Types that share a field's name sample it alike, or take turns."""
     known = [f for r in RECORD_TYPES for f in r.fields if f.name == field]
     return rng.choice(known).sample(rng, split) if known else None
+
+
+def sample_banded(
+    record_type: str, field: str, rng: random.Random, split: str = "test"
+) -> tuple[str, str | None] | None:
+    """A value of a record type's own field, with its band; None for one that it does not have."""
+    kind = BY_NAME.get(record_type)
+    for f in kind.fields if kind else ():
+        if f.name == field:
+            value = f.sample(rng, split)
+            return value, f.band(value) if f.band else None
+    return None

@@ -21,7 +21,7 @@ from lcguard.commands.train_summary import verdict_of
 from lcguard.config import dump_config, load_config
 from lcguard.evaluation.folder import first_difference, plain
 from lcguard.evaluation.hop_segments import is_task
-from lcguard.evaluation.load import hops_for, load_guard
+from lcguard.evaluation.load import hops_for, known_values, load_guard
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.guards.frozen import FrozenGuard
@@ -33,6 +33,7 @@ from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import with_policy
 from lcguard.training.estimate import estimate, machine_bytes
 from lcguard.training.joint import guarded_path, observed
+from lcguard.training.known_values import KnownValues
 from lcguard.training.trainer import Run, check_trained, make_module, train_guard
 
 
@@ -116,7 +117,8 @@ def run_training(
     if other is not None:
         average_weights(done.guard, other, run.average)
     say(f"trained {run.train.steps} steps in {done.seconds:.0f} s")
-    guard, figures = finish(run, done, backend, test, command)
+    known = known_values(run.data, backend, train)
+    guard, figures = finish(run, done, backend, test, known, command)
     guard.save_pretrained(out / "guard")
     summary = {
         "guard": run.train.guard,
@@ -168,7 +170,12 @@ def average_weights(guard: FrozenGuard, other: FrozenGuard, share: float) -> Non
 
 
 def finish(
-    run: TrainRun, done: Run, backend: HFBackend, test: list[TokenRecord], command: str
+    run: TrainRun,
+    done: Run,
+    backend: HFBackend,
+    test: list[TokenRecord],
+    known: KnownValues,
+    command: str,
 ) -> tuple[FrozenGuard, dict[str, Any]]:
     """The guard with its card, and the held-out figures that stand on it."""
     held_out = with_policy(test[: run.train.certificate_pairs], CATEGORIES)
@@ -180,6 +187,8 @@ def finish(
             backend.source,
             level=run.train.certificate_level,
             seed=run.train.seed + 1,
+            known=known,
+            references=run.train.certificate_references,
         )
         certificate = found.to_dict() if found else None
     figures = held_out_figures(run, done, held_out, backend)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lcguard.agents.backends.hf import HFBackend
 from lcguard.agents.scenarios.load import load_hops, split_hops
-from lcguard.agents.scenarios.schema import sample_value
+from lcguard.agents.scenarios.schema import sample_banded, sample_value
 from lcguard.agents.scenarios.types import Hop
 from lcguard.attacks.base import BaseAttack, Knowledge, attack_class
 from lcguard.categories import CATEGORIES
@@ -16,6 +16,7 @@ from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.guards.erasure import ErasureGuard
 from lcguard.records import TokenRecord
 from lcguard.training.fit_erasure import fit_erasure
+from lcguard.training.known_values import KnownValues, RecordValues, SampledValues
 
 
 def load_guard(spec: GuardSpec, backend: HFBackend) -> FrozenGuard:
@@ -121,6 +122,14 @@ def hops_for(data: DataConfig) -> tuple[list[Hop], list[Hop]]:
         return train[:n], test[:m]
     train, test = split_hops(hops, data.train_share, data.seed)
     return _evenly(train, n), _evenly(test, m)
+
+
+def known_values(data: DataConfig, backend: HFBackend, train: Sequence[TokenRecord]) -> KnownValues:
+    """What values are like, for a certificate on the test records: from the generator that made
+    them, else from the training records, of which none is among them."""
+    if data.source != "generator":
+        return RecordValues(train)
+    return SampledValues(sample_banded, backend.encoder.ids, backend.decode)
 
 
 def _evenly(hops: list[Hop], n: int) -> list[Hop]:

@@ -17,15 +17,25 @@ SPEAKS_AGAINST = {
 """By an evaluation's verdict."""
 
 
+ENOUGH = 0.25
+"""A certificate speaks for a guard where no attacker names a secret more often than this."""
+
+
 def unproven(card: Card) -> str:
-    """Why nothing speaks for the guard; empty where something does: a certificate that is not
-    vacuous, or an evaluation on held-out records whose verdict is not that it leaks."""
+    """Why nothing speaks for the guard; empty where something does: a certificate whose ceiling is
+    ``ENOUGH`` or less, or an evaluation on held-out records whose verdict is not that it leaks."""
     evaluation = card.evaluation or {}
     if against := SPEAKS_AGAINST.get(evaluation.get("verdict", "")):
         return against
     certificate = card.certificate or {}
-    if evaluation or (certificate and not certificate["vacuous"]):
+    ceiling = float(certificate.get("asr_ceiling", 1.0))
+    if evaluation or (certificate and not certificate["vacuous"] and ceiling <= ENOUGH):
         return ""
+    if certificate and not certificate["vacuous"]:
+        return (
+            f"its certificate leaves an attacker {ceiling:.1%} of the secrets, and its card has no "
+            "evaluation on held-out records"
+        )
     if certificate:
         return (
             f"its certificate of {float(certificate['mean_nats']):,.4g} nats is vacuous, and its "

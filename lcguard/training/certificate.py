@@ -11,6 +11,10 @@ the segment, given the rest of the text and the secrets' lengths (convexity of K
 The bound on the mean uses Student's t, so it is asymptotic in the number of pairs; the tail is
 printed beside it. It says nothing about records unlike the held-out ones, about lengths, or about
 several draws of one segment.
+
+That is all of a record's secrets at once, and a mean that the tail makes. Where the values' law is
+known, ``lcguard.training.secret_ceiling`` bounds how often one secret is named, exactly; the
+certificate then leads with its figure.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from lcguard.grid import to_grid
 from lcguard.guards.base import GuardModule
 from lcguard.records import TokenRecord, masks
 from lcguard.source import ModelSource
+from lcguard.training.known_values import KnownValues
 from lcguard.training.objective import pair_leak_nats
+from lcguard.training.secret_ceiling import GUESS, REFERENCES, secret_ceilings
 from lcguard.training.twins import ValuePool, forbidden_spans
 
 
@@ -47,12 +53,15 @@ class Certificate:
     """The same for the unguarded KV with the guard's noise."""
     n_pairs: int
     blind_guess: float
-    """Mean over fields of the most frequent value's share: p0."""
+    """p0 of the ceiling: mean over fields of the most frequent value's share, or, where ``secrets``
+    are given, the mean of what is granted for each, ``GUESS`` at least."""
     asr_ceiling: float
     """No attacker recovers a given secret more often than this, at the upper bound, in expectation
-    over records like these."""
+    over records like these: per secret where ``secrets`` are given, else by way of all nats."""
     vacuous: bool
     """True where the ceiling says nothing: 0.9 or more."""
+    secrets: dict[str, Any] | None = None
+    """What ``secret_ceilings`` found; None where the values' law is not known."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -155,8 +164,16 @@ def certify(
     *,
     level: float = 0.95,
     seed: int = 0,
+    known: KnownValues | None = None,
+    references: int = REFERENCES,
+    pairs: int | None = None,
 ) -> Certificate | None:
     """Certificate on held-out records under their own policies; None for a guard without noise.
+
+    Args:
+        known: what values are like, not from these records: gives ceilings for single secrets.
+        references: contexts that each of these is compared with.
+        pairs: records for the nats of whole records, all by default; secrets are of all.
 
     Raises ``ValueError`` where no record has a forbidden value.
     """
@@ -168,11 +185,17 @@ def certify(
     pool = ValuePool(held_out)
     was_training = module.training
     module.eval()
-    leaks = pair_leaks(module, held_out, pool, source, seed)
+    leaks = pair_leaks(module, held_out[:pairs], pool, source, seed)
     raw = pair_leaks(module, held_out[:64], pool, source, seed, raw=True)
-    module.train(was_training)
     upper, p0 = upper_bound(leaks, level), blind_guess(held_out)
-    ceiling = success_ceiling(upper, p0)
+    ceiling, secrets = success_ceiling(upper, p0), None
+    if known is not None:
+        secrets = secret_ceilings(
+            module, held_out, source, known, level=level, seed=seed, references=references
+        )
+        (lead,) = [c for c in secrets["ceilings"] if c["least_guess"] == GUESS]
+        p0, ceiling = lead["guess"], lead["upper"]
+    module.train(was_training)
     return Certificate(
         float(np.mean(leaks)),
         upper,
@@ -185,4 +208,5 @@ def certify(
         p0,
         ceiling,
         ceiling >= 0.9,
+        secrets,
     )

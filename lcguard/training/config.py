@@ -65,6 +65,11 @@ class TrainConfig:
     leak_scale_nats: float = 1.0
     """Leaks well below it cost little: the receiver is not starved for tenths of a nat while the
     certificate's mean is made by the worst few contexts."""
+    tail_weight: float = 0.0
+    """Weight of the mean of log1p(leak / leak_scale_nats) over the worst ``tail_share`` of a batch,
+    each record paired with itself with one forbidden secret, drawn at random, resampled: the
+    conditional value at risk (CVaR) of what a segment tells about one secret."""
+    tail_share: float = 0.25
     twin_weight: float = 0.0
     """Weight of the mean squared distance to the twin's KV."""
     label_steps: int = 0
@@ -100,6 +105,10 @@ class TrainConfig:
     merge_rate: float = 0.0
     """Share of the Full-System steps whose receiver reads a segment behind the one before it."""
     certificate_pairs: int = 400
+    """Held-out records, of which one secret a scenario is looked at by itself."""
+    certificate_references: int = 32
+    """Contexts with other values that each of these secrets is compared with: more make the ceiling
+    tighter, and the certificate takes longer."""
     certificate_level: float = 0.95
 
     def __post_init__(self) -> None:
@@ -107,7 +116,13 @@ class TrainConfig:
             raise ValueError(f"steps={self.steps} must be at least 0")
         if self.hard_steps < 0:
             raise ValueError(f"hard_steps={self.hard_steps} must be at least 0")
-        for name in ("batch", "questions", "checkpoint_every", "path_hops"):
+        for name in (
+            "batch",
+            "questions",
+            "checkpoint_every",
+            "path_hops",
+            "certificate_references",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch % self.path_hops:
@@ -115,6 +130,8 @@ class TrainConfig:
                 f"batch={self.batch} must be a multiple of path_hops={self.path_hops}: "
                 "a step holds whole paths"
             )
+        if not 0 < self.tail_share <= 1:
+            raise ValueError(f"tail_share={self.tail_share} must be above 0 and at most 1")
         if not 0 <= self.merge_rate <= 1:
             raise ValueError(f"merge_rate={self.merge_rate} must be within 0..1")
         if not 0 <= self.ema < 1:

@@ -1,17 +1,22 @@
 """The loss of one training step.
 
     L = a KL(receiver on raw || receiver on guarded) + b CE(answers)
-        + c log1p(pair leak / s) + d twin distance + e withheld share - beta L_rec
+        + c log1p(pair leak / s) + t CVaR_a(log1p(leak of one secret / s))
+        + d twin distance + e withheld share - beta L_rec
 
 Pair leak, in nats: ``||m(raw) - m(raw')||^2 / (2 sigma^2)``, with raw' the same context whose
 forbidden secrets are resampled, through the whole guard (our own; evidence in docs/results.md). It
 bounds what one draw of the segment tells about the secrets; the certificate takes it on the grid
 that the means are rounded to, which has no gradient. ``log1p`` keeps a large leak from
-drowning the receiver's loss. The adversarial term is the minimax of arXiv 2605.22786.
+drowning the receiver's loss. The term t is the mean over the worst share a of a batch, of pairs
+that differ in one secret (conditional value at risk, Rockafellar and Uryasev 2000): what an
+attacker recovers comes from few contexts that leak much, which a mean over all of them hardly sees.
+The adversarial term is the minimax of arXiv 2605.22786.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,6 +51,11 @@ def pair_leak_nats(first: Tensor, second: Tensor, valid: Tensor, noise: float) -
     return distance.sum(1) / (2 * noise**2)
 
 
+def worst_mean(values: Tensor, share: float) -> Tensor:
+    """Mean of the largest ``share`` of ``values [N]``, of one at least."""
+    return values.topk(max(1, math.ceil(share * len(values)))).values.mean()
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss of a run; ``losses`` is everything but the adversarial term."""
@@ -77,6 +87,14 @@ class Objective:
             metrics["pair_nats"] = (
                 float(leak.detach()[hidden].mean()) if bool(hidden.any()) else 0.0
             )
+        if data.one_other is not None:
+            other = module.rewrite(
+                module.standardise(data.one_other), data.one_other.valid, data.mask
+            )
+            leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
+            tail = worst_mean(torch.log1p(leak / config.leak_scale_nats), config.tail_share)
+            total = total + ramp * config.tail_weight * tail
+            metrics["tail_nats"] = float(worst_mean(leak.detach(), config.tail_share))
         if data.twin is not None:
             gap = (out.mean - module.standardise(data.twin)).square().mean((2, 3, 4))
             gap = (gap * data.raw.valid).sum() / data.raw.valid.sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,9 +58,11 @@ class StepData:
 
     records: list[TokenRecord]
     raw: KVBatch
-    pair: KVBatch | None
-    twin: KVBatch | None
     mask: Mask
+    pair: KVBatch | None = None
+    twin: KVBatch | None = None
+    one_other: KVBatch | None = None
+    """As ``pair``, with one of the forbidden secrets resampled alone."""
     before: KVBatch | None = None
     """What the receiver reads in front of each segment, row by row; nothing where no token is
     valid."""
@@ -126,16 +128,20 @@ class Steps:
     def _hop(self, rng: random.Random, chosen: list[TokenRecord], on: KVBatch | None) -> StepData:
         """Contexts of one hop with their counterfactuals, in one forward pass."""
         contexts, n = [r.ids for r in chosen], len(chosen)
-        want_pair, want_twin = self.config.pair_weight > 0, self.config.twin_weight > 0
-        if want_pair:
-            contexts += [self.pool.resample(rng, r, r.forbid, r.derive) for r in chosen]
-        if want_twin:
-            contexts += [neutral_twin(r, r.forbid, self.neutral_id) for r in chosen]
+        more: dict[str, Callable[[TokenRecord], tuple[int, ...]]] = {}
+        if self.config.pair_weight > 0:
+            more["pair"] = lambda r: self.pool.resample(rng, r, r.forbid, r.derive)
+        if self.config.twin_weight > 0:
+            more["twin"] = lambda r: neutral_twin(r, r.forbid, self.neutral_id)
+        if self.config.tail_weight > 0:
+            more["one_other"] = lambda r: self.pool.resample_one(rng, r, r.forbid, r.derive)
+        for make in more.values():
+            contexts += [make(r) for r in chosen]
         if on is not None:
             on = KVBatch.stack([on[:n]] * (len(contexts) // n))
         kv = self.source.prefill(contexts, len(contexts), on)
-        pair = kv[n : 2 * n] if want_pair else None
-        return StepData(chosen, kv[:n], pair, kv[-n:] if want_twin else None, masks(chosen))
+        other = {name: kv[(i + 1) * n : (i + 2) * n] for i, name in enumerate(more)}
+        return StepData(chosen, kv[:n], mask=masks(chosen), **other)
 
 
 def _merged(hop: StepData, past: KVBatch | None, others: Sequence[TokenRecord]) -> StepData:
@@ -166,8 +172,9 @@ def _stack(hops: Sequence[StepData]) -> StepData:
     return StepData(
         [r for h in hops for r in h.records],
         raw,
+        Mask(torch.cat([h.mask.forbid for h in hops]), torch.cat([h.mask.derive for h in hops])),
         stacked([h.pair for h in hops]),
         stacked([h.twin for h in hops]),
-        Mask(torch.cat([h.mask.forbid for h in hops]), torch.cat([h.mask.derive for h in hops])),
+        stacked([h.one_other for h in hops]),
         stacked([h.before for h in hops]),
     )

@@ -80,6 +80,16 @@ def replaced(
     return (*out, *ids[at:])
 
 
+def with_value(record: TokenRecord, span: TokenSpan, value: Sequence[int]) -> tuple[int, ...]:
+    """The context with another value of as many tokens in a span, and in those spans of its
+    category that hold the same tokens."""
+    old, ids = record.ids[span.start : span.end], list(record.ids)
+    for s in record.spans:
+        if s.category == span.category and record.ids[s.start : s.end] == old:
+            ids[s.start : s.end] = value
+    return tuple(ids)
+
+
 class ValuePool:
     """Values of each field by token count (and band), from which pairs are resampled."""
 
@@ -153,3 +163,18 @@ class ValuePool:
             if value is not None:
                 ids[span.start : span.end] = value
         return tuple(ids)
+
+    def resample_one(
+        self,
+        rng: random.Random,
+        record: TokenRecord,
+        forbid: Sequence[str],
+        derive: Sequence[str] = (),
+    ) -> tuple[int, ...]:
+        """The context with one forbidden value, chosen at random, redrawn, and all others held."""
+        spans = forbidden_spans(record, forbid)
+        if not spans:
+            return record.ids
+        span = spans[int(rng.random() * len(spans))]
+        value = self.draw(rng, span, hold_band=span.category in derive)
+        return record.ids if value is None else with_value(record, span, value)

@@ -12,7 +12,8 @@ from lcguard.guards.frozen import Card
 from lcguard.guards.standing import check_proven, unproven, unproven_guards
 
 VACUOUS = {"mean_nats": 799_448.0, "vacuous": True}
-TIGHT = {"mean_nats": 0.4, "vacuous": False}
+TIGHT = {"mean_nats": 0.4, "vacuous": False, "asr_ceiling": 0.25}
+LOOSE = {"mean_nats": 5.0, "vacuous": False, "asr_ceiling": 0.41}
 
 
 def card(**changes: Any) -> Card:
@@ -28,6 +29,9 @@ def card(**changes: Any) -> Card:
         ({"certificate": TIGHT, "evaluation": {"verdict": "leaks"}}, "says that it leaks"),
         ({"evaluation": {"verdict": "not measured"}}, "measured too little"),
         ({"certificate": TIGHT}, ""),
+        ({"certificate": LOOSE}, "its certificate leaves an attacker 41.0% of the secrets"),
+        ({"certificate": {"mean_nats": 0.4, "vacuous": False}}, "leaves an attacker 100.0%"),
+        ({"certificate": LOOSE, "evaluation": {"verdict": "protects"}}, ""),
         ({"certificate": VACUOUS, "evaluation": {"verdict": "protects"}}, ""),
         ({"evaluation": {"held_out": {}}}, ""),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lcguard.agents.scenarios.schema import sample_banded
 from lcguard.categories import CATEGORIES
 from lcguard.discrete_gaussian import STEPS
 from lcguard.guards.base import GuardModule, KVShape, Rewrite, guard_class
@@ -29,7 +31,9 @@ from lcguard.training.certificate import (
     upper_bound,
 )
 from lcguard.training.dataset import with_policy
+from lcguard.training.known_values import SampledValues
 from lcguard.training.objective import pair_leak_nats
+from lcguard.training.secret_ceiling import GUESS
 from lcguard.training.twins import ValuePool
 from tests.fixtures import World
 
@@ -190,6 +194,36 @@ def test_a_closed_gate_leaks_nothing(world: World) -> None:
     assert found.asr_ceiling == pytest.approx(found.blind_guess)
     assert not found.vacuous
     assert module.training  # as it was before
+
+
+def test_where_values_are_known_it_leads_with_one_secret(world: World) -> None:
+    """A closed gate and a guard that only adds noise: nothing but the guess, and everything."""
+    closed, noisy = of(world, "gate", width=32, blocks=1), of(world, "gaussian", noise=0.3)
+    assert isinstance(closed, GateGuard)
+    with torch.no_grad():
+        closed.gate.bias.fill_(20.0)
+    known = SampledValues(sample_banded, world.encoder.ids, world.decode, draws=400)
+    found = [
+        certify(m, world.others, world.source, known=known, references=4) for m in (closed, noisy)
+    ]
+    assert all(f is not None and f.secrets is not None for f in found)
+    best, worst = (f.secrets for f in found if f is not None and f.secrets is not None)
+    for row in best["ceilings"]:
+        assert row["ceiling"] == pytest.approx(row["guess"], abs=1e-6) or row["guess"] > 0.5
+    assert best["pair_nats"]["max"] == 0.0
+    assert best["listed"]["asr"] == pytest.approx(best["listed"]["chance"])
+    assert all(row["upper"] == 1.0 for row in worst["ceilings"])
+    assert worst["listed"]["asr"] > 0.99
+    for f in found:
+        assert f is not None
+        assert f.secrets is not None
+        (lead,) = [c for c in f.secrets["ceilings"] if c["least_guess"] == GUESS]
+        assert (f.asr_ceiling, f.blind_guess) == (lead["upper"], lead["guess"])
+        assert f.vacuous == (f.asr_ceiling >= 0.9)
+        json.dumps(f.to_dict(), allow_nan=False)
+    plain = certify(closed, world.others, world.source)
+    assert plain is not None
+    assert plain.secrets is None
 
 
 def test_figures_are_in_order(world: World) -> None:

@@ -31,7 +31,7 @@ from lcguard.training.certificate import pair_leaks
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import AdversaryConfig, PolicyMix, TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
-from lcguard.training.objective import answer_weights, closing_loss
+from lcguard.training.objective import answer_weights, closing_loss, worst_mean
 from lcguard.training.steps import draw_batch, permitted, sample_policy
 from lcguard.training.trainer import Run, train_guard
 from lcguard.training.twins import ValuePool, fixed_length_twin, neutral_twin
@@ -235,6 +235,8 @@ def test_impossible_configurations_are_refused(world: World, tmp_path: Path) -> 
         train_guard(CONFIGS["residual-ce"], world.records, world.source, world.special, tmp_path)
     with pytest.raises(ValueError, match="without attackers: set adversary"):
         TrainConfig(adversary=AdversaryConfig(weight=1.0))
+    with pytest.raises(ValueError, match="tail_share=0 must be above 0 and at most 1"):
+        TrainConfig(tail_share=0)
     with pytest.raises(ValueError, match="steps=-1 must be at least 0"):
         TrainConfig(steps=-1)
     with pytest.raises(ValueError, match="without noise the pair leak is infinite"):
@@ -293,6 +295,42 @@ def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> No
     assert before > 0.3 * none
     first, last = run.metrics[0]["pair_nats"], run.metrics[-1]["pair_nats"]
     assert last < 0.1 * first
+
+
+def test_the_tail_is_the_mean_of_the_worst() -> None:
+    leaks = torch.tensor([0.0, 8.0, 1.0, 3.0, 2.0], requires_grad=True)
+    assert worst_mean(leaks, 0.4) == 5.5
+    assert worst_mean(leaks, 0.6) == worst_mean(leaks, 0.5) == (8.0 + 3.0 + 2.0) / 3
+    assert worst_mean(leaks, 1.0) == leaks.mean()
+    assert worst_mean(leaks, 0.01) == 8.0
+    worst_mean(leaks, 0.4).backward()
+    assert leaks.grad is not None
+    assert leaks.grad.tolist() == [0.0, 0.5, 0.0, 0.5, 0.0]  # the others are left alone
+
+
+def test_training_on_the_tail_of_single_secrets(world: World, tmp_path: Path) -> None:
+    """The term alone closes what single secrets leak, and of a path as of one hop."""
+    config = TrainConfig(
+        "gate",
+        {**GUARDS["gate"], "noise": 0.3},
+        steps=60,
+        batch=8,
+        questions=2,
+        lr=1e-2,
+        warmup=2,
+        leak_ramp=1,
+        pair_weight=0.0,
+        tail_weight=1.0,
+        gate_weight=0.0,
+        kl_weight=0.1,
+        ce_weight=0.0,
+        policies=PolicyMix(all_rate=1.0, none_rate=0.0),
+    )
+    rows = train(world, config, tmp_path / "a").metrics
+    assert "pair_nats" not in rows[0]
+    assert rows[-1]["tail_nats"] < 0.2 * rows[0]["tail_nats"]
+    path = replace(config, steps=1, path_hops=2)
+    assert train(world, path, tmp_path / "b").metrics[0]["tail_nats"] > 1
 
 
 def test_regress_training_nears_the_twin(world: World, tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from lcguard.categories import CATEGORIES, DERIVABLE
 from lcguard.records import TokenRecord, TokenSpan
 from lcguard.rule import Rule
 from lcguard.training.dataset import with_policy
-from lcguard.training.twins import ValuePool, fixed_length_twin, forbidden_spans, neutral_twin
+from lcguard.training.twins import (
+    ValuePool,
+    fixed_length_twin,
+    forbidden_spans,
+    neutral_twin,
+    with_value,
+)
 from tests.fixtures import World
 
 BANDS = {f.name: f.band for r in RECORD_TYPES for f in r.fields if f.band is not None}
@@ -83,6 +89,37 @@ def test_resampling_changes_the_forbidden_values_alone(
         assert moved > 0.8 * values  # an independent draw may be the same value
     else:
         assert values == 0
+
+
+@pytest.mark.parametrize("forbid", POLICIES)
+def test_one_forbidden_value_is_resampled_and_the_others_are_held(
+    world: World, forbid: tuple[str, ...]
+) -> None:
+    pool, rng, moved = ValuePool(world.records), random.Random(0), set[str]()
+    for record in world.others:
+        spans = forbidden_spans(record, forbid)
+        for _ in range(3):
+            where = changed(record, pool.resample_one(rng, record, forbid))
+            of = [s for s in spans if where & set(range(s.start, s.end))]
+            assert where <= {i for s in of for i in range(s.start, s.end)}
+            assert len({record.ids[s.start : s.end] for s in of}) <= 1
+            moved |= {s.field for s in of}
+    assert bool(moved) == bool(forbid)
+    if forbid == CATEGORIES:
+        assert len(moved) > 5  # each of them is drawn sometimes
+
+
+def test_the_same_value_changes_wherever_it_stands() -> None:
+    spans = (
+        TokenSpan(1, 3, "name", "person", None, True),
+        TokenSpan(4, 6, "repeat", "person", None, True),
+        TokenSpan(6, 8, "case", "account", None, True),
+    )
+    record = TokenRecord(
+        "r", "s", "e", "t", "v", (0, 5, 6, 1, 5, 6, 5, 6), spans, (), Rule(CATEGORIES)
+    )
+    assert with_value(record, spans[0], (8, 9)) == (0, 8, 9, 1, 8, 9, 5, 6)
+    assert with_value(record, spans[2], (8, 9)) == (0, 5, 6, 1, 5, 6, 8, 9)
 
 
 def test_resampling_is_seeded(world: World) -> None:
