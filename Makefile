@@ -3,7 +3,7 @@
 # Which Python makes the environment; the first that is new enough when empty.
 PYTHON ?=
 VENV := .venv
-EXTRAS := eval,store,postgres,server,pii,real,otel,dev
+EXTRAS := eval,store,postgres,server,pii,real,otel,ray,dev
 TORCH := 2.13.0
 VLLM := 0.32.0
 

@@ -47,6 +47,10 @@ Quick = Annotated[
     typer.Option("--quick", help="Few records and steps: shows that it runs, judges nothing."),
 ]
 Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
+Executor = Annotated[
+    str,
+    typer.Option(help="Where attacks run: local or ray; the figures are the same."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU by default.")]
 
 
@@ -75,12 +79,29 @@ def _say(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _evaluate(config: Any, out: Path, device: str | None, fail_if: Sequence[str] = ()) -> None:
+def _evaluate(
+    config: Any,
+    out: Path,
+    device: str | None,
+    fail_if: Sequence[str] = (),
+    executor: str = "local",
+) -> None:
     from lcguard.commands.evaluation import rendered, run
 
     console = Console(stderr=True)
-    with resumable(f"lcguard eval resume {shlex.quote(str(out))}"):
-        code = run(config, out, command_line(), console, device=device, fail_if=fail_if)
+    again = f"lcguard eval resume {shlex.quote(str(out))}"
+    if executor != "local":
+        again += f" --executor {shlex.quote(executor)}"
+    with resumable(again):
+        code = run(
+            config,
+            out,
+            command_line(),
+            console,
+            device=device,
+            fail_if=fail_if,
+            executor=executor,
+        )
     _table_console().print(rendered(out, "table"))
     console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
     if code:
@@ -111,20 +132,27 @@ def eval_run(
         bool, typer.Option("--stress", help="Ten times the attack steps, wider, more probes.")
     ] = False,
     quick: Quick = False,
+    executor: Executor = "local",
     device: Device = None,
 ) -> None:
     """Run an evaluation, or go on with one that was interrupted."""
     from lcguard.commands.evaluation import load
 
-    _evaluate(load(config, sets or [], existing(data), stress, quick), out, device, fail_if or [])
+    plan = load(config, sets or [], existing(data), stress, quick)
+    _evaluate(plan, out, device, fail_if or [], executor)
 
 
 @eval_app.command("resume")
-def eval_resume(folder: Folder, fail_if: FailIf = None, device: Device = None) -> None:
+def eval_resume(
+    folder: Folder,
+    fail_if: FailIf = None,
+    executor: Executor = "local",
+    device: Device = None,
+) -> None:
     """Go on with a run that was interrupted, as it was started."""
     from lcguard.evaluation.folder import RunFolder
 
-    _evaluate(RunFolder(folder).config(), folder, device, fail_if or [])
+    _evaluate(RunFolder(folder).config(), folder, device, fail_if or [], executor)
 
 
 @eval_app.command("report")

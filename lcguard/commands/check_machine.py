@@ -26,6 +26,7 @@ EXTRAS = {
     "real": "making the model smollm2, which edges with detect: lcguard read with",
     "client": "lcguard.client",
     "otel": "traces of the proxy's requests, where OTEL_* variables ask for them",
+    "ray": "lcguard eval run --executor ray",
     "eval": "probes and charts of evaluations",
 }
 """What each is for; those for developing LCGuard are left out."""

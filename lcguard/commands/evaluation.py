@@ -36,6 +36,7 @@ def run(
     *,
     device: str | None = None,
     fail_if: Sequence[str] = (),
+    executor: str = "local",
 ) -> int:
     """Runs or resumes; the exit code.
 
@@ -47,7 +48,9 @@ def run(
     for condition in conditions:
         condition.check_guards(list(dict.fromkeys(g.name for g in plan.guards)))
     with progress(console, plan.units) as (say, advance):
-        report = evaluate(plan, out, command, say, device=device, progress=advance)
+        report = evaluate(
+            plan, out, command, say, device=device, progress=advance, executor=executor
+        )
     return judge(report, conditions, console)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lcguard.agents.backends.hf_agents import HFAgents
 from lcguard.agents.orchestrator import run as run_agents
 from lcguard.attacks.base import attack_class
 from lcguard.evaluation.answers import VALUE_ONLY, Scoring
+from lcguard.evaluation.executors import executor as executor_of
 from lcguard.evaluation.folder import FinishedJournal, RunFolder, RunJournal, data_digest
 from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
 from lcguard.evaluation.graph_segments import GraphSegments, scenarios_of, topology_of
@@ -133,32 +134,36 @@ def evaluate(
     *,
     device: str | None = None,
     progress: Callable[[int], None] = lambda units: None,
+    executor: str = "local",
 ) -> dict[str, Any]:
     """Runs or resumes an evaluation in ``out`` and writes its report there.
 
-    ``progress`` is told how many units the journal holds. Raises ``ValueError`` where ``out``
-    holds a run with another configuration.
+    ``progress`` is told how many units the journal holds; ``executor`` is one of
+    ``executors.EXECUTORS``, and no part of the run: another may end it. Raises ``ValueError`` where
+    ``out`` holds a run with another configuration.
     """
     folder = RunFolder(out)
     folder.check(plan)  # before the model is loaded
     check_fresh(plan)
-    made = load(plan, say, device)
-    now = run_manifest(command, list(plan.seeds), plan)
-    guards = {name: guard.digest for name, guard in made.setup.guards.items()}
-    now["hashes"] |= {"data": made.data_digest(), "guards": guards}
-    folder.start(plan, now)
-    timing = made.hop.timing if made.hop else {}
-    timing.update(folder.timing())
+    with executor_of(executor) as side_by_side:
+        made = load(plan, say, device)
+        made = replace(made, setup=replace(made.setup, executor=side_by_side))
+        now = run_manifest(command, list(plan.seeds), plan)
+        guards = {name: guard.digest for name, guard in made.setup.guards.items()}
+        now["hashes"] |= {"data": made.data_digest(), "guards": guards}
+        folder.start(plan, now)
+        timing = made.hop.timing if made.hop else {}
+        timing.update(folder.timing())
 
-    def after() -> None:
-        folder.resumed(now)
-        if made.hop:
-            folder.save_timing(timing)
-        progress(len(journal))
+        def after() -> None:
+            folder.resumed(now)
+            if made.hop:
+                folder.save_timing(timing)
+            progress(len(journal))
 
-    with RunJournal(folder.journal_file, after) as journal:
-        progress(len(journal))
-        report = report_of(made, journal, folder)
+        with RunJournal(folder.journal_file, after) as journal:
+            progress(len(journal))
+            report = report_of(made, journal, folder)
     write_report(report, out)
     return report
 

@@ -20,7 +20,7 @@ from lcguard.evaluation.leakage import GRAPH
 from lcguard.evaluation.lists import as_extra
 from lcguard.evaluation.load import make_attack
 from lcguard.evaluation.outcomes import Attempt, Journal, Kind, Outcome
-from lcguard.evaluation.parallel import side_by_side
+from lcguard.evaluation.parallel import Executor, side_by_side
 from lcguard.evaluation.plan import AttackSpec, GuardSpec, Plan, PolicySpec
 from lcguard.evaluation.said import says
 from lcguard.evaluation.segments import ATTACKER, VICTIM, Segments, Side
@@ -75,6 +75,7 @@ class Setup:
     guards: Mapping[str, FrozenGuard]
     """By label."""
     say: Callable[[str], None] = lambda text: None
+    executor: Executor = side_by_side
 
 
 class Runner:
@@ -83,6 +84,11 @@ class Runner:
     def __init__(self, setup: Setup, journal: Journal) -> None:
         self.s, self.journal = setup, journal
         self._clean: dict[tuple[str, int], BaseAttack] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker of another process gets, which fits and says and writes nothing."""
+        setup = Setup(self.s.plan, self.s.model, self.s.guards)
+        return {"s": setup, "_clean": self._clean}
 
     def identity(self, case: Case) -> dict[str, Any]:
         """What must be the same for a stored unit to count as done."""
@@ -130,8 +136,9 @@ class Runner:
             self.warm_start(c)
         jobs = [partial(self._job, c) for c in missing]
         device = self.s.model.source.device.type
-        done = side_by_side(jobs, device) if apart else (job() for job in jobs)
-        for c, (guesses, seconds) in zip(missing, done, strict=True):
+        done = self.s.executor(jobs, device) if apart else enumerate(job() for job in jobs)
+        for i, (guesses, seconds) in done:
+            c = missing[i]
             n = c.names
             self.s.say(
                 f"{c.kind:9} {n['guard']:20} {c.hops.name + ' ' + n['policy']:14} "
