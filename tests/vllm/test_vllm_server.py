@@ -23,6 +23,7 @@ import torch
 
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.agents.nano.load import model_path
+from lcguard.handoff.grants import new_handle
 from lcguard.handoff.keys import new_key
 from lcguard.handoff.policy import parse_policy
 from lcguard.store import open_store
@@ -189,6 +190,36 @@ def test_a_publish_whose_guard_looks_for_secrets_is_one_request(server: Server) 
     handoff = {"publish": {"source": "intake", "audience": "twin"}}
     pieces = list(server.ask(list(record.ids), handoff, stream=True))
     assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("name", ["gate", "twin"])
+@pytest.mark.parametrize("named", [False, True])
+def test_one_request_publishes_for_several(server: Server, name: str, named: bool) -> None:
+    """Each under a handle of its own, drawn by the engine or named by who asks."""
+    import openai
+
+    (record,) = records(server.agent, 1, seed=303)
+    names, handles = [name, f"{name}-too"], [new_handle(), new_handle()]
+    each = [
+        {"audience": n} | ({"handle": h} if named else {})
+        for n, h in zip(names, handles, strict=True)
+    ]
+    handoff = {"publish": {"source": "intake", **each[0], "also": each[1:]}}
+    # a stop string ends the answer here, before the engine says that it has stored
+    more = {"stop": [" "], "max_tokens": 12} if named else {}
+    answer = server.ask(list(record.ids), handoff, **more).kv_transfer_params["lcguard"]
+    made = [answer, *answer["also"]]
+    assert [m["audience"] for m in made] == names
+    assert not named or [m["handle"] for m in made] == handles
+    store = open_store(f"file://{server.store}")
+    first, second = (store.load(m["handle"], bytes.fromhex(KEY)) for m in made)
+    assert torch.equal(first.keys, second.keys)
+    assert torch.equal(first.values, second.values)
+    ask = list(question(record).prompt)
+    one, two = (server.ask(ask, consume(m)).choices[0].text for m in made)
+    assert one == two
+    with pytest.raises(openai.PermissionDeniedError):
+        server.ask(ask, consume(made[0], agent=names[1]))
 
 
 def test_a_chat_request_consumes(server: Server) -> None:
