@@ -84,7 +84,13 @@ def test_an_extra_fails_where_it_is_needed(state: Path, tmp_path: Path) -> None:
 def test_a_vllm_that_was_not_tested(state: Path, tmp_path: Path) -> None:
     with installed(tmp_path, name="vllm", number="9.9.9"):
         _, found, _ = doctor(state)
-    assert found["vllm"] == ("fails", "vllm 9.9.9: not tested, install 0.32.0 or set untested_vllm")
+        assert found["vllm"] == (
+            "fails",
+            "vllm 9.9.9: not tested, install 0.32.0 or set untested_vllm",
+        )
+        (state / "server.yaml").write_text('engine: {untested_vllm: "9.9.9"}\n')
+        _, found, _ = doctor(state)
+    assert found["vllm"] == ("ok", "vllm 9.9.9: not tested, untested_vllm lets it in")
 
 
 def test_every_extra_is_explained() -> None:

@@ -94,7 +94,8 @@ def _engine_checks(checks: Any) -> dict[str, Check]:
 
     if checks.settings.upstream.url:
         return {}  # vLLM runs elsewhere
-    found: dict[str, Check] = {f.what: partial(of, f) for f in installed_engine()}
+    untested = checks.settings.engine.untested_vllm
+    found: dict[str, Check] = {f.what: partial(of, f) for f in installed_engine(untested)}
     if torch.cuda.is_available():
         return found | {"device": lambda: str(torch.cuda.get_device_name(0))}
     return found | {

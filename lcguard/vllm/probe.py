@@ -56,24 +56,25 @@ def _machine() -> Finding:
     )
 
 
-def installed_engine() -> list[Finding]:
-    """vLLM's version, and whether it would load the connector."""
-    found = [_vllm()]
+def installed_engine(untested: str = "") -> list[Finding]:
+    """vLLM's version, and whether it would load the connector. ``untested``: ``untested_vllm``."""
+    found = [_vllm(untested)]
     if importlib.util.find_spec("vllm") is not None:
         found.append(_plugin())
     return found
 
 
-def _vllm() -> Finding:
+def _vllm(untested: str) -> Finding:
     if (found := installed_version()) is not None:
         package, number = found
-        tested = number.split("+")[0] in TESTED_VERSIONS
-        detail = f"{package} {number}" + (
-            ""
-            if tested
-            else f": not tested, install {' or '.join(TESTED_VERSIONS)} or set untested_vllm"
-        )
-        return Finding("vllm", tested, detail)
+        plain = number.split("+")[0]
+        told = f": not tested, install {' or '.join(TESTED_VERSIONS)} or set untested_vllm"
+        if plain in TESTED_VERSIONS:
+            told = ""
+        elif plain == untested:
+            told = ": not tested, untested_vllm lets it in"
+        ok = plain in (*TESTED_VERSIONS, untested)
+        return Finding("vllm", ok, f"{package} {number}{told}")
     return Finding(
         "vllm", False, "not installed: pip install 'lcguard[vllm]', or `make vllm` on a CPU"
     )
