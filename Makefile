@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test test-fast lint docs bench pipeline help venv vllm gpu clean
+.PHONY: demo demo-real test test-fast lint docs bench pipeline adk help venv vllm gpu clean
 
 demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
@@ -63,6 +63,16 @@ pipeline: $(KFP)/.ready  ## Compile container/loop_pipeline.yaml
 $(KFP)/.ready: requirements-kfp.txt | $(READY)
 	@$(BIN)/python -m venv $(KFP)
 	@$(KFP)/bin/python -m pip -qq --disable-pip-version-check install -r requirements-kfp.txt
+	@touch $@
+
+# Another one: Google ADK wants an older openai, and other versions of what vLLM is pinned with.
+ADK := build/adk
+adk: $(ADK)/.ready  ## Google ADK, for the tests of its adapter
+
+$(ADK)/.ready: requirements-adk.txt | $(READY)
+	@echo "adk: installing $(ADK)"
+	@$(BIN)/python -m venv $(ADK)
+	@$(ADK)/bin/python -m pip -qq --disable-pip-version-check install -r requirements-adk.txt
 	@touch $@
 
 help:  ## This list

@@ -44,6 +44,7 @@ OUTSIDE = {
     "uvicorn": {"server", "commands"},
     "psycopg": {"server"},
     "ag2": {"integrations"},
+    "google": {"integrations"},
     "langgraph": {"integrations"},
     "langchain_core": {"integrations"},
 }

@@ -1,1 +1,1 @@
-"""Frameworks that agents are written in: an edge's guard of text where one agent hands over."""
+"""Frameworks that agents are written in: an edge's guard where one agent hands over."""

@@ -146,7 +146,7 @@ def test_the_proxys_client_is_the_example() -> None:
     assert code[code.index("import os") :] == block("docs/proxy.md", "PermissionDeniedError")
 
 
-@pytest.mark.parametrize("name", ["langgraph", "agents_sdk", "ag2"])
+@pytest.mark.parametrize("name", ["langgraph", "agents_sdk", "ag2", "adk"])
 def test_the_frameworks_lines_are_the_examples(name: str) -> None:
     """Which ``tests/server/test_proxy_roles.py`` runs, without them and with."""
     before, after = (

@@ -98,6 +98,8 @@ POLICY = {
         # text, on the way to an agent's model and away from it
         _scribes("desk", "clerk", ["project_name", "person"]),
         _scribes("clerk", "desk", ["person"]),
+        {"tenant": "clerks", "source": "intake", "audience": "billing", "channel": "text"}
+        | {"forbid": ["person", "government_id"], "detect": "lcguard"},
         # as if nobody had written a policy: `redact`
         {"tenant": "unwritten", "source": "*", "audience": "*", "forbid": ALL},
         _to("*", ALL),
