@@ -23,7 +23,7 @@ EXTRAS = {
     "store": "stores on Redis or Valkey",
     "postgres": "the database of several proxies",
     "pii": "edges with detect: presidio",
-    "real": "making the model smollm2, which edges with detect: lcguard read with",
+    "real": "making the model smollm2, which detect: lcguard and examples read with",
     "client": "lcguard.client",
     "otel": "traces of the proxy's requests, where OTEL_* variables ask for them",
     "ray": "lcguard eval run --executor ray",

@@ -17,6 +17,7 @@ import lcguard
 from lcguard.category_head import CARD, WEIGHTS, CategoryHead, HeadCard
 from lcguard.cli import app
 from lcguard.commands.category_detector import save_head
+from lcguard.commands.live_servers import Site
 from lcguard.commands.policy import warnings
 from lcguard.detokenize import TokenTexts
 from lcguard.handoff.keys import new_key
@@ -28,6 +29,7 @@ from lcguard.strict_yaml import parse_yaml
 from lcguard.text.stream import looks_anywhere
 from lcguard.value_search import Spellings
 from tests.docs.blocks import block
+from tests.server.proxy import Front
 
 NAME = "project_name"
 FIRST = ("Amber", "Silent", "Copper", "Hollow", "Northern", "Velvet", "Iron", "Paper", "Quiet")
@@ -143,6 +145,24 @@ def test_the_same_on_edges_of_kv(folder: Path) -> None:
         covered += name not in tokenizer.decode([ids[i] for i in left])
         assert len(left) > 3
     assert covered >= 4
+
+
+def test_the_proxy_hides_them(folder: Path, tmp_path: Path) -> None:
+    edge = {"source": "intake", "audience": "billing", "channel": "text", "forbid": [NAME]}
+    own = {NAME: {"examples": str(folder / FILE)}}
+    site = Site(tmp_path, {"version": 1, "categories": own, "edges": [edge]})
+    site.key("nobody")
+    nowhere = {"url": "http://127.0.0.1:9", "retries": 0}  # text needs no engine
+    with site.proxy(None, ready=False, upstream=nowhere) as running:
+        running.wait("/livez")
+        with Front(site, running) as front:
+            body = {"audience": "billing", "text": "\n".join(texts(UNSEEN))}
+            said = front.http.post("/lcguard/v1/text", json=body, headers=front.auth("intake"))
+            assert said.status_code == 200, said.text
+            assert sum(name not in said.json()["text"] for name in UNSEEN) >= 4
+            assert said.json()["applied"]["hidden"].keys() == {"PROJECT_NAME"}
+            shown = front.http.get("/lcguard/v1/policy", headers=front.auth("intake")).text
+            assert '"examples":50' in shown.replace(" ", "")
 
 
 def test_detect_takes_heads_and_the_built_in_categories_are_as_before(folder: Path) -> None:
