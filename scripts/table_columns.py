@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -179,7 +180,7 @@ def ceilings(report: Row) -> str:
         "secret": text("secret"),
         "guessed blind": cell("guess"),
         "ceiling": cell("ceiling"),
-        "at most, 95%": cell("upper"),
+        "at most, 95%": lambda c: figure(math.ceil(c["upper"] * 1000) / 1000),  # a bound: up
         "secrets": text("secrets"),
     }
     found = report["certificate"]["secrets"]

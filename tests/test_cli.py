@@ -83,6 +83,7 @@ def test_train_then_explain(tmp_path: Path) -> None:
     assert "GiB of memory, and " in done.stderr
     said = done.stdout.splitlines()
     assert len(said) <= 8
+    assert any(x.startswith("one secret: named by no attacker more often than") for x in said)
     assert any(x.startswith("verdict: unproven: its certificate of ") for x in said), done.stdout
     assert said[-1] == "all figures: run/summary.json"
     assert (tmp_path / "run" / "config.yaml").exists()

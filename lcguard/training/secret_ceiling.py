@@ -40,7 +40,8 @@ Gaussian but for a total variation of 5e-16 an entry, by which a ceiling may be 
 
 **What is not said.** Of several draws of one content (an edge gives one, equal for equal content),
 of other segments that tell of the same secret, of records unlike these, of values that depend on
-the rest of the record by more than field and length, and of what the length tells.
+the rest of the record by more than field and length, of what the length tells, and of parts of a
+value: to name it is to name all of it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from lcguard.agents.scenarios.load import load_hops
 from lcguard.guards import FrozenGuard
 from lcguard.guards.gate import GateGuard
 from lcguard.guards.shipped import guard_folder
+from lcguard.guards.standing import ENOUGH
 from lcguard.records import masks
 
 
@@ -107,8 +108,13 @@ def test_shipped_guards_fit_the_shipped_agent(name: str) -> None:
 
 def test_the_gate_meets_its_certificate() -> None:
     card = json.loads(Path(guard_folder("nano:gate"), "lcguard_config.json").read_text())
-    assert card["certificate"]["mean_nats"] <= 5
-    assert card["certificate"]["mean_nats"] < card["certificate"]["upper_nats"]
+    found = card["certificate"]
+    assert found["mean_nats"] < 6
+    assert found["mean_nats"] < found["upper_nats"]
+    assert found["blind_guess"] < 0.06
+    assert found["blind_guess"] < found["asr_ceiling"] <= ENOUGH
+    made = Path(__file__).parents[2] / "benchmarks" / "results" / "certificate.json"
+    assert json.loads(made.read_text())["certificate"] == found
 
 
 def test_the_log_belongs_to_the_configuration() -> None:
