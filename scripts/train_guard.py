@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = load_plan(TrainRun, args.config, args.sets, existing(args.data), prefix="train-")
     command = "python scripts/train_guard.py " + " ".join([args.config, *args.sets])
     summary = run_training(run, args.out, command, print, args.device)
-    print(json.dumps({k: v for k, v in summary.items() if k != "run"}, indent=1))
+    if summary:
+        print(json.dumps({k: v for k, v in summary.items() if k != "run"}, indent=1))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -77,10 +78,14 @@ def run_training(
     device: str | None = None,
 ) -> dict[str, Any]:
     """Trains, certifies and writes ``out/guard``, ``config.yaml``, ``metrics.jsonl`` and
-    ``summary.json``; a run that was killed goes on from its checkpoint.
+    ``summary.json``; a run that was killed goes on from its checkpoint. Of several processes of
+    `accelerate launch` the first alone writes and says anything; the others return nothing.
 
     Raises ``ValueError`` in one line for data, model or options that do not fit.
     """
+    main = os.environ.get("RANK", "0") == "0"  # as accelerate launch says it
+    if not main:
+        say = _silent
     # everything that can be wrong with the input is found before anything is written
     check_trained(run.train.guard)
     check_folder(run, out)
@@ -95,8 +100,9 @@ def run_training(
     hard = backend.encoder.encode(hard_hops(run.hard))
     if not train or not test:
         raise ValueError(f"{run.data.source}: no records to train on or to certify with")
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "config.yaml", dump_config(run).encode(), mode=PUBLIC)
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / "config.yaml", dump_config(run).encode(), mode=PUBLIC)
     more = f" ({len(hard)} more to begin with)" if hard else ""
     say(f"{len(train)} training{more} and {len(test)} held-out records, model {run.model}")
     takes = estimate(backend.source.model.config.get_text_config(), run.train.batch)
@@ -113,6 +119,8 @@ def run_training(
         first,
         hard=hard,
     )
+    if not main:
+        return {}
     other = first if not run.average_with else load_other(run, backend)
     if other is not None:
         average_weights(done.guard, other, run.average)
@@ -123,6 +131,7 @@ def run_training(
     summary = {
         "guard": run.train.guard,
         "seconds": round(done.seconds, 1),
+        "processes": done.processes,
         **figures,
         "verdict": verdict_of(guard.card, figures),
         "run": run_manifest(command, [run.train.seed], run),
@@ -131,6 +140,10 @@ def run_training(
     replace_file(out / "summary.json", text.encode(), mode=PUBLIC)
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     return summary
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def hard_hops(path: str) -> list[Hop]:

@@ -40,7 +40,18 @@ class KVShape(NamedTuple):
 
 
 Placeholder = Literal["neutral", "fixed_length", "typed", "surrogate"]
-Draws = torch.Generator | Sequence[bytes] | None
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """A generator that draws for ``total`` rows, of which only some are here."""
+
+    generator: torch.Generator
+    rows: list[int]
+    total: int
+
+
+Draws = torch.Generator | RowsOf | Sequence[bytes] | None
 """Where noise comes from: a generator in training, a key for each record on a hop, fresh secrets
 where None."""
 
@@ -194,8 +205,13 @@ class GuardModule(nn.Module):
         and padding they come in. Training adds real numbers from a generator, which gradients pass:
         nobody receives them.
         """
-        if isinstance(draws, torch.Generator):
-            noise = torch.randn(mean.shape, generator=draws, dtype=torch.float32)
+        if isinstance(draws, torch.Generator | RowsOf):
+            if isinstance(draws, RowsOf):
+                shape = (draws.total, *mean.shape[1:])
+                noise = torch.randn(shape, generator=draws.generator, dtype=torch.float32)
+                noise = noise[draws.rows]
+            else:
+                noise = torch.randn(mean.shape, generator=draws, dtype=torch.float32)
             return mean + float(self.config.noise) * noise.to(mean.device, mean.dtype)
         keys = [new_noise_key() for _ in mean] if draws is None else draws
         if len(keys) != len(mean):

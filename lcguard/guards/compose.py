@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcguard.guards.base import Draws, GuardModule, KVShape, Rewrite, guard_class, register
+from lcguard.guards.base import (
+    Draws,
+    GuardModule,
+    KVShape,
+    Rewrite,
+    RowsOf,
+    guard_class,
+    register,
+)
 from lcguard.protocols import KVBatch, Mask
 
 _KEYS = {"guard", "options"}
@@ -138,7 +146,7 @@ class ComposeGuard(GuardModule):
         withheld = torch.zeros(kv.valid.shape, device=kv.keys.device)
         for i, part in enumerate(self.chain()):
             draws = generator
-            if draws is not None and not isinstance(draws, torch.Generator):
+            if draws is not None and not isinstance(draws, torch.Generator | RowsOf):
                 draws = [part_key(key, i) for key in draws]
             kv, out = part(kv, mask, draws)
             withheld = 1 - (1 - withheld) * (1 - out.withheld)

@@ -16,7 +16,6 @@ The adversarial term is the minimax of arXiv 2605.22786.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from lcguard.protocols import KVBatch, Mask
 from lcguard.records import IGNORE, TokenRecord, pack_questions, value_labels
 from lcguard.source import ModelSource
 from lcguard.training.config import TrainConfig
+from lcguard.training.shards import ALONE, Shards
 from lcguard.training.steps import StepData
 from lcguard.training.twins import ValuePool
 
@@ -51,11 +51,6 @@ def pair_leak_nats(first: Tensor, second: Tensor, valid: Tensor, noise: float) -
     return distance.sum(1) / (2 * noise**2)
 
 
-def worst_mean(values: Tensor, share: float) -> Tensor:
-    """Mean of the largest ``share`` of ``values [N]``, of one at least."""
-    return values.topk(max(1, math.ceil(share * len(values)))).values.mean()
-
-
 @dataclass(frozen=True)
 class Objective:
     """The loss of a run; ``losses`` is everything but the adversarial term."""
@@ -63,13 +58,16 @@ class Objective:
     config: TrainConfig
     source: ModelSource
     pool: ValuePool
+    shards: Shards = ALONE
 
     def losses(
         self, module: GuardModule, data: StepData, generator: torch.Generator, step: int
     ) -> Losses:
-        """Differentiable in the guard."""
-        config = self.config
-        guarded, out = module(data.raw, data.mask, generator)
+        """Differentiable in the guard. Loss and metrics are this process's part, which sums over
+        all of them make those of the whole batch."""
+        config, share = self.config, self.shards.share
+        draws = self.shards.draws(generator, data.n_paths, data.hops)
+        guarded, out = module(data.raw, data.mask, draws)
         ramp = min(1.0, (step + 1 - config.label_steps) / max(1, config.leak_ramp))
         total, metrics = self._receiver(guarded, data)
         if data.pair is not None:
@@ -77,33 +75,37 @@ class Objective:
             leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
             hidden = data.mask.forbid.any(1)
             scaled = torch.log1p(leak / config.leak_scale_nats)
-            total = total + ramp * config.pair_weight * scaled.mean()
+            total = total + ramp * config.pair_weight * scaled.mean() * share(len(scaled))
             if config.label_weight and out.by_category is not None:
-                labels = closing_loss(out.by_category, data.records, config.open_weight)
+                labels = closing_loss(
+                    out.by_category, data.records, config.open_weight, self.shards
+                )
                 if out.words is not None:
-                    labels = labels + word_loss(out.words, data.records, self.pool)
+                    labels = labels + word_loss(out.words, data.records, self.pool, self.shards)
                 total = total + config.label_weight * labels
                 metrics["label_nats"] = float(labels.detach())
-            metrics["pair_nats"] = (
-                float(leak.detach()[hidden].mean()) if bool(hidden.any()) else 0.0
-            )
+            n_hidden = int(hidden.sum())
+            part = share(n_hidden)
+            metrics["pair_nats"] = float(leak.detach()[hidden].mean()) * part if n_hidden else 0.0
         if data.one_other is not None:
             other = module.rewrite(
                 module.standardise(data.one_other), data.one_other.valid, data.mask
             )
             leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
-            tail = worst_mean(torch.log1p(leak / config.leak_scale_nats), config.tail_share)
+            scaled = torch.log1p(leak / config.leak_scale_nats)
+            tail = self.shards.worst_mean(scaled, config.tail_share)
             total = total + ramp * config.tail_weight * tail
-            metrics["tail_nats"] = float(worst_mean(leak.detach(), config.tail_share))
+            metrics["tail_nats"] = float(self.shards.worst_mean(leak.detach(), config.tail_share))
+        tokens = share(int(data.raw.valid.sum()))
         if data.twin is not None:
             gap = (out.mean - module.standardise(data.twin)).square().mean((2, 3, 4))
-            gap = (gap * data.raw.valid).sum() / data.raw.valid.sum()
+            gap = (gap * data.raw.valid).sum() / data.raw.valid.sum() * tokens
             total = total + ramp * config.twin_weight * gap
             metrics["twin_mse"] = float(gap.detach())
-        share = (out.withheld * data.raw.valid).sum() / data.raw.valid.sum()
+        withheld = (out.withheld * data.raw.valid).sum() / data.raw.valid.sum() * tokens
         if config.gate_weight and out.withheld.requires_grad:
-            total = total + config.gate_weight * share
-        metrics["withheld"] = float(share.detach())
+            total = total + config.gate_weight * withheld
+        metrics["withheld"] = float(withheld.detach())
         return Losses(total, metrics, guarded)
 
     def _receiver(self, guarded: KVBatch, data: StepData) -> tuple[Tensor, dict[str, float]]:
@@ -113,10 +115,14 @@ class Objective:
             guarded, raw = (KVBatch.join([data.before, x]) for x in (guarded, raw))
         packed = pack_questions(data.records, pad_id=self.source.pad_id)
         labels = packed.labels[packed.labels != IGNORE].to(guarded.keys.device)
+        answered = self.shards.share(len(labels))
         if not len(labels):
-            return guarded.keys.sum() * 0.0, {"accuracy": float("nan")}
+            self.shards.share(0.0)
+            nothing = float("nan")
+            return guarded.keys.sum() * 0.0, {"accuracy": nothing, "task_nats": nothing}
         weight = answer_weights(data.records, packed.labels, packed.block, self.config)
-        weight = weight.to(labels.device) / weight.sum()
+        part = self.shards.share(float(weight.sum()))
+        weight = weight.to(labels.device) / weight.sum() * part
         logits = self.source.answer_logits(guarded, packed)
         total = (
             self.config.ce_weight
@@ -129,11 +135,13 @@ class Objective:
                 logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
             ).sum(-1)
             total = total + self.config.kl_weight * (kl * weight).sum()
-        accuracy = float((logits.argmax(-1) == labels).float().mean())
+        accuracy = float((logits.argmax(-1) == labels).float().mean()) * answered
         return total, {"accuracy": accuracy, "task_nats": float(total.detach())}
 
 
-def word_loss(words: Tensor, records: Sequence[TokenRecord], pool: ValuePool) -> Tensor:
+def word_loss(
+    words: Tensor, records: Sequence[TokenRecord], pool: ValuePool, shards: Shards = ALONE
+) -> Tensor:
     """Cross-entropy in nats: on a secret with a band, the word that stands for its band.
 
     ``words``: logits ``[B, T, C, W]``. Only which word it is is taught here; what a word says to
@@ -145,13 +153,19 @@ def word_loss(words: Tensor, records: Sequence[TokenRecord], pool: ValuePool) ->
             word = pool.word(span, words.shape[-1])
             if word is not None:
                 label[i, span.start : span.end, c] = word
-    if not bool((label != IGNORE).any()):
+    n = int((label != IGNORE).sum())
+    share = shards.share(n)
+    if not n:
         return words.sum() * 0.0
-    return F.cross_entropy(words.flatten(0, 2), label.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(words.flatten(0, 2), label.flatten(), ignore_index=IGNORE) * share
 
 
 def label_loss(
-    module: GuardModule, records: Sequence[TokenRecord], raw: KVBatch, pool: ValuePool
+    module: GuardModule,
+    records: Sequence[TokenRecord],
+    raw: KVBatch,
+    pool: ValuePool,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """Cross-entropy in nats a token: each category's gates close on its values, and there alone;
     and the words name the bands.
@@ -167,12 +181,17 @@ def label_loss(
     # open, but not so firmly that the pair leak could not close it any more
     value = value.clamp(0.01, 1.0)
     loss = F.binary_cross_entropy_with_logits(own, value, reduction="none")
-    labels = loss.mean(-1).sum(-1).mean()
-    return labels if out.words is None else labels + 0.1 * word_loss(out.words, records, pool)
+    labels = loss.mean(-1).sum(-1).mean() * shards.share(len(loss))
+    if out.words is None:
+        return labels
+    return labels + 0.1 * word_loss(out.words, records, pool, shards)
 
 
 def closing_loss(
-    by_category: Tensor, records: Sequence[TokenRecord], open_weight: float = 0.0
+    by_category: Tensor,
+    records: Sequence[TokenRecord],
+    open_weight: float = 0.0,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """Cross-entropy in nats of closing each category's gates on its own values and, weighted by
     ``open_weight``, of opening them on those of the other categories.
@@ -180,13 +199,14 @@ def closing_loss(
     What else they close on, what follows a value, is for the pair leak to say.
     """
     value = value_labels(records, by_category).bool()
+    others = value.any(2, keepdim=True) & ~value
+    closed, opened = shards.share(int(value.sum())), shards.share(int(others.sum()))
     if not bool(value.any()):
         return by_category.sum() * 0.0
     own = by_category[:, :, :, 0]
-    loss = F.softplus(-own[value]).mean()
+    loss = F.softplus(-own[value]).mean() * closed
     if open_weight:
-        others = value.any(2, keepdim=True) & ~value
-        loss = loss + open_weight * F.softplus(own[others]).mean()
+        loss = loss + open_weight * F.softplus(own[others]).mean() * opened
     return loss
 
 

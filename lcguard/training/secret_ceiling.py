@@ -100,20 +100,24 @@ class Seen:
 
     def log_ratio(self, row: int, references: NDArray[np.int64], dots: Floats) -> Floats:
         """log Q(Y) / P(Y) ``[draws]`` where Y has the mean of ``row``."""
-        mixed = np.logaddexp.reduce(self.ahead(row, references, dots), 1) - np.log(len(references))
+        ahead = self.ahead(row, references, dots)
+        mixed: Floats = np.logaddexp.reduce(ahead, 1) - np.log(len(references))
         centre = -self.gram[row, row] / 2 - dots[:, row]
-        return np.logaddexp(mixed + np.log(1 - _CENTRE), centre + np.log(_CENTRE))
+        ratio: Floats = np.logaddexp(mixed + np.log(1 - _CENTRE), centre + np.log(_CENTRE))
+        return ratio
 
     def ahead(self, row: int, others: NDArray[np.int64], dots: Floats) -> Floats:
         """log P_other(Y) / P_row(Y) ``[draws, others]``."""
         g = self.gram
         apart = g[row, row] - 2 * g[row, others] + g[others, others]
-        return -apart / 2 - (dots[:, [row]] - dots[:, others])
+        found: Floats = -apart / 2 - (dots[:, [row]] - dots[:, others])
+        return found
 
     def pair_nats(self) -> Floats:
         """KL divergence to each reference."""
         g = self.gram
-        return (g[0, 0] - 2 * g[0, 1:] + np.diag(g)[1:]) / 2
+        nats: Floats = (g[0, 0] - 2 * g[0, 1:] + np.diag(g)[1:]) / 2
+        return nats
 
     def figure(self, guess: float, lost: Floats) -> float:
         """The unbiased figure of this secret, 0..3/2, for a blind guess; ``lost``: see ``lost``."""

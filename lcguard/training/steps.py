@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from lcguard.rule import Rule
 from lcguard.source import ModelSource
 from lcguard.training.config import PolicyMix, TrainConfig
 from lcguard.training.dataset import with_policy
+from lcguard.training.shards import ALONE, Shards, widened
 from lcguard.training.twins import ValuePool, neutral_twin
 
 
@@ -59,6 +60,11 @@ class StepData:
     records: list[TokenRecord]
     raw: KVBatch
     mask: Mask
+    n_paths: int
+    """Of the whole batch, and hops of each: what this process has is its part of them."""
+    hops: int
+    everyone: list[TokenRecord]
+    """The records of the whole batch."""
     pair: KVBatch | None = None
     twin: KVBatch | None = None
     one_other: KVBatch | None = None
@@ -80,6 +86,7 @@ class Steps:
     neutral_id: int
     hard: Sequence[TokenRecord] = ()
     """Those that the first ``hard_steps`` are for, sorted by length; ``records`` has them too."""
+    shards: Shards = ALONE
 
     def seen_at(self, step: int) -> Sequence[TokenRecord]:
         """What a step draws from."""
@@ -99,6 +106,8 @@ class Steps:
         the hop before. No gradient runs back through a hop: given the segment that was handed on,
         nothing later depends on its sender's secrets, so what a path leaks is the sum of what its
         segments leak.
+
+        Everything is drawn for the whole batch; the data are this process's rows of it.
         """
         config = self.config
         chosen = []
@@ -119,45 +128,58 @@ class Steps:
             if config.path_hops > 1:
                 past = None if before is None else before[: len(hop.records)]
                 if merge:
-                    hop = _merged(hop, past, hops[-1].records if hops else [])
+                    hop = _merged(hop, past, hops[-1] if hops else None)
                 with torch.no_grad():
-                    before = module(hop.raw, hop.mask, generator)[0]
+                    draws = self.shards.draws(generator, n_paths)
+                    before = module(hop.raw, hop.mask, draws)[0]
             hops.append(hop)
         return hops[0] if len(hops) == 1 else _stack(hops)
 
     def _hop(self, rng: random.Random, chosen: list[TokenRecord], on: KVBatch | None) -> StepData:
         """Contexts of one hop with their counterfactuals, in one forward pass."""
+        everyone, rows = chosen, self.shards.rows(len(chosen))
+        width = max(len(r.ids) for r in everyone)  # the same in every process, as is the noise
+        chosen = [everyone[i] for i in rows]
         contexts, n = [r.ids for r in chosen], len(chosen)
-        more: dict[str, Callable[[TokenRecord], tuple[int, ...]]] = {}
-        if self.config.pair_weight > 0:
-            more["pair"] = lambda r: self.pool.resample(rng, r, r.forbid, r.derive)
-        if self.config.twin_weight > 0:
-            more["twin"] = lambda r: neutral_twin(r, r.forbid, self.neutral_id)
-        if self.config.tail_weight > 0:
-            more["one_other"] = lambda r: self.pool.resample_one(rng, r, r.forbid, r.derive)
-        for make in more.values():
-            contexts += [make(r) for r in chosen]
+        config, pool = self.config, self.pool
+        more: dict[str, list[tuple[int, ...]]] = {}
+        if config.pair_weight > 0:
+            more["pair"] = [pool.resample(rng, r, r.forbid, r.derive) for r in everyone]
+        if config.twin_weight > 0:
+            more["twin"] = [neutral_twin(r, r.forbid, self.neutral_id) for r in everyone]
+        if config.tail_weight > 0:
+            more["one_other"] = [pool.resample_one(rng, r, r.forbid, r.derive) for r in everyone]
+        for other in more.values():
+            contexts += [other[i] for i in rows]
         if on is not None:
             on = KVBatch.stack([on[:n]] * (len(contexts) // n))
-        kv = self.source.prefill(contexts, len(contexts), on)
-        other = {name: kv[(i + 1) * n : (i + 2) * n] for i, name in enumerate(more)}
-        return StepData(chosen, kv[:n], mask=masks(chosen), **other)
+        kv = widened(self.source.prefill(contexts, len(contexts), on), width)
+        others = {name: kv[(i + 1) * n : (i + 2) * n] for i, name in enumerate(more)}
+        return StepData(chosen, kv[:n], masks(chosen), len(everyone), 1, everyone, **others)
 
 
-def _merged(hop: StepData, past: KVBatch | None, others: Sequence[TokenRecord]) -> StepData:
+def _merged(hop: StepData, past: KVBatch | None, last: StepData | None) -> StepData:
     """The receiver reads what came before first, and is not asked about a field of both."""
-    if past is None:
+    if past is None or last is None:
         raw = hop.raw
         past = KVBatch(
             raw.keys[..., :1, :], raw.values[..., :1, :], torch.zeros_like(raw.valid[:, :1])
         )
         return replace(hop, before=past)
-    records = []
-    for record, other in zip(hop.records, others, strict=False):
+    records = _not_asked_twice(hop.records, last.records)
+    everyone = _not_asked_twice(hop.everyone, last.everyone)
+    return replace(hop, records=records, everyone=everyone, before=past)
+
+
+def _not_asked_twice(
+    records: Sequence[TokenRecord], others: Sequence[TokenRecord]
+) -> list[TokenRecord]:
+    out = []
+    for record, other in zip(records, others, strict=False):
         twice = {s.field for s in other.spans}
         questions = tuple(q for q in record.questions if q.field not in twice)
-        records.append(replace(record, questions=questions))
-    return replace(hop, records=records, before=past)
+        out.append(replace(record, questions=questions))
+    return out
 
 
 def _stack(hops: Sequence[StepData]) -> StepData:
@@ -173,6 +195,9 @@ def _stack(hops: Sequence[StepData]) -> StepData:
         [r for h in hops for r in h.records],
         raw,
         Mask(torch.cat([h.mask.forbid for h in hops]), torch.cat([h.mask.derive for h in hops])),
+        hops[0].n_paths,
+        len(hops),
+        [r for h in hops for r in h.everyone],
         stacked([h.pair for h in hops]),
         stacked([h.twin for h in hops]),
         stacked([h.one_other for h in hops]),

@@ -1,7 +1,8 @@
 """The training loop of every guard, through accelerate: CPU, one GPU or many.
 
-Batches, policies, counterfactuals and noise are functions of ``(seed, step, process)``, so a run
-that was killed resumes from its last checkpoint to the same weights.
+Batches, policies, counterfactuals and noise are functions of ``(seed, step)``, so a run that was
+killed resumes from its last checkpoint to the same weights. Of several processes each takes its
+rows of every batch (``shards``), and all together make the step of one.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import with_policy
 from lcguard.training.joint import observed
 from lcguard.training.objective import Objective, label_loss
+from lcguard.training.shards import Shards
 from lcguard.training.steps import StepData, Steps, draw_batch
 from lcguard.training.twins import ValuePool
 
@@ -48,6 +50,8 @@ class Run:
     ensemble: Ensemble
     metrics: list[dict[str, Any]]
     seconds: float
+    processes: int = 1
+    """That its batches were divided among, in the end."""
 
 
 def make_module(config: TrainConfig, source: ModelSource) -> GuardModule:
@@ -142,7 +146,8 @@ def train_guard(
                 _write_metrics(out / "metrics.jsonl", metrics)
                 trainer.save(state, done, time.monotonic() - started)
     guard = FrozenGuard(trainer.finished())
-    return Run(guard, trainer.ensemble, metrics, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Run(guard, trainer.ensemble, metrics, seconds, trainer.shards.count)
 
 
 class Trainer:
@@ -161,6 +166,7 @@ class Trainer:
         records = [*hard, *records]
         self.config, self.special = config, special
         self.accelerator = Accelerator(cpu=source.device.type == "cpu")
+        self.shards = Shards(self.accelerator)
         self.module = make_module(config, source)
         self.module.to(source.device)
         pool = ValuePool(records)
@@ -173,12 +179,12 @@ class Trainer:
         if config.ema:
             self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         by_length, hard = (sorted(rows, key=lambda r: len(r.ids)) for rows in (records, hard))
-        self.steps = Steps(by_length, pool, source, config, special.neutral_id, hard)
-        self.objective = Objective(config, source, pool)
+        self.steps = Steps(by_length, pool, source, config, special.neutral_id, hard, self.shards)
+        self.objective = Objective(config, source, pool, self.shards)
 
     def step(self, step: int) -> dict[str, float]:
         """One step of guard and attackers; returns its figures."""
-        rng = random.Random(f"{self.config.seed}/{step}/{self.accelerator.process_index}")
+        rng = random.Random(f"{self.config.seed}/{step}/0")  # of one process among many, once
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
         self.module.train()
         label = step < self.config.label_steps
@@ -189,28 +195,34 @@ class Trainer:
 
     def _label(self, rng: random.Random, step: int) -> dict[str, float]:
         chosen = draw_batch(rng, self.steps.seen_at(step), self.config.batch)
+        chosen = [chosen[i] for i in self.shards.rows(len(chosen))]
         raw = self.steps.source.prefill([r.ids for r in chosen], batch=len(chosen))
-        loss = label_loss(self.module, chosen, raw, self.steps.pool)
+        loss = label_loss(self.module, chosen, raw, self.steps.pool, self.shards)
         self._descend(loss, step)
-        return {"loss": float(loss.detach())}
+        return self.shards.total({"loss": float(loss.detach())})
 
     def _guard(self, rng: random.Random, generator: torch.Generator, step: int) -> dict[str, float]:
         data = self.steps.draw(rng, self.module, generator, step)
         total, metrics, guarded = self.objective.losses(self.module, data, generator, step)
-        if self.ensemble.members:
-            total = total + self.ensemble.guard_term(self._observed(data, guarded))
-        self._descend(total, step)
-        row = {"loss": float(total.detach()), **metrics}
-        if self.ensemble.members:
-            stale = KVBatch(guarded.keys.detach(), guarded.values.detach(), guarded.valid)
-            row |= self.ensemble.learn(self._observed(data, stale), step)
-        return row
+        loss = float(total.detach())
+        if not self.ensemble.members:
+            self._descend(total, step)
+            return self.shards.total({"loss": loss, **metrics})
+        # attackers read the whole batch in every process, and so are the same in all of them
+        whole = self.shards.whole(guarded, data.n_paths, data.hops)
+        term = self.ensemble.guard_term(self._observed(data, whole))
+        self._descend(total + term, step)
+        row = self.shards.total(
+            {"loss": loss + float(term.detach()) / self.shards.count, **metrics}
+        )
+        stale = KVBatch(whole.keys.detach(), whole.values.detach(), whole.valid)
+        return row | self.ensemble.learn(self._observed(data, stale), step)
 
     def _observed(self, data: StepData, kv: KVBatch) -> AttackData:
-        return observed(data.records, kv, self.special, self.config.path_hops)
+        return observed(data.everyone, kv, self.special, self.config.path_hops)
 
     def _descend(self, loss: Tensor, step: int) -> None:
-        """Gradients are averaged over processes by hand: the guard is small, and its passes (raw,
+        """Gradients are added over processes by hand: the guard is small, and its passes (raw,
         pair, labels) do not all go through one forward, which a wrapper would expect."""
         config = self.config
         if not math.isfinite(float(loss.detach())):
@@ -220,10 +232,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = base * _rate(step, config)
         self.accelerator.backward(loss)
-        if self.accelerator.num_processes > 1:
-            for p in self.module.parameters():
-                if p.grad is not None:
-                    p.grad = self.accelerator.reduce(p.grad, "mean")
+        self.shards.add_gradients(self.module.parameters())
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()

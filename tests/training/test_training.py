@@ -31,7 +31,8 @@ from lcguard.training.certificate import pair_leaks
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import AdversaryConfig, PolicyMix, TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
-from lcguard.training.objective import answer_weights, closing_loss, worst_mean
+from lcguard.training.objective import answer_weights, closing_loss
+from lcguard.training.shards import ALONE
 from lcguard.training.steps import draw_batch, permitted, sample_policy
 from lcguard.training.trainer import Run, train_guard
 from lcguard.training.twins import ValuePool, fixed_length_twin, neutral_twin
@@ -299,11 +300,11 @@ def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> No
 
 def test_the_tail_is_the_mean_of_the_worst() -> None:
     leaks = torch.tensor([0.0, 8.0, 1.0, 3.0, 2.0], requires_grad=True)
-    assert worst_mean(leaks, 0.4) == 5.5
-    assert worst_mean(leaks, 0.6) == worst_mean(leaks, 0.5) == (8.0 + 3.0 + 2.0) / 3
-    assert worst_mean(leaks, 1.0) == leaks.mean()
-    assert worst_mean(leaks, 0.01) == 8.0
-    worst_mean(leaks, 0.4).backward()
+    assert ALONE.worst_mean(leaks, 0.4) == 5.5
+    assert ALONE.worst_mean(leaks, 0.6) == ALONE.worst_mean(leaks, 0.5) == (8.0 + 3.0 + 2.0) / 3
+    assert ALONE.worst_mean(leaks, 1.0) == leaks.mean()
+    assert ALONE.worst_mean(leaks, 0.01) == 8.0
+    ALONE.worst_mean(leaks, 0.4).backward()
     assert leaks.grad is not None
     assert leaks.grad.tolist() == [0.0, 0.5, 0.0, 0.5, 0.0]  # the others are left alone
 
