@@ -93,12 +93,12 @@ class Shards:
         Differentiable in this one's: the gradients of all add up to those of the whole."""
         if self.accelerator is None or self.count == 1:
             return kv
-        most = len(self.rows(n, hops, 0))
+        most, gather = len(self.rows(n, hops, 0)), self.accelerator.gather
 
         def gathered(own: Tensor) -> Tensor:
             sent = own.new_zeros(most, *own.shape[1:])
             sent[: len(own)] = own.detach()
-            found = self.accelerator.gather(sent).view(self.count, most, *own.shape[1:])
+            found = gather(sent).view(self.count, most, *own.shape[1:])
             out = own.new_zeros(hops * n, *own.shape[1:])
             for i in range(self.count):
                 rows = self.rows(n, hops, i)
