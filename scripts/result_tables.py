@@ -41,6 +41,7 @@ COMMANDS = {
     "nano": "python scripts/train_nano.py --check agents/nano/model",
     "detect": "lcguard detect train twin-more --set model=smollm2 --out runs/twin-more",
     "detect-text": "lcguard detect train text --set model=smollm2 --out runs/text",
+    "own_category": f"python scripts/measure_own_category.py {OUT}/own_category.json",
     "reader": "python scripts/train_reader.py --measure agents/smollm2/reader --asked-records 40 "
     "--results FILE",
     **{
@@ -83,6 +84,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "nano": ("nano", columns.nano),
     "detect": ("detect", columns.detected),
     "detect_text": ("detect-text", columns.detected),
+    "own_category": ("own_category", columns.own_category),
     "reader": ("reader", columns.readers),
 }
 

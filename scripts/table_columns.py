@@ -287,6 +287,34 @@ def detected(report: Row) -> str:
     return by(columns, [{"source": name, **r} for name, r in report["held_out"].items()])
 
 
+def own_category(report: Row) -> str:
+    """What heads trained on few and on more examples find of names that they never saw."""
+    rows = [
+        {**measured, "examples": row["examples"], "cpu_s": row["cpu_s"]}
+        for row in report["rows"]
+        for measured in (
+            {"source": "the examples themselves, in five parts", **row["held_out"]},
+            *row["tests"],
+        )
+    ]
+    columns: Columns = {
+        "examples": text("examples"),
+        "measured on": text("source"),
+        "values found": lambda r: f"{r['found']} of {r['total']}" if r["total"] else "-",
+        "recall (at least, 95%)": lambda r: (
+            told(r["recall"], figure(r["recall_lower"])) if r["total"] else "-"
+        ),
+        "flagged beside values": lambda r: figure(
+            r.get("others_flagged", r.get("examples_flagged"))
+        ),
+        "texts without any: flagged": lambda r: (
+            f"{r['alarmed']} of {r['without']}" if "without" in r else "-"
+        ),
+        "seconds of one core": lambda r: figure(r["cpu_s"], 0),
+    }
+    return by(columns, rows)
+
+
 def real(reports: Mapping[str, Row]) -> str:
     """The real model, text by text: the task, the best fresh attacker, the ceiling that recall
     puts on every other one, and Presidio on the same source's held-out text."""
