@@ -95,6 +95,34 @@ def proxy(report: Row) -> str:
     return table(("", "proxy", "floor"), rows)
 
 
+def growth(report: Row) -> str:
+    """What so many handoffs an hour need."""
+    columns: Columns = {
+        "handoffs an hour": lambda r: f"{r['handoffs_per_hour']:,}",
+        "engines": lambda r: f"{r['engines']:,}",
+        "proxies": text("proxies"),
+        "store": lambda r: f"{r['store_bytes'] / 1e9:,.2f} GB",
+        "publish, p50 / p95": lambda r: both(r["publish_ms"]),
+        "consume and answer, p50 / p95": lambda r: both(r["consume_ms"]),
+    }
+    return by(columns, report["rows"])
+
+
+def growth_checks(report: Row) -> str:
+    """The simulation beside measured runs."""
+    columns: Columns = {
+        "run": text("run"),
+        "measured": lambda r: f"{r['measured']:,.1f}",
+        "simulated": lambda r: f"{r['simulated']:,.1f}",
+        "off by": lambda r: f"{r['off']:+.0%}" + (" (fitted)" if r["fitted"] else ""),
+    }
+    return by(columns, report["checks"])
+
+
+def both(found: Row) -> str:
+    return f"{found['p50']:.0f} / {found['p95']:.0f} ms"
+
+
 def soak(report: Row) -> str:
     """Requests, memory, latency and the audit."""
     memory, audit, latency = report["memory"], report["audit"], report["latency"]
