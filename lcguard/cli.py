@@ -23,13 +23,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 eval_app = typer.Typer(no_args_is_help=True, help="Measure what a guarded hop leaks.")
-policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
 app.add_typer(eval_app, name="eval")
-app.add_typer(policy_app, name="policy")
 app.add_typer(models.models_app, name="models")
 app.add_typer(detect.detect_app, name="detect")
 app.add_typer(loop.loop_app, name="loop")
 app.add_typer(registry.registry_app, name="registry")
+app.add_typer(service.policy_app, name="policy")
 app.add_typer(service.keys_app, name="keys")
 app.add_typer(service.audit_app, name="audit")
 app.add_typer(service.config_app, name="config")
@@ -360,32 +359,6 @@ def probe(
     Console().print(table)
     if any(f.ok is False for f in found):
         raise typer.Exit(1)
-
-
-@policy_app.command("check")
-def policy_check(
-    path: Path,
-    explain: Annotated[
-        tuple[str, str] | None,
-        typer.Option(metavar="SOURCE AUDIENCE", help="Say which edge decides this hop, and why."),
-    ] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(help="API keys, to find edges of no agent; keys.yaml beside it by default."),
-    ] = None,
-) -> None:
-    """Check a policy file; edges that can never match are warned of."""
-    from lcguard.commands.policy import check_command
-
-    check_command(path, explain, keys, typer.echo, lambda text: typer.echo(text, err=True))
-
-
-@policy_app.command("schema")
-def policy_schema() -> None:
-    """Print the policy's JSON Schema."""
-    from lcguard.handoff.policy import policy_schema as schema
-
-    Console().print_json(data=schema())
 
 
 def _one_line(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -369,6 +370,38 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert said.splitlines()[-1] == f"lcguard: stopped; resume with: lcguard {' '.join(words)}"
     assert "Traceback" not in said
+
+
+class _Interrupted:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_where_python_drops_an_exception(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in what runs at a fork; nobody would press it again."""
+
+    def run() -> None:
+        _Interrupted()
+        list(side_by_side([lambda: time.sleep(3600)]))
+
+    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
+        run()
+    assert ended.value.code == 130
+    assert "lcguard: stopped; resume with: lcguard eval resume run" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_lack_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the processes that it ends are noticed first."""
+
+    def run() -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        list(side_by_side([_killed]))
+
+    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
+        run()
+    assert ended.value.code == 130
+    assert "lcguard: stopped; resume with: lcguard eval resume run" in capsys.readouterr().err
 
 
 def _killed() -> None:

@@ -40,22 +40,33 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def resumable(again: str) -> Iterator[None]:
     """Ctrl-C within it ends in one line that says how to go on, and exit code 130; a process of it
     that was killed, as Linux does where memory is full, in another and exit code 1."""
-    owner = os.getpid()
+    owner, asked = os.getpid(), False
 
     def stop(sig: int, frame: Any) -> None:
+        nonlocal asked
         if os.getpid() != owner:
             os._exit(_STOPPED)  # a forked fit: its parent says it
+        asked = True
         for child in multiprocessing.active_children():
             child.terminate()  # or the end of its fit would be waited for
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, stop)
+    def unraisable(found: sys.UnraisableHookArgs) -> None:
+        # In a callback of a fork, for one, Python drops what a signal's handler raises: raised once
+        # more, when this, where it would be dropped too, is over.
+        if isinstance(found.exc_value, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            hook(found)
+
+    before = {sig: signal.signal(sig, stop) for sig in (signal.SIGINT, signal.SIGALRM)}
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"\nlcguard: stopped; resume with: {again}", file=sys.stderr, flush=True)
-        sys.exit(_STOPPED)
-    except BrokenProcessPool:
+    except (KeyboardInterrupt, BrokenProcessPool) as error:
+        if asked or isinstance(error, KeyboardInterrupt):
+            print(f"\nlcguard: stopped; resume with: {again}", file=sys.stderr, flush=True)
+            sys.exit(_STOPPED)
         print(
             "lcguard: a process of this run was killed, most likely because memory was full; what "
             f"was done is kept; resume with: {again}",
@@ -63,7 +74,10 @@ def resumable(again: str) -> Iterator[None]:
         )
         sys.exit(1)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
 
 
 def existing(data: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""The command groups of the proxy: ``lcguard keys``, ``audit``, ``config`` and ``serve``."""
+"""The proxy's command groups: ``lcguard policy``, ``keys``, ``audit``, ``config`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Config = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 
+policy_app = typer.Typer(no_args_is_help=True, help="Check the YAML policy.")
 keys_app = typer.Typer(no_args_is_help=True, help="Make, list and take back API keys.")
 audit_app = typer.Typer(no_args_is_help=True, help="Check and read the audit.")
 config_app = typer.Typer(no_args_is_help=True, help="Check the server's configuration.")
@@ -193,3 +194,29 @@ def audit_show(
         as_json=as_json,
         say=typer.echo,
     )
+
+
+@policy_app.command("check")
+def policy_check(
+    path: Path,
+    explain: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="SOURCE AUDIENCE", help="Say which edge decides this hop, and why."),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="API keys, to find edges of no agent; keys.yaml beside it by default."),
+    ] = None,
+) -> None:
+    """Check a policy file; edges that can never match are warned of."""
+    from lcguard.commands.policy import check_command
+
+    check_command(path, explain, keys, typer.echo, lambda text: typer.echo(text, err=True))
+
+
+@policy_app.command("schema")
+def policy_schema() -> None:
+    """Print the policy's JSON Schema."""
+    from lcguard.handoff.policy import policy_schema as schema
+
+    Console().print_json(data=schema())

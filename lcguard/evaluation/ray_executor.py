@@ -77,11 +77,12 @@ def ray_executor(workers: int | None = None) -> Iterator[Executor]:
             _temp_dir=f"{folder}/ray",  # which Ray opens to everybody; not what it lies in
             _system_config=_CONFIG,
         )
-        if any(node["NodeManagerAddress"] != _LOOPBACK for node in ray.nodes()):
+        nodes: Any = ray.nodes  # Ray's is not typed
+        if any(node["NodeManagerAddress"] != _LOOPBACK for node in nodes()):
             raise ValueError("Ray listens beyond the loopback, which shows segments: use local")
         yield _on_ray
     finally:
-        node = ray._private.worker._global_node
+        node: Any = ray._private.worker._global_node
         if node is not None:  # what would ask for more machines takes a second to end, if asked to
             node.kill_monitor(check_alive=False)
         ray.shutdown()
