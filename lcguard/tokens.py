@@ -5,13 +5,17 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from lcguard.categories import CATEGORIES
 from lcguard.rule import Rule
 
 NEAREST = 64
 """Values, nearest in length to the one they stand for, among which a surrogate is drawn."""
+
+
+REPEAT: Final = "repeat"
+"""Field of a span that repeats another's value."""
 
 
 @dataclass(frozen=True)

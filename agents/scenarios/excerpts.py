@@ -20,9 +20,9 @@ from typing import Final
 
 from lcguard.agents.scenarios import phrasing
 from lcguard.agents.scenarios.atoms import Atom, AtomFinder, parts_of_names
-from lcguard.agents.scenarios.repeats import REPEAT
 from lcguard.agents.scenarios.topics import category_of
 from lcguard.agents.scenarios.types import Question, Record, Span
+from lcguard.tokens import REPEAT
 
 ORDINALS: Final = ("first", "second", "third")
 """Of more values with one label, the others are not asked about."""

@@ -34,11 +34,12 @@ from lcguard.agents.scenarios.files import (
     read_lines,
 )
 from lcguard.agents.scenarios.offsets import Offsets, misread, untidy
-from lcguard.agents.scenarios.repeats import REPEAT, cover_repeats
+from lcguard.agents.scenarios.repeats import cover_repeats
 from lcguard.agents.scenarios.types import AgentSpec, EdgeSpec, Question, Record, Scenario, Span
 from lcguard.categories import CATEGORIES
 from lcguard.nearest import unknown
 from lcguard.rule import Rule
+from lcguard.tokens import REPEAT
 
 SENDER: Final = "sender"
 RECEIVER: Final = "receiver"

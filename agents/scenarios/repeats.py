@@ -13,9 +13,8 @@ from typing import Final
 from lcguard.agents.scenarios.offsets import inside_word
 from lcguard.agents.scenarios.types import Record, Span
 from lcguard.normalise import folded, occurrences, skeleton
+from lcguard.tokens import REPEAT
 
-REPEAT: Final = "repeat"
-"""Field of a span that repeats another's value."""
 SHORT: Final = 6
 """A value of fewer letters and digits is a repeat only as a word of its own: `12` is in `1290`."""
 

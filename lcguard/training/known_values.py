@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lcguard.agents.scenarios.repeats import REPEAT
 from lcguard.records import TokenRecord, TokenSpan
+from lcguard.tokens import REPEAT
 
 Ids = tuple[int, ...]
 Sample = Callable[[str, str, random.Random], tuple[str, str | None] | None]

@@ -55,12 +55,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcguard.agents.scenarios.repeats import REPEAT
 from lcguard.discrete_gaussian import STEPS
 from lcguard.guards.base import GuardModule
 from lcguard.noise import noise_key, segment_noise
 from lcguard.records import TokenRecord, TokenSpan, mask_of
 from lcguard.source import ModelSource
+from lcguard.tokens import REPEAT
 from lcguard.training.bounded_mean import mean_upper_bound
 from lcguard.training.known_values import KnownValues, Law, written_otherwise
 from lcguard.training.twins import forbidden_spans, with_value

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lcguard.agents.scenarios.repeats import REPEAT
 from lcguard.agents.scenarios.types import Record, Scenario, hops_of
+from lcguard.tokens import REPEAT
 
 
 def tally(scenarios: Iterable[Scenario]) -> dict[str, int]:

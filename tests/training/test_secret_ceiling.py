@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcguard.agents.scenarios.repeats import REPEAT
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardModule, KVShape, Rewrite
 from lcguard.protocols import KVBatch, Mask
 from lcguard.records import TokenRecord, TokenSpan
 from lcguard.rule import Rule
+from lcguard.tokens import REPEAT
 from lcguard.training.bounded_mean import mean_upper_bound
 from lcguard.training.known_values import (
     Law,
