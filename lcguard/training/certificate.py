@@ -188,7 +188,8 @@ def certify(
     leaks = pair_leaks(module, held_out[:pairs], pool, source, seed)
     raw = pair_leaks(module, held_out[:64], pool, source, seed, raw=True)
     upper, p0 = upper_bound(leaks, level), blind_guess(held_out)
-    ceiling, secrets = success_ceiling(upper, p0), None
+    ceiling = success_ceiling(upper, p0)
+    secrets: dict[str, Any] | None = None
     if known is not None:
         secrets = secret_ceilings(
             module, held_out, source, known, level=level, seed=seed, references=references
