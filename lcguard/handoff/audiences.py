@@ -58,8 +58,7 @@ def check_alike(edges: Sequence[Edge]) -> None:
     first = edges[0]
     how: tuple[tuple[str, Callable[[Edge], str]], ...] = (
         ("guard", lambda edge: edge.guard),
-        # another guard than redact asks no detector
-        ("detect", lambda edge: edge.detect if edge.guard == "redact" else "none"),
+        ("detect", lambda edge: edge.detector),
     )
     for name, value in how:
         other = next((edge for edge in edges if value(edge) != value(first)), None)

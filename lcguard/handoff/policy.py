@@ -99,8 +99,8 @@ class Edge(ChannelFields):
     fixed_length: bool = False
     """Pad to a fixed token count, so that the length of the segment says nothing."""
     detect: Literal["none", "presidio", "lcguard"] = "none"
-    """For ``redact``: hide what it finds beside what the publisher names, who must name it.
-    ``presidio`` goes by patterns, ``lcguard`` reads the text with a small language model."""
+    """The proxy looks as well: beside what the publisher of ``redact`` names, who must name it, and
+    what ``twin`` finds. ``presidio``: by patterns; ``lcguard``: with a small language model."""
     max_segments: Annotated[int, Field(ge=1)] | None = None
     """Composition budget: distinct segments of one source that an audience may receive within
     ``window_s``. None: any number."""
@@ -144,10 +144,14 @@ class Edge(ChannelFields):
         return {name: self._custom[name] for name in self.forbid if name in self._custom}
 
     @property
+    def detector(self) -> Literal["none", "presidio", "lcguard"]:
+        """Who looks through the text: nobody where the guard could not be told."""
+        return self.detect if self.guard in TOLD else "none"
+
+    @property
     def reads_text(self) -> bool:
         """Whether the model of ``lcguard.detect`` reads what is handed over."""
-        detects = self.guard == "redact" and self.detect == "lcguard"
-        return detects or any(own.heads for own in self.custom.values())
+        return self.detector == "lcguard" or any(own.heads for own in self.custom.values())
 
     @property
     def definitions(self) -> dict[str, str]:
@@ -310,9 +314,8 @@ class Policy(Model):
                 raise PolicyError(f"{name!r} is no agent's name; write `agent` or `tenant/agent`")
         (tenant, giver), (other, taker) = split_tenant(source), split_tenant(audience)
         if tenant != other:
-            raise PolicyError(
-                f"{EdgeName(source, audience).in_words} goes from one tenant to another"
-            )
+            hop = EdgeName(source, audience).in_words
+            raise PolicyError(f"{hop} goes from one tenant to another")
         at = {(edge.tenant, edge.source, edge.audience): i for i, edge in enumerate(self.edges)}
         pairs = ((giver, taker), (giver, ANY), (ANY, taker), (ANY, ANY))
         wanted = ((group, *pair) for group, pair in product((tenant, ANY), pairs))

@@ -67,7 +67,14 @@ def unserved(policy: Policy, guards: Collection[str] | None = None) -> Iterator[
 
 
 def idle(policy: Policy) -> Iterator[str]:
-    """A line for each own category that no edge of its tenant names."""
+    """A line for each own category that no edge of its tenant names, and for each ``detect`` that
+    no guard is told of."""
+    for i, edge in enumerate(policy.edges):
+        if edge.detect != edge.detector and edge.on_leak != "redact":
+            yield (
+                f"{_named(policy, i)} says detect {edge.detect!r} and hides nothing by it: guard "
+                f"{edge.guard!r} cannot be told, use redact or twin"
+            )
     for tenant in (ANY, *policy.tenants):
         where = "categories" if tenant == ANY else f"tenants.{tenant}.categories"
         own = policy.custom_of(tenant)

@@ -222,7 +222,7 @@ class Authority:
                 code="bad_handoff",
                 param="lcguard.publish.secrets",
             )
-        elif edge.custom:
+        elif edge.custom or edge.detector != "none":
             found = await self.spans.find(endpoint, body, edge, ())
             sent["told"], sent["tokens"] = found.spans, found.digest
             approved.n_redacted = found.n_occurrences

@@ -119,9 +119,9 @@ class SpanFinder:
     def detect(self, text: str, edge: Edge) -> list[Range]:
         """What the edge's detector finds, by itself. Raises ``ProxyError`` (400) where it cannot be
         loaded."""
-        if edge.guard != "redact" or edge.detect == "none":
+        if edge.detector == "none":
             return []
-        if edge.detect == "presidio":
+        if edge.detector == "presidio":
             return self.detector.find(text, edge.forbid)
         return [(s.start, s.end) for s in self.text_finder.find(text, edge.forbid)]
 
@@ -144,7 +144,7 @@ class SpanFinder:
     ) -> Spans:
         """What to overwrite in the request's own prompt, given ``kv_transfer_params`` in ``body``
         where it consumes: vLLM renders it otherwise then. With another guard than ``redact`` that
-        is what belongs to the policy's own categories.
+        is what the edge's detector finds, and what belongs to the policy's own categories.
 
         Raises:
             ProxyError: 400 where a forbidden category is neither detected nor answered for by

@@ -14,7 +14,7 @@ from lcguard.commands.keys import new_key
 from lcguard.commands.serve import load_settings
 from lcguard.handoff.names import ANY
 from lcguard.handoff.policy import PolicyError, parse_policy
-from lcguard.handoff.policy_review import never, why
+from lcguard.handoff.policy_review import idle, never, why
 from lcguard.reloading import ReloadingFile
 from lcguard.server.lifespan import policy_of
 
@@ -157,6 +157,18 @@ def test_an_edge_that_the_engine_cannot_serve_is_named(tmp_path: Path) -> None:
     (tmp_path / "server.yaml").write_text("upstream: {url: 'http://127.0.0.1:9'}\n")
     done = run(app, ["config", "check", "--dir", str(tmp_path)])
     assert done.stderr.splitlines() == [second]
+
+
+def test_a_detector_that_no_guard_is_told_of_is_named() -> None:
+    hop = {"source": "intake", "audience": "billing", "forbid": ["person"], "detect": "lcguard"}
+    edges = [
+        hop | {"guard": "gate"},
+        hop | {"guard": "twin", "audience": "clerk"},
+        hop | {"guard": "gate", "audience": "desk", "on_leak": "redact"},
+        hop | {"channel": "text", "audience": "mail"},
+    ]
+    (line,) = idle(parse_policy({"version": 1, "edges": edges}))
+    assert "says detect 'lcguard' and hides nothing by it: guard 'gate' cannot be told" in line
 
 
 def test_serve_warns_before_it_starts(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ POLICY = {
         _to("screened", ["government_id"], guard="redact", detect="presidio"),
         _to("read", ["person", "government_id"], guard="redact", detect="lcguard"),
         _to("named", ["health", "government_id"], guard="redact"),
+        _to("missed", ["government_id"], guard="twin"),
+        _to("looked-twice", ["government_id"], guard="twin", detect="presidio"),
         _to("measured", ALL, length_bucket=1),
         _to("shut", [], guard="identity"),
         _to(

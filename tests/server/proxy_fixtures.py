@@ -7,10 +7,15 @@ share the processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from lcguard.agents.backends.hf import load_backend
+from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Running, Site
+from lcguard.guards import FrozenGuard, KVShape
+from lcguard.guards.twin import TwinGuard
 from tests.server.option_cases import FOREVER, with_key
 from tests.server.proxy import ENGINE_ARGS, POLICY, Front, close_edges, front_of
 
@@ -21,9 +26,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return Site(tmp_path_factory.mktemp("site"), POLICY)
 
 
+def blind_twin(folder: Path) -> str:
+    """A guard whose detector finds nothing: no training."""
+    agent = load_backend("nano")
+    module = TwinGuard.build(KVShape(*agent.source.shape), len(CATEGORIES), {})
+    card = FrozenGuard(module).with_card(model_digest=agent.digest, model_id="nano")
+    card.save_pretrained(folder / "blind")
+    return str(folder / "blind")
+
+
 @pytest.fixture(scope="session")
 def engine(site: Site) -> Iterator[Running]:
-    with site.engine({"gate": "nano:gate", "residual": "nano:residual"}, ENGINE_ARGS) as running:
+    guards = {"gate": "nano:gate", "residual": "nano:residual", "twin": blind_twin(site.folder)}
+    with site.engine(guards, ENGINE_ARGS) as running:
         yield running
 
 

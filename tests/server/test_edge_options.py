@@ -122,6 +122,18 @@ def test_detect_presidio_finds_the_ssn(front: Front) -> None:
     assert COMPLAINT not in front.answer(who, ASK_COMPLAINT, both["handle"])
 
 
+def test_detect_looks_beside_a_guard_that_finds_secrets_itself(front: Front) -> None:
+    """This one's own detector finds nothing."""
+    pytest.importorskip("presidio_analyzer")
+    intake = front.auth("intake")
+    for audience, n, seen in (("missed", None, True), ("looked-twice", 1, False)):
+        made = front.publish(intake, audience).json()["lcguard"]["published"]
+        assert (made["guard"], made.get("redacted_spans")) == ("twin", n)
+        who = front.auth(audience)
+        assert (SSN in front.answer(who, ASK_SSN, made["handle"])) == seen
+        assert COMPLAINT in front.answer(who, ASK_COMPLAINT, made["handle"])
+
+
 def test_detect_lcguard_reads_the_name_too(front: Front) -> None:
     """No pattern tells a name; SmolLM2 reads it for an engine that serves another model."""
     intake, who = front.auth("intake"), front.auth("read")
