@@ -18,7 +18,7 @@ DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 
 
 def test_what_was_measured_speaks_for_the_guard(tmp_path: Path) -> None:
-    bare = FrozenGuard.from_pretrained("nano:gate").with_card(evaluation=None)
+    bare = FrozenGuard.from_pretrained("nano:gate").with_card(evaluation=None, certificate=None)
     bare.save_pretrained(tmp_path / "g")
     assert unproven(bare.card)
     found = record(DEMO, "gate", tmp_path / "g")
