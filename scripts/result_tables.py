@@ -42,6 +42,8 @@ COMMANDS = {
     "nano": "python scripts/train_nano.py --check agents/nano/model",
     "detect": "lcguard detect train twin-more --set model=smollm2 --out runs/twin-more",
     "detect-text": "lcguard detect train text --set model=smollm2 --out runs/text",
+    "detect-text-4-layers": "lcguard detect train text --set model=smollm2 --set first_layers=4 "
+    "--set 'options.layers=[0,1,2,3]' --out runs/text-4",
     "own_category": f"python scripts/measure_own_category.py {OUT}/own_category.json",
     "reader": "python scripts/train_reader.py --measure agents/smollm2/reader --asked-records 40 "
     "--results FILE",
@@ -87,6 +89,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "nano": ("nano", columns.nano),
     "detect": ("detect", columns.detected),
     "detect_text": ("detect-text", columns.detected),
+    "detect_text_4": ("detect-text-4-layers", columns.detected),
     "own_category": ("own_category", columns.own_category),
     "reader": ("reader", columns.readers),
 }
