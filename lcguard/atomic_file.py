@@ -1,10 +1,12 @@
-"""Puts a whole file in place of another: a reader finds the old one or the new one."""
+"""Puts a whole file or folder in place of another: a reader finds the old one or the new one."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PUBLIC = 0o644
@@ -37,3 +39,24 @@ def replace_file(path: Path, data: bytes, *, keep_owner: bool = False, mode: int
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder, its owner's alone, that takes the place of ``folder`` when the block ends.
+    Where the block raises, what was there stays. Raises ``OSError``."""
+    target = folder.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    old = part.with_name(part.name + "-old")
+    try:
+        yield part
+        if target.exists():
+            os.replace(target, old)
+        os.replace(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

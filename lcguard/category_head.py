@@ -139,6 +139,6 @@ def find_heads(text: str, heads: Sequence[CategoryHead]) -> list[Range]:
 
     Raises ``ValueError`` where the model that reads the text cannot be loaded.
     """
-    return merged(
-        (span.start, span.end) for head in heads for span in lcguard.detect(text, (), own=[head])
-    )
+    if not heads:
+        return []
+    return merged((span.start, span.end) for span in lcguard.detect(text, (), own=heads))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from safetensors.torch import save
 
 from lcguard.agents.scenarios.load import load_hops
 from lcguard.agents.scenarios.own_examples import OwnExample, read_examples
+from lcguard.atomic_file import replaced_folder
 from lcguard.category_head import (
     CARD,
     WEIGHTS,
@@ -131,22 +129,9 @@ def train_category(
 def save_head(head: CategoryHead, folder: Path) -> None:
     """Writes the folder whole, or leaves what was there. Readable by its owner alone: the weights
     were fitted on what is to be hidden."""
-    target = folder.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    old = part.with_name(part.name + "-old")
-    try:
+    with replaced_folder(folder) as part:
         (part / WEIGHTS).write_bytes(head.weights)
         (part / CARD).write_text(head.card.model_dump_json(indent=1) + "\n")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(part, target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists():
-            os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _replaceable(folder: Path) -> bool:

@@ -101,7 +101,9 @@ class TextDetector:
                 marks = self._guard.marks(kv, mask_of([Rule.hiding(forbid)] * len(pieces)))
                 assert marks is not None  # it finds secrets
                 found += ((c, marks == i) for i, c in enumerate(CATEGORIES) if c in forbid)
-            found += ((head.card.category, self._own_marks(kv, head)) for head in own)
+            if own:
+                read = self._features(kv)
+                found += ((h.card.category, self._own_marks(read, kv.valid, h)) for h in own)
             for category, hits in found:
                 for (first, offsets), row in zip(pieces, hits.int().tolist(), strict=True):
                     for start, end, _ in runs([m - 1 for m in row[first : first + len(offsets)]]):
@@ -127,20 +129,21 @@ class TextDetector:
             for (first, offsets), row in zip(pieces, self._features(kv), strict=True):
                 yield row[first : first + len(offsets)].cpu(), offsets
 
+    @torch.no_grad()
     def _features(self, kv: KVBatch) -> Tensor:
         module = self._guard.module
         assert isinstance(module, TwinGuard)  # it finds secrets
         return module.features(kv)
 
     @torch.no_grad()
-    def _own_marks(self, kv: KVBatch, head: CategoryHead) -> Tensor:
+    def _own_marks(self, features: Tensor, valid: Tensor, head: CategoryHead) -> Tensor:
         """``[B, T]`` bool."""
         if head.digest not in self._heads:
             made = TokenHead(head.card.features, head.card.width)
             made.load_state_dict(load(head.weights))
-            self._heads[head.digest] = made.eval().to(kv.keys.device)
-        logits = self._heads[head.digest](self._features(kv), kv.valid)
-        return belonging(logits, kv.valid, head.card.threshold, head.card.peak)
+            self._heads[head.digest] = made.eval().to(features.device)
+        logits = self._heads[head.digest](features, valid)
+        return belonging(logits, valid, head.card.threshold, head.card.peak)
 
     def marks(self, hops: Sequence[Hop]) -> list[Tensor]:
         """For each hop's context, which tokens of ``encoder`` overlap what is found of the

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from lcguard.evaluation.parallel import Executor, side_by_side
 from lcguard.evaluation.ray_executor import ray_executor
+from lcguard.nearest import unknown
 
 EXECUTORS = ("local", "ray")
 
@@ -23,4 +24,4 @@ def executor(name: str) -> Iterator[Executor]:
         with ray_executor() as found:
             yield found
     else:
-        raise ValueError(f"executor {name!r} is unknown: use one of {', '.join(EXECUTORS)}")
+        raise ValueError(unknown("executor", name, EXECUTORS))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lcguard.atomic_file import replaced_folder
 from lcguard.categories import CATEGORIES
 from lcguard.guards.base import GuardError as GuardError
 from lcguard.guards.base import GuardModule, KVShape, guard_class
@@ -215,10 +214,7 @@ class FrozenGuard:
         target = Path(folder).resolve()
         if target.exists() and not _replaceable(target):
             raise GuardError(f"{target.name} exists and is no guard's folder; give a new one")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        old = part.with_name(part.name + "-old")
-        try:
+        with replaced_folder(target) as part:
             state = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
             (part / WEIGHTS).write_bytes(save(state))
             card = self.card.model_copy(
@@ -226,15 +222,6 @@ class FrozenGuard:
             )
             (part / CARD).write_text(card.model_dump_json(indent=1) + "\n")
             part.chmod(0o755)
-            if target.exists():
-                os.replace(target, old)
-            os.replace(part, target)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            if old.exists():
-                os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def from_pretrained(

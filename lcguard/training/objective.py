@@ -70,11 +70,16 @@ class Objective:
         guarded, out = module(data.raw, data.mask, draws)
         ramp = min(1.0, (step + 1 - config.label_steps) / max(1, config.leak_ramp))
         total, metrics = self._receiver(guarded, data)
-        if data.pair is not None:
-            other = module.rewrite(module.standardise(data.pair), data.pair.valid, data.mask)
+
+        def leaked(kv: KVBatch) -> tuple[Tensor, Tensor]:
+            """``[B]`` nats of the pairs with other contexts, and as the loss counts them."""
+            other = module.rewrite(module.standardise(kv), kv.valid, data.mask)
             leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
+            return leak, torch.log1p(leak / config.leak_scale_nats)
+
+        if data.pair is not None:
+            leak, scaled = leaked(data.pair)
             hidden = data.mask.forbid.any(1)
-            scaled = torch.log1p(leak / config.leak_scale_nats)
             total = total + ramp * config.pair_weight * scaled.mean() * share(len(scaled))
             if config.label_weight and out.by_category is not None:
                 labels = closing_loss(
@@ -88,11 +93,7 @@ class Objective:
             part = share(n_hidden)
             metrics["pair_nats"] = float(leak.detach()[hidden].mean()) * part if n_hidden else 0.0
         if data.one_other is not None:
-            other = module.rewrite(
-                module.standardise(data.one_other), data.one_other.valid, data.mask
-            )
-            leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
-            scaled = torch.log1p(leak / config.leak_scale_nats)
+            leak, scaled = leaked(data.one_other)
             tail = self.shards.worst_mean(scaled, config.tail_share)
             total = total + ramp * config.tail_weight * tail
             metrics["tail_nats"] = float(self.shards.worst_mean(leak.detach(), config.tail_share))

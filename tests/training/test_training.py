@@ -267,23 +267,27 @@ def leak(world: World, module: GuardModule) -> float:
     return sum(values) / len(values)
 
 
-def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> None:
-    """Held out, against an untrained gate and against noise of the same size alone."""
-    config = TrainConfig(
+def leak_alone(**settings: Any) -> TrainConfig:
+    """A gate that is trained on little but a leak."""
+    return TrainConfig(
         "gate",
         {**GUARDS["gate"], "noise": 0.3},
-        steps=90,
         batch=8,
         questions=2,
         lr=1e-2,
         warmup=2,
         leak_ramp=1,
-        pair_weight=1.0,
         gate_weight=0.0,
         kl_weight=0.1,
         ce_weight=0.0,
         policies=PolicyMix(all_rate=1.0, none_rate=0.0),
+        **settings,
     )
+
+
+def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> None:
+    """Held out, against an untrained gate and against noise of the same size alone."""
+    config = leak_alone(steps=90, pair_weight=1.0)
     run = train(world, config, tmp_path)
     shape = KVShape(*world.source.shape)
     skipped = guard_class("gaussian").build(shape, len(CATEGORIES), {"noise": 0.3})
@@ -311,22 +315,7 @@ def test_the_tail_is_the_mean_of_the_worst() -> None:
 
 def test_training_on_the_tail_of_single_secrets(world: World, tmp_path: Path) -> None:
     """The term alone closes what single secrets leak, and of a path as of one hop."""
-    config = TrainConfig(
-        "gate",
-        {**GUARDS["gate"], "noise": 0.3},
-        steps=60,
-        batch=8,
-        questions=2,
-        lr=1e-2,
-        warmup=2,
-        leak_ramp=1,
-        pair_weight=0.0,
-        tail_weight=1.0,
-        gate_weight=0.0,
-        kl_weight=0.1,
-        ce_weight=0.0,
-        policies=PolicyMix(all_rate=1.0, none_rate=0.0),
-    )
+    config = leak_alone(steps=60, pair_weight=0.0, tail_weight=1.0)
     rows = train(world, config, tmp_path / "a").metrics
     assert "pair_nats" not in rows[0]
     assert rows[-1]["tail_nats"] < 0.2 * rows[0]["tail_nats"]
