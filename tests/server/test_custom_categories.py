@@ -13,7 +13,7 @@ from lcguard.commands.live_servers import Site
 from lcguard.handoff.keys import KEY_VARIABLE
 from lcguard.store import open_store
 from tests.engine import needs_vllm
-from tests.server.proxy import ASK_COMPLAINT, POLICY, Front, error
+from tests.server.proxy import ASK_COMPLAINT, COMPLAINT, POLICY, Front, error
 from tests.server.proxy_client import audit_rows
 
 pytest_plugins = ("tests.server.proxy_fixtures",)
@@ -38,7 +38,7 @@ def labs(front: Front, name: str) -> dict[str, str]:
 
 
 def note(value: str) -> str:
-    return f"The patient's name is {value}. Chief complaint: back pain."
+    return f"The patient's name is {value}. Chief complaint: {COMPLAINT}."
 
 
 def published(front: Front, audience: str, text: str, **more: Any) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_all_of_them_at_once(front: Front) -> None:
 def test_the_audience_reads_the_rest(front: Front) -> None:
     handle = published(front, "team", note("Blue Heron"))["handle"]
     assert "Heron" not in front.answer(labs(front, "team"), ASK_NAME, handle)
-    assert "back pain" in front.answer(labs(front, "team"), ASK_COMPLAINT, handle)
+    assert COMPLAINT in front.answer(labs(front, "team"), ASK_COMPLAINT, handle)
     database = front.site.folder / "lcguard.sqlite"
     (row,) = audit_rows(database, "event = 'publish' AND handle = ?", handle)
     assert row["reason"] == "own categories looked for: project_name"
