@@ -1,12 +1,14 @@
 """Load on several proxies of one PostgreSQL, one of which is killed: what is lost or exceeded.
 
 LCGUARD_DATABASE_PASSWORD=... python scripts/soak_proxies.py --requests 5000 \\
-    --database postgresql://me@host/empty --out benchmarks/results/proxies.json
+    --database postgresql://me@host/empty --store redis://host --out benchmarks/results/proxies.json
 
 The clients of scripts/soak.py, each request to one of the proxies, and an agent of another tenant
-that asks for everybody's segments. In the middle, of the requests or of the minutes, one proxy gets
-SIGKILL. Exit 1 where a row that a client was told of is missing, a budget was exceeded, another
-tenant was served, an answer of a living proxy did not come, or the audit is not whole.
+that asks for everybody's segments. Each proxy has an engine of its own; they share the store. In
+the middle, of the requests or of the minutes, one proxy gets SIGKILL, and so does a worker of an
+evaluation that runs on Ray beside the load. Exit 1 where a row that a client was told of is
+missing, a budget was exceeded, another tenant was served, an answer of a living proxy did not come,
+the audit is not whole, or the evaluation's journal is not what one without Ray writes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import argparse
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,10 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 from soak import AGENTS, POLICY, WEIGHTS, Load, Seen, audited, quantiles
 
 from lcguard.commands.live_servers import Running, Site
 from lcguard.commands.script import run_script, script_parser, write_report
+from lcguard.config import dump_config
+from lcguard.evaluation.folder import RunFolder
+from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
 from lcguard.server.database.place import place_of, reading
 
 BUDGET = 4
@@ -41,6 +49,66 @@ CROSSED = (
     "SELECT count(*) FROM received JOIN segments ON segments.handle = received.handle "
     "WHERE segments.tenant <> received.tenant OR segments.audience <> received.audience"
 )
+
+EVALUATION = EvalConfig(
+    title="beside the load",
+    data=DataConfig(seed=31, train_records=48, test_records=16),
+    guards=(GuardSpec("identity", guard="identity"), GuardSpec("gate", path="nano:gate")),
+    attacks=(
+        AttackSpec("probe", "probe", {"fit": {"steps": 20}}),
+        AttackSpec("decoder", options={"width": 32, "fit": {"steps": 20}}),
+    ),
+    injection=False,
+    broken_at=None,
+    explain=0,
+)
+
+
+class Evaluation:
+    """An evaluation in a process of its own, whose journal must not depend on the executor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+        self.killed = 0
+        """The process id of the worker."""
+
+    def start(self, executor: str) -> subprocess.Popen[bytes]:
+        self.folder.mkdir(exist_ok=True)
+        plan = self.folder / "plan.yaml"
+        plan.write_text(dump_config(EVALUATION))
+        words = [sys.executable, "-m", "lcguard.cli", "eval", "run", str(plan)]
+        words += ["--out", str(self.folder / executor), "--executor", executor]
+        return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    async def lose_a_worker(self) -> None:
+        """Starts it on Ray, and kills the first worker that has something to do."""
+        self.process = self.start("ray")
+        while not self.killed and self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                try:
+                    if child.name().startswith("ray::_run"):
+                        child.kill()
+                        self.killed = child.pid
+                        break
+                except psutil.NoSuchProcess:
+                    continue
+            await asyncio.sleep(0.01)
+
+    def measured(self) -> dict[str, Any]:
+        """Once it has ended, beside one without Ray."""
+        assert self.process is not None
+        codes = {"ray": self.process.wait(), "local": self.start("local").wait()}
+        journals = []
+        for name, code in codes.items():
+            file = RunFolder(self.folder / name).journal_file
+            journals.append(file.read_bytes() if code == 0 and file.exists() else name.encode())
+        return {
+            "exit_codes": codes,
+            "worker_killed": bool(self.killed),
+            "journal_bytes": len(journals[0]),
+            "same_journal": journals[0] == journals[1],
+        }
 
 
 class Cluster(Load):
@@ -76,7 +144,10 @@ class Cluster(Load):
 
 
 async def load_on(
-    proxies: Sequence[Running], keys: dict[str, str], args: argparse.Namespace
+    proxies: Sequence[Running],
+    keys: dict[str, str],
+    evaluation: Evaluation,
+    args: argparse.Namespace,
 ) -> Cluster:
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
@@ -89,6 +160,9 @@ async def load_on(
             return max(load.n / args.requests, (time.monotonic() - started_s) / args.minutes / 60)
 
         async def killer() -> None:
+            while done() < 0.4:
+                await asyncio.sleep(0.05)
+            await evaluation.lose_a_worker()
             while done() < 0.5:
                 await asyncio.sleep(0.05)
             load.kill(proxies[-1])
@@ -127,7 +201,14 @@ def measured(load: Cluster, database: str, key: bytes, seconds: float) -> dict[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(
-        __doc__, concurrency=16, requests=5000, minutes=60.0, proxies=2, database="", seed=0
+        __doc__,
+        concurrency=16,
+        requests=5000,
+        minutes=60.0,
+        proxies=2,
+        database="",
+        store="",
+        seed=0,
     )
     args = parser.parse_args(argv)
     if not args.database.startswith("postgres") or args.proxies < 2 or args.requests < 10:
@@ -137,24 +218,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         site = Site(Path(folder) / "site", POLICY | {"edges": edges})
         keys = {agent: site.key(agent) for agent in AGENTS}
         keys[STRANGER] = site.key(AGENTS[0], "another")
-        engine = stack.enter_context(site.engine())
-        proxies = []
+        store, proxies = args.store or site.store, []
         for i in range(args.proxies):
             one = Site(Path(folder) / f"proxy-{i}")
-            one.environment = site.environment
+            one.environment, one.policy, one.store = site.environment, site.policy, store
+            engine = stack.enter_context(one.engine())
             shared = {"policy": str(site.policy), "keys": str(site.folder / "keys.yaml")}
             proxies.append(
                 stack.enter_context(
-                    one.proxy(engine, store=site.store, database=args.database, **shared)
+                    one.proxy(engine, store=store, database=args.database, **shared)
                 )
             )
+        evaluation = Evaluation(Path(folder) / "evaluation")
         started = time.monotonic()
-        load = asyncio.run(load_on(proxies, keys, args))
+        load = asyncio.run(load_on(proxies, keys, evaluation, args))
         seconds = time.monotonic() - started
         for proxy in proxies:  # whatever was on its way has its row then
             proxy.stop()
+        beside = evaluation.measured()
         key = bytes.fromhex(site.environment["LCGUARD_KEY"])
-        found = measured(load, args.database, key, seconds)
+        found = measured(load, args.database, key, seconds) | {
+            "store": (args.store or "file").split(":")[0],
+            "evaluation": beside,
+        }
     wrong = {
         "a row is lost": found["audit"]["lost"],
         "the audit is altered": found["audit"]["problems"],
@@ -163,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "another tenant was served": found["strangers_served"] + found["ledger"]["crossed_tenants"],
         "an answer did not come": found["n_broken"],
         "a 5xx without a reason": found["n_5xx_without_reason"],
-        "nobody was killed": not load.killed,
+        "nobody was killed": not load.killed or not beside["worker_killed"],
+        "the evaluation is another one than without Ray": not beside["same_journal"],
     }
     found["failed"] = [what for what, is_wrong in wrong.items() if is_wrong]
     command = f"python scripts/soak_proxies.py --requests {args.requests} --proxies {args.proxies}"
