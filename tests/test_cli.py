@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,8 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from lcguard.agents.nano.load import model_path
 from lcguard.cli import main
-from lcguard.commands.script import resumable
-from lcguard.evaluation.parallel import side_by_side
 from lcguard.guards.shipped import guard_folder
 
 
@@ -325,96 +319,3 @@ def test_a_full_disk_ends_a_training_in_one_line_and_it_goes_on_later(tmp_path: 
         "go on with `lcguard train run/config.yaml --out run`"
     )
     assert other.returncode == 2
-
-
-@pytest.mark.slow
-def test_ctrl_c_does_not_wait_for_the_attacks_of_an_evaluation(tmp_path: Path) -> None:
-    """Sent to the command alone, while its forked fits would run for hours."""
-    (tmp_path / "long.yaml").write_text(
-        "title: long\nmodel: nano\nseeds: [0]\n"
-        "data: {source: generator, train_records: 64, test_records: 16}\n"
-        "guards: [{name: redact, guard: redact}]\n"
-        "attacks: [{name: probe, attack: probe, options: {fit: {steps: 100000000}}}]\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lcguard.cli", "eval", "run", "long.yaml", "--out", "run"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not children.read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "lcguard: stopped; resume with: lcguard eval resume run"
-    assert "Traceback" not in said
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    words = ["train", "gate", "--out", "run", "--set", "train.checkpoint_every=1", *TINY]
-    words += ["--set", "train.steps=10000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lcguard.cli", *words],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (tmp_path / "run" / "checkpoint.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == f"lcguard: stopped; resume with: lcguard {' '.join(words)}"
-    assert "Traceback" not in said
-
-
-class _Interrupted:
-    def __del__(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_ctrl_c_where_python_drops_an_exception(capsys: pytest.CaptureFixture[str]) -> None:
-    """As in what runs at a fork; nobody would press it again."""
-
-    def run() -> None:
-        _Interrupted()
-        list(side_by_side([lambda: time.sleep(3600)]))
-
-    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
-        run()
-    assert ended.value.code == 130
-    assert "lcguard: stopped; resume with: lcguard eval resume run" in capsys.readouterr().err
-
-
-def test_ctrl_c_is_no_lack_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the processes that it ends are noticed first."""
-
-    def run() -> None:
-        with suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        list(side_by_side([_killed]))
-
-    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
-        run()
-    assert ended.value.code == 130
-    assert "lcguard: stopped; resume with: lcguard eval resume run" in capsys.readouterr().err
-
-
-def _killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_fit_that_the_kernel_kills_ends_the_run_in_one_line(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """As Linux does where memory is full."""
-    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
-        list(side_by_side([_killed, _killed]))
-    assert ended.value.code == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "a process of this run was killed, most likely because memory was full" in said
-    assert said.endswith("resume with: lcguard eval resume run")

@@ -1,4 +1,4 @@
-"""The decoder in parts, and injection."""
+"""The decoder in parts, a probe of one layer, and injection."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from lcguard.attacks.base import FitConfig, Knowledge
 from lcguard.attacks.decoder import DecoderAttack
 from lcguard.attacks.injection import InjectionAttack, _agreed, _runs
+from lcguard.attacks.probe import ProbeAttack
 from lcguard.protocols import AttackData
-from lcguard.training.dataset import with_policy
+from lcguard.training.dataset import attack_data, with_policy
 from tests.attacks.attackers import data_of, few
 from tests.fixtures import World
 from tests.matrix import ATTACKS
@@ -166,3 +167,24 @@ def test_the_field_s_longest_run_is_the_candidate() -> None:
 def test_injection_needs_the_model(pairs: AttackData) -> None:
     with pytest.raises(ValueError, match="needs the agents' model: call equip"):
         InjectionAttack().fit(pairs)
+
+
+def test_a_probe_of_one_layer_reads_that_layer_alone(world: World) -> None:
+    def pairs(records: Any) -> Any:
+        data = attack_data(records, world.source.prefill([r.ids for r in records]), world.special)
+        keys, values = data.kv.keys.clone(), data.kv.values.clone()
+        keys[:, 1], values[:, 1] = 0.0, 0.0  # nothing left in the second layer
+        return data.with_kv(replace(data.kv, keys=keys, values=values))
+
+    train, test = pairs(world.records), pairs(world.others)
+    score = {}
+    for layer in (0, 1):
+        attack = ProbeAttack.build(
+            {"layers": [layer], "width": 96, "fit": {"steps": 150, "batch": 512, "warmup": 10}}
+        )
+        guesses = attack.fit(train).recover(test)
+        score[layer] = torch.tensor([g.token_accuracy or 0.0 for g in guesses]).mean().item()
+    assert score[0] > 0.5
+    assert score[1] < 0.2
+    with pytest.raises(ValueError, match="give 0 to 1"):
+        ProbeAttack.build({"layers": [2]}).fit(train)

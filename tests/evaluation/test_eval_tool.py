@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -11,33 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
 
-from lcguard.agents.models import NAMED
-from lcguard.agents.scenarios.load import load_hops
-from lcguard.attacks.probe import ProbeAttack
-from lcguard.commands.detector import DetectorRun
-from lcguard.commands.evaluation import load
 from lcguard.commands.inventory import count_units, find_runs
-from lcguard.commands.progress import progress
-from lcguard.config import dump_config, load_config
-from lcguard.evaluation.compare import compare
-from lcguard.evaluation.folder import RunFolder
-from lcguard.evaluation.fresh_attacks import check_fresh, check_headline
-from lcguard.evaluation.load import hops_for
-from lcguard.evaluation.outcomes import Attempt, Journal, Outcome
-from lcguard.evaluation.plan import AttackSpec, DataConfig, EvalConfig, GuardSpec
-from lcguard.evaluation.presets import load_plan, preset, shipped
-from lcguard.evaluation.quick import quickened
-from lcguard.evaluation.stress import stressed
-from lcguard.training.dataset import attack_data
-from tests.fixtures import World
+from lcguard.config import load_config
+from lcguard.evaluation.outcomes import Journal
+from lcguard.evaluation.plan import EvalConfig
 from tests.test_cli import files_of_at_most, lcguard, one_line
 
 TINY = """\
@@ -152,39 +133,6 @@ def test_killed_and_resumed_ends_in_the_same_report(home: Path, tmp_path: Path) 
     assert "eval resume" in later["command"]
 
 
-INTERRUPTED = """
-import os, signal, sys
-from lcguard.cli import main
-from lcguard.evaluation.outcomes import Journal
-
-write, written = Journal.write, []
-
-def interrupted_before_the_third(self, *args, **more):
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-    write(self, *args, **more)
-    written.append(1)
-
-Journal.write = interrupted_before_the_third
-sys.argv[0] = "lcguard"
-sys.exit(main())
-"""
-
-
-def test_nothing_more_is_done_after_ctrl_c(home: Path, tmp_path: Path) -> None:
-    """Not even the unit whose figures are there already is written."""
-    out = tmp_path / "stopped"
-    command = [sys.executable, "-c", INTERRUPTED, "eval", "run", "tiny.yaml", "--out", str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
-    assert done.returncode == 130, done.stderr
-    assert (
-        done.stderr.splitlines()[-1] == f"lcguard: stopped; resume with: lcguard eval resume {out}"
-    )
-    assert count_units(out / "attempts.jsonl") == 2
-    assert not (out / "report.json").exists()
-
-
 def test_a_full_disk_ends_an_evaluation_in_one_line_and_it_goes_on(
     home: Path, tmp_path: Path
 ) -> None:
@@ -296,47 +244,6 @@ def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     assert "'multi'" in one_line(lcguard("eval", "run", "x.yaml", cwd=tmp_path))
 
 
-HOPS = """\
-kind: multihop
-title: hops
-data: {seed: 5, train_scenarios: 12, test_scenarios: 4, min_fields: 2, max_fields: 2}
-topologies: [{name: pair, kind: chain, agents: 3}]
-guards: [{name: identity, guard: identity}, {name: redact, guard: redact}]
-attacks: [{name: probe, attack: probe, options: {width: 32, fit: {steps: 10, batch: 64}}}]
-seeds: [0]
-"""
-
-
-def test_several_hops_by_the_same_commands(tmp_path: Path) -> None:
-    """``kind: multihop`` has its own schema and tables; folders, gates and lists are common."""
-    (tmp_path / "hops.yaml").write_text(HOPS)
-    gate = ("--fail-if", "identity.utility<0.1 or redact.asr>=0")
-    done = lcguard("eval", "run", "hops.yaml", "--out", "runs/hops", *gate, cwd=tmp_path)
-    assert done.returncode == 3, done.stderr
-    assert "violated: pair redact per-agent: asr" in done.stderr
-    assert "ASR, graph" in done.stdout
-    run = tmp_path / "runs" / "hops"
-    assert "kind: multihop" in (run / "config.yaml").read_text()
-    units = count_units(run / "attempts.jsonl")
-    again = lcguard("eval", "resume", "runs/hops", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert count_units(run / "attempts.jsonl") == units
-    before = (run / "report.md").read_text()
-    (run / "report.md").unlink()
-    shown = lcguard("eval", "report", "runs/hops", "--format", "md", cwd=tmp_path)
-    assert shown.stdout == before + "\n"
-    args = ("eval", "compare", "runs/hops", "runs/hops", "--fail-on-regression")
-    same = lcguard(*args, cwd=tmp_path)
-    assert same.returncode == 0, same.stderr
-    assert "pair redact per-agent" in same.stdout
-    (entry,) = find_runs(tmp_path / "runs")
-    assert entry.state == f"complete, {units} units"
-    assert entry.best is not None
-    for option in ("--stress", "--quick"):
-        refused = lcguard("eval", "run", "hops.yaml", "--out", "x", option, cwd=tmp_path)
-        assert f"{option} is for evaluations of one hop" in one_line(refused)
-
-
 def test_nothing_to_resume(tmp_path: Path) -> None:
     assert "no config.yaml" in one_line(lcguard("eval", "resume", str(tmp_path), cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -411,109 +318,6 @@ def test_nothing_is_run_on_wrong_input(
     assert not out.exists()
 
 
-# -- the headline
-
-
-def spec(**options: Any) -> EvalConfig:
-    return EvalConfig(attacks=(AttackSpec("mine", options=options),))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"weights": "attacker"},
-        {"fit": {"checkpoint": "last"}},
-        {"start": "runs/attacker.safetensors"},
-    ],
-)
-def test_an_attacker_that_brings_weights_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="saved weights"):
-        check_fresh(spec(**options))
-
-
-def test_a_folder_of_weights_is_recognised(tmp_path: Path) -> None:
-    check_fresh(spec(words=str(tmp_path)))
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="saved weights"):
-        check_fresh(spec(words=str(tmp_path)))
-
-
-def test_a_model_has_presets_of_its_own_and_else_the_embedded_ones() -> None:
-    own = load_plan(EvalConfig, "agentleak", ["model=smollm2"], None)
-    assert [g.path for g in own.guards if g.path] == ["smollm2:twin"]
-    assert "nano:gate" in [g.path for g in load_plan(EvalConfig, "agentleak", [], None).guards]
-    assert load_plan(EvalConfig, "demo", ["model=smollm2"], None).model == "smollm2"
-    assert load_plan(EvalConfig, "demo", ["model=other"], None).guards == (
-        load_plan(EvalConfig, "demo", [], None).guards
-    )
-    with pytest.raises(ValueError, match="with model=smollm2 also: agentleak, budget, demo"):
-        preset("nothing", "smollm2")
-
-
-def test_a_share_keeps_the_split_whatever_the_number_of_records(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    hops = load_hops("generator", path=None, seed=1, split="test", n=60)
-
-    monkeypatch.setattr("lcguard.evaluation.load.load_hops", lambda *args, **options: hops)
-    data = DataConfig("agentleak", train_records=4500, test_records=1500)  # all there are
-
-    def names(data: DataConfig) -> list[set[str]]:
-        return [{h.scenario_id for h in side} for side in hops_for(data)]
-
-    fitted, held = names(data)
-    for n in (4, 7):
-        few = replace(data, train_records=n, test_records=n, train_share=0.75)
-        train, test = hops_for(few)
-        assert (len(train), len(test)) == (n, n)
-        assert names(few)[0] <= fitted
-        assert names(few)[1] <= held
-    loose = names(replace(data, train_records=7, test_records=14))[1]
-    assert loose & fitted  # without it fewer records move the border
-
-
-def test_no_preset_measures_what_the_shipped_detector_was_fitted_on() -> None:
-    """The scenarios' order is the seed's, so a border that is not before the detector's will do."""
-    detector = load_plan(DetectorRun, "twin", ["model=smollm2"], None, "detect-")
-    fitted = {d.source: d for d in detector.sources if d.source != "generator"}
-    for name, own in fitted.items():
-        data = load_plan(EvalConfig, name, ["model=smollm2"], None).data
-        assert data.seed == own.seed
-        assert data.train_share is not None
-        assert data.train_share >= own.train_records / (own.train_records + own.test_records)
-
-
-def test_shipped_presets_are_fresh() -> None:
-    for path in (p for model in NAMED for p in shipped(model)):
-        if not path.stem.startswith(("train-", "detect-")):
-            check_fresh(load_config(EvalConfig, path))
-
-
-def test_the_headline_is_from_an_attack_of_this_run() -> None:
-    def attempt(kind: Any) -> Attempt:
-        return Attempt(
-            scenario="s",
-            edge="a>b",
-            record="r",
-            guard="gate",
-            policy="edge",
-            attack="mine",
-            seed=0,
-            category="health",
-            field="f/0",
-            kind=kind,
-            outcome=Outcome.SUCCESS,
-        )
-
-    row = {"guard": "gate", "asr_fresh_best": "mine"}
-    check_headline([row], [attempt("attack")], spec())
-    for attempts in ([], [attempt("train")], [attempt("floor")]):
-        with pytest.raises(ValueError, match="not fitted in this run"):
-            check_headline([row], attempts, spec())
-    with pytest.raises(ValueError, match="'theirs'"):
-        check_headline([{**row, "asr_fresh_best": "theirs"}], [attempt("attack")], spec())
-
-
 # -- compare and list
 
 
@@ -545,33 +349,6 @@ def test_compare(home: Path, copy: Path) -> None:
     assert "no results" in one_line(lcguard("eval", "compare", whole, str(copy), cwd=home))
 
 
-def test_compare_counts_what_is_gone_and_tells_noise() -> None:
-    def report(**guards: tuple[float | None, float]) -> dict[str, Any]:
-        rows = [
-            {
-                "guard": g,
-                "utility": 0.9,
-                "asr_fresh": v,
-                "asr_fresh_ci": None if v is None else [v - e, v + e],
-            }
-            for g, (v, e) in guards.items()
-        ]
-        return {"results": rows}
-
-    found = compare(
-        report(a=(0.1, 0.1), b=(0.1, 0.01), c=(0.1, 0.1), d=(0.1, 0.1)),
-        report(a=(0.2, 0.1), b=(0.2, 0.01), c=(None, 0.0), e=(0.9, 0.1)),
-    )
-    by_name = {g.guard: g for g in found.guards}
-    assert (by_name["a"].worse, by_name["a"].moves["asr"].overlap) == (True, True)
-    assert (by_name["b"].worse, by_name["b"].moves["asr"].overlap) == (True, False)
-    assert by_name["b"].moves["asr"].difference == pytest.approx(0.1)
-    assert by_name["c"].worse  # no longer measured
-    assert by_name["d"].worse  # no longer there
-    assert not by_name["e"].worse  # was not there
-    assert len(found.regressions()) == 5  # d lost its utility too
-
-
 def test_list_tells_finished_from_interrupted(home: Path, copy: Path) -> None:
     runs = copy.parent
     shutil.copytree(copy, runs / "deep" / "cut")
@@ -594,89 +371,8 @@ def test_list_tells_finished_from_interrupted(home: Path, copy: Path) -> None:
     assert "nowhere" in missing
 
 
-def test_list_shows_what_is_registered(tmp_path: Path) -> None:
-    shown = lcguard("eval", "list", "--attacks", "--guards", "--presets", cwd=tmp_path).stdout
-    for word in (
-        "white-box",
-        "arXiv 2508.09442",
-        "redact",
-        "lcguard train gate-finish",
-        "lcguard eval run main",
-    ):
-        assert word in shown
-
-
-# -- progress and stress
-
-
-@pytest.mark.parametrize(
-    ("terminal", "ci", "bar"), [(True, "", True), (True, "1", False), (False, "", False)]
-)
-def test_the_bar_is_for_people(
-    terminal: bool, ci: str, bar: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CI", ci)
-    monkeypatch.setenv("TERM", "xterm")
-    out = io.StringIO()
-    with progress(Console(file=out, force_terminal=terminal), 8) as (say, advance):
-        advance(3)
-        say("a line")
-    assert "a line" in out.getvalue()
-    assert ("3/8" in out.getvalue()) is bar
-
-
 def test_units_are_counted_before_they_are_made(home: Path) -> None:
     assert load_config(EvalConfig, home / "tiny.yaml").units == UNITS
-
-
-def test_stress_makes_every_attack_stronger(tmp_path: Path) -> None:
-    weak = EvalConfig(
-        guards=(GuardSpec("a"), GuardSpec("b", attacks=("one",)), GuardSpec("c", attacks=("two",))),
-        attacks=(
-            AttackSpec("one", "probe", {"width": 7, "fit": {"steps": 20, "lr": 0.1}}),
-            AttackSpec("two", options={"width": 32}, warm=True, clean_fit={"steps": 5}),
-            AttackSpec("three", "injection"),
-        ),
-    )
-    strong = stressed(weak)
-    by_name = {a.name: a for a in strong.attacks}
-    assert by_name["one"].options == {"width": 7, "fit": {"steps": 200, "lr": 0.1}}
-    assert by_name["two"].options == {"width": 64, "fit": {"steps": 3000}}
-    assert by_name["two"].clean_fit == {"steps": 50}
-    assert by_name["three"].options == {}
-    probes = [f"probe-layer{i}" for i in range(4)]  # of the nano agent
-    assert list(by_name) == ["one", "two", "three", *probes]
-    assert by_name["probe-layer2"].options == {**by_name["one"].options, "layers": [2]}
-    assert [g.attacks for g in strong.guards] == [(), ("one", *probes), ("two",)]
-    with pytest.raises(ValueError, match="probe-layer0"):
-        stressed(strong)
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_config(strong))
-    assert load_config(EvalConfig, path) == strong
-    RunFolder(tmp_path).check(strong)
-    with pytest.raises(ValueError, match="title"):
-        RunFolder(tmp_path).check(weak)
-
-
-def test_quick_makes_less_of_everything() -> None:
-    full = load(Path("demo"), (), None)
-    assert isinstance(full, EvalConfig)
-    quick = quickened(full)
-    assert (quick.data.train_records, quick.data.test_records) == (225, 40)
-    by_name = {a.name: a for a in quick.attacks}
-    assert by_name["probe"].options == {"fit": {"steps": 33, "batch": 2048}}
-    assert by_name["decoder-warm"].clean_fit["steps"] == 40
-    assert by_name["likelihood"].options == {"lists": [10, 100], "max_records": 6}
-    assert [g.name for g in quick.guards] == [g.name for g in full.guards]
-    assert (quick.policies, quick.derived, quick.seeds) == ((), None, (0,))
-    assert load(Path("demo"), (), None, quick=True) == quick
-    # of several attacks of a kind the first, and no list that takes minutes
-    main = load(Path("main"), (), None, quick=True)
-    assert [a.name for a in main.attacks] == ["probe", "decoder-warm", "likelihood"]
-    assert main.attacks[-1].options["lists"] == [10, 100]
-    real = load(Path("main"), ("model=smollm2",), None, quick=True)
-    assert isinstance(real, EvalConfig)
-    assert (real.data.train_records, real.data.test_records) == (8, 6)
 
 
 def test_a_quick_run_says_so_and_judges_nothing(home: Path, tmp_path: Path) -> None:
@@ -698,24 +394,3 @@ def test_a_quick_run_says_so_and_judges_nothing(home: Path, tmp_path: Path) -> N
         assert "says nothing of a quick run" in one_line(lcguard(*words, cwd=tmp_path))
     both = lcguard(*command, "--stress", cwd=tmp_path)
     assert "leave one of them out" in one_line(both)
-
-
-def test_a_probe_of_one_layer_reads_that_layer_alone(world: World) -> None:
-    def pairs(records: Any) -> Any:
-        data = attack_data(records, world.source.prefill([r.ids for r in records]), world.special)
-        keys, values = data.kv.keys.clone(), data.kv.values.clone()
-        keys[:, 1], values[:, 1] = 0.0, 0.0  # nothing left in the second layer
-        return data.with_kv(replace(data.kv, keys=keys, values=values))
-
-    train, test = pairs(world.records), pairs(world.others)
-    score = {}
-    for layer in (0, 1):
-        attack = ProbeAttack.build(
-            {"layers": [layer], "width": 96, "fit": {"steps": 150, "batch": 512, "warmup": 10}}
-        )
-        guesses = attack.fit(train).recover(test)
-        score[layer] = torch.tensor([g.token_accuracy or 0.0 for g in guesses]).mean().item()
-    assert score[0] > 0.5
-    assert score[1] < 0.2
-    with pytest.raises(ValueError, match="give 0 to 1"):
-        ProbeAttack.build({"layers": [2]}).fit(train)

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from lcguard.commands.inventory import count_units, find_runs
 from lcguard.config import ConfigError, load_config
 from lcguard.evaluation.graph_segments import topology_of
 from lcguard.evaluation.multihop_plan import MultihopConfig, TopologySpec
 from lcguard.evaluation.presets import load_plan
 from lcguard.evaluation.run import evaluate
 from tests.paths import ROOT
+from tests.test_cli import lcguard, one_line
 
 CONFIG = ROOT / "scripts" / "configs" / "multihop.yaml"
 
@@ -194,3 +196,44 @@ def test_unknown_guards_and_cycles_end_before_anything_is_written(
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
     assert TopologySpec("c", "chain", 2).agents == 2
+
+
+HOPS = """\
+kind: multihop
+title: hops
+data: {seed: 5, train_scenarios: 12, test_scenarios: 4, min_fields: 2, max_fields: 2}
+topologies: [{name: pair, kind: chain, agents: 3}]
+guards: [{name: identity, guard: identity}, {name: redact, guard: redact}]
+attacks: [{name: probe, attack: probe, options: {width: 32, fit: {steps: 10, batch: 64}}}]
+seeds: [0]
+"""
+
+
+def test_several_hops_by_the_same_commands(tmp_path: Path) -> None:
+    """``kind: multihop`` has its own schema and tables; folders, gates and lists are common."""
+    (tmp_path / "hops.yaml").write_text(HOPS)
+    gate = ("--fail-if", "identity.utility<0.1 or redact.asr>=0")
+    done = lcguard("eval", "run", "hops.yaml", "--out", "runs/hops", *gate, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "violated: pair redact per-agent: asr" in done.stderr
+    assert "ASR, graph" in done.stdout
+    run = tmp_path / "runs" / "hops"
+    assert "kind: multihop" in (run / "config.yaml").read_text()
+    units = count_units(run / "attempts.jsonl")
+    again = lcguard("eval", "resume", "runs/hops", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert count_units(run / "attempts.jsonl") == units
+    before = (run / "report.md").read_text()
+    (run / "report.md").unlink()
+    shown = lcguard("eval", "report", "runs/hops", "--format", "md", cwd=tmp_path)
+    assert shown.stdout == before + "\n"
+    args = ("eval", "compare", "runs/hops", "runs/hops", "--fail-on-regression")
+    same = lcguard(*args, cwd=tmp_path)
+    assert same.returncode == 0, same.stderr
+    assert "pair redact per-agent" in same.stdout
+    (entry,) = find_runs(tmp_path / "runs")
+    assert entry.state == f"complete, {units} units"
+    assert entry.best is not None
+    for option in ("--stress", "--quick"):
+        refused = lcguard("eval", "run", "hops.yaml", "--out", "x", option, cwd=tmp_path)
+        assert f"{option} is for evaluations of one hop" in one_line(refused)

@@ -11,14 +11,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -52,6 +50,7 @@ from tests.server.proxy_client import (
     n_running,
     until,
 )
+from tests.server.raw_requests import connect, drip, head, send_whole
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 N_MALFORMED = 2000
@@ -100,7 +99,7 @@ def test_vllm_stops_for_a_client_that_hangs_up(drill: Drill, stream: bool) -> No
             next(events)
             assert n_running(engine) == 1
     else:
-        hung = _send_whole(drill, asked(NOTE, handoff, LONG))
+        hung = send_whole(drill, asked(NOTE, handoff, LONG))
         until(lambda: n_running(engine) == 1, WAIT_S, "vLLM computes")
         hung.close()
     until(lambda: n_running(engine) == 0, WAIT_S, "vLLM stops")
@@ -125,7 +124,7 @@ def test_hung_up_publishes_leave_nothing(drill: Drill) -> None:
     handoff, n = {"publish": {"audience": "billing"}}, 18
     for i in range(n):
         if i % 3 == 0:
-            hung = _send_whole(drill, asked(f"{NOTE} {i}", handoff, 1 + i))
+            hung = send_whole(drill, asked(f"{NOTE} {i}", handoff, 1 + i))
             time.sleep(0.01 * i)  # somewhere on its way; all moments are right
             hung.close()
             continue
@@ -149,58 +148,18 @@ def test_hung_up_publishes_leave_nothing(drill: Drill) -> None:
         assert drill.audience.consume(handle).status == 404
 
 
-def _send_whole(drill: Drill, body: dict[str, Any]) -> socket.socket:
-    """A request whose answer is not waited for."""
-    data = json.dumps(body).encode()
-    made = _connect(drill)
-    made.sendall(_head(drill, len(data)) + data)
-    return made
-
-
-def _connect(drill: Drill) -> socket.socket:
-    parts = urlsplit(drill.proxy.url)
-    return socket.create_connection((parts.hostname, parts.port), timeout=WAIT_S)
-
-
-def _head(drill: Drill, n_bytes: int, path: str = "/v1/completions") -> bytes:
-    return (
-        f"POST {path} HTTP/1.1\r\nHost: proxy\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {drill.publisher.key}\r\nContent-Length: {n_bytes}\r\n\r\n"
-    ).encode()
-
-
-def _drip(connection: socket.socket, data: bytes) -> tuple[bytes, float]:
-    """Sends a byte a second until the other side has had enough; its answer, and seconds."""
-    started = time.monotonic()
-    connection.settimeout(1.0)
-    got = b""
-    for byte in data:
-        assert time.monotonic() - started < WAIT_S, "the proxy waits for ever"
-        try:
-            connection.send(bytes([byte]))
-            piece = connection.recv(65536)
-        except TimeoutError:
-            continue
-        except (ConnectionResetError, BrokenPipeError):
-            break
-        got += piece
-        if not piece:
-            break
-    return got, time.monotonic() - started
-
-
 def test_a_body_that_drips_is_refused(drill: Drill) -> None:
-    with _connect(drill) as slow:
-        slow.sendall(_head(drill, 1000))
-        got, spent_s = _drip(slow, b"{" + b" " * 999)
+    with connect(drill) as slow:
+        slow.sendall(head(drill, 1000))
+        got, spent_s = drip(slow, b"{" + b" " * 999)
     assert got.startswith(b"HTTP/1.1 408 ")
     assert b"did not arrive within 2 s" in got
     assert spent_s >= BODY_TIMEOUT_S - 1
 
 
 def test_a_head_that_drips_is_hung_up_on(drill: Drill) -> None:
-    with _connect(drill) as slow:
-        got, spent_s = _drip(slow, _head(drill, 10) * 2)
+    with connect(drill) as slow:
+        got, spent_s = drip(slow, head(drill, 10) * 2)
     assert got == b""
     assert spent_s >= BODY_TIMEOUT_S - 1
 
@@ -208,9 +167,9 @@ def test_a_head_that_drips_is_hung_up_on(drill: Drill) -> None:
 def test_no_body_is_read_for_whoever_has_no_right_to_send_it(drill: Drill) -> None:
     """A route of operators: neither size nor time of a body counts before the key does, and who
     goes on sending is hung up on."""
-    with _connect(drill) as slow:
-        slow.sendall(_head(drill, 10**9, "/lcguard/v1/leakage/reopen"))
-        got, _ = _drip(slow, b"{" + b" " * 99)
+    with connect(drill) as slow:
+        slow.sendall(head(drill, 10**9, "/lcguard/v1/leakage/reopen"))
+        got, _ = drip(slow, b"{" + b" " * 99)
     assert got.startswith(b"HTTP/1.1 403 ")
 
 

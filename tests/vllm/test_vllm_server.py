@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -13,15 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
 
-from lcguard.agents.backends.hf import HFBackend, load_backend
+from lcguard.agents.backends.hf import load_backend
 from lcguard.agents.nano.load import model_path
 from lcguard.handoff.grants import new_handle
 from lcguard.handoff.keys import new_key
@@ -29,6 +26,7 @@ from lcguard.handoff.policy import parse_policy
 from lcguard.store import open_store
 from tests.docs.blocks import block
 from tests.engine import KEY, fit_twin, needs_vllm, policy, question, records
+from tests.vllm.api_server import Server, consume, documented_edges, environment
 
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -41,49 +39,6 @@ out = llm.generate([{"prompt_token_ids": p} for p in prompts],
                    SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
 print("TOKENS" + json.dumps([list(o.outputs[0].token_ids) for o in out]))
 """
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {
-        "LCGUARD_KEY": KEY,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-
-
-@dataclass
-class Server:
-    client: Any
-    url: str
-    store: Path
-    agent: HFBackend
-    process: subprocess.Popen[bytes]
-
-    def ask(self, prompt: Any, handoff: Any = None, **more: Any) -> Any:
-        body = {"kv_transfer_params": {"lcguard": handoff}} if handoff is not None else {}
-        options = {"max_tokens": 12, "temperature": 0} | more
-        return self.client.completions.create(
-            model="nano", prompt=prompt, extra_body=body, **options
-        )
-
-    def publish(self, ids: Any, audience: str) -> dict[str, Any]:
-        handoff = {"publish": {"source": "intake", "audience": audience}}
-        answer = self.ask(list(ids), handoff)
-        return answer.kv_transfer_params["lcguard"]  # type: ignore[no-any-return]
-
-
-def consume(made: dict[str, Any], agent: str = "") -> dict[str, Any]:
-    segment = {"handle": made["handle"], "grant": made["grant"]}
-    return {"consume": {"agent": agent or made["audience"], "segments": [segment]}}
-
-
-def documented_edges() -> list[dict[str, Any]]:
-    """Of the policy that docs/vllm.md starts this server with."""
-    code = block("docs/vllm.md", "vllm.entrypoints.openai.api_server")
-    (config,) = re.findall(r"--kv-transfer-config '(.*?)'\n", code, re.S)
-    edges = json.loads(config)["kv_connector_extra_config"]["policy"]["edges"]
-    return list(edges)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,148 @@
+"""Ctrl-C, and what the kernel ends: one line, and how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lcguard.commands.inventory import count_units
+from lcguard.commands.script import resumable
+from lcguard.evaluation.parallel import side_by_side
+from tests.evaluation.test_eval_tool import TINY as EVALUATION
+
+TINY = ("--set", "train.steps=2", "--set", "train.batch=2", "--set", "train.label_steps=0")
+TINY += ("--set", "data.train_records=40", "--set", "data.test_records=20")
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_the_attacks_of_an_evaluation(tmp_path: Path) -> None:
+    """Sent to the command alone, while its forked fits would run for hours."""
+    (tmp_path / "long.yaml").write_text(
+        "title: long\nmodel: nano\nseeds: [0]\n"
+        "data: {source: generator, train_records: 64, test_records: 16}\n"
+        "guards: [{name: redact, guard: redact}]\n"
+        "attacks: [{name: probe, attack: probe, options: {fit: {steps: 100000000}}}]\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lcguard.cli", "eval", "run", "long.yaml", "--out", "run"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "lcguard: stopped; resume with: lcguard eval resume run"
+    assert "Traceback" not in said
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    words = ["train", "gate", "--out", "run", "--set", "train.checkpoint_every=1", *TINY]
+    words += ["--set", "train.steps=10000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lcguard.cli", *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "run" / "checkpoint.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == f"lcguard: stopped; resume with: lcguard {' '.join(words)}"
+    assert "Traceback" not in said
+
+
+class _Interrupted:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_where_python_drops_an_exception(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in what runs at a fork; nobody would press it again."""
+
+    def run() -> None:
+        _Interrupted()
+        list(side_by_side([lambda: time.sleep(3600)]))
+
+    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
+        run()
+    assert ended.value.code == 130
+    assert "lcguard: stopped; resume with: lcguard eval resume run" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_lack_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the processes that it ends are noticed first."""
+
+    def run() -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        list(side_by_side([_killed]))
+
+    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
+        run()
+    assert ended.value.code == 130
+    assert "lcguard: stopped; resume with: lcguard eval resume run" in capsys.readouterr().err
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_fit_that_the_kernel_kills_ends_the_run_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As Linux does where memory is full."""
+    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
+        list(side_by_side([_killed, _killed]))
+    assert ended.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "a process of this run was killed, most likely because memory was full" in said
+    assert said.endswith("resume with: lcguard eval resume run")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from lcguard.cli import main
+from lcguard.evaluation.outcomes import Journal
+
+write, written = Journal.write, []
+
+def interrupted_before_the_third(self, *args, **more):
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    write(self, *args, **more)
+    written.append(1)
+
+Journal.write = interrupted_before_the_third
+sys.argv[0] = "lcguard"
+sys.exit(main())
+"""
+
+
+def test_nothing_more_is_done_after_ctrl_c(tmp_path: Path) -> None:
+    """Not even the unit whose figures are there already is written."""
+    (tmp_path / "tiny.yaml").write_text(EVALUATION)
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-c", INTERRUPTED, "eval", "run", "tiny.yaml", "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert (
+        done.stderr.splitlines()[-1] == f"lcguard: stopped; resume with: lcguard eval resume {out}"
+    )
+    assert count_units(out / "attempts.jsonl") == 2
+    assert not (out / "report.json").exists()
