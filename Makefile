@@ -34,8 +34,8 @@ test: $(ENGINE)  ## Run the tests (ARGS="-k policy" for some)
 
 # What trains, attacks, compiles, or starts one process after the other, beside the tests marked slow
 # or vllm.
-SLOW := attacks evaluation training vllm ops/test_ops_triton.py core/test_model_files.py test_cli.py test_interrupts.py \
-  test_gpu_day.py $(addprefix server/, test_proxy_slots.py test_proxy_commands.py test_text_hops.py \
+SLOW := attacks evaluation training vllm ops/test_ops_triton.py core/test_model_files.py test_cli.py \
+  test_interrupts.py test_gpu_day.py $(addprefix server/, test_proxy_slots.py test_proxy_commands.py test_text_hops.py \
   test_planted_everywhere.py database/test_postgres.py gateway/test_text_stream.py \
   dashboard/test_dashboard.py)
 test-fast: $(READY)  ## Tests without engines and training: under 2 minutes
