@@ -2,6 +2,11 @@
 
 The positions of the secrets are known to this attacker (a template, a form), so the length of
 every secret is too. A two-layer head on all layers' keys and values of one token; no context.
+
+A vocabulary of tens of thousands is not learned from some thousand tokens: the words of a value are
+mostly new. ``tied`` starts from what the attacker knows, the model: a token is named by the nearest
+of the entries that its tokens make alone in the first layer read, as by ``inversion``, and what is
+learned is how a guard moved them and what the other layers add.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from torch.nn import functional as F
 
 from lcguard.attacks.base import FitConfig, ScheduledAttack, register
 from lcguard.attacks.decoder import aligned
+from lcguard.attacks.inversion import vocabulary_rows
 from lcguard.protocols import AttackData, Guess, KVBatch
 from lcguard.records import IGNORE
 
@@ -31,8 +37,11 @@ class ProbeAttack(ScheduledAttack):
         layers: tuple[int, ...] = ()
         """Only these layers' keys and values; empty: all."""
         tied: bool = False
-        """Name tokens by the model's own embeddings: a large vocabulary, of which the training
-        pairs hold a part, is read like the rest."""
+        """Name tokens by the entries that each makes alone in the first of ``layers``: a large
+        vocabulary, of which the training pairs hold a part, is read like the rest."""
+        negatives: int = 0
+        """With ``tied``: so many random tokens, and those of the batch, are what a training step
+        chooses from; 0: the whole vocabulary."""
         fit: FitConfig = field(
             default_factory=lambda: FitConfig(steps=300, batch=2048), kw_only=True
         )
@@ -40,6 +49,8 @@ class ProbeAttack(ScheduledAttack):
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__(config)
+        if self.config.negatives and not self.config.tied:
+            raise ValueError(f"negatives={self.config.negatives} is for tied: true")
         self.net: nn.Sequential | None = None
         self.fields: dict[str, int] = {}
 
@@ -131,31 +142,35 @@ class ProbeAttack(ScheduledAttack):
                     if len(p)
                 ]
             )
-            loss = F.cross_entropy(self.net(x[rows]), y[rows])
+            loss = self._step_loss(x[rows], y[rows], rng)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         return self
 
+    def _step_loss(self, x: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
+        """Cross-entropy in nats, over the vocabulary or some of it."""
+        assert self.net is not None
+        if not self.config.negatives:
+            return F.cross_entropy(self.net(x), y)
+        names = self.net[-1]
+        drawn = torch.randint(len(names.rows), (self.config.negatives,), generator=rng)
+        among = torch.cat((y, drawn.to(y.device))).unique()
+        logits = names(self.net[:-1](x), among)
+        return F.cross_entropy(logits, torch.searchsorted(among, y))
+
     def _made(self, x: Tensor, vocab: int) -> nn.Sequential:
         """The untrained network for features like ``x [N, F]``."""
         center, scale = x.detach().mean(0), x.detach().std(0).clamp_min(1e-4)
-        return nn.Sequential(
-            _Standardise(center, scale),
-            nn.Linear(x.shape[1], self.config.width),
-            nn.GELU(),
-            self._names(vocab),
-        ).to(x.device)
-
-    def _names(self, vocab: int) -> nn.Module:
-        """Hidden state to logits."""
+        standard, width = _Standardise(center, scale), self.config.width
         if not self.config.tied:
-            return nn.Linear(self.config.width, vocab)
-        table = self.known.source.model.get_input_embeddings().weight.detach()[:vocab].float()
-        # rows of one size: which token is a matter of direction
-        rows = nn.Linear(table.shape[1], vocab, bias=False).requires_grad_(False)
-        rows.weight.copy_(F.normalize(table, dim=1) * table.shape[1] ** 0.5)
-        return nn.Sequential(nn.Linear(self.config.width, table.shape[1]), rows)
+            head = nn.Sequential(nn.Linear(x.shape[1], width), nn.GELU(), nn.Linear(width, vocab))
+            return nn.Sequential(standard, *head).to(x.device)
+        layer = self.config.layers[0] if self.config.layers else 0
+        rows = vocabulary_rows(self.known.source, layer).kv[:vocab].to(x.device)
+        own = rows.shape[1]  # the first layer's entries are the first features
+        rows = (rows - center[:own]) / scale[:own]
+        return nn.Sequential(standard, _Moved(x.shape[1], width, own), _Nearest(rows)).to(x.device)
 
     @torch.no_grad()
     def recover(self, data: AttackData) -> list[Guess]:
@@ -198,6 +213,47 @@ class _Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.center) / self.scale
+
+
+class _Moved(nn.Module):
+    """Features ``[N, F]`` to the first ``own`` of them as they were without a guard; starts as if
+    there was none."""
+
+    def __init__(self, channels: int, width: int, own: int) -> None:
+        super().__init__()
+        self.skip = nn.Linear(channels, own)
+        self.more = nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, own))
+        for layer in (self.skip, self.more[-1]):
+            assert isinstance(layer, nn.Linear)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.skip.weight[:, :own] = torch.eye(own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved: Tensor = self.skip(x) + self.more(x)
+        return moved
+
+
+class _Nearest(nn.Module):
+    """Entries ``[N, E]`` to logits: minus the squared distance to each token's row."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows)
+        self.register_buffer("offset", rows.square().sum(1) / 2)
+        # a tenth: between two tokens lie some nats a channel, and all of them would saturate
+        self.log_rate = nn.Parameter(torch.tensor(0.1).log())
+
+    rows: Tensor
+    offset: Tensor
+
+    def forward(self, x: Tensor, among: Tensor | None = None) -> Tensor:
+        """Of the tokens ``among [K]``, or of all."""
+        rows, offset = (
+            (self.rows, self.offset) if among is None else (self.rows[among], self.offset[among])
+        )
+        return (x @ rows.T - offset) * self.log_rate.exp()
 
 
 def features(kv: KVBatch, layers: Sequence[int]) -> Tensor:

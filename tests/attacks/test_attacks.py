@@ -119,6 +119,26 @@ def test_probe_reads_prose(written: tuple[AttackData, AttackData]) -> None:
     assert accuracy(probe.fit(blind(pairs)).recover(blind(victims))) < 0.4
 
 
+def test_a_tied_probe_reads_tokens_that_it_was_never_shown(
+    world: World, victims: AttackData
+) -> None:
+    """Of a few records; one with classes of its own knows only what it has seen."""
+    some = data_of(world, world.records[:4])
+    shown = {t for ids in some.context_ids for t in ids}
+    true = [s.ids for secrets in victims.secrets for s in secrets]
+    new = [any(t not in shown for t in ids) for ids in true]
+    assert sum(new) > 20
+    options = {"width": 96, "fit": {"steps": 20, "batch": 64}}
+    tied = equipped(world, "probe", options | {"tied": True, "negatives": 50}).fit(some)
+    assert exact(tied.recover(victims), victims) > 0.9
+    own = equipped(world, "probe", options).fit(some).recover(victims)
+    assert not any(g.ids == ids for g, ids, is_new in zip(own, true, new, strict=True) if is_new)
+    floor = equipped(world, "probe", options | {"tied": True}).fit(blind(some))
+    assert exact(floor.recover(blind(victims, 1)), victims) < 0.1
+    with pytest.raises(ValueError, match="negatives=5 is for tied"):
+        equipped(world, "probe", {"negatives": 5})
+
+
 def test_guesses_never_depend_on_the_truth(
     fitted: tuple[str, BaseAttack], victims: AttackData
 ) -> None:
