@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test test-fast lint docs bench pipeline adk help venv vllm gpu clean
+.PHONY: demo demo-real test test-fast lint docs bench kfp pipeline adk help venv vllm gpu clean
 
 demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
@@ -60,11 +60,14 @@ bench: $(READY)  ## Run every scripts/bench_*.py
 
 # An environment of its own: kfp wants an older protobuf than vLLM is pinned with.
 KFP := build/kfp
+kfp: $(KFP)/.ready  ## Kubeflow Pipelines, for the tests of the loop's pipeline
+
 pipeline: $(KFP)/.ready  ## Compile container/loop_pipeline.yaml
 	@echo "pipeline: scripts/loop_pipeline.py"
 	@$(KFP)/bin/python scripts/loop_pipeline.py
 
 $(KFP)/.ready: requirements-kfp.txt | $(READY)
+	@echo "kfp: installing $(KFP)"
 	@$(BIN)/python -m venv $(KFP)
 	@$(KFP)/bin/python -m pip -qq --disable-pip-version-check install -r requirements-kfp.txt
 	@touch $@

@@ -1,7 +1,8 @@
 """The loop's round as a Kubeflow pipeline: compiles ``container/loop_pipeline.yaml``.
 
 Runs in an environment of its own (``make pipeline``): kfp wants an older protobuf than vLLM's pins
-have. Nothing of lcguard is imported, each step is its command line.
+have. Nothing of lcguard is imported, each step is its command line: the same pipeline runs in a
+cluster's containers and, where ``lcguard`` is on PATH, under kfp's local runner.
 """
 
 # kfp reads annotations as types: they may not be postponed
@@ -12,35 +13,29 @@ from kfp import compiler, dsl, kubernetes
 
 OUT = Path(__file__).parents[1] / "container" / "loop_pipeline.yaml"
 STATE = "/state"
-IMAGE = "lcguard-proxy"
-"""As ``container/compose.yaml`` builds it; replace it by the digest that you pushed."""
+IMAGE = "lcguard-loop"
+"""``container/Dockerfile``, target ``loop``; replace it by the digest that you pushed."""
+STEPS = ("collect", "train", "judge", "promote")
 
 
-def container(step: str, round_name: str, *more: str) -> dsl.ContainerSpec:
-    """``lcguard loop STEP`` on the deployment's state folder."""
-    out = dsl.ConcatPlaceholder([f"{STATE}/rounds/", round_name])
-    args = ["loop", step, "--dir", STATE, "--out", out, *more]
-    return dsl.ContainerSpec(image=IMAGE, command=["lcguard"], args=args)
+# The image has kfp already, so that a pod needs no package index.
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def loop_step(step: str, state: str, round_name: str, config: str) -> str:
+    """``lcguard loop STEP`` on the deployment's state folder: the last line that it says."""
+    import os
+    import subprocess
+    import sys
 
-
-@dsl.container_component
-def collect(round_name: str, config: str) -> dsl.ContainerSpec:
-    return container("collect", round_name, "--config", config)
-
-
-@dsl.container_component
-def train(round_name: str, config: str) -> dsl.ContainerSpec:
-    return container("train", round_name, "--config", config)
-
-
-@dsl.container_component
-def judge(round_name: str, config: str) -> dsl.ContainerSpec:
-    return container("judge", round_name, "--config", config)
-
-
-@dsl.container_component
-def promote(round_name: str) -> dsl.ContainerSpec:
-    return container("promote", round_name)
+    words = ["lcguard", "loop", step, "--dir", state]
+    words += ["--out", os.path.join(state, "rounds", round_name)]
+    if config and step != "promote":
+        words += ["--config", os.path.join(state, config)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        print(f"lcguard loop {step} ended with exit code {done.returncode}", file=sys.stderr)
+        sys.exit(done.returncode)
+    return done.stdout.strip().rpartition("\n")[2]
 
 
 @dsl.pipeline(
@@ -49,16 +44,18 @@ def promote(round_name: str) -> dsl.ContainerSpec:
 )
 def loop(
     round_name: str,
-    config: str = f"{STATE}/loop.yaml",
+    config: str = "loop.yaml",
+    state: str = STATE,
     volume: str = "lcguard-state",
     secret: str = "lcguard",
-) -> None:
+) -> str:
     """Steps share the volume with the server's state folder and the registry, which serving reads;
-    what each has written is not written again, so a step that failed may be retried."""
+    what each has written is not written again, so a step that failed may be retried. The pipeline's
+    output is what became of the round."""
     before = None
-    for step in (collect, train, judge, promote):
-        asked = {"round_name": round_name} | ({} if step is promote else {"config": config})
-        task = step(**asked)
+    for step in STEPS:
+        task = loop_step(step=step, state=state, round_name=round_name, config=config)
+        task.set_display_name(step)
         task.set_caching_options(False)  # what it does is on the volume, not in its outputs
         kubernetes.mount_pvc(task, pvc_name=volume, mount_path=STATE)
         kubernetes.use_secret_as_env(
@@ -67,6 +64,8 @@ def loop(
         if before is not None:
             task.after(before)
         before = task
+    assert before is not None
+    return before.output
 
 
 def main(argv: list[str]) -> int:

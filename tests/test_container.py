@@ -38,7 +38,7 @@ def test_no_image_runs_as_root() -> None:
         name: re.findall(r"^USER (\S+)$", text, re.M)
         for name, text in zip(stages[::2], stages[1::2], strict=True)
     }
-    assert users.keys() == {"proxy", "engine"}
+    assert users.keys() == {"proxy", "loop", "engine"}
     assert all(found and int(found[-1]) > 0 for found in users.values()), users
 
 
@@ -90,6 +90,7 @@ def test_what_the_build_takes_is_there() -> None:
         "LICENSE",
         "requirements-dev.txt",
         "requirements-vllm.txt",
+        "requirements-kfp.txt",
         "lcguard/handoff/policy.py",
         "server/app.py",
         "attacks/base.py",
@@ -102,7 +103,7 @@ def test_what_the_build_takes_is_there() -> None:
 
 def test_every_base_image_is_asked_for_by_digest() -> None:
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)
-    assert bases == ["${PYTHON_IMAGE}", "${VLLM_IMAGE}"]
+    assert bases == ["${PYTHON_IMAGE}", "proxy", "${VLLM_IMAGE}"]  # the loop's is the proxy's
     for name in ("PYTHON_IMAGE", "VLLM_IMAGE"):
         assert f"ARG {name}\n" in DOCKERFILE  # no default that is a tag
         assert f'case "${name}" in *@sha256:*) ;; *)' in DOCKERFILE
