@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test test-fast lint docs bench kfp pipeline adk help venv vllm gpu clean
+.PHONY: demo demo-real test test-fast lint docs bench kfp pipeline mlflow adk help venv vllm gpu clean
 
 demo: $(READY)  ## Two agents, one secret: what leaks with and without a guard
 	@echo "demo: lcguard demo --out runs/demo"
@@ -70,6 +70,16 @@ $(KFP)/.ready: requirements-kfp.txt | $(READY)
 	@echo "kfp: installing $(KFP)"
 	@$(BIN)/python -m venv $(KFP)
 	@$(KFP)/bin/python -m pip -qq --disable-pip-version-check install -r requirements-kfp.txt
+	@touch $@
+
+# Another one: an MLflow server, for its tests; lcguard itself speaks to one without its package.
+MLFLOW := build/mlflow
+mlflow: $(MLFLOW)/.ready  ## An MLflow server, for the tests of --mlflow
+
+$(MLFLOW)/.ready: requirements-mlflow.txt | $(READY)
+	@echo "mlflow: installing $(MLFLOW)"
+	@$(BIN)/python -m venv $(MLFLOW)
+	@$(MLFLOW)/bin/python -m pip -qq --disable-pip-version-check install -r requirements-mlflow.txt
 	@touch $@
 
 # Another one: Google ADK wants an older openai, and other versions of what vLLM is pinned with.

@@ -17,6 +17,7 @@ from rich.table import Table
 from lcguard import __version__
 from lcguard.commands import detect, loop, models, registry, service
 from lcguard.commands.script import command_line, existing, one_line, resumable
+from lcguard.tracking import Tracker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,14 +85,15 @@ def _evaluate(
     device: str | None,
     fail_if: Sequence[str] = (),
     executor: str = "local",
+    mlflow: str | None = None,
 ) -> None:
     from lcguard.commands.evaluation import rendered, run
 
     console = Console(stderr=True)
-    again = f"lcguard eval resume {shlex.quote(str(out))}"
-    if executor != "local":
-        again += f" --executor {shlex.quote(executor)}"
-    with resumable(again):
+    tracker = Tracker.open(mlflow)
+    more = ["--executor", executor] if executor != "local" else []
+    more += ["--mlflow", mlflow] if mlflow else []
+    with resumable(shlex.join(["lcguard", "eval", "resume", str(out), *more])):
         code = run(
             config,
             out,
@@ -100,6 +102,7 @@ def _evaluate(
             device=device,
             fail_if=fail_if,
             executor=executor,
+            tracker=tracker,
         )
     _table_console().print(rendered(out, "table"))
     console.print(f"report: {out / 'report.html'}, {out / 'report.json'}", markup=False)
@@ -133,12 +136,13 @@ def eval_run(
     quick: Quick = False,
     executor: Executor = "local",
     device: Device = None,
+    mlflow: loop.Mlflow = None,
 ) -> None:
     """Run an evaluation, or go on with one that was interrupted."""
     from lcguard.commands.evaluation import load
 
     plan = load(config, sets or [], existing(data), stress, quick)
-    _evaluate(plan, out, device, fail_if or [], executor)
+    _evaluate(plan, out, device, fail_if or [], executor, mlflow)
 
 
 @eval_app.command("resume")
@@ -147,11 +151,13 @@ def eval_resume(
     fail_if: FailIf = None,
     executor: Executor = "local",
     device: Device = None,
+    mlflow: loop.Mlflow = None,
 ) -> None:
     """Go on with a run that was interrupted, as it was started."""
     from lcguard.evaluation.folder import RunFolder
 
-    _evaluate(RunFolder(folder).config(), folder, device, fail_if or [], executor)
+    plan = RunFolder(folder).config()
+    _evaluate(plan, folder, device, fail_if or [], executor, mlflow)
 
 
 @eval_app.command("report")
@@ -275,6 +281,7 @@ def train(
     sets: Sets = None,
     data: Annotated[Path | None, typer.Option(help="Folder or file of the data.")] = None,
     device: Device = None,
+    mlflow: loop.Mlflow = None,
 ) -> None:
     """Train a guard, certify it, and write it to OUT/guard."""
     from lcguard.commands.train import TrainRun, run_training
@@ -283,8 +290,9 @@ def train(
 
     console = Console(stderr=True)
     run = load_plan(TrainRun, config, sets or [], existing(data), prefix="train-")
+    say, tracker = _say(console), Tracker.open(mlflow)
     with resumable(command_line()):
-        summary = run_training(run, out, command_line(), _say(console), device)
+        summary = run_training(run, out, command_line(), say, device, tracker)
     for line in lines(summary, out):
         typer.echo(line)
 

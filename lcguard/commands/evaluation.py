@@ -21,6 +21,7 @@ from lcguard.evaluation.report import write_report
 from lcguard.evaluation.results import Report
 from lcguard.evaluation.run import evaluate, from_journal
 from lcguard.evaluation.stress import stressed
+from lcguard.tracking import Tracker
 
 FORMATS = ("table", "md", "json", "html")
 VIOLATED_EXIT, ERRORS_EXIT = 3, 4
@@ -37,6 +38,7 @@ def run(
     device: str | None = None,
     fail_if: Sequence[str] = (),
     executor: str = "local",
+    tracker: Tracker | None = None,
 ) -> int:
     """Runs or resumes; the exit code.
 
@@ -49,7 +51,14 @@ def run(
         condition.check_guards(list(dict.fromkeys(g.name for g in plan.guards)))
     with progress(console, plan.units) as (say, advance):
         report = evaluate(
-            plan, out, command, say, device=device, progress=advance, executor=executor
+            plan,
+            out,
+            command,
+            say,
+            device=device,
+            progress=advance,
+            executor=executor,
+            tracker=tracker,
         )
     return judge(report, conditions, console)
 

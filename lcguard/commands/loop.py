@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lcguard.commands.registry import STATE, Root, State, open_registry
 from lcguard.commands.script import command_line, existing, resumable
+from lcguard.tracking import Tracker
 
 if TYPE_CHECKING:
     from lcguard.commands.loop_config import LoopConfig
@@ -27,6 +28,15 @@ Policy = Annotated[
     Path | None, typer.Option(help="The proxy's policy; policy.yaml of --dir if it is there.")
 ]
 Data = Annotated[Path | None, typer.Option(help="New labelled records, as JSONL.")]
+Mlflow = Annotated[
+    str | None,
+    typer.Option(
+        "--mlflow",
+        envvar="LCGUARD_MLFLOW",
+        metavar="URI",
+        help="MLflow server that gets a copy of configuration and figures.",
+    ),
+]
 ROUND = Path("runs/round")
 
 
@@ -114,13 +124,15 @@ def train(
     state: State = STATE,
     config: Config = None,
     sets: Sets = None,
+    mlflow: Mlflow = None,
 ) -> None:
     """Train a candidate on from the live guard."""
     from lcguard.commands.loop_train import train as run
 
     opened, say = open_registry(registry, state), _say(Console(stderr=True))
+    tracker = Tracker.open(mlflow)
     with resumable(command_line()):
-        trained = run(_load(config, sets), opened, out, command_line(), say=say)
+        trained = run(_load(config, sets), opened, out, command_line(), say=say, tracker=tracker)
     typer.echo(f"{out}/candidate/guard" if trained else "nothing to learn")
 
 
@@ -132,6 +144,7 @@ def judge(
     state: State = STATE,
     config: Config = None,
     sets: Sets = None,
+    mlflow: Mlflow = None,
 ) -> None:
     """Measure the candidate with fresh attackers; exit 3 where it is refused."""
     from lcguard.commands.loop_collect import LEAK, read_leak
@@ -141,8 +154,9 @@ def judge(
         typer.echo("nothing to judge")
         return
     opened, say = open_registry(registry, state), _say(Console(stderr=True))
+    plan, tracker = _load(config, sets), Tracker.open(mlflow)
     with resumable(command_line()):
-        found = run(_load(config, sets), opened, out, command_line(), guard=guard, say=say)
+        found = run(plan, opened, out, command_line(), guard=guard, say=say, tracker=tracker)
     word = "accepted" if found.judgement.accepted else "refused"
     typer.echo(f"{word}: {found.judgement.reason}")
     if not found.judgement.accepted:
@@ -173,12 +187,13 @@ def run_all(
     state: State = STATE,
     config: Config = None,
     sets: Sets = None,
+    mlflow: Mlflow = None,
 ) -> None:
     """All four steps; exit 3 where the candidate is refused."""
     from lcguard.commands.loop_round import LOG, LoopLog, run_round
 
     say = _say(Console(stderr=True))
-    opened = open_registry(registry, state)
+    opened, tracker = open_registry(registry, state), Tracker.open(mlflow)
     with resumable(command_line()):
         ended = run_round(
             _load(config, sets),
@@ -190,6 +205,7 @@ def run_all(
             policy=_in(state, policy, "policy.yaml"),
             data=existing(data),
             say=say,
+            tracker=tracker,
         )
     if ended == "kept":
         raise typer.Exit(3)

@@ -22,6 +22,7 @@ from lcguard.evaluation.results import GuardRow
 from lcguard.evaluation.run import evaluate
 from lcguard.guards.frozen import FrozenGuard, GuardError
 from lcguard.guards.registry import Judgement, Registry, RegistryError, record_mark
+from lcguard.tracking import Tracker, flat, track
 from lcguard.training.certificate import Certificate, certify
 from lcguard.training.dataset import with_policy
 
@@ -60,6 +61,7 @@ def judge(
     guard: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
     device: str | None = None,
+    tracker: Tracker | None = None,
 ) -> Judged:
     """Judges the round's candidate, or the ``guard`` of a folder of yours, against the live one.
 
@@ -83,7 +85,7 @@ def judge(
         )
     run = out / RUNS / frozen.digest[:12]
     try:
-        report = evaluate(plan, run, command, say, device=device)
+        report = evaluate(plan, run, command, say, device=device, tracker=tracker)
     except GuardError as error:  # for another model, of another shape, ...
         return _kept(out, Judged(folder=_within(out, folder), digest="", judgement=_no(str(error))))
     rows = {r["guard"]: GuardRow.of(r) for r in report["results"]}
@@ -98,6 +100,10 @@ def judge(
         utility_share=config.utility_share,
     )
     record(run, NEW, folder)  # servers read the card
+    word = "accepted" if judgement.accepted else "refused"
+    with track(tracker, run, "eval", {}, {"lcguard.judgement": word}, say) as tracked:
+        tracked.tags({"lcguard.reason": judgement.reason})
+        tracked.figures(flat(judgement.figures))
     return _kept(
         out, Judged(folder=_within(out, folder), digest=frozen.digest, judgement=judgement)
     )

@@ -18,6 +18,7 @@ from lcguard.guards.frozen import read_card
 from lcguard.guards.registry import Judgement, Registry, Version
 from lcguard.guards.shipped import guard_folder
 from lcguard.guards.standing import unproven
+from lcguard.tracking import Tracker
 
 LOG = "log.jsonl"
 Say = Callable[[str], None]
@@ -81,6 +82,7 @@ def run_round(
     data: Path | None = None,
     backend: HFBackend | None = None,
     say: Say = lambda text: None,
+    tracker: Tracker | None = None,
 ) -> str:
     """Collect, train, judge, and promote or keep; a round that was killed goes on where it stopped.
     Returns ``nothing to do``, ``promoted`` or ``kept``."""
@@ -96,7 +98,7 @@ def run_round(
         f"{leak.hard_records} hard records, {leak.own_records} of them new",
         **leak.model_dump(mode="json"),
     )
-    trained = train(config, registry, out, command, say=say)
+    trained = train(config, registry, out, command, say=say, tracker=tracker)
     assert trained is not None
     log.write(
         "train",
@@ -104,7 +106,7 @@ def run_round(
         f"{trained.attacker_steps} (measured: {trained.measured_steps})",
         **trained.model_dump(),
     )
-    return judge_and_promote(config, registry, out, log, command, say=say)
+    return judge_and_promote(config, registry, out, log, command, say=say, tracker=tracker)
 
 
 def judge_and_promote(
@@ -116,9 +118,10 @@ def judge_and_promote(
     *,
     guard: Path | None = None,
     say: Say = lambda text: None,
+    tracker: Tracker | None = None,
 ) -> str:
     """The second half of a round, also for a guard that came from elsewhere."""
-    judged = judge(config, registry, out, command, guard=guard, say=say)
+    judged = judge(config, registry, out, command, guard=guard, say=say, tracker=tracker)
     judgement = judged.judgement
     word = "accepted" if judgement.accepted else "refused"
     log.write("judge", f"{word}: {judgement.reason}", **judged.model_dump(mode="json"))

@@ -20,6 +20,7 @@ from lcguard.evaluation.folder import plain
 from lcguard.evaluation.load import hops_for
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.guards.registry import Registry, Version, record_mark
+from lcguard.tracking import Tracker
 from lcguard.training.config import AdversaryConfig
 
 CANDIDATE, TRAINED, MARKS = "candidate", "train.json", "records.txt"
@@ -51,6 +52,7 @@ def train(
     *,
     say: Callable[[str], None] = lambda text: None,
     device: str | None = None,
+    tracker: Tracker | None = None,
 ) -> Trained | None:
     """Trains ``out/candidate/guard`` from what ``collect`` found; a run that was killed goes on.
     None where there is nothing to learn.
@@ -68,7 +70,7 @@ def train(
             f"{out} was collected under {leak.version}, live is {parent.name}: start a new round"
         )
     run = training_of(config, leak, registry, parent, out)
-    summary = run_training(run, out / CANDIDATE, command, say, device)
+    summary = run_training(run, out / CANDIDATE, command, say, device, tracker)
     marks = {record_mark(h.record.text) for h in [*hard_hops(run.hard), *hops_for(run.data)[0]]}
     replace_file(out / MARKS, "".join(f"{m}\n" for m in sorted(marks)).encode(), mode=PUBLIC)
     adversary = run.train.adversary

@@ -26,8 +26,10 @@ from lcguard.evaluation.load import hops_for, known_values, load_guard
 from lcguard.evaluation.manifest import run_manifest
 from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.guards.frozen import FrozenGuard
+from lcguard.guards.shipped import CARD
 from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord
+from lcguard.tracking import Tracker, flat, track
 from lcguard.training.adversary import Adversary
 from lcguard.training.certificate import certify
 from lcguard.training.config import TrainConfig
@@ -76,10 +78,12 @@ def run_training(
     command: str,
     say: Callable[[str], None] = lambda text: None,
     device: str | None = None,
+    tracker: Tracker | None = None,
 ) -> dict[str, Any]:
     """Trains, certifies and writes ``out/guard``, ``config.yaml``, ``metrics.jsonl`` and
-    ``summary.json``; a run that was killed goes on from its checkpoint. Of several processes of
-    `accelerate launch` the first alone writes and says anything; the others return nothing.
+    ``summary.json``; a run that was killed goes on from its checkpoint, and in its run of
+    ``tracker``. Of several processes of `accelerate launch` the first alone writes and says
+    anything; the others return nothing.
 
     Raises ``ValueError`` in one line for data, model or options that do not fit.
     """
@@ -109,37 +113,51 @@ def run_training(
     say(f"batch {run.train.batch}: {takes.line(run.train.steps)}")
     if takes.bytes > machine_bytes():
         say("that is more memory than this machine has: lower train.batch")
-    done = train_guard(
-        run.train,
-        train,
-        backend.source,
-        backend.special,
+    with track(
+        tracker if main else None,
         out,
-        adversary_factory(run.train.adversary.attack),
-        first,
-        hard=hard,
-    )
-    if not main:
-        return {}
-    other = first if not run.average_with else load_other(run, backend)
-    if other is not None:
-        average_weights(done.guard, other, run.average)
-    say(f"trained {run.train.steps} steps in {done.seconds:.0f} s")
-    known = known_values(run.data, backend, train)
-    guard, figures = finish(run, done, backend, test, known, command)
-    guard.save_pretrained(out / "guard")
-    summary = {
-        "guard": run.train.guard,
-        "seconds": round(done.seconds, 1),
-        "processes": done.processes,
-        **figures,
-        "verdict": verdict_of(guard.card, figures),
-        "run": run_manifest(command, [run.train.seed], run),
-    }
-    text = json.dumps(summary, indent=1, default=str) + "\n"
-    replace_file(out / "summary.json", text.encode(), mode=PUBLIC)
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    return summary
+        "train",
+        asdict(run),
+        {"lcguard.model_digest": backend.digest},
+        say,
+    ) as tracked:
+        done = train_guard(
+            run.train,
+            train,
+            backend.source,
+            backend.special,
+            out,
+            adversary_factory(run.train.adversary.attack),
+            first,
+            hard=hard,
+            written=tracked.rows,
+        )
+        if not main:
+            return {}
+        tracked.rows(done.metrics)
+        other = first if not run.average_with else load_other(run, backend)
+        if other is not None:
+            average_weights(done.guard, other, run.average)
+        say(f"trained {run.train.steps} steps in {done.seconds:.0f} s")
+        known = known_values(run.data, backend, train)
+        guard, figures = finish(run, done, backend, test, known, command)
+        guard.save_pretrained(out / "guard")
+        summary = {
+            "guard": run.train.guard,
+            "seconds": round(done.seconds, 1),
+            "processes": done.processes,
+            **figures,
+            "verdict": verdict_of(guard.card, figures),
+            "run": run_manifest(command, [run.train.seed], run),
+        }
+        text = json.dumps(summary, indent=1, default=str) + "\n"
+        replace_file(out / "summary.json", text.encode(), mode=PUBLIC)
+        (out / "checkpoint.safetensors").unlink(missing_ok=True)
+        tracked.figures(flat({**figures, "seconds": done.seconds}))
+        tracked.tags({"lcguard.guard_digest": guard.digest, "lcguard.verdict": summary["verdict"]})
+        tracked.artefact(CARD, guard.card.model_dump(mode="json"))
+        tracked.artefact("summary.json", json.loads(text))
+        return summary
 
 
 def _silent(text: str) -> None:

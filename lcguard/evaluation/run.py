@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from lcguard.evaluation.results import SCHEMA_VERSION, Report
 from lcguard.evaluation.runner import Runner, Setup
 from lcguard.evaluation.schedule import HopRun
 from lcguard.evaluation.summary import hop_figures
+from lcguard.evaluation.tracked import track_report
 from lcguard.records import TokenRecord
+from lcguard.tracking import Tracker, track
 
 Say = Callable[[str], None]
 
@@ -135,12 +137,13 @@ def evaluate(
     device: str | None = None,
     progress: Callable[[int], None] = lambda units: None,
     executor: str = "local",
+    tracker: Tracker | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes an evaluation in ``out`` and writes its report there.
 
     ``progress`` is told how many units the journal holds; ``executor`` is one of
-    ``executors.EXECUTORS``, and no part of the run: another may end it. Raises ``ValueError`` where
-    ``out`` holds a run with another configuration.
+    ``executors.EXECUTORS``, and no part of the run: another may end it. ``tracker`` gets the
+    report's figures. Raises ``ValueError`` where ``out`` holds a run with another configuration.
     """
     folder = RunFolder(out)
     folder.check(plan)  # before the model is loaded
@@ -161,10 +164,14 @@ def evaluate(
                 folder.save_timing(timing)
             progress(len(journal))
 
-        with RunJournal(folder.journal_file, after) as journal:
-            progress(len(journal))
-            report = report_of(made, journal, folder)
-    write_report(report, out)
+        tags = {f"lcguard.guard_digest.{name}": guards[name] for name in guards}
+        tags["lcguard.model_digest"] = made.setup.model.digest
+        with track(tracker, out, "eval", asdict(plan), tags, say) as tracked:
+            with RunJournal(folder.journal_file, after) as journal:
+                progress(len(journal))
+                report = report_of(made, journal, folder)
+            write_report(report, out)
+            track_report(tracked, report)
     return report
 
 

@@ -12,7 +12,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,11 @@ def train_guard(
     init: FrozenGuard | None = None,
     progress: bool | None = None,
     hard: Sequence[TokenRecord] = (),
+    written: Callable[[Sequence[dict[str, Any]]], None] = lambda rows: None,
 ) -> Run:
     """Trains on ``records`` and returns the frozen guard; ``hard`` are records beside them that
-    the first ``config.hard_steps`` see alone.
+    the first ``config.hard_steps`` see alone. ``written`` is told what ``metrics.jsonl`` holds,
+    once the checkpoint that goes with it is on the disk.
 
     ``out`` gets ``metrics.jsonl`` and, while the run lasts, ``checkpoint.safetensors``. Raises
     ``ValueError`` for a guard without parameters, an adversary without factory, or a loss that is
@@ -145,6 +147,7 @@ def train_guard(
             if is_main and (done % config.checkpoint_every == 0 or done == config.steps):
                 _write_metrics(out / "metrics.jsonl", metrics)
                 trainer.save(state, done, time.monotonic() - started)
+                written(metrics)
     guard = FrozenGuard(trainer.finished())
     seconds = time.monotonic() - started
     return Run(guard, trainer.ensemble, metrics, seconds, trainer.shards.count)
