@@ -95,13 +95,9 @@ def version_table(state: RegistryState) -> Table:
     last = {e.version: e for e in state.events}
     for v in state.versions:
         parent = state.of_digest(v.parent)
-        word = "live" if v.name == state.live else "withdrawn" if v.withdrawn else ""
-        word = word or ("ready" if v.judgement.accepted else "refused")
-        if v.name == state.live and v.withdrawn:
-            word = "live, leaks"
         table.add_row(
             v.name,
-            word,
+            state.standing(v),
             v.digest[:12],
             parent.name if parent else v.parent[:12] or "-",
             v.withdrawn or v.judgement.reason,

@@ -112,6 +112,14 @@ class RegistryState(_Frozen):
             raise RegistryError("the registry has no live version: promote one")
         return self.version(self.live)
 
+    def standing(self, version: Version) -> str:
+        """A version's state in a word or two."""
+        if version.name == self.live:
+            return "live, leaks" if version.withdrawn else "live"
+        if version.withdrawn:
+            return "withdrawn"
+        return "ready" if version.judgement.accepted else "refused"
+
     def changed(self, what: What, version: str, why: str, **fields: object) -> RegistryState:
         """The next state, with its event; not signed yet."""
         event = Event(

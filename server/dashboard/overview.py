@@ -14,6 +14,7 @@ from lcguard.handoff.names import ANY
 from lcguard.handoff.policy import Edge, Policy
 from lcguard.server.audit.edge_counts import CANARY_TENANT, DONE
 from lcguard.server.audit.trail import recent
+from lcguard.server.dashboard.guard_versions import guard_versions
 from lcguard.server.dashboard.view import (
     AgentRow,
     AuditRow,
@@ -150,6 +151,7 @@ def _overview(proxy: Proxy, tenant: str) -> DashboardView:
         segments += proxy.database.read(partial(live, tenant=name, now_s=now))
     rows = proxy.database.read(partial(recent, last=RECENT_ROWS * 20, tenant=tenant or None))
     rows = [r for r in rows if r["tenant"] != CANARY_TENANT][-RECENT_ROWS:]
+    versions, changes, broken = guard_versions({} if tenant else proxy.settings.engine.guards)
     return DashboardView(
         model=proxy.model,
         version=__version__,
@@ -166,6 +168,9 @@ def _overview(proxy: Proxy, tenant: str) -> DashboardView:
             if not tenant
         ),
         edges=() if tenant else tuple(edge_rows(proxy)),
+        versions=versions,
+        changes=changes,
+        registry_errors=broken,
         totals=Totals(n_requests, tuple(codes.most_common()), n_5xx),
         ttfb=Latency(*percentiles(proxy.metrics.recent_first_ms)),
         overhead=Latency(*percentiles(proxy.metrics.recent_overhead_ms)),

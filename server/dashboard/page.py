@@ -25,24 +25,28 @@ from lcguard.server.dashboard.leak_svg import history_line, leak_bar, scale_top
 from lcguard.server.dashboard.view import (
     AgentRow,
     AuditRow,
+    ChangeRow,
     Check,
     DashboardView,
     EdgeRow,
     Latency,
     NextStep,
     Totals,
+    VersionRow,
 )
 from lcguard.server.dashboard.visible_text import visible
 
 __all__ = [
     "AgentRow",
     "AuditRow",
+    "ChangeRow",
     "Check",
     "DashboardView",
     "EdgeRow",
     "Latency",
     "NextStep",
     "Totals",
+    "VersionRow",
     "headers",
     "new_nonce",
     "render",

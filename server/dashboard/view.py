@@ -82,6 +82,34 @@ class AuditRow:
 
 
 @dataclass(frozen=True)
+class VersionRow:
+    """A version of a guard that is served from a registry."""
+
+    guard: str
+    """As the policy names it."""
+    name: str
+    state: str
+    """live, ready, refused, withdrawn; or live though it leaks."""
+    digest: str
+    parent: str
+    """Name or digest of the version that it was trained on from; may be empty."""
+    why: str
+    """Why it was taken in, refused or withdrawn."""
+
+
+@dataclass(frozen=True)
+class ChangeRow:
+    """A change of a registry."""
+
+    at_s: float
+    """Unix time."""
+    guard: str
+    what: str
+    version: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Totals:
     """Counts since the server started."""
 
@@ -132,6 +160,11 @@ class DashboardView:
     """Why the policy file as it is now cannot be used; empty while it can."""
     agents: tuple[AgentRow, ...] = ()
     edges: tuple[EdgeRow, ...] = ()
+    versions: tuple[VersionRow, ...] = ()
+    changes: tuple[ChangeRow, ...] = ()
+    """The last ones of all registries, the newest first."""
+    registry_errors: tuple[tuple[str, str], ...] = ()
+    """Guard and why its registry must not be used."""
     totals: Totals = Totals()
     ttfb: Latency = Latency()
     """Time to first byte."""

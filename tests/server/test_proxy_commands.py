@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from lcguard.cli import main
+from lcguard.guards.registry import Judgement, Registry
 from lcguard.handoff.keys import KEY_VARIABLE, new_key
 from lcguard.server.access.keyring import load_keys
 from lcguard.server.audit.trail import AuditLog, Entry
@@ -210,9 +211,12 @@ def test_a_browser_is_led_to_the_dashboard_and_an_auditor_to_the_audit(tmp_path:
             ("intake", "agent", "acme"),
         )
     }
-    guards = json.dumps({"mine": unproven_guard(tmp_path / "g")})
-    (tmp_path / "server.yaml").write_text(f"engine: {{guards: {guards}, unproven: [mine]}}\n")
-    key = new_key()
+    key, mine = new_key(), unproven_guard(tmp_path / "g")
+    registry = Registry(tmp_path / "guards", bytes.fromhex(key))
+    version = registry.add(Path(mine), Judgement(accepted=True, reason="a word of its own"))
+    registry.promote(version.name, "the first")
+    guards = json.dumps({"mine": mine, "kept": str(registry.folder)})
+    (tmp_path / "server.yaml").write_text(f"engine: {{guards: {guards}, unproven: [mine, kept]}}\n")
     database = Database(tmp_path / "lcguard.sqlite")
     log = AuditLog(database, bytes.fromhex(key))
     for tenant, agent in (("acme", "clerk"), ("default", "stranger")):
@@ -228,7 +232,9 @@ def test_a_browser_is_led_to_the_dashboard_and_an_auditor_to_the_audit(tmp_path:
         assert "stranger" not in audit
         assert "stranger" in page["root"].text
         assert 'id="edges-h"' in page["root"].text
-        assert "A guard is served unproven" in page["root"].text
+        assert "Guards are served unproven" in page["root"].text
+        assert "a word of its own" in page["root"].text.partition('id="guards-h"')[2]
+        assert 'id="guards-h"' not in page["eve"].text
         assert 'id="edges-h"' not in page["eve"].text
         assert 'id="agents-h"' not in page["eve"].text
 

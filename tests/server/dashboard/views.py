@@ -8,12 +8,14 @@ from typing import Any
 from lcguard.server.dashboard.page import (
     AgentRow,
     AuditRow,
+    ChangeRow,
     Check,
     DashboardView,
     EdgeRow,
     Latency,
     NextStep,
     Totals,
+    VersionRow,
 )
 
 NOW_S = 1_780_000_000.0
@@ -116,4 +118,21 @@ HARD = replace(
 )
 
 
-VIEWS = {"fresh": FRESH, "three": THREE, "forty": FORTY, "hard": HARD}
+LOOP = replace(
+    THREE,
+    versions=(
+        VersionRow("gate", "v4", "withdrawn", "9d3f" * 3, "v2", "33 of 33 planted secrets read"),
+        VersionRow("gate", "v3", "refused", "7c1e" * 3, "", "health leaks: 42.9%, at least 21%"),
+        VersionRow("gate", "v2", "live", "ad32" * 3, "v1", "fresh attackers recover 0.6%"),
+        VersionRow("gate", "v1", "withdrawn", "5484" * 3, "", HOSTILE + LONG),
+    ),
+    changes=(
+        ChangeRow(NOW_S - 60, "gate", "rollback", "v2", "33 of 33 planted secrets read"),
+        ChangeRow(NOW_S - 90, "gate", "promote", "v4", "by hand"),
+        ChangeRow(NOW_S - 99, "gate", "add", "v3", "refused: health leaks: 42.9%"),
+    ),
+    registry_errors=((LONG, "registry.json is not signed with this deployment's key"),),
+)
+
+
+VIEWS = {"fresh": FRESH, "three": THREE, "forty": FORTY, "hard": HARD, "loop": LOOP}
