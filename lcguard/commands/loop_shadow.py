@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_serializer
 
 from lcguard.agents.backends.hf import HFBackend
 from lcguard.atomic_file import PUBLIC, replace_file
@@ -43,6 +43,14 @@ class Side(BaseModel):
     """Share of task questions that the receiver answers right from the segment."""
     ms: float
     """Of guarding a segment, on this machine beside whatever else it did."""
+
+    @field_serializer("leaked")
+    def _named(self, found: Screened) -> dict[str, Any]:
+        return found._asdict()
+
+    @field_serializer("by_category")
+    def _all_named(self, found: dict[str, Screened]) -> dict[str, Any]:
+        return {category: s._asdict() for category, s in found.items()}
 
 
 class Shadow(BaseModel):
