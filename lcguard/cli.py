@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lcguard import __version__
 from lcguard.commands import detect, loop, models, registry, service
-from lcguard.commands.script import command_line, existing, one_line, resumable
+from lcguard.commands.script import command_line, ending_at_once, existing, one_line, resumable
 from lcguard.tracking import Tracker
 
 app = typer.Typer(
@@ -47,10 +47,7 @@ Quick = Annotated[
     typer.Option("--quick", help="Few records and steps: shows that it runs, judges nothing."),
 ]
 Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
-Executor = Annotated[
-    str,
-    typer.Option(help="Where attacks run: local or ray; the figures are the same."),
-]
+Executor = Annotated[str, typer.Option(help="Where attacks run: local or ray; same figures.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU by default.")]
 
 
@@ -389,7 +386,8 @@ def main() -> int:
     """Entry point: errors of the user's making end in one line and a non-zero exit."""
     warnings.formatwarning = _one_line
     try:
-        app()
+        with ending_at_once():
+            app()
     except (ValueError, OSError) as error:
         print(f"lcguard: {one_line(error)}", file=sys.stderr)
         return 2

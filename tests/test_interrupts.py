@@ -50,9 +50,12 @@ def test_ctrl_c_does_not_wait_for_the_attacks_of_an_evaluation(tmp_path: Path) -
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     words = ["train", "gate", "--out", "run", "--set", "train.checkpoint_every=1", *TINY]
     words += ["--set", "train.steps=10000"]
+    # what Python does at its end would take seconds, with all that a training has loaded
+    taken_apart = "import atexit, sys; atexit.register(print, 'taken apart'); "
     process = subprocess.Popen(
-        [sys.executable, "-m", "lcguard.cli", *words],
+        [sys.executable, "-c", f"{taken_apart}from lcguard.cli import main; main()", *words],
         cwd=tmp_path,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -60,10 +63,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    out, said = process.communicate()
     assert process.returncode == 130
     assert said.splitlines()[-1] == f"lcguard: stopped; resume with: lcguard {' '.join(words)}"
     assert "Traceback" not in said
+    assert "taken apart" not in out
 
 
 class _Interrupted:

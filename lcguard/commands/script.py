@@ -80,6 +80,20 @@ def resumable(again: str) -> Iterator[None]:
             signal.signal(sig, handler)
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Around a whole command: one that ``resumable`` stopped ends here. What it had open is closed
+    by then; taking libraries apart, as Python would, takes seconds that somebody waits for."""
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code != _STOPPED:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_STOPPED)
+
+
 def existing(data: Path | None) -> Path | None:
     """What ``--data`` names, also for a source that would not look at it.
 
