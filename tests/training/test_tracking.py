@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,9 +18,11 @@ from lcguard import mlflow_server
 from lcguard.cli import app
 from lcguard.commands.train import TrainRun, run_training
 from lcguard.config import load_config
+from lcguard.deployment_key import KEY_VARIABLE
 from lcguard.evaluation.load import hops_for
 from lcguard.evaluation.plan import EvalConfig
 from lcguard.evaluation.run import evaluate
+from lcguard.guards.shipped import guard_folder
 from lcguard.mlflow_server import MlflowServer
 from lcguard.tracking import Tracker, flat
 from lcguard.training.trainer import Trainer
@@ -212,6 +215,32 @@ def test_an_evaluations_figures_arrive_and_nothing_of_its_records(
     assert not [v for v in values if any(v in text for text in texts)]
     assert "explained" not in sent
     assert "command" not in sent
+
+
+@needs_mlflow
+def test_a_judgement_stands_beside_its_evaluation(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command line, with the address from the environment."""
+    monkeypatch.setenv(KEY_VARIABLE, "ab" * 32)
+    monkeypatch.setenv("LCGUARD_MLFLOW", server.uri)
+    state, config = tmp_path / "state", tmp_path / "loop.yaml"
+    judge = {"data": EVAL["data"], "attacks": EVAL["attacks"]}
+    config.write_text(json.dumps({"judge": judge, "certificate_pairs": 4}))
+    begun = CliRunner().invoke(app, ["loop", "init", "nano:gate", "--dir", str(state)])
+    assert begun.exit_code == 0, begun.output
+    candidate = tmp_path / "candidate"  # a copy: the judgement is written onto its card
+    shutil.copytree(guard_folder("nano:gate-full"), candidate)
+    words = ["loop", "judge", "--guard", str(candidate), "--dir", str(state)]
+    words += ["--out", str(tmp_path / "round"), "--config", str(config)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 3, done.output  # five steps of a probe judge nothing
+    (found,) = server.runs()
+    tags, metrics = read(found, "tags"), read(found, "metrics")
+    assert tags["lcguard.judgement"] == "refused"
+    assert "they judge nothing" in tags["lcguard.reason"]
+    assert metrics["candidate/asr_fresh"] == metrics["asr_fresh"]
+    assert found["info"]["status"] == "FINISHED"
 
 
 def test_a_server_that_is_not_there_ends_it_before_anything_is_written(
