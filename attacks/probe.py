@@ -154,6 +154,7 @@ class ProbeAttack(ScheduledAttack):
         if not self.config.negatives:
             return F.cross_entropy(self.net(x), y)
         names = self.net[-1]
+        assert isinstance(names, _Nearest)
         drawn = torch.randint(len(names.rows), (self.config.negatives,), generator=rng)
         among = torch.cat((y, drawn.to(y.device))).unique()
         logits = names(self.net[:-1](x), among)
