@@ -5,8 +5,8 @@ LCGUARD_DATABASE_PASSWORD=... python scripts/soak_proxies.py --requests 5000 \\
 
 The clients of scripts/soak.py, each request to one of the proxies, and an agent of another tenant
 that asks for everybody's segments. Each proxy has an engine of its own; they share the store. In
-the middle, of the requests or of the minutes, one proxy gets SIGKILL, and so does a worker of an
-evaluation that runs on Ray beside the load. Exit 1 where a row that a client was told of is
+the middle, of the requests or of the minutes, one proxy gets SIGKILL; so does a worker of an
+evaluation that runs on Ray beside the load, once it has begun. Exit 1 where a row that a client was told of is
 missing, a budget was exceeded, another tenant was served, an answer of a living proxy did not come,
 the audit is not whole, or the evaluation's journal is not what one without Ray writes.
 """
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Evaluation:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
         self.killed = 0
-        """The process id of the worker."""
+        """After how many requests of the load a worker was killed."""
 
     def start(self, executor: str) -> subprocess.Popen[bytes]:
         self.folder.mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ class Evaluation:
         words += ["--out", str(self.folder / executor), "--executor", executor]
         return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    async def lose_a_worker(self) -> None:
+    async def lose_a_worker(self, count: Callable[[], int]) -> None:
         """Starts it on Ray, and kills the first worker that has something to do."""
         self.process = self.start("ray")
         while not self.killed and self.process.poll() is None:
@@ -89,7 +89,7 @@ class Evaluation:
                 try:
                     if child.name().startswith("ray::_run"):
                         child.kill()
-                        self.killed = child.pid
+                        self.killed = count()
                         break
                 except psutil.NoSuchProcess:
                     continue
@@ -105,7 +105,7 @@ class Evaluation:
             journals.append(file.read_bytes() if code == 0 and file.exists() else name.encode())
         return {
             "exit_codes": codes,
-            "worker_killed": bool(self.killed),
+            "worker_killed_after": self.killed,
             "journal_bytes": len(journals[0]),
             "same_journal": journals[0] == journals[1],
         }
@@ -119,11 +119,13 @@ class Cluster(Load):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.killed = ""
+        self.killed_after = 0
+        """How many requests."""
         self.n_lost = 0
         """Answers of the killed proxy that did not come."""
 
     def kill(self, running: Running) -> None:
-        self.killed = running.url
+        self.killed, self.killed_after = running.url, self.n
         self.urls.remove(running.url)
         os.kill(running.process.pid, signal.SIGKILL)
 
@@ -160,15 +162,14 @@ async def load_on(
             return max(load.n / args.requests, (time.monotonic() - started_s) / args.minutes / 60)
 
         async def killer() -> None:
-            while done() < 0.4:
-                await asyncio.sleep(0.05)
-            await evaluation.lose_a_worker()
             while done() < 0.5:
                 await asyncio.sleep(0.05)
             load.kill(proxies[-1])
 
+        beside = evaluation.lose_a_worker(lambda: load.n)
+
         workers = [load.worker(lambda: done() < 1) for _ in range(args.concurrency)]
-        await asyncio.gather(killer(), *workers)
+        await asyncio.gather(killer(), beside, *workers)
     return load
 
 
@@ -189,6 +190,7 @@ def measured(load: Cluster, database: str, key: bytes, seconds: float) -> dict[s
         "requests": load.n,
         "seconds": round(seconds, 1),
         "statuses": statuses,
+        "proxy_killed_after": load.killed_after,
         "lost_with_the_killed": load.n_lost,
         "n_broken": seen.broken,
         "n_5xx_without_reason": seen.silent_5xx,
@@ -249,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "another tenant was served": found["strangers_served"] + found["ledger"]["crossed_tenants"],
         "an answer did not come": found["n_broken"],
         "a 5xx without a reason": found["n_5xx_without_reason"],
-        "nobody was killed": not load.killed or not beside["worker_killed"],
+        "nobody was killed meanwhile": not (
+            0 < load.killed_after < load.n and 0 < beside["worker_killed_after"] < load.n
+        ),
         "the evaluation is another one than without Ray": not beside["same_journal"],
     }
     found["failed"] = [what for what, is_wrong in wrong.items() if is_wrong]
