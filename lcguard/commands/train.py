@@ -37,6 +37,7 @@ from lcguard.training.dataset import with_policy
 from lcguard.training.estimate import estimate, machine_bytes
 from lcguard.training.joint import guarded_path, observed
 from lcguard.training.known_values import KnownValues
+from lcguard.training.rollback import SNAPSHOT
 from lcguard.training.trainer import Run, check_trained, make_module, train_guard
 
 
@@ -152,7 +153,8 @@ def run_training(
         }
         text = json.dumps(summary, indent=1, default=str) + "\n"
         replace_file(out / "summary.json", text.encode(), mode=PUBLIC)
-        (out / "checkpoint.safetensors").unlink(missing_ok=True)
+        for name in ("checkpoint.safetensors", SNAPSHOT):
+            (out / name).unlink(missing_ok=True)
         tracked.figures(flat({**figures, "seconds": done.seconds}))
         tracked.tags({"lcguard.guard_digest": guard.digest, "lcguard.verdict": summary["verdict"]})
         tracked.artefact(CARD, guard.card.model_dump(mode="json"))

@@ -1,8 +1,10 @@
 """Attackers inside the training loop: the minimax of arXiv 2605.22786, with options it lacks.
 
-The guard maximises the attackers' cross-entropy (``ce``) or pulls their prediction to the prior of
-the field (``kl_prior``). Several attackers, resets and lag are options. What these attackers
-recover in the end is *not* a privacy figure: fresh attackers are the judges.
+The guard maximises the attackers' cross-entropy (``ce``), pulls their prediction to the prior of
+the field (``kl_prior``), or the probability of the true token there by least squares
+(``least_squares``, after LSGAN, arXiv 1611.04076): what is hidden already pulls no further, and a
+confident attacker leaves a gradient that is bounded. Several attackers, resets and lag are options.
+What these attackers recover in the end is *not* a privacy figure: fresh attackers are the judges.
 """
 
 from __future__ import annotations
@@ -69,7 +71,12 @@ class Ensemble:
             if self.config.objective == "ce":
                 total = total - member.loss(batch, auxiliary=False)
             elif self.prior is not None:
-                total = total + self.prior.divergence(*member.log_probs(batch))
+                apart = (
+                    self.prior.divergence
+                    if self.config.objective == "kl_prior"
+                    else self.prior.squares
+                )
+                total = total + apart(*member.log_probs(batch))
         return self.config.weight * total / max(1, len(self.members))
 
     def learn(self, batch: AttackData, step: int) -> dict[str, float]:
@@ -110,9 +117,20 @@ class FieldPrior:
 
     def divergence(self, fields: Tensor, labels: Tensor, logp: Tensor) -> Tensor:
         """Mean KL(prior || attacker) in nats over the tokens that are due."""
-        self.table = self.table.to(logp.device)
-        at = torch.arange(labels.shape[1], device=logp.device).clamp_max(self.steps - 1)
-        prior = self.table[fields[:, None], at[None]]  # [N, K, V]
-        due = labels != IGNORE
+        prior, due = self._prior(fields, labels), labels != IGNORE
         kl = (prior * (prior.clamp_min(1e-12).log() - logp)).sum(-1)
         return kl[due].mean() if bool(due.any()) else logp.sum() * 0.0
+
+    def squares(self, fields: Tensor, labels: Tensor, logp: Tensor) -> Tensor:
+        """Mean squared distance of the true token's probability from the prior's, over the tokens
+        that are due."""
+        prior, due = self._prior(fields, labels), labels != IGNORE
+        true = labels.masked_fill(~due, 0)[..., None]
+        gap = (logp.gather(-1, true).exp() - prior.gather(-1, true)).squeeze(-1).square()
+        return gap[due].mean() if bool(due.any()) else logp.sum() * 0.0
+
+    def _prior(self, fields: Tensor, labels: Tensor) -> Tensor:
+        """``[N, K, V]``."""
+        self.table = self.table.to(labels.device)
+        at = torch.arange(labels.shape[1], device=labels.device).clamp_max(self.steps - 1)
+        return self.table[fields[:, None], at[None]]

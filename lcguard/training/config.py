@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from lcguard.training.schedule import Phase, check_schedule, phase_at
 
 
 @dataclass(frozen=True)
@@ -14,9 +16,10 @@ class AdversaryConfig:
     """How many; 0 trains without."""
     weight: float = 0.0
     """beta: weight of the adversarial term in the guard's loss."""
-    objective: Literal["ce", "kl_prior"] = "ce"
-    """``ce`` maximises the attacker's cross-entropy (the paper's minus L_rec); ``kl_prior`` pulls
-    the attacker's prediction to the prior of the field."""
+    objective: Literal["ce", "kl_prior", "least_squares"] = "ce"
+    """``ce`` maximises the attacker's cross-entropy (the paper's minus L_rec), which has no end;
+    ``kl_prior`` pulls the attacker's prediction to the prior of the field; ``least_squares`` pulls
+    the probability of the true token there, by the square of the distance."""
     steps_per_guard_step: int = 1
     lag: int = 1
     """The attackers learn only every ``lag``-th guard step."""
@@ -72,6 +75,34 @@ class TrainConfig:
     tail_share: float = 0.25
     twin_weight: float = 0.0
     """Weight of the mean squared distance to the twin's KV."""
+    teacher: Literal["raw", "twin"] = "raw"
+    """Whose receiver the KL term distils: the one on raw KV, or on the twin's, with forbidden
+    values masked. The latter says nothing of derived answers, which are then left to the CE term.
+    """
+    uncertain_nats: float = 0.0
+    """Distance from which the teacher grows less certain, token by token; 0 never. See
+    ``lcguard.training.uncertain_teacher``."""
+    rare_strength: float = 0.0
+    """0..1: how far leaks of rare categories weigh more than those of frequent ones. See
+    ``lcguard.training.rare_categories``."""
+    rare_warmup: float = 0.25
+    """Share of the steps over which that grows."""
+    trace_weight: float = 0.0
+    """Weight of log1p of the nats by which a guarded segment tells a displacement along the traces
+    that secrets leave. See ``lcguard.training.secret_traces``."""
+    trace_directions: int = 0
+    """Of each layer's keys and values, so many, the largest; 0 takes all."""
+    trace_noise: float = 0.0
+    """How much more noise the guard starts with along those directions, in units of the variance of
+    a trace; for guards with full maps."""
+    category_weight: float = 0.0
+    """Weight of an adversary that names the category of what was withheld. See
+    ``lcguard.training.category_adversary``."""
+    rollback_every: int = 0
+    """Steps after which the loss is taken on records held back, and a guard that got worse is set
+    back, attackers and all; 0 never. See ``lcguard.training.rollback``."""
+    rollback_slack: float = 0.05
+    """Share by which that loss may exceed the lowest."""
     label_steps: int = 0
     """First so many steps teach a gate where the values of each category stand, from the spans
     alone: cheap, and the counterfactuals then only have to say what else to withhold."""
@@ -89,7 +120,9 @@ class TrainConfig:
     muon_lr: float = 0.02
     ema: float = 0.0
     """Decay a step of the running average of the weights that the run ends with; 0 ends with the
-    last weights."""
+    last weights, or with the equal average of phases that say ``average``."""
+    schedule: tuple[Phase, ...] = ()
+    """Parts of the run in which other settings hold."""
     gate_weight: float = 0.05
     """Weight of the mean withheld share, for guards that withhold."""
     leak_ramp: int = 60
@@ -111,11 +144,29 @@ class TrainConfig:
     tighter, and the certificate takes longer."""
     certificate_level: float = 0.95
 
+    def at(self, step: int) -> TrainConfig:
+        """The settings that hold in a step."""
+        phase = phase_at(self.schedule, step, self.steps)
+        return self if phase is None else replace(self, **phase.changes())
+
+    @property
+    def averages(self) -> bool:
+        """Whether the run ends with an average of its weights."""
+        return bool(self.ema) or any(p.average for p in self.schedule)
+
+    def averages_at(self, step: int) -> bool:
+        """Whether the weights after a step count in it: where no phase says so, all do."""
+        phase = phase_at(self.schedule, step, self.steps)
+        chosen = any(p.average for p in self.schedule)
+        return self.averages and (phase is not None and phase.average if chosen else True)
+
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         if self.steps < 0:
             raise ValueError(f"steps={self.steps} must be at least 0")
-        if self.hard_steps < 0:
-            raise ValueError(f"hard_steps={self.hard_steps} must be at least 0")
+        for name in ("hard_steps", "rollback_every", "uncertain_nats", "trace_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         for name in (
             "batch",
             "questions",
@@ -132,8 +183,9 @@ class TrainConfig:
             )
         if not 0 < self.tail_share <= 1:
             raise ValueError(f"tail_share={self.tail_share} must be above 0 and at most 1")
-        if not 0 <= self.merge_rate <= 1:
-            raise ValueError(f"merge_rate={self.merge_rate} must be within 0..1")
+        for name in ("merge_rate", "rare_strength", "rare_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
         if self.adversary.weight and not self.adversary.count:

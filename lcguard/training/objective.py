@@ -3,6 +3,8 @@
     L = a KL(receiver on raw || receiver on guarded) + b CE(answers)
         + c log1p(pair leak / s) + t CVaR_a(log1p(leak of one secret / s))
         + d twin distance + e withheld share - beta L_rec
+        + options, each in a file of its own: ``uncertain_teacher``, ``rare_categories``,
+          ``secret_traces``, ``category_adversary``
 
 Pair leak, in nats: ``||m(raw) - m(raw')||^2 / (2 sigma^2)``, with raw' the same context whose
 forbidden secrets are resampled, through the whole guard (our own; evidence in docs/results.md). It
@@ -16,8 +18,8 @@ The adversarial term is the minimax of arXiv 2605.22786.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -28,10 +30,14 @@ from lcguard.guards.base import GuardModule
 from lcguard.protocols import KVBatch, Mask
 from lcguard.records import IGNORE, TokenRecord, pack_questions, value_labels
 from lcguard.source import ModelSource
+from lcguard.training.category_adversary import CategoryAdversary
 from lcguard.training.config import TrainConfig
+from lcguard.training.rare_categories import category_weights, record_weights, warmed
+from lcguard.training.secret_traces import displaced
 from lcguard.training.shards import ALONE, Shards
 from lcguard.training.steps import StepData
 from lcguard.training.twins import ValuePool
+from lcguard.training.uncertain_teacher import softened, token_kl
 
 
 class Losses(NamedTuple):
@@ -59,17 +65,23 @@ class Objective:
     source: ModelSource
     pool: ValuePool
     shards: Shards = ALONE
+    category_shares: Mapping[str, float] = field(default_factory=dict)
+    """Of the training secrets, for ``rare_strength``."""
+    traces: Tensor | None = None
+    """``secret_traces.root``, for ``trace_weight``."""
+    category_adversary: CategoryAdversary | None = None
+    """For ``category_weight``."""
 
     def losses(
         self, module: GuardModule, data: StepData, generator: torch.Generator, step: int
     ) -> Losses:
         """Differentiable in the guard. Loss and metrics are this process's part, which sums over
         all of them make those of the whole batch."""
-        config, share = self.config, self.shards.share
+        config, share = self.config.at(step), self.shards.share
         draws = self.shards.draws(generator, data.n_paths, data.hops)
         guarded, out = module(data.raw, data.mask, draws)
         ramp = min(1.0, (step + 1 - config.label_steps) / max(1, config.leak_ramp))
-        total, metrics = self._receiver(guarded, data)
+        total, metrics = self._receiver(guarded, data, config)
 
         def leaked(kv: KVBatch) -> tuple[Tensor, Tensor]:
             """``[B]`` nats of the pairs with other contexts, and as the loss counts them."""
@@ -80,7 +92,8 @@ class Objective:
         if data.pair is not None:
             leak, scaled = leaked(data.pair)
             hidden = data.mask.forbid.any(1)
-            total = total + ramp * config.pair_weight * scaled.mean() * share(len(scaled))
+            each = scaled * self._rare(data, config, step).to(scaled.device)
+            total = total + ramp * config.pair_weight * each.mean() * share(len(scaled))
             if config.label_weight and out.by_category is not None:
                 labels = closing_loss(
                     out.by_category, data.records, config.open_weight, self.shards
@@ -98,22 +111,49 @@ class Objective:
             total = total + ramp * config.tail_weight * tail
             metrics["tail_nats"] = float(self.shards.worst_mean(leak.detach(), config.tail_share))
         tokens = share(int(data.raw.valid.sum()))
-        if data.twin is not None:
+        if data.twin is not None and config.twin_weight:
             gap = (out.mean - module.standardise(data.twin)).square().mean((2, 3, 4))
             gap = (gap * data.raw.valid).sum() / data.raw.valid.sum() * tokens
             total = total + ramp * config.twin_weight * gap
             metrics["twin_mse"] = float(gap.detach())
+        if self.traces is not None and config.trace_weight:
+            z = module.standardise(data.raw)
+            normal = self.shards.normal(generator, z.shape, data.n_paths, data.hops)
+            moved = displaced(z, self.traces, data.records, data.raw.valid, normal)
+            other = module.rewrite(moved, data.raw.valid, data.mask)
+            nats = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
+            nats = nats * data.mask.forbid.any(1).to(nats.device)
+            traced = torch.log1p(nats / config.leak_scale_nats).mean() * share(len(nats))
+            total = total + ramp * config.trace_weight * traced
+            metrics["trace_nats"] = float(nats.detach().mean()) * share(len(nats))
+        if self.category_adversary is not None:
+            sent = module.standardise(guarded)
+            named = self.category_adversary.loss(sent, data.raw.valid, data.records, self.shards)
+            total = total + config.category_weight * named
+            metrics["category_nats"] = float(named.detach())
         withheld = (out.withheld * data.raw.valid).sum() / data.raw.valid.sum() * tokens
         if config.gate_weight and out.withheld.requires_grad:
             total = total + config.gate_weight * withheld
         metrics["withheld"] = float(withheld.detach())
         return Losses(total, metrics, guarded)
 
-    def _receiver(self, guarded: KVBatch, data: StepData) -> tuple[Tensor, dict[str, float]]:
+    def _rare(self, data: StepData, config: TrainConfig, step: int) -> Tensor:
+        """``[B]`` weights of the records' leaks."""
+        if not config.rare_strength:
+            return torch.ones(len(data.records))
+        strength = warmed(config.rare_strength, step, config.steps, config.rare_warmup)
+        return record_weights(data.records, category_weights(self.category_shares, strength))
+
+    def _receiver(
+        self, guarded: KVBatch, data: StepData, config: TrainConfig
+    ) -> tuple[Tensor, dict[str, float]]:
         """Distillation and cross-entropy on the answers that the audience may have."""
-        raw = data.raw
+        taught = data.raw
+        if config.teacher == "twin":
+            assert data.twin is not None
+            taught = data.twin
         if data.before is not None:
-            guarded, raw = (KVBatch.join([data.before, x]) for x in (guarded, raw))
+            guarded, taught = (KVBatch.join([data.before, x]) for x in (guarded, taught))
         packed = pack_questions(data.records, pad_id=self.source.pad_id)
         labels = packed.labels[packed.labels != IGNORE].to(guarded.keys.device)
         answered = self.shards.share(len(labels))
@@ -121,21 +161,25 @@ class Objective:
             self.shards.share(0.0)
             nothing = float("nan")
             return guarded.keys.sum() * 0.0, {"accuracy": nothing, "task_nats": nothing}
-        weight = answer_weights(data.records, packed.labels, packed.block, self.config)
+        weight = answer_weights(data.records, packed.labels, packed.block, config)
         part = self.shards.share(float(weight.sum()))
-        weight = weight.to(labels.device) / weight.sum() * part
+        scale = part / weight.sum()
+        if config.teacher == "twin":  # it does not know what derived answers are derived from
+            plain = replace(config, band_weight=0.0)
+            distilled = answer_weights(data.records, packed.labels, packed.block, plain)
+        else:
+            distilled = weight
+        weight, distilled = ((w * scale).to(labels.device) for w in (weight, distilled))
         logits = self.source.answer_logits(guarded, packed)
         total = (
-            self.config.ce_weight
-            * (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
+            config.ce_weight * (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
         )
-        if self.config.kl_weight:
+        if config.kl_weight:
             with torch.no_grad():
-                teacher = self.source.answer_logits(raw, packed) / self.config.temperature
-            kl = F.kl_div(
-                logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
-            ).sum(-1)
-            total = total + self.config.kl_weight * (kl * weight).sum()
+                teacher = self.source.answer_logits(taught, packed) / config.temperature
+                if config.uncertain_nats:
+                    teacher = softened(logits, teacher, config.uncertain_nats)
+            total = total + config.kl_weight * (token_kl(logits, teacher) * distilled).sum()
         accuracy = float((logits.argmax(-1) == labels).float().mean()) * answered
         return total, {"accuracy": accuracy, "task_nats": float(total.detach())}
 

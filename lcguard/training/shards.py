@@ -8,7 +8,7 @@ counts (records, tokens, values); so gradients are added, not averaged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,13 @@ class Shards:
         if self.count == 1:
             return generator
         return RowsOf(generator, self.rows(n, hops), hops * n)
+
+    def normal(
+        self, generator: torch.Generator, shape: Sequence[int], n: int, hops: int = 1
+    ) -> Tensor:
+        """Standard normal numbers for this process's rows of ``hops`` times ``n`` segments."""
+        drawn = torch.randn((hops * n, *shape[1:]), generator=generator)
+        return drawn if self.count == 1 else drawn[self.rows(n, hops)]
 
     def share(self, n: float) -> float:
         """``n`` over its sum over all processes, which ask together; 0 where that is 0."""

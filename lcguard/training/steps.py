@@ -109,7 +109,7 @@ class Steps:
 
         Everything is drawn for the whole batch; the data are this process's rows of it.
         """
-        config = self.config
+        config = self.config.at(step)
         chosen = []
         for record in draw_batch(rng, self.seen_at(step), config.batch):
             (record,) = with_policy([record], *sample_policy(rng, config.policies))
@@ -124,7 +124,7 @@ class Steps:
         hops: list[StepData] = []
         before: KVBatch | None = None
         for first in range(0, len(chosen), n_paths):
-            hop = self._hop(rng, chosen[first : first + n_paths], before)
+            hop = self._hop(rng, chosen[first : first + n_paths], before, config)
             if config.path_hops > 1:
                 past = None if before is None else before[: len(hop.records)]
                 if merge:
@@ -135,17 +135,23 @@ class Steps:
             hops.append(hop)
         return hops[0] if len(hops) == 1 else _stack(hops)
 
-    def _hop(self, rng: random.Random, chosen: list[TokenRecord], on: KVBatch | None) -> StepData:
+    def _hop(
+        self,
+        rng: random.Random,
+        chosen: list[TokenRecord],
+        on: KVBatch | None,
+        config: TrainConfig,
+    ) -> StepData:
         """Contexts of one hop with their counterfactuals, in one forward pass."""
         everyone, rows = chosen, self.shards.rows(len(chosen))
         width = max(len(r.ids) for r in everyone)  # the same in every process, as is the noise
         chosen = [everyone[i] for i in rows]
         contexts, n = [r.ids for r in chosen], len(chosen)
-        config, pool = self.config, self.pool
+        pool = self.pool
         more: dict[str, list[tuple[int, ...]]] = {}
         if config.pair_weight > 0:
             more["pair"] = [pool.resample(rng, r, r.forbid, r.derive) for r in everyone]
-        if config.twin_weight > 0:
+        if config.twin_weight > 0 or config.teacher == "twin":
             more["twin"] = [neutral_twin(r, r.forbid, self.neutral_id) for r in everyone]
         if config.tail_weight > 0:
             more["one_other"] = [pool.resample_one(rng, r, r.forbid, r.derive) for r in everyone]

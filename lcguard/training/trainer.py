@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,15 @@ from lcguard.records import TokenRecord
 from lcguard.source import ModelSource
 from lcguard.tokens import Special
 from lcguard.training.adversary import AdversaryFactory, Ensemble
+from lcguard.training.category_adversary import CategoryAdversary
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import TrainConfig
-from lcguard.training.dataset import with_policy
 from lcguard.training.joint import observed
 from lcguard.training.objective import Objective, label_loss
+from lcguard.training.prepare import prepare, split_held, traces_of
+from lcguard.training.rare_categories import category_shares
+from lcguard.training.rollback import SNAPSHOT, HeldBack, keep_or_go_back
+from lcguard.training.schedule import phase_at
 from lcguard.training.shards import Shards
 from lcguard.training.steps import StepData, Steps, draw_batch
 from lcguard.training.twins import ValuePool
@@ -66,45 +70,6 @@ def check_trained(name: str) -> None:
     """Raises ``ValueError`` for a guard without parameters, or one that is not known."""
     if not guard_class(name).trained:
         raise ValueError(f"guard {name!r} has nothing to train; use it as it is")
-
-
-def prepare(
-    module: GuardModule,
-    records: Sequence[TokenRecord],
-    source: ModelSource,
-    special: Special,
-    pool: ValuePool,
-    hops: int = 1,
-) -> AttackData:
-    """Fits the guard's statistics; returns raw pairs (paths of ``hops``), everything forbidden."""
-    sample = with_policy(records[:384], CATEGORIES)
-    raw = source.prefill([r.ids for r in sample])
-    module.fit_statistics(raw)
-    start = getattr(module, "start_codebook", None)
-    if start is not None:
-        # placeholder KV: constants that the receiver reads as "a token, but no value"
-        words = int(module.config.words)
-        fill = source.prefill([(special.neutral_id,) * (w + 4) for w in range(words)])
-        z = module.standardise(fill)
-        book = torch.stack([z[w, 3 + w] for w in range(words)])
-        start(band_means(module.standardise(raw), sample, pool, book))
-    whole = len(sample) // hops * hops
-    return observed(sample[:whole], raw[:whole], special, hops)
-
-
-def band_means(z: Tensor, records: Sequence[TokenRecord], pool: ValuePool, book: Tensor) -> Tensor:
-    """The codebook ``[W, L, 2, H * D]`` with the words that stand for bands at the mean of the
-    values of their band: a receiver reads something of the band from it before any training."""
-    found: dict[int, list[Tensor]] = {}
-    for i, record in enumerate(records):
-        for span, _ in record.categorised():
-            word = pool.word(span, len(book))
-            if word is not None:
-                found.setdefault(word, []).append(z[i, span.start : span.end])
-    book = book.clone()
-    for word, values in found.items():
-        book[word] = torch.cat(values).mean(0)
-    return book
 
 
 def train_guard(
@@ -140,11 +105,14 @@ def train_guard(
     with _bar(progress, is_main) as bar:
         task = bar.add_task(f"train {config.guard}", total=config.steps, completed=first, note="")
         for step in range(first, config.steps):
-            row = trainer.step(step)
+            row, done = trainer.step(step), step + 1
+            settles = bool(config.rollback_every) and done % config.rollback_every == 0
+            if settles:
+                row |= trainer.settle(out)
             metrics.append({"step": step, **row})
             bar.update(task, advance=1, note=_note(row))
-            done = step + 1
-            if is_main and (done % config.checkpoint_every == 0 or done == config.steps):
+            saves = settles or done % config.checkpoint_every == 0 or done == config.steps
+            if is_main and saves:
                 _write_metrics(out / "metrics.jsonl", metrics)
                 trainer.save(state, done, time.monotonic() - started)
                 written(metrics)
@@ -168,33 +136,57 @@ class Trainer:
     ) -> None:
         records = [*hard, *records]
         self.config, self.special = config, special
+        records, held = split_held(records, config)
         self.accelerator = Accelerator(cpu=source.device.type == "cpu")
         self.shards = Shards(self.accelerator)
         self.module = make_module(config, source)
         self.module.to(source.device)
+        self._own = self.module.config
         pool = ValuePool(records)
         pairs = prepare(self.module, records, source, special, pool, config.path_hops)
+        traces = traces_of(self.module, records, source, pool, config)
         if init is not None:  # weights and statistics of a trained guard
             self.module.load_state_dict(init.module.state_dict())
         self.ensemble = Ensemble(config.adversary, factory, pairs, config.seed)
-        self.optimizers = make_optimizers(self.module, config)
+        self.names = None
+        if config.category_weight:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(config.seed + 1)
+                self.names = CategoryAdversary(KVShape(*source.shape).channels).to(source.device)
+        self.optimizers = make_optimizers(self.module, config, self.names)
         self.average: AveragedModel | None = None
-        if config.ema:
-            self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        if config.averages:
+            decayed = get_ema_multi_avg_fn(config.ema) if config.ema else None
+            self.average = AveragedModel(self.module, multi_avg_fn=decayed)
         by_length, hard = (sorted(rows, key=lambda r: len(r.ids)) for rows in (records, hard))
         self.steps = Steps(by_length, pool, source, config, special.neutral_id, hard, self.shards)
-        self.objective = Objective(config, source, pool, self.shards)
+        shares = category_shares(records) if config.rare_strength else {}
+        self.objective = Objective(config, source, pool, self.shards, shares, traces, self.names)
+        self.held: HeldBack | None = None
+        if held:
+            apart = replace(config, batch=len(held))
+            steps = Steps(held, pool, source, apart, special.neutral_id, (), self.shards)
+            self.held = HeldBack(steps, self.objective)
 
     def step(self, step: int) -> dict[str, float]:
         """One step of guard and attackers; returns its figures."""
         rng = random.Random(f"{self.config.seed}/{step}/0")  # of one process among many, once
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
         self.module.train()
+        self._set_noise(step)
         label = step < self.config.label_steps
         row = self._label(rng, step) if label else self._guard(rng, generator, step)
-        if self.average is not None:
+        if self.average is not None and self.config.averages_at(step):
             self.average.update_parameters(self.module)
         return row
+
+    def _set_noise(self, step: int) -> None:
+        """What the phase says; the guard is finished with what holds after the last step."""
+        phase = phase_at(self.config.schedule, step, self.config.steps)
+        if phase is not None and phase.noise is not None:
+            self.module.config = replace(self.module.config, noise=phase.noise)
+        elif phase is not None:
+            self.module.config = self._own
 
     def _label(self, rng: random.Random, step: int) -> dict[str, float]:
         chosen = draw_batch(rng, self.steps.seen_at(step), self.config.batch)
@@ -227,7 +219,7 @@ class Trainer:
     def _descend(self, loss: Tensor, step: int) -> None:
         """Gradients are added over processes by hand: the guard is small, and its passes (raw,
         pair, labels) do not all go through one forward, which a wrapper would expect."""
-        config = self.config
+        config = self.config.at(step)
         if not math.isfinite(float(loss.detach())):
             raise ValueError(f"loss is {float(loss.detach())} at step {step}; lower lr={config.lr}")
         for optimizer, base in zip(self.optimizers, (config.lr, config.muon_lr), strict=False):
@@ -235,7 +227,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = base * _rate(step, config)
         self.accelerator.backward(loss)
-        self.shards.add_gradients(self.module.parameters())
+        names = [] if self.names is None else self.names.parameters()
+        self.shards.add_gradients([*self.module.parameters(), *names])
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -256,26 +249,47 @@ class Trainer:
         meta = {"step": step, "seconds": seconds, "config": asdict(self.config)}
         save_checkpoint(state, *self._kept(), meta)
 
+    def settle(self, folder: Path) -> dict[str, float]:
+        """Keeps what the run has come to, or goes back; figures of the step. See ``rollback``."""
+        assert self.held is not None
+        loss = self.held.loss(self.module)
+        back = keep_or_go_back(
+            folder / SNAPSHOT,
+            loss,
+            self.config.rollback_slack,
+            *self._kept(),
+            writes=self.accelerator.is_main_process,
+            wait=self.accelerator.wait_for_everyone,
+        )
+        return {"held_back": loss, "went_back": float(back)}
+
     def _kept(self) -> tuple[dict[str, nn.Module], list[torch.optim.Optimizer]]:
         """What a checkpoint holds."""
         modules: dict[str, nn.Module] = {"guard": self.module, **self.ensemble.modules()}
         if self.average is not None:
             modules["average"] = self.average
+        if self.names is not None:
+            modules["names"] = self.names
         return modules, [*self.optimizers, *self.ensemble.optimizers]
 
     def finished(self) -> GuardModule:
         """The guard that the run ends with."""
-        if self.average is not None and self.config.steps:
+        if self.average is not None and int(self.average.n_averaged):
             self.module.load_state_dict(self.average.module.state_dict())
+        self._set_noise(self.config.steps)
         return self.module
 
 
-def make_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the context network's matrices and AdamW for the rest."""
+def make_optimizers(
+    module: nn.Module, config: TrainConfig, beside: nn.Module | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the context network's matrices and AdamW for the rest, and for what is
+    trained ``beside`` the guard."""
     wants = config.optimizer == "muon"
     named = list(module.named_parameters())
     matrices = [p for n, p in named if wants and p.ndim == 2 and n.startswith("context.")]
     rest = [p for _, p in named if not any(p is m for m in matrices)]
+    rest += [] if beside is None else list(beside.parameters())
     out: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.01)]
     if matrices:
         out.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.01))

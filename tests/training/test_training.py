@@ -25,13 +25,14 @@ from lcguard.guards.gate import GateGuard
 from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord, masks, pack_questions, value_labels
 from lcguard.training import checkpoint as checkpoint_module
-from lcguard.training import trainer
+from lcguard.training import prepare, trainer
 from lcguard.training.adversary import Ensemble, FieldPrior
 from lcguard.training.certificate import pair_leaks
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import AdversaryConfig, PolicyMix, TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
 from lcguard.training.objective import answer_weights, closing_loss
+from lcguard.training.schedule import Phase
 from lcguard.training.shards import ALONE
 from lcguard.training.steps import draw_batch, permitted, sample_policy
 from lcguard.training.trainer import Run, train_guard
@@ -81,6 +82,30 @@ CONFIGS = {
             attack="probe",
             options={"width": 16, "fit": {"lr": 0.01}},
         ),
+        **SMALL,
+    ),
+    "gate-schedule": TrainConfig(
+        "gate",
+        GUARDS["gate"],
+        schedule=(
+            Phase(share=0.4, lr=1e-3, pair_weight=0.5),
+            Phase(share=0.6, average=True, noise=0.15),
+            Phase(share=0, noise=0.2),
+        ),
+        **SMALL,
+    ),
+    "gate-options": TrainConfig(
+        "gate",
+        GUARDS["gate"],
+        teacher="twin",
+        uncertain_nats=0.1,
+        rare_strength=0.5,
+        trace_weight=0.2,
+        trace_noise=0.5,
+        category_weight=0.1,
+        rollback_every=1,
+        rollback_slack=0.0,
+        adversary=adversary(count=1, objective="least_squares"),
         **SMALL,
     ),
     "gate-all": TrainConfig(
@@ -293,7 +318,7 @@ def test_gate_training_removes_the_pair_leak(world: World, tmp_path: Path) -> No
     skipped = guard_class("gaussian").build(shape, len(CATEGORIES), {"noise": 0.3})
     skipped.fit_statistics(world.source.prefill([r.ids for r in world.records]))
     untrained = trainer.make_module(config, world.source)
-    trainer.prepare(untrained, world.records, world.source, world.special, ValuePool(world.records))
+    prepare.prepare(untrained, world.records, world.source, world.special, ValuePool(world.records))
     before, after, none = (leak(world, m) for m in (untrained, run.guard.module, skipped))
     assert after < 0.1 * before
     assert after < 0.1 * none
@@ -375,7 +400,7 @@ def test_codebook_starts_at_placeholders(world: World) -> None:
     module = trainer.make_module(CONFIGS["gate"], world.source)
     assert isinstance(module, GateGuard)
     random_words = module.codebook.detach().clone()
-    trainer.prepare(module, world.records, world.source, world.special, ValuePool(world.records))
+    prepare.prepare(module, world.records, world.source, world.special, ValuePool(world.records))
     fill = world.source.prefill([(world.special.neutral_id,) * 4])
     torch.testing.assert_close(module.codebook[0], module.standardise(fill)[0, 3])
     assert not torch.allclose(module.codebook, random_words, atol=0.1)
@@ -406,7 +431,7 @@ def test_words_of_bands_start_at_the_mean_of_their_values(world: World) -> None:
     raw = world.source.prefill([r.ids for r in world.records])
     z = torch.randn(len(world.records), raw.keys.shape[3], 2, 2, 32)
     book = torch.zeros(40, 2, 2, 32)
-    made = trainer.band_means(z, world.records, pool, book)
+    made = prepare.band_means(z, world.records, pool, book)
     found = banded(world.records, pool, 40)
     word = found[0][2]
     mine = [z[i, s.start : s.end] for i, s, w in found if w == word]
@@ -434,7 +459,7 @@ def test_labels_teach_the_words_of_bands(world: World, tmp_path: Path) -> None:
         return float(torch.cat(hits).float().mean())
 
     untrained = trainer.make_module(config, world.source)
-    trainer.prepare(untrained, world.records, world.source, world.special, pool)
+    prepare.prepare(untrained, world.records, world.source, world.special, pool)
     assert right(train(world, config, tmp_path).guard.module) > max(0.6, 1.5 * right(untrained))
 
 
