@@ -35,6 +35,20 @@ RUNS: dict[str, dict[str, Any]] = {
         "open_weight": 0.5,
         "ema": 0.5,
     },
+    # what is off by default
+    "options": {
+        "guard": "gate",
+        "options": GUARDS["gate"],
+        "batch": 7,
+        "teacher": "twin",
+        "uncertain_nats": 0.1,
+        "rare_strength": 0.5,
+        "trace_weight": 0.2,
+        "trace_noise": 0.5,
+        "category_weight": 0.1,
+        "rollback_every": 2,
+        "schedule": [{"share": 0.5, "lr": 0.001}, {"share": 0.5, "average": True, "noise": 0.2}],
+    },
     # everything that reads other rows: paths on top of each other, attackers, twins
     "residual": {
         "guard": "residual",
