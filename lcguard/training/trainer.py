@@ -36,7 +36,8 @@ from lcguard.training.category_adversary import CategoryAdversary
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import TrainConfig
 from lcguard.training.joint import observed
-from lcguard.training.objective import Objective, label_loss
+from lcguard.training.label_loss import label_loss
+from lcguard.training.objective import Objective
 from lcguard.training.prepare import prepare, split_held, traces_of
 from lcguard.training.rare_categories import category_shares
 from lcguard.training.rollback import SNAPSHOT, HeldBack, keep_or_go_back

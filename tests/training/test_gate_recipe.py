@@ -27,7 +27,7 @@ def bench() -> ModuleType:
 
 def runs(bench: ModuleType) -> dict[str, TrainRun]:
     return {
-        name: load_plan(TrainRun, "gate", sets, None, prefix="train-")
+        name: load_plan(TrainRun, "gate-recipe", sets, None, prefix="train-")
         for name, sets in bench.ROWS.items()
         if sets is not None
     }

@@ -31,7 +31,8 @@ from lcguard.training.certificate import pair_leaks
 from lcguard.training.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from lcguard.training.config import AdversaryConfig, PolicyMix, TrainConfig
 from lcguard.training.dataset import attack_data, guard_all, with_policy
-from lcguard.training.objective import answer_weights, closing_loss
+from lcguard.training.label_loss import closing_loss
+from lcguard.training.objective import answer_weights
 from lcguard.training.schedule import Phase
 from lcguard.training.shards import ALONE
 from lcguard.training.steps import draw_batch, permitted, sample_policy
