@@ -8,7 +8,6 @@ should look alike whatever they were. The network itself learns from all tokens,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +22,11 @@ NONE = len(CATEGORIES)
 """The class of tokens outside values."""
 
 
-class _Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, hidden: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (hidden,) = ctx.saved_tensors
-        return -gradients[0] * hidden[..., None], None
-
-
 def reverse_gradient(x: Tensor, hidden: Tensor) -> Tensor:
-    """``x [..., d]`` as it is; backwards the negative gradient where ``hidden [...]`` is 1, and
-    none where it is 0."""
-    out: Tensor = _Reversed.apply(x, hidden.to(x.dtype))  # type: ignore[no-untyped-call]
-    return out
+    """``x [..., d]`` as it is; backwards the negative gradient where ``hidden [...]``, bool, is
+    true, and none elsewhere."""
+    fixed = x.detach()
+    return torch.where(hidden[..., None], 2 * fixed - x, fixed)  # 2 x - x is x to the last bit
 
 
 class CategoryAdversary(nn.Module):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,9 +106,10 @@ def shape_noise(module: GuardModule, factor: Tensor, strength: float) -> None:
             f"{module.name!r}: set it to 0"
         )
     squeeze, expand = shaped_maps(factor @ factor.mT, strength)
+    gate: Any = module
     with torch.no_grad():
-        module.squeeze.copy_(squeeze)
-        module.expand.copy_(expand)
+        gate.squeeze.copy_(squeeze)
+        gate.expand.copy_(expand)
 
 
 def shaped_maps(covariance: Tensor, strength: float) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ class Trainer:
         if init is not None:  # weights and statistics of a trained guard
             self.module.load_state_dict(init.module.state_dict())
         self.ensemble = Ensemble(config.adversary, factory, pairs, config.seed)
-        self.names = None
+        self.names: CategoryAdversary | None = None
         if config.category_weight:
             with torch.random.fork_rng([]):
                 torch.manual_seed(config.seed + 1)
@@ -228,8 +228,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = base * _rate(step, config)
         self.accelerator.backward(loss)
-        names = [] if self.names is None else self.names.parameters()
-        self.shards.add_gradients([*self.module.parameters(), *names])
+        beside = () if self.names is None else tuple(self.names.parameters())
+        self.shards.add_gradients([*self.module.parameters(), *beside])
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -54,7 +54,8 @@ SMALL: dict[str, Any] = {
 
 
 def run(world: World, out: Path, **settings: Any) -> Run:
-    config = TrainConfig("gate", **({"options": GUARDS["gate"]} | SMALL | settings))
+    wanted: dict[str, Any] = {"options": GUARDS["gate"], **SMALL, **settings}
+    config = TrainConfig("gate", **wanted)
     return train_guard(
         config,
         world.records,
@@ -317,7 +318,7 @@ def test_a_run_goes_back_to_its_best_weights(
     """Guard, attacker and all; held-back losses as given."""
     losses = iter([1.0, 0.5, 0.9, 0.4])
     monkeypatch.setattr(HeldBack, "loss", lambda self, module: next(losses))
-    seen: list[dict[str, torch.Tensor]] = []
+    seen: list[Any] = []
     settle = trainer.Trainer.settle
 
     def watched(self: trainer.Trainer, folder: Path) -> dict[str, float]:
