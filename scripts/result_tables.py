@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import recipe_columns as recipe
 import speed_columns as speed
 import table_columns as columns
 
@@ -30,6 +31,7 @@ COMMANDS = {
     "main": "lcguard eval run main --out runs/main",
     "certificate": f"lcguard eval certify nano:gate {OUT}/certificate.json",
     "draws": f"python scripts/measure_draws.py --secrets 4 {OUT}/draws.json",
+    "gate_recipe": f"python scripts/bench_gate_recipe.py {OUT}/gate_recipe.json",
     "residual_search": "python scripts/search_residual.py",
     "handoff": f"python scripts/bench_handoff.py --repeats 11 {OUT}/handoff.json",
     "publish": f"python scripts/bench_publish.py --tokens 4096 --repeats 2 "
@@ -73,6 +75,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "certificate": ("certificate", columns.certificate),
     "ceilings": ("certificate", columns.ceilings),
     "draws": ("draws", columns.draws),
+    "gate_recipe": ("gate_recipe", recipe.gate_recipe),
     "residual_search": ("residual_search", columns.search),
     "handoff": ("handoff", speed.handoff),
     "publish": ("publish", speed.publish),
