@@ -6,9 +6,10 @@ LCGUARD_DATABASE_PASSWORD=... python scripts/soak_proxies.py --requests 5000 \\
 The clients of scripts/soak.py, each request to one of the proxies, and an agent of another tenant
 that asks for everybody's segments. Each proxy has an engine of its own; they share the store. In
 the middle, of the requests or of the minutes, one proxy gets SIGKILL; so does a worker of an
-evaluation that runs on Ray beside the load, once it has begun. Exit 1 where a row that a client was told of is
-missing, a budget was exceeded, another tenant was served, an answer of a living proxy did not come,
-the audit is not whole, or the evaluation's journal is not what one without Ray writes.
+evaluation that runs on Ray beside the load, once it has begun. Exit 1 where a row that a client was
+told of is missing, a budget was exceeded, another tenant was served, an answer of a living proxy
+did not come, the audit is not whole, or the evaluation's journal is not what one without Ray
+writes.
 """
 
 from __future__ import annotations
