@@ -80,7 +80,8 @@ def root(covariance: Tensor, directions: int = 0) -> Tensor:
     if directions:
         scale[..., : width - directions] = 0
     return (vectors * scale[..., None, :]).to(covariance.dtype)
-
+    found: Tensor = (vectors * scale[..., None, :]).to(covariance.dtype)
+    return found
 
 def displaced(
     z: Tensor,
