@@ -79,9 +79,9 @@ def root(covariance: Tensor, directions: int = 0) -> Tensor:
     scale = values.clamp_min(0).sqrt()
     if directions:
         scale[..., : width - directions] = 0
-    return (vectors * scale[..., None, :]).to(covariance.dtype)
     found: Tensor = (vectors * scale[..., None, :]).to(covariance.dtype)
     return found
+
 
 def displaced(
     z: Tensor,
