@@ -39,6 +39,8 @@ COMMANDS = {
     "reach": f"python scripts/measure_reach.py --records 80 {OUT}/reach.json",
     "proxy": f"python scripts/bench_proxy.py --concurrency 32 {OUT}/proxy.json",
     "soak": f"python scripts/soak.py --concurrency 32 --minutes 10 {OUT}/soak.json",
+    "proxies": "python scripts/soak_proxies.py --requests 5000 --database postgresql://... "
+    f"--store redis://... {OUT}/proxies.json",
     "growth": f"python scripts/simulate_growth.py {OUT}/growth.json --plot docs/growth.svg",
     "multihop": "lcguard eval run scripts/configs/multihop.yaml --out runs/multihop",
     "nano": "python scripts/train_nano.py --check agents/nano/model",
@@ -83,6 +85,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "reach": ("reach", speed.reach),
     "proxy": ("proxy", speed.proxy),
     "soak": ("soak", speed.soak),
+    "proxies": ("proxies", speed.proxies),
     "growth": ("growth", speed.growth),
     "growth_checks": ("growth", speed.growth_checks),
     "multihop": ("multihop", columns.multihop),

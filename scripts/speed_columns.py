@@ -143,3 +143,26 @@ def soak(report: Row) -> str:
         ("latency, p50 / p99", ", ".join(times)),
     )
     return table(("", "seen"), rows)
+
+
+def proxies(report: Row) -> str:
+    """Several proxies, of which one is killed."""
+    audit, ledger, beside = report["audit"], report["ledger"], report["evaluation"]
+    told = f"{audit['lost']} lost of {sum(audit['told'].values()):,} that clients were told of"
+    worker = beside["worker_killed_after"]
+    journal = "the same" if beside["same_journal"] else "another"
+    strangers = report["strangers_served"] + ledger["crossed_tenants"]
+    rows = (
+        ("requests", f"{report['requests']:,} in {report['seconds']:.0f} s"),
+        (
+            "killed",
+            f"a proxy after {report['proxy_killed_after']:,} requests, with "
+            f"{report['lost_with_the_killed']} answers on their way; a Ray worker after {worker:,}",
+        ),
+        ("answers that did not come from the others", f"{report['n_broken']}"),
+        ("audit", f"{audit['rows']:,} rows, {len(audit['problems'])} problems; {told}"),
+        ("budgets exceeded", f"{ledger['budgets_exceeded']} of {ledger['received']} receipts"),
+        ("requests of another tenant that were served", f"{strangers}"),
+        ("journal of the evaluation beside", f"{journal} as without Ray, to the byte"),
+    )
+    return table(("", "seen"), rows)
