@@ -17,7 +17,7 @@ import pytest
 
 from tests.engine import needs_vllm
 from tests.paths import ROOT
-from tests.server.proxy import ASK_SSN, COMPLAINT, NAME, SSN, Front, error, wait_for
+from tests.server.proxy import ASK_SSN, NAME, SSN, Front, error, wait_for
 
 pytest_plugins = ("tests.server.proxy_fixtures",)
 pytestmark = [needs_vllm, pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -149,7 +149,7 @@ def test_the_examples_run(front: Front, name: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len([x for x in lines if COMPLAINT in x]) == 1, done.stdout
+    assert len([x for x in lines if "back pain" in x]) == 1, done.stdout
     assert SSN not in done.stdout
     assert len([x for x in lines if "XXXX" in x]) == 1, done.stdout
     if name == "two_agents.py":
@@ -211,5 +211,5 @@ def test_a_program_is_guarded_by_five_lines(front: Front, name: str) -> None:
         seen[kind] = bodies
     assert len(seen["plain"]) == len(seen["text"]) > 0
     assert all(SSN in body and "Ada Long" in body for body in seen["plain"])
-    assert all(COMPLAINT in body for body in seen["text"])
+    assert all("back pain" in body for body in seen["text"])
     assert not any(SSN in body or "Ada" in body for body in seen["text"])

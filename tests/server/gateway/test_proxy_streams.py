@@ -91,11 +91,11 @@ def test_several_answers_end_with_one_that_says_it(front: Front, client: Clients
 
 def test_a_stop_string_ends_a_publish_like_any_other(front: Front) -> None:
     """vLLM's engine does not know of it: the store has the last word."""
-    asked = {"messages": [*PUBLISH["messages"], *ASK], "stop": ["pain"]}
+    asked = {"messages": [*PUBLISH["messages"], *ASK], "stop": [COMPLAINT]}
     answer = front.chat(front.auth("intake"), "", {"publish": {"audience": "open"}}, **asked)
     assert answer.status_code == 200, answer.text
     (choice,) = answer.json()["choices"]
-    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "pain")
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", COMPLAINT)
     handle = answer.json()["lcguard"]["published"]["handle"]
     assert COMPLAINT in front.answer(front.auth("open"), ASK[0]["content"], handle)
 
