@@ -42,7 +42,7 @@ ADVERSARY = "{count: 1, weight: 0.3, attack: decoder, objective: least_squares}"
 ROWS: dict[str, Sequence[str] | None] = {
     "shipped": None,
     **{f"recipe, seed {seed}": (f"train.seed={seed}",) for seed in range(3)},
-    "a third of the steps": SHORT,
+    "a sixth of the steps": SHORT,
     "+ noise along secrets' traces": (*SHORT, "train.trace_noise=1.0"),
     "+ penalty along secrets' traces": (*SHORT, "train.trace_weight=0.3"),
     "+ uncertain teacher": (*SHORT, "train.uncertain_nats=0.5"),
