@@ -34,9 +34,9 @@ from tests.paths import ROOT
 
 # Page, a part of the block -> the test that runs it, and takes it from the page for that.
 ELSEWHERE = {
-    ("docs/vllm.md", "GuardedLLM.build("): "tests/vllm/test_vllm_handoff.py",
+    ("docs/vllm.md", "GuardedLLM.build("): "tests/vllm/test_vllm_handoff_refused.py",
     ("docs/vllm.md", "OpenAI(base_url="): "tests/vllm/test_vllm_server.py",
-    ("docs/vllm.md", "vllm.entrypoints.openai.api_server"): "tests/vllm/test_vllm_server.py",
+    ("docs/vllm.md", "vllm.entrypoints.openai.api_server"): "tests/vllm/api_server.py",
     ("docs/guards.md", "smollm2:twin"): "tests/agents/test_models.py",
     ("docs/proxy.md", "PermissionDeniedError"): "tests/docs/test_blocks.py",
     ("docs/proxy.md", "lcguard.client"): "tests/server/test_client.py",
