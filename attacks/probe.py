@@ -224,12 +224,11 @@ class _Moved(nn.Module):
         super().__init__()
         self.skip = nn.Linear(channels, own)
         self.more = nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, own))
-        for layer in (self.skip, self.more[-1]):
-            assert isinstance(layer, nn.Linear)
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            self.skip.weight[:, :own] = torch.eye(own)
+        nn.init.eye_(self.skip.weight)
+        last = self.more[-1]
+        assert isinstance(last, nn.Linear)
+        for zero in (self.skip.bias, last.weight, last.bias):
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
         moved: Tensor = self.skip(x) + self.more(x)

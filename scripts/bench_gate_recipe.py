@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.categories import CATEGORIES
 from lcguard.commands.script import run_script, script_parser, write_report
-from lcguard.commands.train import TrainRun, run_training
+from lcguard.commands.train import TrainRun, certificate_of, run_training
 from lcguard.config import load_config
 from lcguard.evaluation.hop_segments import HopSegments
 from lcguard.evaluation.load import hops_for, known_values, load_guard
@@ -32,7 +32,6 @@ from lcguard.evaluation.schedule import Challenge, HopRun
 from lcguard.evaluation.statistics import asr_by_category, best_attack, mean_over_categories
 from lcguard.evaluation.summary import rate, utility_figures
 from lcguard.guards.frozen import FrozenGuard
-from lcguard.training.certificate import certify
 from lcguard.training.dataset import with_policy
 
 T = TypeVar("T")
@@ -98,14 +97,12 @@ def shipped(backend: HFBackend, work: Path) -> dict[str, Any]:
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     run = load_plan(TrainRun, "gate-recipe", (), None, prefix="train-")
     train, test = (backend.encoder.encode(hops) for hops in hops_for(run.data))
-    found = certify(
-        load_guard(GuardSpec("gate", path=SHIPPED), backend).module,
+    found = certificate_of(
+        run.train,
+        load_guard(GuardSpec("gate", path=SHIPPED), backend),
         with_policy(test[: run.train.certificate_pairs], CATEGORIES),
-        backend.source,
-        level=run.train.certificate_level,
-        seed=run.train.seed + 1,
-        known=known_values(run.data, backend, train),
-        references=run.train.certificate_references,
+        backend,
+        known_values(run.data, backend, train),
     )
     assert found is not None
     summary = {"certificate": found.to_dict(), "seconds": None}

@@ -16,9 +16,7 @@ from lcguard.commands.inventory import count_units
 from lcguard.commands.script import resumable
 from lcguard.evaluation.parallel import side_by_side
 from tests.evaluation.test_eval_tool import TINY as EVALUATION
-
-TINY = ("--set", "train.steps=2", "--set", "train.batch=2", "--set", "train.label_steps=0")
-TINY += ("--set", "data.train_records=40", "--set", "data.test_records=20")
+from tests.test_cli import TINY
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from lcguard.protocols import KVBatch
 from lcguard.records import TokenRecord
 from lcguard.tracking import Tracker, flat, track
 from lcguard.training.adversary import Adversary
-from lcguard.training.certificate import certify
+from lcguard.training.certificate import Certificate, certify
 from lcguard.training.config import TrainConfig
 from lcguard.training.dataset import with_policy
 from lcguard.training.estimate import estimate, machine_bytes
@@ -202,6 +202,25 @@ def average_weights(guard: FrozenGuard, other: FrozenGuard, share: float) -> Non
     guard.module.load_state_dict(mixed)
 
 
+def certificate_of(
+    config: TrainConfig,
+    guard: FrozenGuard,
+    held_out: list[TokenRecord],
+    backend: HFBackend,
+    known: KnownValues,
+) -> Certificate | None:
+    """As a training with these settings takes it; None as ``certify``."""
+    return certify(
+        guard.module,
+        held_out,
+        backend.source,
+        level=config.certificate_level,
+        seed=config.seed + 1,
+        known=known,
+        references=config.certificate_references,
+    )
+
+
 def finish(
     run: TrainRun,
     done: Run,
@@ -214,15 +233,7 @@ def finish(
     held_out = with_policy(test[: run.train.certificate_pairs], CATEGORIES)
     certificate = None
     if run.train.pair_weight > 0 or run.train.twin_weight > 0:
-        found = certify(
-            done.guard.module,
-            held_out,
-            backend.source,
-            level=run.train.certificate_level,
-            seed=run.train.seed + 1,
-            known=known,
-            references=run.train.certificate_references,
-        )
+        found = certificate_of(run.train, done.guard, held_out, backend, known)
         certificate = found.to_dict() if found else None
     figures = held_out_figures(run, done, held_out, backend)
     training = {"command": command, "config": asdict(run), "seconds": round(done.seconds, 1)}

@@ -84,14 +84,14 @@ class Objective:
         ramp = min(1.0, (step + 1 - config.label_steps) / max(1, config.leak_ramp))
         total, metrics = self._receiver(guarded, data, config)
 
-        def leaked(kv: KVBatch) -> tuple[Tensor, Tensor]:
+        def leaked(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
             """``[B]`` nats of the pairs with other contexts, and as the loss counts them."""
-            other = module.rewrite(module.standardise(kv), kv.valid, data.mask)
+            other = module.rewrite(z, valid, data.mask)
             leak = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
             return leak, torch.log1p(leak / config.leak_scale_nats)
 
         if data.pair is not None:
-            leak, scaled = leaked(data.pair)
+            leak, scaled = leaked(module.standardise(data.pair), data.pair.valid)
             hidden = data.mask.forbid.any(1)
             each = scaled * self._rare(data, config, step).to(scaled.device)
             total = total + ramp * config.pair_weight * each.mean() * share(len(scaled))
@@ -107,7 +107,8 @@ class Objective:
             part = share(n_hidden)
             metrics["pair_nats"] = float(leak.detach()[hidden].mean()) * part if n_hidden else 0.0
         if data.one_other is not None:
-            leak, scaled = leaked(data.one_other)
+            one = data.one_other
+            leak, scaled = leaked(module.standardise(one), one.valid)
             tail = self.shards.worst_mean(scaled, config.tail_share)
             total = total + ramp * config.tail_weight * tail
             metrics["tail_nats"] = float(self.shards.worst_mean(leak.detach(), config.tail_share))
@@ -121,12 +122,10 @@ class Objective:
             z = module.standardise(data.raw)
             normal = self.shards.normal(generator, z.shape, data.n_paths, data.hops)
             moved = displaced(z, self.traces, data.records, data.raw.valid, normal)
-            other = module.rewrite(moved, data.raw.valid, data.mask)
-            nats = pair_leak_nats(out.mean, other.mean, data.raw.valid, module.config.noise)
-            nats = nats * data.mask.forbid.any(1).to(nats.device)
-            traced = torch.log1p(nats / config.leak_scale_nats).mean() * share(len(nats))
-            total = total + ramp * config.trace_weight * traced
-            metrics["trace_nats"] = float(nats.detach().mean()) * share(len(nats))
+            leak, scaled = leaked(moved, data.raw.valid)
+            asked, part = data.mask.forbid.any(1).to(leak.device), share(len(leak))
+            total = total + ramp * config.trace_weight * (scaled * asked).mean() * part
+            metrics["trace_nats"] = float((leak.detach() * asked).mean()) * part
         if self.category_adversary is not None:
             sent = module.standardise(guarded)
             named = self.category_adversary.loss(sent, data.raw.valid, data.records, self.shards)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from lcguard.attacks.decoder import DecoderAttack
 from lcguard.categories import CATEGORIES, DERIVABLE
 from lcguard.guards.gate import GateGuard
 from lcguard.training import prepare, trainer
@@ -31,11 +30,12 @@ from lcguard.training.rare_categories import (
     warmed,
 )
 from lcguard.training.secret_traces import displaced, outside, root, shaped_maps, trace_covariance
-from lcguard.training.trainer import Run, train_guard
+from lcguard.training.trainer import Run
 from lcguard.training.twins import ValuePool
 from lcguard.training.uncertain_teacher import softened, token_kl
 from tests.fixtures import World
 from tests.matrix import GUARDS
+from tests.training.test_training import train
 
 SMALL: dict[str, Any] = {
     "steps": 4,
@@ -48,16 +48,7 @@ SMALL: dict[str, Any] = {
 
 def run(world: World, out: Path, **settings: Any) -> Run:
     wanted: dict[str, Any] = {"options": GUARDS["gate"], **SMALL, **settings}
-    config = TrainConfig("gate", **wanted)
-    return train_guard(
-        config,
-        world.records,
-        world.source,
-        world.special,
-        out,
-        DecoderAttack.build,
-        progress=False,
-    )
+    return train(world, TrainConfig("gate", **wanted), out)
 
 
 # -- a teacher that is less certain

@@ -26,11 +26,6 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state #1?.sqlite"  # characters that mean something in a URI
-
-
-@pytest.fixture
 def database(path: Path) -> Iterator[Database]:
     with Database(path, busy_timeout_s=0.3, max_waiting=8) as opened:
         opened.write_now(lambda c: c.execute("CREATE TABLE words (word TEXT UNIQUE)"))

@@ -32,11 +32,6 @@ except DatabaseError as error:
 """
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state #1?.sqlite"  # characters that mean something in a URI
-
-
 def test_files_are_the_owners_alone(path: Path) -> None:
     before = os.umask(0)
     try:
