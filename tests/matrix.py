@@ -17,6 +17,14 @@ GUARDS: dict[str, dict[str, Any]] = {
     "redact": {},
     "evict": {},
     "twin": {"width": 32, "blocks": 1},
+    "trace_gate": {
+        "detector": {"width": 32, "blocks": 1},
+        "width": 32,
+        "blocks": 1,
+        "rank": 4,
+        "projected": 2,
+    },
+    "kveraser": {"detector": {"width": 32, "blocks": 1}, "width": 32, "blocks": 1, "rank": 4},
     "erasure": {"values": 1},
     "compose": {
         "parts": [

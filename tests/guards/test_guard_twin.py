@@ -20,36 +20,18 @@ from lcguard.rule import Rule
 from lcguard.tokens import Special
 from lcguard.training.dataset import guard_all, twin_contexts, with_policy
 from lcguard.training.fit_detector import (
-    DetectorConfig,
-    ReadRecords,
     choose_peak,
     choose_thresholds,
-    fit_detector,
-    read_records,
 )
 from lcguard.training.twins import found_twin, neutral_twin
 from tests.fixtures import World, make_records
-
-CONFIG = DetectorConfig(
-    steps=150, batch=8, lr=4e-3, warmup=10, dropout=0.0, touch_cost=0.0, task_weight=1.0
-)
-OPTIONS = {"width": 32, "blocks": 1, "peak": 0.0}
-
-
-Fitted = tuple[TwinGuard, list[TokenRecord], ReadRecords]
+from tests.guards.fitted_twin import CONFIG, Fitted, fit_twin
 
 
 @pytest.fixture(scope="module")
 def fitted(world: World) -> Fitted:
     """A detector fitted on the tiny model, thresholds from the same records."""
-    records = make_records(world.encoder, 48, seed=3)
-    module = TwinGuard.build(KVShape(*world.source.shape), len(CATEGORIES), OPTIONS)
-    read = read_records(module, records, world.source)
-    fit_detector(module, [read], CONFIG)
-    options = module.options() | {"thresholds": choose_thresholds(module, [read], CONFIG)}
-    done = TwinGuard.build(KVShape(*world.source.shape), len(CATEGORIES), options)
-    done.load_state_dict(module.state_dict())
-    return done, records, read
+    return fit_twin(world)
 
 
 def test_every_value_of_its_records_is_found_and_gone(world: World, fitted: Fitted) -> None:
