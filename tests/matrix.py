@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lcguard.categories import CATEGORIES
+
+SOME = {"width": 32, "blocks": 1, "peak": 0.0, "thresholds": [1.5] * len(CATEGORIES)}
+"""Of a detector that is not fitted: it finds something, and not everything."""
+
 GUARDS: dict[str, dict[str, Any]] = {
     "identity": {},
     "gaussian": {"noise": 0.5},
@@ -17,14 +22,8 @@ GUARDS: dict[str, dict[str, Any]] = {
     "redact": {},
     "evict": {},
     "twin": {"width": 32, "blocks": 1},
-    "trace_gate": {
-        "detector": {"width": 32, "blocks": 1},
-        "width": 32,
-        "blocks": 1,
-        "rank": 4,
-        "projected": 2,
-    },
-    "kveraser": {"detector": {"width": 32, "blocks": 1}, "width": 32, "blocks": 1, "rank": 4},
+    "trace_gate": {"detector": SOME, "width": 32, "blocks": 1, "rank": 4, "projected": 2},
+    "kveraser": {"detector": SOME, "width": 32, "blocks": 1, "rank": 4},
     "erasure": {"values": 1},
     "compose": {
         "parts": [

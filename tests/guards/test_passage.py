@@ -247,7 +247,7 @@ WIDE = KVShape(8, 4, 64)
 """16 KiB a token in float32: larger, as in a model, than what the context network keeps of it."""
 
 
-FITTED_OR_WHOLE = {"erasure", "compose", "cloak"}
+FITTED_OR_WHOLE = {"erasure", "compose", "cloak", "trace_gate", "kveraser"}
 
 
 def module_for(name: str) -> GuardModule:
