@@ -6,8 +6,9 @@
 Contexts are read by the plain model, as they stand or with what their policy forbids replaced by
 neutral tokens; what is hidden, or not there, is to be answered with "not stated". Then counts right
 answers on raw KV of held-out records, with the adapters and without, into --results; --measure
-does that for adapters that are there. agents/smollm2/reader was trained in two goes: the second
-with --set reader.start=FIRST --set reader.steps=160 --set reader.lr=0.0006 --set reader.seed=1.
+does that for adapters that are there. agents/smollm2/reader was trained in three goes: the second
+with --set reader.start=FIRST --set reader.steps=160 --set reader.lr=0.0006 --set reader.seed=1, the
+third with start=SECOND, steps=240, lr=0.0008, seed=2 and --set 'weights=[6,3,1,1]'.
 """
 
 from __future__ import annotations

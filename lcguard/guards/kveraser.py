@@ -21,7 +21,6 @@ from lcguard.guards.single_pass import Found, SinglePassGuard
 
 @register("kveraser")
 class KVEraserGuard(SinglePassGuard):
-    looks = True
     claim = (
         "What its detector finds gives way to states that steer the receiver as if it had not been "
         "read. Later tokens keep what they took from it: nothing is claimed against who reads them."

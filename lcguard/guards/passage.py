@@ -85,7 +85,11 @@ class Passage:
 
     @torch.inference_mode()
     def look(self) -> None:
-        """Reads the segment once, for what a tile's rewriting needs of the others."""
+        """Reads the segment once, for what a tile's rewriting needs of the others: not where the
+        guard needs nothing, as reading is what a publish through such a guard costs."""
+        if type(self._module).look is GuardModule.look:
+            self.seen = [None] * len(self.tiles)
+            return
         self.seen = list(self._module.look(self._read(), self._mask))
 
     @torch.inference_mode()

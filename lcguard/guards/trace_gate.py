@@ -31,7 +31,6 @@ LEAST_SPREAD = 1e-3
 
 @register("trace_gate")
 class TraceGateGuard(SinglePassGuard):
-    looks = True
     claim = (
         "What its detector finds is withheld where it stands. What later tokens tell of it is "
         "lessened and blurred, and nothing is claimed against a receiver who reads that."
