@@ -19,13 +19,14 @@ from lcguard.agents.scenarios.load import load_hops, split_hops
 from lcguard.agents.scenarios.types import Hop
 from lcguard.atomic_file import replace_file
 from lcguard.categories import CATEGORIES
+from lcguard.commands.detector_rounds import RoundsConfig, Stage, play
 from lcguard.commands.presidio import PresidioText
 from lcguard.commands.text_detector import TextDetector
 from lcguard.config import dump_config
 from lcguard.evaluation.detection import BATCH, hidden_tokens, measure
 from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.manifest import run_manifest
-from lcguard.evaluation.plan import DataConfig, GuardSpec
+from lcguard.evaluation.plan import DataConfig, EvalConfig, GuardSpec
 from lcguard.evaluation.quick import fewer, fewer_records
 from lcguard.guards import FrozenGuard, KVShape
 from lcguard.guards.frozen import weights_digest
@@ -37,14 +38,12 @@ from lcguard.training.fit_detector import (
     ReadRecords,
     choose_peak,
     choose_thresholds,
-    fit_detector,
+    hiding_costs,
     read_records,
 )
 from lcguard.training.kept_tensors import KeptTensors
 
 Say = Callable[[str], None]
-_CHOSEN_LATER = ("touch_cost", "thresholds", "peaks")
-"""Settings of what is chosen once the detector is fitted."""
 _QUICK = {"verdict": "not measured", "reason": "a quick run"}
 """What a card says of it, so that it is served by name alone."""
 
@@ -67,6 +66,8 @@ class DetectorRun:
     start: str = ""
     """A guard to go on from, such as ``smollm2:twin``; empty: a fresh one."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    """Against attackers."""
     against: Literal["presidio"] | None = None
     """Measured on the held-out records too."""
     quick: bool = False
@@ -75,11 +76,13 @@ class DetectorRun:
 
 def quickened(run: DetectorRun) -> DetectorRun:
     """A quarter of the records of each source and of the steps, marked as a quick run."""
+    rounds = replace(run.rounds, steps=fewer(run.rounds.steps), records=fewer(run.rounds.records))
     return replace(
         run,
         quick=True,
         sources=tuple(fewer_records(data) for data in run.sources),
         detector=replace(run.detector, steps=fewer(run.detector.steps)),
+        rounds=rounds if run.rounds.count else run.rounds,
     )
 
 
@@ -102,13 +105,18 @@ def found_by(
     return [out[i] for i in range(len(records))]
 
 
-def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[str, Any]:
+def train_detector(
+    run: DetectorRun, out: Path, command: str, say: Say, features: Path | None = None
+) -> dict[str, Any]:
     """Trains, chooses thresholds, measures held-out recall and writes ``out/guard``.
 
+    ``features``: where what was read and fitted is kept, ``out/features`` if not given.
     Raises ``ValueError`` in one line for data, model or options that do not fit.
     """
     if not 0 < run.validation_share < 1:
         raise ValueError(f"validation_share = {run.validation_share}: use a share between 0 and 1")
+    if run.rounds.count:
+        run.rounds.check_attacks()
     backend = load_backend(run.model, reader=False, first_layers=run.first_layers)
     module = _start(run, backend)
     parts = [_Parts.of(data, run.validation_share, backend) for data in run.sources]
@@ -118,7 +126,7 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
     held = sum(len(p.held) for p in parts)
     say("{} training, {} validation and {} held-out records".format(*counts, held))
     read_by = [backend.digest, run.first_layers] if run.first_layers else backend.digest
-    kept = KeptTensors(out / "features", read_by)
+    kept = KeptTensors(features or out / "features", read_by)
     texts = {r.ids for p in parts for r in p.train + p.validation}
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("read", total=len(texts))
@@ -129,20 +137,23 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
 
         train = [read(p.train) for p in parts]
         validation = [read(p.validation) for p in parts]
-        task = bar.add_task("fit", total=run.detector.steps)
-        key = _fit_key(run, module, train)
-        if (fitted := kept.get(key)) is not None:
-            module.detector.load_state_dict(fitted)
-        else:
-            fit_detector(module, train, run.detector, lambda step, loss: bar.advance(task))
-            kept.put(key, module.detector.state_dict())
-    options = module.options() | {"thresholds": _thresholds(run, module, validation)}
-    done = TwinGuard.build(module.shape, len(CATEGORIES), options)
-    done.load_state_dict(module.state_dict())
-    if "peak" not in run.options:
-        peak = choose_peak(done, validation, run.detector)
-        done.config = replace(done.config, peak=peak)
+        steps = run.detector.steps + run.rounds.count * run.rounds.steps
+        task = bar.add_task("fit", total=steps)
+        stage = Stage(
+            backend,
+            module,
+            run.detector,
+            kept,
+            partial(_chosen, run, module, validation),
+            partial(_cost, run, validation),
+            by_reply=EvalConfig(model=run.model).by_reply,
+            say=say,
+            advance=partial(bar.advance, task),
+        )
+        began = weights_digest(module) if run.start else ""
+        done, rounds = play(run.rounds, stage, train, began)
     guard = FrozenGuard(done)
+    played = {"rounds": rounds} if rounds else {}
     figures: dict[str, Any] = {}
     for data, part in zip(run.sources, parts, strict=True):
         figures[_label(data)] = measure(part.held, found_by(guard, backend.source, part.held))
@@ -153,10 +164,14 @@ def train_detector(run: DetectorRun, out: Path, command: str, say: Say) -> dict[
         model_id=run.model,
         model_digest=backend.digest,
         evaluation={"held_out": figures, **(_QUICK if run.quick else {})},
-        training={"command": command, "config": json.loads(json.dumps(asdict(run)))},
+        training={"command": command, "config": json.loads(json.dumps(asdict(run))), **played},
     )
     guard.save_pretrained(out / "guard")
-    summary = {"held_out": figures, "run": run_manifest(command, [run.detector.seed], run)}
+    summary = {
+        "held_out": figures,
+        **played,
+        "run": run_manifest(command, [run.detector.seed], run),
+    }
     replace_file(out / "summary.json", (json.dumps(summary, indent=1, default=str) + "\n").encode())
     return summary
 
@@ -185,17 +200,27 @@ def _thresholds(
     return tuple(map(min, chosen, module.thresholds.tolist()))
 
 
+def _chosen(run: DetectorRun, module: TwinGuard, validation: Sequence[ReadRecords]) -> TwinGuard:
+    """The guard that a fitted detector makes: its thresholds and, where none is given, its peak."""
+    options = module.options() | {"thresholds": _thresholds(run, module, validation)}
+    done = TwinGuard.build(module.shape, len(CATEGORIES), options)
+    done.load_state_dict(module.state_dict())
+    if "peak" not in run.options:
+        peak = choose_peak(done, validation, run.detector)
+        done.config = replace(done.config, peak=peak)
+    return done
+
+
+def _cost(run: DetectorRun, validation: Sequence[ReadRecords], guard: TwinGuard) -> float:
+    """Of what it would hide of validation records, the mean of the sources."""
+    peak = guard.config.peak
+    costs = hiding_costs(guard, validation, [peak], run.detector)
+    return costs[peak] / len(validation)
+
+
 def _label(data: DataConfig) -> str:
     """What a card calls a source."""
     return data.source if data.forms == DataConfig.forms else f"{data.source}, other forms"
-
-
-def _fit_key(run: DetectorRun, module: TwinGuard, train: Sequence[ReadRecords]) -> list[Any]:
-    """All that the fitted detector depends on; thresholds come after it."""
-    config = {k: v for k, v in asdict(run.detector).items() if k not in _CHOSEN_LATER}
-    options = {k: module.options()[k] for k in ("layers", "width", "blocks", "reach_tokens")}
-    began = weights_digest(module) if run.start else ""
-    return ["detector", began, config, options, [[r.ids for r in p.records] for p in train]]
 
 
 @dataclass(frozen=True)

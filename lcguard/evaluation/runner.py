@@ -22,7 +22,7 @@ from lcguard.evaluation.load import make_attack
 from lcguard.evaluation.outcomes import Attempt, Journal, Kind, Outcome
 from lcguard.evaluation.parallel import Executor, side_by_side
 from lcguard.evaluation.plan import AttackSpec, GuardSpec, Plan, PolicySpec
-from lcguard.evaluation.said import says
+from lcguard.evaluation.said import outcome_of
 from lcguard.evaluation.segments import ATTACKER, VICTIM, Segments, Side
 from lcguard.evaluation.statistics import mean_over_categories
 from lcguard.guards.frozen import FrozenGuard
@@ -218,13 +218,7 @@ class Runner:
         replies = case.hops.replies and attack_class(case.attack.attack).replies
         out: dict[str, Attempt] = {}
         for record, secret, guess in self._judged(case, guesses):
-            outcome = Outcome.ERROR
-            if guess.ids is not None:
-                guessed, value = (
-                    self.s.model.decode(ids).strip() for ids in (guess.ids, secret.ids)
-                )
-                same = says(guessed, value) if replies else guessed == value
-                outcome = Outcome.SUCCESS if same else Outcome.RESISTED
+            outcome = outcome_of(guess, secret, self.s.model.decode, replies)
             found = _attempt(
                 case,
                 record,

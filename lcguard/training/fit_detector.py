@@ -21,9 +21,10 @@ from lcguard.canonical import canonical_digest
 from lcguard.categories import CATEGORIES
 from lcguard.guards.twin import TwinGuard
 from lcguard.protocols import KVBatch
-from lcguard.records import TokenRecord, masks, value_labels
+from lcguard.records import TokenRecord, TokenSpan, masks, value_labels
 from lcguard.source import ModelSource
 from lcguard.training.descent import Descent
+from lcguard.training.hard_examples import NOTHING, Emphasis
 from lcguard.training.kept_tensors import KeptTensors
 
 
@@ -54,6 +55,27 @@ class ReadRecords:
 
     records: tuple[TokenRecord, ...]
     features: tuple[Tensor, ...]
+    hard: tuple[tuple[TokenSpan, ...], ...] = ()
+    """Of each record the values that attackers recovered; empty: of none any."""
+
+    def hard_of(self, i: int) -> tuple[TokenSpan, ...]:
+        return self.hard[i] if self.hard else ()
+
+    def part(self, at: Sequence[int]) -> ReadRecords:
+        """Those of the records alone."""
+        return ReadRecords(
+            tuple(self.records[i] for i in at),
+            tuple(self.features[i] for i in at),
+            tuple(self.hard_of(i) for i in at),
+        )
+
+    def __add__(self, other: ReadRecords) -> ReadRecords:
+        both = (self.part(range(len(self.records))), other.part(range(len(other.records))))
+        return ReadRecords(
+            both[0].records + both[1].records,
+            both[0].features + both[1].features,
+            both[0].hard + both[1].hard,
+        )
 
     def batches(self, size: int) -> Iterator[tuple[list[TokenRecord], Tensor, Tensor]]:
         """All of them, shortest first: records, features ``[B, T, F]`` and valid ``[B, T]``."""
@@ -120,8 +142,10 @@ def fit_detector(
     data: Sequence[ReadRecords],
     config: DetectorConfig,
     say: Callable[[int, float], None] = lambda step, loss: None,
+    emphasis: Emphasis = NOTHING,
 ) -> None:
     """Trains in place. ``data``: one entry per source; every source is drawn from as often.
+    ``emphasis``: what weighs more, and where labels are less certain.
 
     Raises ``ValueError`` for a source without records, or a loss that is not finite.
     """
@@ -143,7 +167,9 @@ def fit_detector(
             x = x * kept / (1 - config.dropout)
         logits = module.detector(x, valid)
         weight = torch.where(y > 0, config.value_weight, _task_weight(records, x, config))
-        each = F.binary_cross_entropy_with_logits(logits, y, reduction="none") * weight
+        weight = emphasis.weighted(weight, records, [source.hard_of(i) for i in at])
+        target = emphasis.target(logits, y)
+        each = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
         loss = each[valid].mean()
         say(step, descent.down(step, loss))
     module.eval()
@@ -192,11 +218,23 @@ def choose_thresholds(
     return tuple(_cheapest(v, t, low, high) for v, t in zip(found, touched, strict=True))
 
 
-@torch.no_grad()
 def choose_peak(module: TwinGuard, data: Sequence[ReadRecords], config: DetectorConfig) -> float:
     """The lowest of ``config.peaks`` that costs least as ``choose_thresholds`` counts, now of what
     the guard with its thresholds would hide under the records' policies."""
-    costs = dict.fromkeys(config.peaks, 0.0)
+    costs = hiding_costs(module, data, config.peaks, config)
+    return min(costs, key=costs.__getitem__)
+
+
+@torch.no_grad()
+def hiding_costs(
+    module: TwinGuard,
+    data: Sequence[ReadRecords],
+    peaks: Sequence[float],
+    config: DetectorConfig,
+) -> dict[float, float]:
+    """Of each peak the share of forbidden values that are not hidden whole, and ``touch_cost``
+    times that of task values that are touched; the sources' sum."""
+    costs = dict.fromkeys(peaks, 0.0)
     for source in data:
         spans = [s for r in source.records for s in r.spans]
         each_value = 1 / max(1, sum(s.secret for s in spans))
@@ -212,7 +250,7 @@ def choose_peak(module: TwinGuard, data: Sequence[ReadRecords], config: Detector
                             costs[peak] += each_task * bool(hidden.any())
                         elif span.secret:
                             costs[peak] += each_value * (not hidden.all())
-    return min(costs, key=costs.__getitem__)
+    return costs
 
 
 def _cheapest(

@@ -29,12 +29,19 @@ def category_shares(records: Sequence[TokenRecord]) -> dict[str, float]:
     return {name: n / counts.total() for name, n in sorted(counts.items())}
 
 
-def category_weights(shares: Mapping[str, float], strength: float) -> dict[str, float]:
-    """w of each category; ``strength`` is a. All 1 where all are as frequent."""
+def category_weights(
+    shares: Mapping[str, float], strength: float, ease: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """w of each category; ``strength`` is a. All 1 where all are as frequent.
+
+    ``ease``: above 0, takes the place of P in K_y where something else than frequency says what
+    is hard; the mean stays that over P.
+    """
     if not shares:
         return {}
-    largest = max(shares.values())
-    root = {name: math.sqrt(math.log(largest / p)) for name, p in shares.items()}
+    ease = shares if ease is None else {name: ease[name] for name in shares}
+    largest = max(ease.values())
+    root = {name: math.sqrt(math.log(largest / p)) for name, p in ease.items()}
     mean = sum(shares[name] * root[name] for name in shares)
     if mean == 0:
         return dict.fromkeys(shares, 1.0)
