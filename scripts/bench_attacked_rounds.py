@@ -86,8 +86,8 @@ def row(name: str, seed: int, args: Any) -> dict[str, Any]:
     read = partial(_read, guard, backend, KeptTensors(work / "features", backend.digest))
     counts = attacked(guard, attackers, read, run)
     found = {
-        data.source: {**summary["held_out"][data.source], **own}
-        for data, own in zip(run.sources, counts, strict=True)
+        label: {**figures, **own}
+        for (label, figures), own in zip(summary["held_out"].items(), counts, strict=True)
     }
     made = {
         "name": name,

@@ -17,6 +17,7 @@ TINY = """
 model: nano
 sources:
   - {source: generator, seed: 5, train_records: 200, test_records: 64}
+  - {source: generator, seed: 6, train_records: 160, test_records: 32, forms: [mail, chat]}
 options: {width: 32, blocks: 1}
 validation_share: 0.2
 detector: {steps: 300, batch: 4}
