@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lcguard.agents.backends.hf import HFBackend, load_backend
 from lcguard.atomic_file import replace_file
 from lcguard.commands.detector import DetectorRun, quickened, train_detector
@@ -75,7 +73,6 @@ def row(name: str, seed: int, args: Any) -> dict[str, Any]:
             raise ValueError(f"{kept} was made with other settings: give another --work")
         return dict(json.loads(done.read_text(encoding="utf-8")))
     started = time.perf_counter()
-    torch.manual_seed(seed)  # what a fresh detector starts from
     command = f"scripts/bench_attacked_rounds.py, {name!r}"
     summary = train_detector(run, kept, command, say, work / "features")
     seconds = time.perf_counter() - started

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -180,6 +181,7 @@ def _start(run: DetectorRun, backend: HFBackend) -> TwinGuard:
     """What is trained: a fresh guard, or another's weights, statistics and options."""
     options = dict(run.options)
     if not run.start:
+        torch.manual_seed(run.detector.seed)  # a run that was ended starts from the same
         return TwinGuard.build(KVShape(*backend.source.shape), len(CATEGORIES), options)
     other = load_guard(GuardSpec("start", path=run.start), backend).module
     if not isinstance(other, TwinGuard):
