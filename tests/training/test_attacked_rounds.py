@@ -242,10 +242,13 @@ def test_a_round_that_costs_more_is_taken_back(agent: HFBackend, read: Any) -> N
     well = replace(FIT, steps=100, batch=8, dropout=0.0)
     stage = staged(agent, read, fit=well, validation=few)
     first: list[dict[str, torch.Tensor]] = []
-    inner = stage.choose
-    watched = replace(stage, choose=lambda: (first.append(weights(stage.module)), inner())[1])
+
+    def watched() -> TwinGuard:
+        first.append(weights(stage.module))
+        return stage.choose()
+
     absurd = replace(ROUNDS, lr=0.5, count=1, rollback_slack=0.0)
-    guard, done = play(absurd, watched, [train])
+    guard, done = play(absurd, replace(stage, choose=watched), [train])
     assert done[1]["validation_cost"] > done[0]["validation_cost"]
     assert done[1]["rolled_back"]
     assert not same(first[0], first[1])
