@@ -147,14 +147,14 @@ def fit_trace_gate(
     some = [i for i, t in enumerate(targets) if len(t)]
     for step in range(config.steps):
         at = rng.sample(some, min(config.batch, len(some)))
-        missed, due = _unexplained(module, traces, targets, at)
-        say(step, descent.down(step, missed / due))
+        error, due = _unexplained(module, traces, targets, at)
+        say(step, descent.down(step, error / due))
     module.eval()
     with torch.no_grad():
         missed = energy = 0.0
         for i in some:
-            one, _ = _unexplained(module, traces, targets, [i])
-            missed += float(one)
+            error, _ = _unexplained(module, traces, targets, [i])
+            missed += float(error)
             energy += float(targets[i].float().square().sum())
     values = torch.linalg.eigvalsh(covariance.double()).clamp_min(0).flip(-1)
     inside = values[..., : module.config.rank].sum(-1) / values.sum(-1).clamp_min(1e-12)
