@@ -82,7 +82,8 @@ class KVBatch:
         width = max(r.valid.shape[1] for r in rows)
 
         def wide(x: Tensor) -> Tensor:
-            return F.pad(x, (0, 0, 0, width - x.shape[3]))
+            # padding by nothing copies too
+            return x if x.shape[3] == width else F.pad(x, (0, 0, 0, width - x.shape[3]))
 
         keys, values = (
             torch.cat([wide(x) for x in xs])

@@ -69,13 +69,14 @@ def guard_all(
     twin = None
     if guard.needs_twin:
         twin = source.prefill(twin_contexts(guard, records, kv, special, fixed_length, seed=seed))
-    parts = []
+    parts, own = list[KVBatch](), None
     for first in range(0, len(records), batch):
         rows = slice(first, first + batch)
         part = Mask(mask.forbid[rows], mask.derive[rows])
         keys = [noise_key(seed, r.record_id) for r in records[rows]]
-        out = guard(kv[rows], part, keys=keys, twin=None if twin is None else twin[rows])
-        parts.append(out.kv)
+        own = None if twin is None else twin[rows]
+        parts.append(guard(kv[rows], part, keys=keys, twin=own).kv)
+    del twin, own  # as large as what is stacked now
     return KVBatch.stack(parts)
 
 
