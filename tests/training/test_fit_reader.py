@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lcguard.protocols import KVBatch
 from lcguard.records import IGNORE, PackedQuestions, pack_questions
 from lcguard.source import ModelSource
 from lcguard.training.fit_reader import ReaderConfig, fit_reader, load_reader, merged
+from scripts.train_reader import average
 from tests.fixtures import World
 
 CONFIG = ReaderConfig(rank=4, steps=30, lr=1e-2, warmup=2)
@@ -69,3 +73,20 @@ def test_nothing_to_learn_is_an_error(world: World) -> None:
     )
     with pytest.raises(ValueError, match="no question with an answer"):
         fit_reader(world.source, lambda step: (kv, empty), CONFIG)
+
+
+def test_the_average_of_two_is_halfway(world: World, tuned: Any, tmp_path: Path) -> None:
+    other = fit_reader(world.source, lambda step: lesson(world), replace(CONFIG, seed=3))
+    for name, model in (("a", tuned), ("b", other)):
+        model.save_pretrained(str(tmp_path / name))
+    average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
+    read = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("a", "b", "mean")]
+    for key, mean in read[2].items():
+        half = (read[0][key] + read[1][key]) / 2
+        assert torch.allclose(mean.float(), half, atol=1e-3)
+    load_reader(world.source.model, tmp_path / "mean")  # fits the model
+    wider = fit_reader(world.source, lambda step: lesson(world), replace(CONFIG, rank=2, steps=1))
+    wider.save_pretrained(str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="a and .*c are adapters of different sizes"):
+        average([tmp_path / "a", tmp_path / "c"], tmp_path / "no")
+    assert not (tmp_path / "no").exists()
