@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -75,10 +74,12 @@ def test_nothing_to_learn_is_an_error(world: World) -> None:
         fit_reader(world.source, lambda step: (kv, empty), CONFIG)
 
 
-def test_the_average_of_two_is_halfway(world: World, tuned: Any, tmp_path: Path) -> None:
-    other = fit_reader(world.source, lambda step: lesson(world), replace(CONFIG, seed=3))
-    for name, model in (("a", tuned), ("b", other)):
-        model.save_pretrained(str(tmp_path / name))
+def test_the_average_of_two_is_halfway(world: World, tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        short = replace(CONFIG, seed=seed, steps=3)
+        fit_reader(world.source, lambda step: lesson(world), short).save_pretrained(
+            str(tmp_path / name)
+        )
     average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
     read = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("a", "b", "mean")]
     for key, mean in read[2].items():
@@ -87,6 +88,6 @@ def test_the_average_of_two_is_halfway(world: World, tuned: Any, tmp_path: Path)
     load_reader(world.source.model, tmp_path / "mean")  # fits the model
     wider = fit_reader(world.source, lambda step: lesson(world), replace(CONFIG, rank=2, steps=1))
     wider.save_pretrained(str(tmp_path / "c"))
-    with pytest.raises(ValueError, match="a and .*c are adapters of different sizes"):
+    with pytest.raises(ValueError, match=r"a and .*c are adapters of different"):
         average([tmp_path / "a", tmp_path / "c"], tmp_path / "no")
     assert not (tmp_path / "no").exists()
