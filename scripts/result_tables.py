@@ -94,7 +94,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "agents": ("multihop", columns.agents),
     "nano": ("nano", columns.nano),
     "detect": ("detect", columns.detected),
-    "single_pass": ("smollm2-single-pass", columns.single_pass),
     "detect_text": ("detect-text", columns.detected),
     "detect_text_4": ("detect-text-4-layers", columns.detected),
     "own_category": ("own_category", columns.own_category),
