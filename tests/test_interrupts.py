@@ -7,14 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from lcguard.commands.inventory import count_units
-from lcguard.commands.script import resumable
-from lcguard.evaluation.parallel import side_by_side
 from tests.evaluation.test_eval_tool import TINY as EVALUATION
 from tests.test_cli import TINY
 
@@ -68,50 +65,53 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert "taken apart" not in out
 
 
-class _Interrupted:
-    def __del__(self) -> None:
+START = """
+import os, signal, time
+from contextlib import suppress
+from lcguard.commands.script import resumable
+from lcguard.evaluation.parallel import side_by_side
+
+class Interrupted:
+    def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
 
-
-def test_ctrl_c_where_python_drops_an_exception(capsys: pytest.CaptureFixture[str]) -> None:
-    """As in what runs at a fork; nobody would press it again."""
-
-    def run() -> None:
-        _Interrupted()
-        list(side_by_side([lambda: time.sleep(3600)]))
-
-    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
-        run()
-    assert ended.value.code == 130
-    assert "lcguard: stopped; resume with: lcguard eval resume run" in capsys.readouterr().err
-
-
-def test_ctrl_c_is_no_lack_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the processes that it ends are noticed first."""
-
-    def run() -> None:
-        with suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        list(side_by_side([_killed]))
-
-    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
-        run()
-    assert ended.value.code == 130
-    assert "lcguard: stopped; resume with: lcguard eval resume run" in capsys.readouterr().err
-
-
-def _killed() -> None:
+def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
+with resumable("lcguard eval resume run"):
+"""
 
-def test_a_fit_that_the_kernel_kills_ends_the_run_in_one_line(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+
+def ended(within: str) -> tuple[int, str]:
+    """Exit code and errors of a process of its own: where a signal comes in a callback of a fork,
+    logging's lock stays taken, and all tests after it would wait for that."""
+    done = subprocess.run([sys.executable, "-c", START + within], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_ctrl_c_where_python_drops_an_exception() -> None:
+    """As in what runs at a fork; nobody would press it again."""
+    code, said = ended("    Interrupted()\n    list(side_by_side([lambda: time.sleep(3600)]))")
+    assert code == 130
+    assert "lcguard: stopped; resume with: lcguard eval resume run" in said
+
+
+def test_ctrl_c_is_no_lack_of_memory() -> None:
+    """Where the processes that it ends are noticed first."""
+    code, said = ended(
+        "    with suppress(KeyboardInterrupt):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    list(side_by_side([killed]))"
+    )
+    assert code == 130
+    assert "lcguard: stopped; resume with: lcguard eval resume run" in said
+
+
+def test_a_fit_that_the_kernel_kills_ends_the_run_in_one_line() -> None:
     """As Linux does where memory is full."""
-    with pytest.raises(SystemExit) as ended, resumable("lcguard eval resume run"):
-        list(side_by_side([_killed, _killed]))
-    assert ended.value.code == 1
-    (said,) = capsys.readouterr().err.splitlines()
+    code, said = ended("    list(side_by_side([killed, killed]))")
+    assert code == 1
+    (said,) = said.splitlines()
     assert "a process of this run was killed, most likely because memory was full" in said
     assert said.endswith("resume with: lcguard eval resume run")
 
