@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import real_columns as real
 import recipe_columns as recipe
 import speed_columns as speed
 import table_columns as columns
@@ -55,6 +56,7 @@ COMMANDS = {
         f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH --out DIR"
         for name in ("agentleak", "privacylens", "magpie")
     },
+    "smollm2-single-pass": "lcguard eval run single-pass --set model=smollm2 --data PATH --out DIR",
     "smollm2-main": "lcguard eval run main --set model=smollm2 --out DIR",
 }
 
@@ -94,6 +96,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "agents": ("multihop", columns.agents),
     "nano": ("nano", columns.nano),
     "detect": ("detect", columns.detected),
+    "single_pass": ("smollm2-single-pass", real.single_pass),
     "detect_text": ("detect-text", columns.detected),
     "detect_text_4": ("detect-text-4-layers", columns.detected),
     "own_category": ("own_category", columns.own_category),
