@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lcguard.agents.backends.hf import HFBackend, load_backend
+from lcguard.agents.backends.hf import load_backend
 from lcguard.atomic_file import replace_file
 from lcguard.commands.detector import DetectorRun, quickened, train_detector
 from lcguard.commands.script import run_script, script_parser, write_report
@@ -80,7 +80,8 @@ def row(name: str, seed: int, args: Any) -> dict[str, Any]:
     guard = load_guard(GuardSpec(name, path=str(kept / "guard")), backend).module
     assert isinstance(guard, TwinGuard)
     attackers = Attackers(backend, (ATTACK,), seed, EvalConfig(model=run.model).by_reply)
-    read = partial(_read, guard, backend, KeptTensors(work / "features", backend.digest))
+    kept_features = KeptTensors(work / "features", backend.digest)
+    read = partial(read_records, guard, source=backend.source, kept=kept_features)
     counts = attacked(guard, attackers, read, run)
     found = {
         label: {**figures, **own}
@@ -117,12 +118,6 @@ def attacked(
         asked, won = sum(c != NOT_ASKED for c in own), sum(c == RECOVERED for c in own)
         out.append({"asked": asked, "recovered": won})
     return out
-
-
-def _read(
-    guard: TwinGuard, backend: HFBackend, kept: KeptTensors, records: list[TokenRecord]
-) -> ReadRecords:
-    return read_records(guard, records, backend.source, kept=kept)
 
 
 def together(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

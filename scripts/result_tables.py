@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import real_columns as real
 import recipe_columns as recipe
 import speed_columns as speed
 import table_columns as columns
@@ -96,7 +95,10 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "agents": ("multihop", columns.agents),
     "nano": ("nano", columns.nano),
     "detect": ("detect", columns.detected),
-    "single_pass": ("smollm2-single-pass", real.single_pass),
+    "single_pass": (
+        "smollm2-single-pass",
+        lambda r: columns.by(columns.attacked_by("probe", "tuned-receiver"), r["results"]),
+    ),
     "detect_text": ("detect-text", columns.detected),
     "detect_text_4": ("detect-text-4-layers", columns.detected),
     "own_category": ("own_category", columns.own_category),

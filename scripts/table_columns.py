@@ -338,9 +338,19 @@ def real(reports: Mapping[str, Row]) -> str:
 
 def real_attacks(reports: Mapping[str, Row]) -> str:
     """Attack by attack on the real model."""
-    names = ("inversion", "probe", "tuned-receiver")
-    columns: Columns = {
+    columns = {
         "text (SmolLM2)": text("source"),
+        **attacked_by("inversion", "probe", "tuned-receiver"),
+    }
+    rows = [
+        {"source": one["source"], **row} for one in real_rows(reports) for row in one["results"]
+    ]
+    return by(columns, rows)
+
+
+def attacked_by(*names: str) -> Columns:
+    """A guard, attack by attack."""
+    return {
         "guard": text("guard"),
         **UTILITY,
         "injection": cell("asr_injection"),
@@ -348,10 +358,6 @@ def real_attacks(reports: Mapping[str, Row]) -> str:
         "floor": plain("floor"),
         "recovered / resisted": GUARDS["recovered / resisted"],
     }
-    rows = [
-        {"source": one["source"], **row} for one in real_rows(reports) for row in one["results"]
-    ]
-    return by(columns, rows)
 
 
 def real_rows(reports: Mapping[str, Row]) -> list[Row]:

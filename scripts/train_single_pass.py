@@ -27,6 +27,7 @@ from lcguard.evaluation.load import hops_for, load_guard
 from lcguard.evaluation.plan import DataConfig, GuardSpec
 from lcguard.guards import FrozenGuard, KVShape, guard_class
 from lcguard.guards.kveraser import KVEraserGuard
+from lcguard.guards.single_pass import SinglePassGuard
 from lcguard.guards.trace_gate import TraceGateGuard
 from lcguard.guards.twin import TwinGuard
 from lcguard.training.fit_single_pass import (
@@ -76,15 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if step % 10 == 0:
             print(f"step {step}: {loss:.4f}", flush=True)
 
+    assert isinstance(module, SinglePassGuard)
+    module.start_from(twin)
     figures: dict[str, float] = {}
     if isinstance(module, TraceGateGuard):
-        module.start_from(twin)
         figures = fit_trace_gate(
             module, read_traces(module, records, source, neutral), run.fit, say
         )
         print(json.dumps(figures), flush=True)
     elif isinstance(module, KVEraserGuard):
-        module.start_from(twin)
         module.start_at(read_traces(module, records[:24], source, neutral).constant)
         fit_kveraser(module, records, source, neutral, run.fit, say)
     training = {

@@ -18,12 +18,10 @@ from lcguard.evaluation.plan import AttackSpec
 from lcguard.evaluation.said import outcome_of
 from lcguard.guards import FrozenGuard
 from lcguard.guards.twin import TwinGuard
-from lcguard.noise import noise_key
 from lcguard.protocols import AttackData, Guess, KVBatch
 from lcguard.records import masks
-from lcguard.training.dataset import attack_data
+from lcguard.training.dataset import attack_data, context_without
 from lcguard.training.fit_detector import ReadRecords
-from lcguard.training.twins import found_twin
 
 AT_ONCE = 16
 """Records whose twins are attacked together."""
@@ -84,8 +82,8 @@ def twins(guard: TwinGuard, backend: HFBackend, read: ReadRecords, seed: int) ->
     for first in range(0, len(read.records), AT_ONCE):
         records, x, valid = read.rows(range(first, min(first + AT_ONCE, len(read.records))))
         marks = guard.marks_of(guard.detector(x, valid), valid, masks(records))
-        for record, row in zip(records, marks.tolist(), strict=True):
-            key = noise_key(seed, f"surrogates {record.record_id}")
-            own = row[: len(record.ids)]
-            contexts.append(found_twin(record.ids, own, guard.placeholder, backend.special, key))
+        contexts += [
+            context_without(record, row, guard.placeholder, backend.special, seed)
+            for record, row in zip(records, marks, strict=True)
+        ]
     return backend.source.prefill(contexts, AT_ONCE)

@@ -114,17 +114,19 @@ class SinglePassGuard(GuardModule):
         return mean
 
     def rewrite(self, z: Tensor, valid: Tensor, mask: Mask) -> Rewrite:
-        found = self.found(z, valid, mask)
+        return self._rewritten(z, valid, self.found(z, valid, mask))
+
+    def _rewritten(self, z: Tensor, valid: Tensor, found: Found) -> Rewrite:
         mean = self.replaced(z, valid, found) if bool(found.hidden.any()) else z
         return Rewrite(mean, found.hidden.to(z.dtype))
 
     def forward(self, kv: KVBatch, mask: Mask, generator: Draws = None) -> tuple[KVBatch, Rewrite]:
         """Guarded KV and what it was made of. Entries before the first of what was found are those
         of ``kv``, to the last bit."""
-        raw = self.standardise(KVBatch(kv.keys.float(), kv.values.float(), kv.valid))
+        raw = self.standardise(kv)
         found = self.found(raw, kv.valid, mask)
-        mean = self.replaced(raw, kv.valid, found)
-        sent = self.restore(self.noised(mean, found, generator), kv)
+        rewrite = self._rewritten(raw, kv.valid, found)
+        sent = self.restore(self.noised(rewrite.mean, found, generator), kv)
         changed = (found.hidden | found.later)[:, None, None, :, None]
         live = kv.valid[:, None, None, :, None]
         out = KVBatch(
@@ -132,7 +134,7 @@ class SinglePassGuard(GuardModule):
             torch.where(changed, sent.values, kv.values * live),
             kv.valid,
         )
-        return out, Rewrite(mean, found.hidden.to(mean.dtype))
+        return out, rewrite
 
     def _own_noise(self) -> float:
         raise ValueError(

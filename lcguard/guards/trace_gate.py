@@ -68,14 +68,16 @@ class TraceGateGuard(SinglePassGuard):
     """``[L, 2, W]``."""
 
     @torch.no_grad()
-    def shape_noise(self, covariance: Tensor, constant: Tensor) -> None:
-        """From the traces' second moment ``[L, 2, W, W]``, and what stands for what is found."""
+    def shape_noise(self, covariance: Tensor, constant: Tensor) -> float:
+        """From the traces' second moment ``[L, 2, W, W]``, and what stands for what is found.
+        Returns the share of the traces' energy that lies along U, the mean of all layers."""
         values, vectors = torch.linalg.eigh(covariance.double())  # ascending
-        n, r = self.directions.shape[2], self.config.rank
-        self.directions.copy_(vectors.flip(-1)[..., :n].mT)
-        largest = values.flip(-1)[..., :r]
-        self.spread.copy_(largest.clamp_min(0).sqrt().clamp_min(LEAST_SPREAD))
+        values, vectors = values.clamp_min(0).flip(-1), vectors.flip(-1)
+        largest = values[..., : self.config.rank]
+        self.directions.copy_(vectors[..., : self.directions.shape[2]].mT)
+        self.spread.copy_(largest.sqrt().clamp_min(LEAST_SPREAD))
         self.constant.copy_(constant)
+        return float((largest.sum(-1) / values.sum(-1).clamp_min(1e-12)).mean())
 
     def traced(self, z: Tensor, valid: Tensor, hidden: Tensor) -> Tensor:
         """What it expects of the traces along U, in units of their spread: ``[B, T, L, 2, R]``."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lcguard.noise import noise_key
 from lcguard.protocols import AttackData, Guard, KVBatch, Mask
@@ -102,10 +103,16 @@ def twin_contexts(
                 out.append(make(record, record.forbid, special.neutral_id))
             else:
                 placeholder = "fixed_length" if fixed_length else guard.placeholder
-                marks = found[i, : len(record.ids)].tolist()
-                key = noise_key(seed, f"surrogates {record.record_id}")
-                out.append(found_twin(record.ids, marks, placeholder, special, key))
+                out.append(context_without(record, found[i], placeholder, special, seed))
     return out
+
+
+def context_without(
+    record: TokenRecord, marks: Tensor, placeholder: str, special: Special, seed: int
+) -> tuple[int, ...]:
+    """The context without what a detector marked in it: ``marks [T]`` or longer, as of a batch."""
+    key = noise_key(seed, f"surrogates {record.record_id}")
+    return found_twin(record.ids, marks[: len(record.ids)].tolist(), placeholder, special, key)
 
 
 def blind(data: AttackData, seed: int = 0) -> AttackData:

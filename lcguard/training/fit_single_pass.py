@@ -9,7 +9,7 @@ receiver answers, so each of its steps goes through the receiver and back.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,10 +21,12 @@ from lcguard.guards.kveraser import KVEraserGuard
 from lcguard.guards.single_pass import Found, SinglePassGuard
 from lcguard.guards.trace_gate import TraceGateGuard
 from lcguard.protocols import KVBatch
-from lcguard.records import IGNORE, TokenQuestion, TokenRecord, pack_questions
+from lcguard.records import IGNORE, TokenRecord, pack_questions
 from lcguard.source import ModelSource
 from lcguard.training.dataset import with_policy
 from lcguard.training.descent import Descent
+from lcguard.training.fit_detector import ReadRecords
+from lcguard.training.secret_traces import outside
 from lcguard.training.twins import forbidden_spans, neutral_twin
 from lcguard.training.uncertain_teacher import token_kl
 
@@ -49,12 +51,9 @@ class SinglePassConfig:
 
 
 class Traces(NamedTuple):
-    """What was read of B records, each a tensor of its own tokens."""
+    """What was read of records, each a tensor of its own tokens."""
 
-    features: list[Tensor]
-    """``[T, F]``."""
-    found: list[Found]
-    """``[T]`` each."""
+    read: ReadRecords
     difference: list[Tensor]
     """``[N, L, 2, W]``, of the N tokens behind values: raw less twin."""
     constant: Tensor
@@ -73,11 +72,7 @@ def policies(records: Sequence[TokenRecord]) -> list[TokenRecord]:
 
 def told(records: Sequence[TokenRecord], valid: Tensor) -> Found:
     """Where the values stand that the records' policies forbid."""
-    hidden = torch.zeros_like(valid)
-    for row, record in zip(hidden, records, strict=True):
-        for span in forbidden_spans(record, record.forbid):
-            row[span.start : span.end] = True
-    return Found.of(hidden, valid)
+    return Found.of(valid & ~outside(records, valid), valid)
 
 
 def both_prefills(
@@ -96,27 +91,24 @@ def read_traces(
     source: ModelSource,
     neutral_id: int,
     batch: int = 8,
-    progress: Callable[[int], None] = lambda n: None,
 ) -> Traces:
     """Prefills each record twice. 23 kB a token in bfloat16 at 30 layers of 3 heads of 64."""
-    out = Traces([], [], [], torch.zeros_like(module.center))
-    count = 0
-    for part in _parts(records, batch):
+    features, difference = list[Tensor](), list[Tensor]()
+    total, count = torch.zeros_like(module.center), 0
+    records = sorted(records, key=lambda r: len(r.ids))
+    for first in range(0, len(records), batch):
+        part = records[first : first + batch]
         raw, twin = both_prefills(part, source, neutral_id)
-        z, other = (module.standardise(kv.to(torch.float32)) for kv in (raw, twin))
+        z, other = module.standardise(raw), module.standardise(twin)
         found, x = told(part, raw.valid), module.features(z)
         at = other[found.hidden]
-        out.constant.add_(at.sum(0))
-        count += len(at)
+        total, count = total + at.sum(0), count + len(at)
         for i, record in enumerate(part):
-            n = len(record.ids)
-            own = Found(found.hidden[i, :n], found.later[i, :n])
-            out.features.append(x[i, :n].to(torch.bfloat16, copy=True))
-            out.found.append(own)
-            away = z[i, :n][own.later] - other[i, :n][own.later]
-            out.difference.append(away.to(torch.bfloat16, copy=True))
-        progress(len(part))
-    return out._replace(constant=out.constant / count)
+            features.append(x[i, : len(record.ids)].to(torch.bfloat16, copy=True))
+            away = z[i][found.later[i]] - other[i][found.later[i]]
+            difference.append(away.to(torch.bfloat16, copy=True))
+    read = ReadRecords(tuple(records), tuple(features))
+    return Traces(read, difference, total / count)
 
 
 def fit_trace_gate(
@@ -137,8 +129,7 @@ def fit_trace_gate(
         count += len(d)
     if not count:
         raise ValueError("no token stands behind a value: secrets leave no traces to measure")
-    covariance = covariance / count
-    module.shape_noise(covariance, traces.constant)
+    inside = module.shape_noise(covariance / count, traces.constant)
     targets = [module.along(d.float()[None])[0].to(torch.bfloat16) for d in traces.difference]
     rng = random.Random(f"trace gate/{config.seed}")
     torch.manual_seed(config.seed)
@@ -156,9 +147,7 @@ def fit_trace_gate(
             error, _ = _unexplained(module, traces, targets, [i])
             missed += float(error)
             energy += float(targets[i].float().square().sum())
-    values = torch.linalg.eigvalsh(covariance.double()).clamp_min(0).flip(-1)
-    inside = values[..., : module.config.rank].sum(-1) / values.sum(-1).clamp_min(1e-12)
-    return {"along_directions": float(inside.mean()), "taken_away": 1 - missed / energy}
+    return {"along_directions": inside, "taken_away": 1 - missed / energy}
 
 
 def _unexplained(
@@ -166,13 +155,8 @@ def _unexplained(
 ) -> tuple[Tensor, int]:
     """Squared error over the tokens behind values of some records, and how many numbers it is
     of."""
-    width = max(len(traces.features[i]) for i in at)
-    x = torch.zeros(len(at), width, traces.features[at[0]].shape[1])
-    hidden, valid, later = (torch.zeros(len(at), width, dtype=torch.bool) for _ in range(3))
-    for row, i in enumerate(at):
-        n = len(traces.features[i])
-        x[row, :n], valid[row, :n] = traces.features[i].float(), True
-        hidden[row, :n], later[row, :n] = traces.found[i]
+    records, x, valid = traces.read.rows(at)
+    hidden, later = told(records, valid)
     expected = module.reader(x, hidden, valid, module.twin.detector.reach)[later]
     due = torch.cat([targets[i] for i in at]).float()
     return (expected - due).square().sum(), due.numel()
@@ -200,12 +184,14 @@ def fit_kveraser(
     module.train()
     for step in range(config.steps):
         chosen = [
-            replace(r, questions=tuple(_drawn(rng, r.questions, config.questions)))
+            replace(
+                r, questions=tuple(rng.sample(r.questions, min(config.questions, len(r.questions))))
+            )
             for r in rng.sample(asked, min(config.batch, len(asked)))
         ]
         raw, twin = both_prefills(chosen, source, neutral_id)
         packed = pack_questions(chosen, pad_id=source.pad_id)
-        z = module.standardise(raw.to(torch.float32))
+        z = module.standardise(raw)
         sent = module.restore(module.replaced(z, raw.valid, told(chosen, raw.valid)), raw)
         with torch.no_grad():
             teacher = source.answer_logits(twin, packed).float()
@@ -213,14 +199,3 @@ def fit_kveraser(
         each = token_kl(source.answer_logits(sent, packed).float(), teacher)
         say(step, descent.down(step, each.sum() / max(1, due.numel())))
     module.eval()
-
-
-def _drawn(
-    rng: random.Random, questions: Sequence[TokenQuestion], most: int
-) -> list[TokenQuestion]:
-    return rng.sample(questions, min(most, len(questions)))
-
-
-def _parts(records: Sequence[TokenRecord], size: int) -> Iterator[list[TokenRecord]]:
-    order = sorted(records, key=lambda r: len(r.ids))
-    return (order[i : i + size] for i in range(0, len(order), size))
