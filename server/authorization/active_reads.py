@@ -67,9 +67,12 @@ class ActiveReads:
         return frozenset(self._by_handle)
 
     def end(self, handles: Iterable[str]) -> int:
-        """Ends every request that reads one of them; returns how many."""
+        """Ends every request that reads one of them; returns how many, those included that are
+        ending already: a second cancellation would break off what they still write down."""
         found = {one for name in handles for one in self._by_handle.get(name, ())}
         for one in found:
+            if one.ended:
+                continue
             one.ended = True
             if one.task is not None:
                 one.task.cancel()
