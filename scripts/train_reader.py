@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--asked-records", type=int, default=60, help="held out, of each source")
     parser.add_argument("--set", dest="sets", action="append", default=[], help="override a key")
     args = parser.parse_args(argv)
+    if args.average and not args.out:
+        parser.error("--average needs --out: the folder for the mean of the two")
     run = load_config(ReaderRun, CONFIG, args.sets)
     backend = load_backend(run.model, reader=False)
     train, held = zip(*(hops_for(data) for data in run.sources), strict=True)
