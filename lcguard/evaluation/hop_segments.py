@@ -108,8 +108,8 @@ class HopSegments(Segments):
         self, guard: GuardSpec | None, records: Sequence[TokenRecord], seed: int, side: Side
     ) -> AttackData:
         kv, special = self.raw(side), self.model.special
-        if guard is None:
-            return attack_data(records, kv, special)
+        if guard is None or (guard.passes_raw and not guard.fixed_length):
+            return attack_data(records, kv, special)  # not a copy for every child
         frozen, started = self.guards[guard.name], time.perf_counter()
         kv = guard_all(
             frozen,
