@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import recipe_columns as recipe
+import rounds_columns as rounds
 import speed_columns as speed
 import table_columns as columns
 
@@ -32,6 +33,7 @@ COMMANDS = {
     "certificate": f"lcguard eval certify nano:gate {OUT}/certificate.json",
     "draws": f"python scripts/measure_draws.py --secrets 4 {OUT}/draws.json",
     "gate_recipe": f"python scripts/bench_gate_recipe.py {OUT}/gate_recipe.json",
+    "attacked_rounds": f"python scripts/bench_attacked_rounds.py {OUT}/attacked_rounds.json",
     "residual_search": "python scripts/search_residual.py",
     "handoff": f"python scripts/bench_handoff.py --repeats 11 {OUT}/handoff.json",
     "publish": f"python scripts/bench_publish.py --tokens 4096 --repeats 2 "
@@ -55,6 +57,7 @@ COMMANDS = {
         f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH --out DIR"
         for name in ("agentleak", "privacylens", "magpie")
     },
+    "smollm2-budget": "lcguard eval run budget --set model=smollm2 --data PATH --out DIR",
     "smollm2-single-pass": "lcguard eval run single-pass --set model=smollm2 --data PATH --out DIR",
     "smollm2-main": "lcguard eval run main --set model=smollm2 --out DIR",
 }
@@ -79,6 +82,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ceilings": ("certificate", columns.ceilings),
     "draws": ("draws", columns.draws),
     "gate_recipe": ("gate_recipe", recipe.gate_recipe),
+    "attacked_rounds": ("attacked_rounds", rounds.attacked_rounds),
     "residual_search": ("residual_search", columns.search),
     "handoff": ("handoff", speed.handoff),
     "publish": ("publish", speed.publish),
@@ -98,6 +102,12 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "single_pass": (
         "smollm2-single-pass",
         lambda r: columns.by(columns.attacked_by("probe", "tuned-receiver"), r["results"]),
+    ),
+    "budget": (
+        "smollm2-budget",
+        lambda r: columns.by(
+            columns.attacked_by("steps-8", "steps-24", "steps-80"), r["results"]
+        ),
     ),
     "detect_text": ("detect-text", columns.detected),
     "detect_text_4": ("detect-text-4-layers", columns.detected),

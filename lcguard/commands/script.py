@@ -134,7 +134,7 @@ def write_report(
     from lcguard.evaluation.manifest import run_manifest  # with torch, which not all scripts need
 
     if args.out is not None:
-        seeds = [args.seed] if "seed" in args else []
+        seeds = [args.seed] if "seed" in args else list(range(getattr(args, "seeds", 0)))
         run = run_manifest(command, seeds, vars(args) | {"out": None})
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"title": title, **found, **run}, indent=1) + "\n")
