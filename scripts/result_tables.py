@@ -105,9 +105,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     ),
     "budget": (
         "smollm2-budget",
-        lambda r: columns.by(
-            columns.attacked_by("steps-8", "steps-24", "steps-80"), r["results"]
-        ),
+        lambda r: columns.by(columns.attacked_by("steps-8", "steps-24", "steps-80"), r["results"]),
     ),
     "detect_text": ("detect-text", columns.detected),
     "detect_text_4": ("detect-text-4-layers", columns.detected),
