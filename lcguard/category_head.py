@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -134,11 +134,15 @@ def base_digest() -> str:
     return canonical_digest({name: said[name] for name in _SAME})
 
 
-def find_heads(text: str, heads: Sequence[CategoryHead]) -> list[Range]:
-    """Character ranges of what any of the heads finds, in order.
+def find_heads(text: str, heads: Collection[CategoryHead]) -> dict[str, list[Range]]:
+    """Of each category, the character ranges of what any of its heads finds, in order. The text is
+    read once for all of them.
 
     Raises ``ValueError`` where the model that reads the text cannot be loaded.
     """
     if not heads:
-        return []
-    return merged((span.start, span.end) for span in lcguard.detect(text, (), own=heads))
+        return {}
+    found: dict[str, list[Range]] = {head.card.category: [] for head in heads}
+    for span in lcguard.detect(text, (), own=list(heads), apart=False):
+        found[span.category].append((span.start, span.end))
+    return {category: merged(places) for category, places in found.items()}

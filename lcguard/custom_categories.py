@@ -218,7 +218,7 @@ class CustomCategory(BaseModel):
 
     def find(self, text: Spellings) -> list[Range]:
         """Character ranges of its terms and patterns, in order, none overlapping; what its heads
-        find is ``learned``.
+        find says ``find_learned``.
 
         Raises ``SearchError`` for a pattern that takes too long, or matches nothing but a place,
         and where its head was not read.
@@ -233,14 +233,6 @@ class CustomCategory(BaseModel):
             except SearchError as error:
                 raise SearchError(f"patterns[{i}] {error}") from None
         return merged(found)
-
-    def learned(self, text: str) -> list[Range]:
-        """Character ranges of what its heads find. Raises ``SearchError`` for a model that cannot
-        be loaded."""
-        try:
-            return find_heads(text, self._heads)
-        except ValueError as error:
-            raise SearchError(f"examples: {error}") from None
 
 
 def _new(name: str) -> str:
@@ -278,16 +270,17 @@ def find_custom(text: Spellings, custom: Mapping[str, CustomCategory]) -> dict[s
 
 
 def find_learned(text: str, custom: Mapping[str, CustomCategory]) -> dict[str, list[Range]]:
-    """The same of what heads find, for the categories that have some: each reads the text with a
-    small model."""
-    out = {}
-    for name, category in custom.items():
-        if category.heads:
-            try:
-                out[name] = category.learned(text)
-            except SearchError as error:
-                raise SearchError(f"categories.{name}.{error}") from None
-    return out
+    """The same of what heads find, for the categories that have some: a small model reads the text
+    once for all of them."""
+    named = {name: category.heads for name, category in custom.items() if category.heads}
+    try:
+        found = find_heads(text, dict.fromkeys(head for heads in named.values() for head in heads))
+    except ValueError as error:
+        raise SearchError(f"categories.{', '.join(named)}.examples: {error}") from None
+    return {
+        name: merged(place for head in heads for place in found[head.card.category])
+        for name, heads in named.items()
+    }
 
 
 def _matches(pattern: Any, text: str) -> Iterator[Range]:

@@ -74,8 +74,10 @@ class TextDetector:
         text: str,
         forbid: Collection[str] = CATEGORIES,
         own: Sequence[CategoryHead] = (),
+        apart: bool = True,
     ) -> list[Span]:
-        """Values of the categories and of what ``own`` finds, in order, none overlapping.
+        """Values of the categories and of what ``own`` finds, in order; none overlapping where they
+        are to be ``apart``.
 
         The text is read as it stands and, where that differs, as a person sees it: without
         unseen characters, in plain widths, digits, dashes and spaces.
@@ -88,7 +90,7 @@ class TextDetector:
                 Span(*plain.origin(s.start, s.end), s.category)
                 for s in self._read(plain.text, forbid, own)
             ]
-        return _apart(found)
+        return _apart(found) if apart else sorted(found)
 
     def _read(self, text: str, forbid: Collection[str], own: Sequence[CategoryHead]) -> list[Span]:
         """Of each piece what it shows; the pieces overlap."""
@@ -167,6 +169,8 @@ def detect(
     text: str,
     categories: Collection[Category] = CATEGORIES,
     own: Sequence[str | Path | CategoryHead] = (),
+    *,
+    apart: bool = True,
 ) -> list[Span]:
     """Personal data in a text: character ranges with their category, in order.
 
@@ -178,6 +182,8 @@ def detect(
 
     Args:
         own: folders of ``lcguard detect train --name``, which find categories of your own.
+        apart: what overlaps is one span, of the category that comes first; else each category has
+            its own spans.
 
     Raises ``ValueError`` for an unknown category, a folder that holds no head for this release's
     detector, and where the model cannot be loaded.
@@ -186,7 +192,7 @@ def detect(
         if category not in CATEGORIES:
             raise ValueError(unknown("category", category, CATEGORIES))
     heads = [head if isinstance(head, CategoryHead) else _head(Path(head)) for head in own]
-    return shared_text_detector().find(text, categories, heads)
+    return shared_text_detector().find(text, categories, heads, apart)
 
 
 def _head(folder: Path) -> CategoryHead:

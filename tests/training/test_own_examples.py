@@ -19,6 +19,8 @@ from lcguard.cli import app
 from lcguard.commands.category_detector import save_head
 from lcguard.commands.live_servers import Site
 from lcguard.commands.policy import warnings
+from lcguard.commands.text_detector import TextDetector
+from lcguard.custom_categories import CustomCategory, find_learned
 from lcguard.detokenize import TokenTexts
 from lcguard.handoff.keys import new_key
 from lcguard.handoff.policy import Policy, PolicyError, load_policy, parse_policy
@@ -174,6 +176,28 @@ def test_detect_takes_heads_and_the_built_in_categories_are_as_before(folder: Pa
         assert [s for s in both if s.category == "government_id"] == before != []
         found += any(name in text[s.start : s.end] for s in both if s.category == NAME)
     assert found >= 3
+
+
+def test_a_text_is_read_once_for_all_own_categories(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keeps what it finds, also where that is another's."""
+    head = CategoryHead.read(folder / "project_names.detector")
+    other = CategoryHead(head.card.model_copy(update={"category": "code_name"}), head.weights)
+    own = {"terms_alone": CustomCategory(terms=("nothing",))}
+    for one in (head, other):
+        own[one.card.category] = CustomCategory.joined((own["terms_alone"],))
+        own[one.card.category]._heads = (one,)
+    read, pieces = list[str](), TextDetector._pieces
+    monkeypatch.setattr(
+        TextDetector, "_pieces", lambda self, text: (read.append(text), pieces(self, text))[1]
+    )
+    text = " ".join(texts(UNSEEN))
+    found = find_learned(text, own)
+    assert read == [text]
+    assert found.keys() == {NAME, "code_name"}
+    assert found[NAME] == found["code_name"] != []
+    assert find_learned(text, {NAME: own[NAME]}) == {NAME: found[NAME]}
 
 
 def test_what_was_measured_is_said(folder: Path, copy: Path) -> None:
