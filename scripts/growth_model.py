@@ -112,6 +112,11 @@ class Engine:
             self.woken.succeed()
         return done
 
+    def abort(self, done: simpy.Event) -> None:
+        """Nobody waits for it any more."""
+        self.waiting = deque(w for w in self.waiting if w[2] is not done)
+        self.running = [r for r in self.running if r[1] is not done]
+
     def _run(self) -> Process:
         c = self.costs
         while True:
@@ -239,6 +244,8 @@ class Kind:
     tokens: int
     """0: refused by the proxy."""
     weight: float = 1.0
+    leaves_ms: tuple[float, float] | None = None
+    """Between which the client hangs up, all times alike; None waits for the answer."""
 
 
 def closed(
@@ -258,7 +265,13 @@ def closed(
                 yield env.process(proxy.serve())
             if kind.tokens:
                 yield env.timeout(costs.front)
-                yield engine.ask(kind.work_ms, kind.tokens)
+                done = engine.ask(kind.work_ms, kind.tokens)
+                if kind.leaves_ms is None:
+                    yield done
+                else:
+                    left_ms = rng.uniform(*kind.leaves_ms) - (env.now - started)
+                    yield done | env.timeout(max(0.0, left_ms))
+                    engine.abort(done)
             spent.append(env.now - started)
 
     for _ in range(clients):

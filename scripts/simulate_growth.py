@@ -64,20 +64,25 @@ def checks(costs: Costs) -> list[dict[str, Any]]:
 
 
 def soak_kinds(costs: Costs, latency: Mapping[str, Any]) -> list[Kind]:
-    """The requests of ``soak``, as often as they were answered. Clients that hang up are there with
-    their first token; half of them publish."""
+    """The requests of ``soak``, as often as they were answered. Half of the clients that hang up
+    publish; half do at their first token, the others within a second, of an answer of 512."""
     short = measured(256)  # the shortest context whose publish was measured
     prefill = costs.prefill_token * PROMPT_TOKENS
+    gone = (prefill + short.publish) / 2
     asked = {
         "chat": (prefill, 16),
         "stream": (prefill, 32),
         "publish": (short.publish, 2),
         "consume": (short.consume, 16),
-        "hangs_up": ((prefill + short.publish) / 2, 1),
         "refused": (0.0, 0),
         "malformed": (0.0, 0),
     }
-    return [Kind(*asked[name], weight=latency[name]["n"]) for name in asked]
+    hang_up = latency["hangs_up"]["n"] / 2
+    return [
+        *(Kind(*asked[name], weight=latency[name]["n"]) for name in asked),
+        Kind(gone, 1, weight=hang_up),
+        Kind(gone, 512, weight=hang_up, leaves_ms=(10.0, 1000.0)),
+    ]
 
 
 def quantile(values: Sequence[float], q: float) -> float:
