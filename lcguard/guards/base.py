@@ -95,6 +95,8 @@ class GuardModule(nn.Module):
     by_token: ClassVar[bool] = False
     """True where a token's output depends on its own entries, and on what ``look`` saw, alone. Each
     class says so itself: one that inherits from it may do more."""
+    passes: ClassVar[bool] = False
+    """True where the mean is what was read: without noise it is sent as it is."""
     looks: ClassVar[bool] = False
     """True where ``look`` reads other tokens' entries."""
     placeholder: Placeholder = "neutral"
@@ -182,8 +184,13 @@ class GuardModule(nn.Module):
         is told the values, or replaces none."""
         return None
 
+    @property
+    def marks_layers(self) -> tuple[int, ...] | None:
+        """Layers whose entries ``marks_in`` takes; None: all."""
+        return None
+
     def marks_in(self, tiles: Iterable[KVBatch], mask: Mask) -> Tensor | None:
-        """The same of one segment's raw KV that comes in tiles, in order."""
+        """The same of one segment's raw KV that comes in tiles, in order, of ``marks_layers``."""
         parts = list(tiles)
         keys, values = (
             torch.cat(x, 3) for x in zip(*((p.keys, p.values) for p in parts), strict=True)
@@ -253,6 +260,8 @@ class GuardModule(nn.Module):
         """
         if not self.in_tiles():
             return self(kv, mask, [key])[0]  # type: ignore[no-any-return]
+        if vars(type(self)).get("passes") and not self.config.noise:
+            return _alive(kv)
         raw = self.standardise(kv)
         mean = self.rewrite_seen(raw, kv.valid, mask, seen).mean
         if mean is not raw:
@@ -274,8 +283,7 @@ class GuardModule(nn.Module):
         """The output for ``mean``, with noise from ``first_token`` on. Where there is none and
         ``mean`` is ``raw``, the z-scores of ``kv``, that is ``kv`` itself."""
         if mean is raw and not self.config.noise:  # nothing changed: no rounding either
-            live = kv.valid[:, None, None, :, None]
-            return KVBatch(kv.keys * live, kv.values * live, kv.valid)
+            return _alive(kv)
         z = mean
         if self.config.noise > 0 and (not self.reads_policy or bool(mask.forbid.any())):
             z = self.add_noise(mean, draws, first_token)
@@ -312,6 +320,12 @@ class GuardModule(nn.Module):
         if not self.config.noise:
             raise ValueError(f"guard {self.name!r} adds no noise of its own: it has no grid")
         return float(self.config.noise)
+
+
+def _alive(kv: KVBatch) -> KVBatch:
+    """Padding becomes zero."""
+    live = kv.valid[:, None, None, :, None]
+    return KVBatch(kv.keys * live, kv.values * live, kv.valid)
 
 
 _REGISTRY: dict[str, type[GuardModule]] = {}

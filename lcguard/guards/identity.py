@@ -12,6 +12,7 @@ from lcguard.protocols import Mask
 @register("identity")
 class IdentityGuard(GuardModule):
     by_token = True
+    passes = True
     trained = False
     claim = "None: the receiver gets the raw segment."
 

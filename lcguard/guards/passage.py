@@ -11,7 +11,7 @@ Any other guard has one tile, the segment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +27,8 @@ class Tokens(Protocol):
     @property
     def n_tokens(self) -> int: ...
 
-    def read(self, start: int, end: int) -> KVBatch:
-        """``[1, L, H, end - start, D]``, position-free."""
+    def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
+        """``[1, L, H, end - start, D]``, position-free, of these layers; None: of all."""
 
 
 class HeldTokens:
@@ -46,9 +46,9 @@ class HeldTokens:
     def n_tokens(self) -> int:
         return self._kv.valid.shape[1]
 
-    def read(self, start: int, end: int) -> KVBatch:
-        kv = self._kv
-        keys, values = (x[:, :, :, start:end].float() for x in (kv.keys, kv.values))
+    def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
+        kv, of = self._kv, slice(None) if layers is None else list(layers)
+        keys, values = (x[:, of, :, start:end].float() for x in (kv.keys, kv.values))
         return KVBatch(keys, values, kv.valid[:, start:end])
 
 
@@ -62,9 +62,9 @@ class StartedTokens:
     def n_tokens(self) -> int:
         return self._twin.n_tokens
 
-    def read(self, start: int, end: int) -> KVBatch:
-        kv = self._tokens.read(start, end)
-        twin = kv if self._twin is self._tokens else self._twin.read(start, end)
+    def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
+        kv = self._tokens.read(start, end, layers)
+        twin = kv if self._twin is self._tokens else self._twin.read(start, end, layers)
         try:
             return self._module.start(kv, twin)
         except ValueError as error:
@@ -90,12 +90,15 @@ class Passage:
         if type(self._module).look is GuardModule.look:
             self.seen = [None] * len(self.tiles)
             return
-        self.seen = list(self._module.look(self._read(), self._mask))
+        tiles = (self._tokens.read(start, end) for start, end in self.tiles)
+        self.seen = list(self._module.look(tiles, self._mask))
 
     @torch.inference_mode()
     def marks(self) -> Tensor | None:
         """See ``GuardModule.marks``."""
-        return self._module.marks_in(self._read(), self._mask)
+        layers = self._module.marks_layers
+        tiles = (self._tokens.read(start, end, layers) for start, end in self.tiles)
+        return self._module.marks_in(tiles, self._mask)
 
     @torch.inference_mode()
     def block(self, key: bytes, start: int, end: int) -> KVBatch:
@@ -131,9 +134,6 @@ class Passage:
         for start, end in self.tiles:
             kv = self.block(key, start, end)
             keys[:, :, start:end], values[:, :, start:end] = kv.keys[0], kv.values[0]
-
-    def _read(self) -> Iterator[KVBatch]:
-        return (self._tokens.read(start, end) for start, end in self.tiles)
 
     def _tile(self, key: bytes, index: int) -> KVBatch:
         if self._last is not None and self._last[:2] == (index, key):

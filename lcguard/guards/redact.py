@@ -17,6 +17,7 @@ from lcguard.protocols import Mask
 @register("redact")
 class RedactGuard(GuardModule):
     by_token = True
+    passes = True
     needs_twin = True
     trained = False
     claim = "Exact against every receiver, for the spans it is told; lengths and context remain."

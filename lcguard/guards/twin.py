@@ -28,6 +28,7 @@ from lcguard.protocols import KVBatch, Mask
 @register("twin")
 class TwinGuard(GuardModule):
     by_token = True
+    passes = True
     needs_twin = True
     finds_secrets = True
     reads_policy = True
@@ -80,9 +81,13 @@ class TwinGuard(GuardModule):
     def features(self, kv: KVBatch) -> Tensor:
         """What the detector reads of raw KV: ``[B, T, F]``, standardised."""
         at = torch.tensor(self.layers)
-        part = KVBatch(kv.keys[:, at].float(), kv.values[:, at].float(), kv.valid)
-        z = (self.channels(part) - self.center[at]) / self.scale[at]
-        return z.flatten(2)
+        return self._standard(KVBatch(kv.keys[:, at], kv.values[:, at], kv.valid))
+
+    def _standard(self, kv: KVBatch) -> Tensor:
+        """The same of the layers that are read alone."""
+        at = torch.tensor(self.layers)
+        z = self.channels(KVBatch(kv.keys.float(), kv.values.float(), kv.valid))
+        return ((z - self.center[at]) / self.scale[at]).flatten(2)
 
     def logits(self, kv: KVBatch) -> Tensor:
         """``[B, T, C]``: how surely each token belongs to a value of each category."""
@@ -94,9 +99,13 @@ class TwinGuard(GuardModule):
         """See ``GuardModule.marks``: of the categories that each record's policy forbids."""
         return self.marks_of(self.logits(kv), kv.valid, mask)
 
+    @property
+    def marks_layers(self) -> tuple[int, ...]:
+        return self.layers
+
     @torch.no_grad()
     def marks_in(self, tiles: Iterable[KVBatch], mask: Mask) -> Tensor:
-        logits = torch.cat(list(self.detector.stream(map(self.features, tiles))), 1)
+        logits = torch.cat(list(self.detector.stream(map(self._standard, tiles))), 1)
         valid = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         return self.marks_of(logits, valid, mask)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,9 +45,12 @@ class RankPages:
         """Of the tokens ``start .. end`` of a request with this block table, ``[T]``."""
         return slots_of(blocks, self.block_size, start, end).to(self.device)
 
-    def tokens(self, blocks: list[int], start: int, end: int) -> PageTokens:
+    def tokens(
+        self, blocks: list[int], start: int, end: int, *, digested: bool = True
+    ) -> PageTokens:
         """The same tokens, to be read some at a time; of one rank that has all heads."""
-        return PageTokens(self.layers, self.slots(blocks, start, end), self.rotary, start)
+        slots = self.slots(blocks, start, end)
+        return PageTokens(self.layers, slots, self.rotary, start, digested=digested)
 
     def read(self, blocks: list[int], start: int, end: int) -> tuple[Tensor, Tensor]:
         """Un-rotated keys, and values, ``[L, H, T, D]`` of this rank's heads, a copy."""
@@ -75,18 +79,29 @@ class PageTokens:
     Of one rank that has all heads. Un-rotated in float32, whatever the pages' dtype is.
     """
 
-    def __init__(self, layers: list[LayerPages], slots: Tensor, rotary: Rotary, start: int) -> None:
-        """``slots [T]``, the first of them at position ``start``."""
+    def __init__(
+        self,
+        layers: list[LayerPages],
+        slots: Tensor,
+        rotary: Rotary,
+        start: int,
+        *,
+        digested: bool = True,
+    ) -> None:
+        """``slots [T]``, the first of them at position ``start``. ``digested``: what is read is
+        hashed on the way, for whoever asks for the digest in the end."""
         self.layers, self.slots, self.rotary, self.start = layers, slots, rotary, start
+        self._digested = digested
         self._sha, self._hashed = hashlib.sha256(str(start).encode()), 0
 
     @property
     def n_tokens(self) -> int:
         return len(self.slots)
 
-    def read(self, start: int, end: int) -> KVBatch:
-        both = gather_tokens(self.layers, self.slots[start:end])
-        if start <= self._hashed < end:
+    def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
+        of = self.layers if layers is None else [self.layers[i] for i in layers]
+        both = gather_tokens(of, self.slots[start:end])
+        if self._digested and layers is None and start <= self._hashed < end:
             new = both[self._hashed - start :].cpu().view(torch.uint8)
             self._sha.update(new.numpy().data)
             self._hashed = end
@@ -100,6 +115,7 @@ class PageTokens:
     def digest(self) -> str:
         """SHA-256 over where the pages' content stands and what it is, to the bit, token by token:
         the same however much is read at a time."""
+        self._digested = True
         while self._hashed < self.n_tokens:
             self.read(self._hashed, min(self._hashed + HASHED_TOKENS, self.n_tokens))
         return self._sha.hexdigest()

@@ -107,7 +107,9 @@ class SegmentSaver:
         """What is published, as a guard reads it."""
         pages, span = self._pages, (job.plan.start_token, job.n_tokens)
         if pages.world == 1:
-            return pages.tokens(job.blocks, *span)
+            plan = job.plan
+            noisy = self.guards[plan.guard].is_noisy(bool(plan.rule.forbid))
+            return pages.tokens(job.blocks, *span, digested=noisy and not plan.scan)
         try:
             both = pages.read(job.blocks, *span)
         except Exception:

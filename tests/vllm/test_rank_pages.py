@@ -76,6 +76,20 @@ def test_the_digest_is_of_the_content_and_not_of_how_it_was_read() -> None:
     assert len(found) == 4
 
 
+def test_some_layers_are_read_as_all_are_and_not_digested() -> None:
+    made = pages()
+    tokens, whole = tokens_of(made), tokens_of(made).read(3, 40)
+    for layers in ([1], [1, 0]):
+        kv = tokens.read(3, 40, layers)
+        assert torch.equal(kv.keys, whole.keys[:, layers])
+        assert torch.equal(kv.values, whole.values[:, layers])
+    wanted = tokens_of(made).digest()
+    assert tokens.digest() == wanted
+    undigested = made.tokens(BLOCKS, START, START + TOKENS, digested=False)
+    undigested.read(0, TOKENS)
+    assert undigested.digest() == wanted
+
+
 @pytest.mark.parametrize("name", ["gate", "gaussian"])
 def test_another_arithmetic_has_another_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels and tiles round in other places: under one noise the difference would show."""

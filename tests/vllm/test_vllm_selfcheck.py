@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -123,16 +124,16 @@ def test_wrong_rewriting_does_not_start(
 
 
 class WrongRows(rank_pages.PageTokens):
-    def read(self, start: int, end: int) -> KVBatch:
-        kv = super().read(start, end)
+    def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
+        kv = super().read(start, end, layers)
         return KVBatch(kv.keys.roll(1, 3), kv.values, kv.valid)
 
 
 class WrongPosition(rank_pages.PageTokens):
-    def read(self, start: int, end: int) -> KVBatch:
+    def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
         self.start += 1
         try:
-            return super().read(start, end)
+            return super().read(start, end, layers)
         finally:
             self.start -= 1
 
