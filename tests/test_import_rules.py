@@ -193,3 +193,13 @@ def test_the_rules_of_a_hop_load_no_model(names: list[str]) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_proxy_loads_no_detector_before_an_edge_has_one() -> None:
+    """With what reads its model it takes 230 MiB of every proxy."""
+    detector = "lcguard.commands.text_detector"
+    code = f"import sys, lcguard.commands.serve\nprint({detector!r} in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -21,7 +21,6 @@ from rich.console import Console
 
 from lcguard.agents.models import NAMED, model_location, served_guards
 from lcguard.commands.policy import warnings
-from lcguard.commands.text_detector import MODEL, shared_text_detector
 from lcguard.config import load_config
 from lcguard.guards.frozen import finders
 from lcguard.guards.registry_file import is_registry
@@ -39,6 +38,9 @@ from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
 from lcguard.vllm.preflight import check_start
 from lcguard.vllm.settings import PLAIN
+
+if TYPE_CHECKING:
+    from lcguard.commands.text_detector import TextDetector
 
 NANO_ARGS = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
 CPU_INFO = Path("/proc/cpuinfo")
@@ -207,6 +209,13 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield made
 
 
+def _text_detector() -> TextDetector:
+    """Imported by edges that have it: with what reads its model it takes 230 MiB."""
+    from lcguard.commands.text_detector import shared_text_detector
+
+    return shared_text_detector()
+
+
 def _serve(state: Path, settings: ServerSettings, console: Console, door: socket.socket) -> int:
     changed = private_folder(state)
     key = state_key(state)
@@ -238,9 +247,11 @@ def _serve(state: Path, settings: ServerSettings, console: Console, door: socket
         for line in warnings(policy, settings.keys, engine_guards(settings)):
             say(line)
         if learned(policy) or any(edge.detect == "lcguard" for edge in policy.edges):
+            from lcguard.commands.text_detector import MODEL
+
             model_location(MODEL, say)  # what it lacks is said now, not to the first publisher
     deployment = Deployment(
-        settings, key, model, name, plan, state.resolve(), say, worker, shared_text_detector
+        settings, key, model, name, plan, state.resolve(), say, worker, _text_detector
     )
     failed: list[Exception] = []
 
