@@ -43,7 +43,7 @@ def test_seeds_of_the_recipe_differ_in_the_seed_alone(bench: ModuleType) -> None
 
 def test_every_option_stands_beside_the_same_run_without_it(bench: ModuleType) -> None:
     made = runs(bench)
-    base = made["400 steps, no option"]
+    base = made["a sixth of the steps"]
     options = [r for name, r in made.items() if name.startswith("+ ")]
     assert len({repr(r) for r in (base, *options)}) == 7
     for run in options:
