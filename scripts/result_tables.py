@@ -57,6 +57,7 @@ COMMANDS = {
         f"smollm2-{name}": f"lcguard eval run {name} --set model=smollm2 --data PATH --out DIR"
         for name in ("agentleak", "privacylens", "magpie")
     },
+    "smollm2-budget": "lcguard eval run budget --set model=smollm2 --data PATH --out DIR",
     "smollm2-single-pass": "lcguard eval run single-pass --set model=smollm2 --data PATH --out DIR",
     "smollm2-main": "lcguard eval run main --set model=smollm2 --out DIR",
 }
@@ -101,6 +102,10 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "single_pass": (
         "smollm2-single-pass",
         lambda r: columns.by(columns.attacked_by("probe", "tuned-receiver"), r["results"]),
+    ),
+    "budget": (
+        "smollm2-budget",
+        lambda r: columns.by(columns.attacked_by("steps-8", "steps-24", "steps-80"), r["results"]),
     ),
     "detect_text": ("detect-text", columns.detected),
     "detect_text_4": ("detect-text-4-layers", columns.detected),
