@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -31,6 +31,7 @@ from lcguard.handoff.policy_review import learned
 from lcguard.private_files import open_to_others, private_folder
 from lcguard.server.app import make_app
 from lcguard.server.database.place import check_address, is_server
+from lcguard.server.detection.span_finder import TextFinder
 from lcguard.server.engine import EnginePlan
 from lcguard.server.gateway.timed_http import TimedHttp
 from lcguard.server.lifespan import Deployment, lifespan
@@ -38,9 +39,6 @@ from lcguard.server.settings import ServerSettings
 from lcguard.server.state import Proxy
 from lcguard.vllm.preflight import check_start
 from lcguard.vllm.settings import PLAIN
-
-if TYPE_CHECKING:
-    from lcguard.commands.text_detector import TextDetector
 
 NANO_ARGS = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
 CPU_INFO = Path("/proc/cpuinfo")
@@ -209,7 +207,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield made
 
 
-def _text_detector() -> TextDetector:
+def _text_detector() -> TextFinder:
     """Imported by edges that have it: with what reads its model it takes 230 MiB."""
     from lcguard.commands.text_detector import shared_text_detector
 

@@ -96,7 +96,8 @@ class GuardModule(nn.Module):
     """True where a token's output depends on its own entries, and on what ``look`` saw, alone. Each
     class says so itself: one that inherits from it may do more."""
     passes: ClassVar[bool] = False
-    """True where the mean is what was read: without noise it is sent as it is."""
+    """True where the mean is what was read: without noise it is sent as it is. Each class says so
+    itself, as of ``by_token``."""
     looks: ClassVar[bool] = False
     """True where ``look`` reads other tokens' entries."""
     placeholder: Placeholder = "neutral"
