@@ -112,39 +112,54 @@ def rows(segment: KVSegment) -> set[bytes]:
     return {r.numpy().tobytes() for t in both for r in t.transpose(1, 2).flatten(2).flatten(0, 1)}
 
 
+class Game:
+    """One note received; the same candidates published by who received it and by who did not."""
+
+    def __init__(self, front: Front, site: Site) -> None:
+        intake = front.auth("intake")
+        self.reader, self.control = Eyes(front, site, "reader"), Eyes(front, site, "control")
+        received = front.handle(intake, "reader", note(TRUE))
+        front.handle(intake, "control", "The visit was on a Monday. Nothing else is known.")
+        self.before = self.reader.of_segment(received)
+        self.received = rows(self.reader.segment(received))
+
+    def told(self) -> tuple[set[str], list[Fields]]:
+        """The fields that tell the true candidate from the others, and all that was seen."""
+        seen: list[Fields] = []
+        same: list[set[str]] = []
+        for i in range(N):
+            mine, handle = self.reader.of_candidate(note(i))
+            other, _ = self.control.of_candidate(note(i))
+            shared = len(self.received & rows(self.reader.segment(handle)))
+            mine["bytes rows in common"] = other["bytes rows in common"] = str(shared)
+            seen.append(mine)
+            same.append({k for k in mine if mine[k] == other.get(k)})
+        out = set()
+        for name in set().union(*seen):
+            value = self.before.get(name)
+            agree = {i for i, f in enumerate(seen) if name in f and f[name] == value}
+            if value is not None and agree == {TRUE}:
+                out.add(f"{name}: equal to the received segment's for the true candidate alone")
+            as_control = {i for i in range(N) if name in same[i]}
+            if as_control in ({TRUE}, set(range(N)) - {TRUE}):
+                out.add(f"{name}: the true candidate alone looks otherwise to who received it")
+        return out, seen
+
+
 def test_no_field_tells_the_true_candidate_from_others(front: Front, site: Site) -> None:
-    intake = front.auth("intake")
-    reader, control = Eyes(front, site, "reader"), Eyes(front, site, "control")
-    received = front.handle(intake, "reader", note(TRUE))
-    front.handle(intake, "control", "The visit was on a Monday. Nothing else is known.")
-    before = reader.of_segment(received)
-    got = reader.segment(received)
-
-    seen: list[Fields] = []
-    same: list[set[str]] = []
-    for i in range(N):
-        mine, handle = reader.of_candidate(note(i))
-        other, _ = control.of_candidate(note(i))
-        mine["bytes rows in common"] = str(len(rows(got) & rows(reader.segment(handle))))
-        other["bytes rows in common"] = mine["bytes rows in common"]
-        seen.append(mine)
-        same.append({k for k in mine if mine[k] == other.get(k)})
-
-    fields = set().union(*seen)
-    assert len(fields) > 150, "nothing was looked at"
-    leaks = set()
-    for name in fields:
-        value = before.get(name)
-        agree = {i for i, f in enumerate(seen) if name in f and f[name] == value}
-        if value is not None and agree == {TRUE}:
-            leaks.add(f"{name}: equal to the received segment's for the true candidate alone")
-        as_control = {i for i in range(N) if name in same[i]}
-        if as_control in ({TRUE}, set(range(N)) - {TRUE}):
-            leaks.add(f"{name}: the true candidate alone looks otherwise to who received it")
+    """The noise of each publish is its own and turns an answer's words once in a hundred, the true
+    candidate's alone about once in a hundred rounds: a leak is what tells it in every round."""
+    game = Game(front, site)
+    leaks, seen = game.told()
+    for _ in range(2):
+        if leaks:
+            leaks &= game.told()[0]
     assert not leaks
+    assert len(set().union(*seen)) > 150, "nothing was looked at"
     assert {f["bytes rows in common"] for f in seen} == {"0"}
     # what all of it is about: the figures that told it
-    assert not any("withheld" in name or "tensor" in name for name in before if "bytes" not in name)
+    shown = [name for name in game.before if "bytes" not in name]
+    assert not any("withheld" in name or "tensor" in name for name in shown)
 
 
 def test_an_audience_sees_lengths_in_buckets(front: Front) -> None:
