@@ -86,9 +86,11 @@ def worker_store(llm: Any) -> Any:
 
 
 @contextmanager
-def opened(args: Any, n_tokens: int, cache_gib: int) -> Iterator[tuple[Any, int]]:
+def opened(
+    args: Any, n_tokens: int, cache_gib: int, rules: dict[str, Any] | None = None
+) -> Iterator[tuple[Any, int]]:
     """An engine in this process for prompts of so many tokens, and how many its vocabulary has;
-    agents hand over by ``policy``, nothing is taken from a prefix cache."""
+    agents hand over by ``policy`` or ``rules``, nothing is taken from a prefix cache."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -98,7 +100,7 @@ def opened(args: Any, n_tokens: int, cache_gib: int) -> Iterator[tuple[Any, int]
     with tempfile.TemporaryDirectory(prefix="lcguard-bench-") as folder:
         llm = GuardedLLM.build(
             str(model_path()) if args.model == "nano" else args.model,
-            policy=policy(args.guard),
+            policy=rules or policy(args.guard),
             guards={args.guard: args.guard_path},
             unproven=[args.guard],
             store=f"file://{folder}/store",

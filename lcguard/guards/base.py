@@ -233,10 +233,19 @@ class GuardModule(nn.Module):
         out = self.rewrite(raw, kv.valid, mask)
         return self._sent(kv, raw, out.mean, mask, generator, 0), out
 
-    def tile_tokens(self, n_tokens: int) -> int:
-        """How many tokens of a segment of ``n_tokens`` are rewritten at a time."""
-        few = max(TILE_TOKENS, TILE_BYTES // (4 * self.shape.channels))
+    def tile_tokens(self, n_tokens: int, layers: Sequence[int] | None = None) -> int:
+        """How many tokens of a segment of ``n_tokens`` are rewritten, or of ``layers`` alone read,
+        at a time."""
+        read = self.shape.layers if layers is None else len(layers)
+        channels = self.shape.channels * read // self.shape.layers
+        few = max(TILE_TOKENS, TILE_BYTES // (4 * channels))
         return few if self.in_tiles() else max(1, n_tokens)
+
+    @property
+    def sends_as_is(self) -> bool:
+        """Whether what a hop sends is what was read, or the twin's, without a change."""
+        passes = bool(vars(type(self)).get("passes")) and not self.config.noise
+        return passes and self.in_tiles() and type(self).start is GuardModule.start
 
     def in_tiles(self) -> bool:
         """Whether a segment is rewritten some tokens at a time, and not whole."""
@@ -261,7 +270,7 @@ class GuardModule(nn.Module):
         """
         if not self.in_tiles():
             return self(kv, mask, [key])[0]  # type: ignore[no-any-return]
-        if vars(type(self)).get("passes") and not self.config.noise:
+        if self.sends_as_is:
             return _alive(kv)
         raw = self.standardise(kv)
         mean = self.rewrite_seen(raw, kv.valid, mask, seen).mean

@@ -127,7 +127,7 @@ class FrozenGuard:
             mask = _same_mask(len(kv), CATEGORIES if forbid is None else forbid, derive)
         elif forbid is not None or derive:
             raise GuardError("mask and forbid both say what to hide: give one")
-        self._check(kv, mask)
+        self._check(_shape(kv), len(kv), mask)
         if self.needs_twin:
             if twin is None:
                 raise self._no_twin()
@@ -163,24 +163,25 @@ class FrozenGuard:
         """
         if type(self).__call__ is not FrozenGuard.__call__:
             raise GuardError(f"guard {self.name!r} has a call of its own: override passage too")
-        self._check(tokens.read(0, 1), mask)
+        self._check(tokens.shape, 1, mask)
         if self.needs_twin:
             if twin is None:
                 raise self._no_twin()
             tokens = StartedTokens(self.module, tokens, twin)
         return Passage(self.module, tokens, mask, dtype)
 
-    def _check(self, kv: KVBatch, mask: Mask) -> None:
-        """Raises ``GuardError`` for KV of another shape, or a mask that does not fit it."""
-        if _shape(kv) != tuple(self.module.shape):
+    def _check(self, shape: tuple[int, int, int], n: int, mask: Mask) -> None:
+        """Raises ``GuardError`` for ``n`` segments of another shape, or a mask that does not fit
+        them."""
+        if shape != tuple(self.module.shape):
             raise GuardError(
                 f"guard {self.name!r} is for KV of (layers, heads, dim) "
-                f"{tuple(self.module.shape)}, the segment has {_shape(kv)}; "
+                f"{tuple(self.module.shape)}, the segment has {shape}; "
                 "load the guard made for this model"
             )
-        if mask.forbid.shape != (len(kv), self.module.n_categories):
+        if mask.forbid.shape != (n, self.module.n_categories):
             raise GuardError(
-                f"mask of shape {tuple(mask.forbid.shape)} does not fit {len(kv)} segments and "
+                f"mask of shape {tuple(mask.forbid.shape)} does not fit {n} segments and "
                 f"{self.module.n_categories} categories"
             )
 

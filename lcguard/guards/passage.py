@@ -27,6 +27,13 @@ class Tokens(Protocol):
     @property
     def n_tokens(self) -> int: ...
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(L, H, D)``."""
+
+    def copy(self, keys: Tensor, values: Tensor) -> None:
+        """Writes all of it, position-free, into ``[L, H, T, D]``."""
+
     def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
         """``[1, L, H, end - start, D]``, position-free, of these layers; None: of all."""
 
@@ -46,6 +53,15 @@ class HeldTokens:
     def n_tokens(self) -> int:
         return self._kv.valid.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, layers, heads, _, dim = self._kv.keys.shape
+        return layers, heads, dim
+
+    def copy(self, keys: Tensor, values: Tensor) -> None:
+        keys.copy_(self._kv.keys[0])
+        values.copy_(self._kv.values[0])
+
     def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
         kv, of = self._kv, slice(None) if layers is None else list(layers)
         keys, values = (x[:, of, :, start:end].float() for x in (kv.keys, kv.values))
@@ -62,6 +78,13 @@ class StartedTokens:
     def n_tokens(self) -> int:
         return self._twin.n_tokens
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._tokens.shape
+
+    def copy(self, keys: Tensor, values: Tensor) -> None:
+        self._twin.copy(keys, values)
+
     def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
         kv = self._tokens.read(start, end, layers)
         twin = kv if self._twin is self._tokens else self._twin.read(start, end, layers)
@@ -77,7 +100,7 @@ class Passage:
     def __init__(self, module: GuardModule, tokens: Tokens, mask: Mask, dtype: torch.dtype) -> None:
         self._module, self._tokens, self._mask, self._dtype = module, tokens, mask, dtype
         n, size = tokens.n_tokens, module.tile_tokens(tokens.n_tokens)
-        self.tiles = [(start, min(start + size, n)) for start in range(0, n, size)]
+        self.tiles = _ranges(n, size)
         """Token ranges that are rewritten at a time: the cheapest to ask for."""
         self.seen: list[Any] | None = None
         """What ``look`` said of each tile."""
@@ -96,8 +119,11 @@ class Passage:
     @torch.inference_mode()
     def marks(self) -> Tensor | None:
         """See ``GuardModule.marks``."""
-        layers = self._module.marks_layers
-        tiles = (self._tokens.read(start, end, layers) for start, end in self.tiles)
+        layers, n = self._module.marks_layers, self._tokens.n_tokens
+        tiles = (
+            self._tokens.read(start, end, layers)
+            for start, end in _ranges(n, self._module.tile_tokens(n, layers))
+        )
         return self._module.marks_in(tiles, self._mask)
 
     @torch.inference_mode()
@@ -131,6 +157,10 @@ class Passage:
 
     def fill(self, key: bytes, keys: Tensor, values: Tensor) -> None:
         """Writes the whole segment into ``keys`` and ``values [L, H, T, D]``, of any device."""
+        if self._module.sends_as_is:
+            self._tokens.copy(keys, values)
+            self._check_finite(keys, values)
+            return
         for start, end in self.tiles:
             kv = self.block(key, start, end)
             keys[:, :, start:end], values[:, :, start:end] = kv.keys[0], kv.values[0]
@@ -145,12 +175,19 @@ class Passage:
         out = self._module.rewrite_tile(
             self._tokens.read(first, last), self._mask, key, first, self.seen[index]
         ).to(self._dtype)
-        if not all(_finite(x) for x in (out.keys, out.values)):
+        self._check_finite(out.keys, out.values)
+        self._last = index, key, out
+        return out
+
+    def _check_finite(self, *sent: Tensor) -> None:
+        if not all(map(_finite, sent)):
             raise GuardError(
                 f"guard {self._module.name!r} gave values that are not finite; withheld"
             )
-        self._last = index, key, out
-        return out
+
+
+def _ranges(n: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _finite(x: Tensor) -> bool:

@@ -19,6 +19,7 @@ from lcguard.handoff.plan import PublishPlan
 from lcguard.handoff.request import PARAM, SCANNED
 from lcguard.vllm.errors import NOT_STORED
 from lcguard.vllm.jobs import SaveResults
+from lcguard.vllm.scanned_prefixes import ScannedPrefixes
 
 logger = init_logger("vllm.lcguard.deferred_outputs")
 _UNANSWERED = (
@@ -44,12 +45,14 @@ class _Expected:
 class DeferredOutputs:
     """Publishes of one engine between the order to save them and the store's word."""
 
-    def __init__(self, gatekeeper: Gatekeeper) -> None:
-        self._gatekeeper = gatekeeper
+    def __init__(self, gatekeeper: Gatekeeper, prefixes: ScannedPrefixes) -> None:
+        self._gatekeeper, self._prefixes = gatekeeper, prefixes
         self._reasons: dict[str, str | None] = {}
         """Handle to why nothing was stored; empty where it was, None while nobody knows."""
         self._found: dict[str, list[tuple[int, int]]] = {}
         """Of handles whose guard only looked for secrets."""
+        self._kept: dict[str, int] = {}
+        """Tokens that the worker keeps of the same."""
         self._expected: dict[str, _Expected] = {}
 
     @property
@@ -66,6 +69,8 @@ class DeferredOutputs:
         if request.status in _UNANSWERED:  # a stop string may have ended it: see the front end
             self._reasons.pop(plan.handle, None)
             self._found.pop(plan.handle, None)
+            if self._kept.pop(plan.handle, 0):
+                self._prefixes.release(plan.handle)
             return
         own = request.prompt_token_ids[plan.start_token :]
         self._expected[request.request_id] = _Expected(plan, own, answer)
@@ -74,6 +79,11 @@ class DeferredOutputs:
         """The worker's word."""
         self._reasons |= {h: why for h, why in saved.reasons.items() if h in self._reasons}
         self._found |= {h: spans for h, spans in saved.found.items() if h in self._reasons}
+        for handle, n_tokens in saved.kept.items():
+            if n_tokens and handle in self._reasons:
+                self._kept[handle] = n_tokens
+            elif n_tokens:  # its client left
+                self._prefixes.release(handle)
 
     def pass_on(self, outputs: dict[int, EngineCoreOutputs]) -> dict[int, EngineCoreOutputs]:
         """A step's outputs without those held back, and with those whose segment is settled."""
@@ -98,10 +108,13 @@ class DeferredOutputs:
 
     def _answer(self, expected: _Expected, reason: str) -> dict[str, Any]:
         plan, gatekeeper = expected.plan, self._gatekeeper
-        found = self._found.pop(plan.handle, None)
+        found, kept = self._found.pop(plan.handle, None), self._kept.pop(plan.handle, 0)
         if reason:
             logger.error("lcguard: %s published nothing: %s", plan.source, reason)
             return {"error": NOT_STORED, "status": 400}
         if plan.scan:
-            return {SCANNED: gatekeeper.scanned(plan, expected.own, found or [])}
+            scanned = gatekeeper.scanned(plan, expected.own, found or [])
+            if kept:
+                self._prefixes.offer(scanned["scan"], plan.handle, kept)
+            return {SCANNED: scanned}
         return gatekeeper.answer_planned(plan, len(expected.own))

@@ -32,6 +32,8 @@ class LoadJob:
     skip: int
     """Tokens that are there already: a prefix-cache hit of the same segments."""
     n_tokens: int
+    prefix: str = ""
+    """Scan whose kept tokens stand behind the segments (``scanned_prefixes``)."""
     failure: str = ""
     """Why the scheduler refused: the worker then fails the load, so that nothing is computed on
     placeholders."""
@@ -52,6 +54,8 @@ class SaveJob:
 class StepJobs(KVConnectorMetadata):
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+    drop: list[str] = field(default_factory=list)
+    """Scans of which nothing is kept any more."""
     idle: bool = False
     """Nothing is computed: all wait for the store."""
 
@@ -63,7 +67,11 @@ class SaveResults(KVConnectorWorkerMetadata):
     reasons: dict[str, str]
     found: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Of those whose guard only looked for secrets: the token ranges that it hides."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Of the same, how many tokens before the first range are kept."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, SaveResults)
-        return SaveResults(self.reasons | other.reasons, self.found | other.found)
+        return SaveResults(
+            self.reasons | other.reasons, self.found | other.found, self.kept | other.kept
+        )

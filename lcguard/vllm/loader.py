@@ -14,6 +14,7 @@ from lcguard.store import SegmentStore
 from lcguard.store.line import Call, StoreLine
 from lcguard.vllm.jobs import LoadJob
 from lcguard.vllm.rank_pages import RankPages
+from lcguard.vllm.scanned_prefixes import PrefixCopies
 
 logger = init_logger("vllm.lcguard.loader")
 
@@ -21,8 +22,16 @@ logger = init_logger("vllm.lcguard.loader")
 class SegmentLoader:
     """Loads of one rank."""
 
-    def __init__(self, pages: RankPages, store: SegmentStore, line: StoreLine, key: bytes) -> None:
-        self._pages, self._store, self._line, self._key = pages, store, line, key
+    def __init__(
+        self,
+        pages: RankPages,
+        prefixes: PrefixCopies,
+        store: SegmentStore,
+        line: StoreLine,
+        key: bytes,
+    ) -> None:
+        self._pages, self._prefixes = pages, prefixes
+        self._store, self._line, self._key = store, line, key
         self._loads: dict[str, tuple[LoadJob, Call[list[KVSegment]]]] = {}
         self._refused: set[str] = set()
 
@@ -72,3 +81,6 @@ class SegmentLoader:
             keys, values = (t[:, :, first - offset :] for t in (segment.keys, segment.values))
             self._pages.place(job.blocks, first, keys, values)
             offset += segment.manifest.n_tokens
+        if job.prefix:
+            start = max(n_all, job.skip)
+            self._prefixes.place(job.prefix, job.blocks, n_all, start, job.n_tokens)

@@ -52,6 +52,11 @@ class LayerPages:
         block, row = slots // self.block, slots % self.block
         return self.keys[block, :, row], self.values[block, :, row]
 
+    def rows(self, block: int, first: int, n: int) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of ``n`` tokens of one block, each ``[H, n, D]``, a view."""
+        own = slice(first, first + n)
+        return self.keys[block, :, own], self.values[block, :, own]
+
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Rotated keys and values ``[T, H, D]`` into ``slots``, by vLLM's own operation."""
         self.layer.impl.do_kv_cache_update(

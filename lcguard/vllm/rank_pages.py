@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,8 @@ from lcguard.vllm.pages import (
 
 HASHED_TOKENS = 64
 """At a time, of what nobody else reads."""
+TURNED_TOKENS = 64
+"""At a time: what is turned stays in a processor's cache."""
 
 
 @dataclass
@@ -111,6 +113,36 @@ class PageTokens:
         valid = torch.ones(1, end - start, dtype=torch.bool, device=both.device)
         keys, values = (x.permute(1, 2, 0, 3)[None] for x in (keys, both[:, :, 1]))
         return KVBatch(keys, values, valid)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.layers), self.layers[0].heads, self.layers[0].dim
+
+    def copy(self, keys: Tensor, values: Tensor) -> None:
+        """Writes all of it, un-rotated, into ``[L, H, T, D]``: the bits that ``read`` would give,
+        rounded to their dtype. Block by block, as a page holds its tokens side by side."""
+        at = 0
+        for block, first, n in self._runs():
+            for layer, own, other in zip(self.layers, keys, values, strict=True):
+                new, old = slice(at, at + n), layer.rows(block, first, n)
+                own[:, new], other[:, new] = old
+            at += n
+        for start in range(0, self.n_tokens, TURNED_TOKENS):
+            end = min(start + TURNED_TOKENS, self.n_tokens)
+            positions = torch.arange(self.start + start, self.start + end, device=keys.device)
+            keys[:, :, start:end] = self.rotary.unrotate(keys[:, :, start:end], positions)
+
+    def _runs(self) -> Iterator[tuple[int, int, int]]:
+        """Block, first place in it and number of tokens, where slots follow each other."""
+        size, slots = self.layers[0].block, self.slots.tolist()
+        at = 0
+        while at < len(slots):
+            block, first = divmod(slots[at], size)
+            n = 1
+            while at + n < len(slots) and first + n < size and slots[at + n] == slots[at] + n:
+                n += 1
+            yield block, first, n
+            at += n
 
     def digest(self) -> str:
         """SHA-256 over where the pages' content stands and what it is, to the bit, token by token:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from lcguard.vllm.draws import Draws, Rows
 from lcguard.vllm.jobs import SaveJob, SaveResults
 from lcguard.vllm.rank_pages import GatheredTokens, PageTokens, RankPages
 from lcguard.vllm.rewrite import arithmetic, by_pages, rewrite_pages
+from lcguard.vllm.scanned_prefixes import PrefixCopies
 
 logger = init_logger("vllm.lcguard.saver")
 
@@ -48,6 +50,7 @@ class SegmentSaver:
         facts: ModelFacts,
         guards: Mapping[str, FrozenGuard],
         pages: RankPages,
+        prefixes: PrefixCopies,
         store: SegmentStore,
         key: bytes,
         *,
@@ -56,7 +59,8 @@ class SegmentSaver:
     ) -> None:
         self.config, self.facts, self.guards = config, facts, guards
         self.store, self.key, self.draws = store, key, Draws(key, store)
-        self._pages, self._gather_heads = pages, gather_heads
+        self._pages, self._prefixes, self._gather_heads = pages, prefixes, gather_heads
+        self._digests: WeakKeyDictionary[FrozenGuard, str] = WeakKeyDictionary()
         # one after the other: each takes over what the one before has drawn
         self._puts = StoreLine(timeout_s, threads=1)
         self._saves: dict[str, Call[None]] = {}
@@ -65,6 +69,8 @@ class SegmentSaver:
         """Handle to why nothing of it went to the store."""
         self._found: dict[str, list[tuple[int, int]]] = {}
         """Of publishes that were only looked at."""
+        self._kept: dict[str, int] = {}
+        """Of the same: tokens before the first that was found, which are not computed again."""
 
     def save(self, job: SaveJob) -> None:
         """Guards and stores a prompt's KV. Nothing is stored where anything fails."""
@@ -73,7 +79,7 @@ class SegmentSaver:
             if self._pages.rank != 0:
                 return
             if job.plan.scan:
-                self._found[job.plan.handle] = self._scanned(job, tokens)
+                self._scan(job, tokens)
             else:
                 self._commit(job, tokens)
         except Exception as error:
@@ -85,6 +91,7 @@ class SegmentSaver:
     def take_saved(self) -> SaveResults:
         """Handles whose save ended since the last call, with why nothing was stored, if so."""
         found, self._found = self._found, {}
+        kept, self._kept = self._kept, {}
         reasons, self._lost = self._lost | dict.fromkeys(found, ""), {}
         for handle, call in list(self._saves.items()):
             if not call.ended():
@@ -97,7 +104,7 @@ class SegmentSaver:
                 if not isinstance(error, SegmentError | StoreError):
                     logger.exception("lcguard: storing segment %s... failed", handle[:6])
                 reasons[handle] = str(error) or type(error).__name__
-        return SaveResults(reasons, found)
+        return SaveResults(reasons, found, kept)
 
     def close(self) -> None:
         self._puts.close()
@@ -125,14 +132,25 @@ class SegmentSaver:
         return GatheredTokens(KVBatch(keys[None], values[None], valid))
 
     @torch.inference_mode()
-    def _scanned(self, job: SaveJob, tokens: PageTokens | GatheredTokens) -> list[tuple[int, int]]:
-        """Token ranges of the prompt that the plan's guard hides. Raises ``GuardError``."""
+    def _scan(self, job: SaveJob, tokens: PageTokens | GatheredTokens) -> None:
+        """Finds the token ranges of the prompt that the plan's guard hides. Raises
+        ``GuardError``."""
         plan = job.plan
         marks = self._passage(plan, tokens).marks()
         if marks is None:
             raise GuardError(f"guard {plan.guard!r} cannot look for secrets")
         hidden = (marks[0] >= 0).int() - 1
-        return [(start, end) for start, end, _ in runs(hidden.tolist())]
+        found = [(start, end) for start, end, _ in runs(hidden.tolist())]
+        clean = min((start for start, _ in found), default=tokens.n_tokens)
+        first = plan.start_token
+        self._kept[plan.handle] = self._prefixes.keep(plan.handle, job.blocks, first, first + clean)
+        self._found[plan.handle] = found
+
+    def _digest(self, guard: FrozenGuard) -> str:
+        """Asked for once: an engine's guards do not change, others take their place."""
+        if guard not in self._digests:
+            self._digests[guard] = guard.digest
+        return self._digests[guard]
 
     def _passage(self, plan: PublishPlan, tokens: PageTokens | GatheredTokens) -> Passage:
         guard, dtype = self.guards[plan.guard], self._pages.layers[0].pages.dtype
@@ -143,7 +161,7 @@ class SegmentSaver:
     @torch.inference_mode()
     def _commit(self, job: SaveJob, tokens: PageTokens | GatheredTokens) -> None:
         plan, guard = job.plan, self.guards[job.plan.guard]
-        chain, layers = chain_of(plan.content, guard.digest), self._pages.layers
+        chain, layers = chain_of(plan.content, self._digest(guard)), self._pages.layers
         noisy, whole = guard.is_noisy(bool(plan.rule.forbid)), not guard.keeps_tokens
         passage = self._passage(plan, tokens)
         passage.look()
@@ -212,7 +230,7 @@ class SegmentSaver:
             revision=self.facts.revision,
             source_agent=plan.source,
             hop=plan.hop,
-            guard_digest=guard.digest,
+            guard_digest=self._digest(guard),
             draw=rows.draw,
             lineage=Lineage(
                 forbid=plan.rule.forbid,

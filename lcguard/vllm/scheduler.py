@@ -28,6 +28,7 @@ from lcguard.store.line import Call, StoreLine
 from lcguard.vllm.deferred_outputs import DeferredOutputs
 from lcguard.vllm.jobs import LoadJob, SaveJob, SegmentRef, StepJobs
 from lcguard.vllm.options import check_request, reads_prompt
+from lcguard.vllm.scanned_prefixes import Prefix, ScannedPrefixes
 
 logger = init_logger("vllm.lcguard.scheduler")
 IDLE_S = 0.0005
@@ -44,6 +45,8 @@ class RequestTracker:
     asked: Call[tuple[Manifest, ...]] | None = None
     """The store's answer about what it consumes, while that is awaited."""
     plan: Plan = field(default_factory=Plan)
+    prefix: Prefix | None = None
+    """What its scan computed already."""
     n_external: int = 0
     """Tokens that the worker brings."""
     failure: HandoffError | None = None
@@ -55,7 +58,8 @@ class HandoffScheduler:
 
     def __init__(self, gatekeeper: Gatekeeper, line: StoreLine) -> None:
         self.gatekeeper, self._line = gatekeeper, line
-        self.deferred = DeferredOutputs(gatekeeper)
+        self.prefixes = ScannedPrefixes()
+        self.deferred = DeferredOutputs(gatekeeper, self.prefixes)
         # Per engine and start: nobody else can name a salted block, not even with the same key.
         self._secret = secrets.token_bytes(32)
         self._tracked: dict[str, RequestTracker] = {}
@@ -104,6 +108,13 @@ class HandoffScheduler:
             tracked.handoff, request.prompt_token_ids, segments=segments
         )
         tracked.n_external = tracked.plan.n_consumed
+        publish = tracked.handoff.publish
+        if publish is not None and publish.scan is not None:
+            tracked.prefix = self.prefixes.claim(publish.scan)  # the plan has checked the word
+        if tracked.prefix is not None:
+            brought = tracked.n_external + tracked.prefix.n_tokens
+            # the last token is computed: its output is the answer
+            tracked.n_external = min(brought, request.num_prompt_tokens - 1)
         self._isolate(request, self._salt(tracked.plan, tracked.given_salt))
 
     def _refuse(self, tracked: RequestTracker, error: Exception) -> None:
@@ -164,6 +175,7 @@ class HandoffScheduler:
             tuple(SegmentRef(m.handle, m.hmac, m.n_tokens) for m in tracked.plan.consume),
             skip=tracked.n_external - n_external,
             n_tokens=tracked.n_external,
+            prefix=tracked.prefix.handle if tracked.prefix else "",
             failure=str(tracked.failure or ""),
         )
 
@@ -172,7 +184,8 @@ class HandoffScheduler:
         if not output.num_scheduled_tokens:
             time.sleep(IDLE_S)  # all requests wait for the store, whose threads need the time
         idle = not output.num_scheduled_tokens
-        jobs = StepJobs(loads=list(self._ready.values()), idle=idle)
+        drop = self.prefixes.to_drop()
+        jobs = StepJobs(loads=list(self._ready.values()), drop=drop, idle=idle)
         self._ready.clear()
         for request_id, n_scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
@@ -196,6 +209,8 @@ class HandoffScheduler:
             return None
         if tracked.asked is not None:
             tracked.asked.drop()
+        if tracked.prefix is not None:
+            self.prefixes.release(tracked.prefix.handle)
         if tracked.failure is not None:
             return {PARAM: {"error": str(tracked.failure), "status": tracked.failure.status}}
         answer: dict[str, Any] = {}

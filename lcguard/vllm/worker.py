@@ -25,6 +25,7 @@ from lcguard.vllm.loader import SegmentLoader
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.rank_pages import RankPages
 from lcguard.vllm.saver import SegmentSaver
+from lcguard.vllm.scanned_prefixes import PrefixCopies
 from lcguard.vllm.selfcheck import check_rewriting
 
 logger = init_logger("vllm.lcguard.worker")
@@ -57,12 +58,14 @@ class HandoffWorker:
         """
         self.guards, self.store, self._line = dict(guards), store, line
         self.pages = RankPages(Rotary.from_config(config), block_size, rank, world)
-        self.loader = SegmentLoader(self.pages, store, line, key)
+        self.prefixes = PrefixCopies(self.pages)
+        self.loader = SegmentLoader(self.pages, self.prefixes, store, line, key)
         self.saver = SegmentSaver(
             config,
             facts,
             self.guards,
             self.pages,
+            self.prefixes,
             store,
             key,
             timeout_s=line.timeout_s,
@@ -88,6 +91,7 @@ class HandoffWorker:
 
     def load(self, jobs: StepJobs) -> None:
         """Before a forward pass: asks for what its requests consume."""
+        self.prefixes.drop(jobs.drop)
         for job in jobs.loads:
             self.loader.load(job)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lcguard.guards.frozen import FrozenGuard
+from lcguard.guards.frozen import FrozenGuard, GuardError
 from lcguard.noise import noise_key
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.rank_pages import PageTokens, RankPages
@@ -110,3 +110,29 @@ def test_a_passage_from_pages_is_the_guard_on_gathered_kv() -> None:
     wanted = guard(tokens.read(0, TOKENS), mask, keys=[key]).kv
     apart = [guard.module.grid_points(x, mask) for x in (kv, wanted)]
     assert float((apart[0] - apart[1]).abs().max()) < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [BLOCKS, [1, 2, 3, 4], [5, 4, 2, 0]])
+def test_a_copy_has_the_bits_of_what_is_read(dtype: torch.dtype, blocks: list[int]) -> None:
+    made = pages(dtype)
+    tokens = made.tokens(blocks, START, START + TOKENS)
+    size = (LAYERS, HEADS, TOKENS, DIM)
+    keys, values = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+    tokens.copy(keys, values)
+    read = tokens.read(0, TOKENS).to(dtype)
+    assert torch.equal(keys, read.keys[0])
+    assert torch.equal(values, read.values[0])
+
+
+def test_what_is_sent_as_it_is_is_withheld_where_it_is_not_finite() -> None:
+    made = pages()
+    guard = FrozenGuard(module_of(Case("identity", dim=DIM, heads=HEADS)))
+    passage = guard.passage(tokens_of(made), forbid_all(1))
+    size = (LAYERS, HEADS, TOKENS, DIM)
+    keys, values = torch.empty(size), torch.empty(size)
+    passage.fill(noise_key(2, "segment"), keys, values)
+    assert torch.equal(keys, tokens_of(made).read(0, TOKENS).keys[0])
+    made.layers[1].values[3, 1, 2, 5] = torch.nan
+    with pytest.raises(GuardError, match="not finite"):
+        passage.fill(noise_key(2, "segment"), keys, values)

@@ -220,63 +220,6 @@ def test_redact_stores_the_twin(engine: Engine) -> None:
         publish(engine, record.ids, "redact", spans=[(5, 5000)])
 
 
-def found_in(engine: Engine, ids: Any) -> list[int]:
-    """The prompt's tokens as guard twin leaves them, by the way over transformers."""
-    guard = engine.worker.guards["twin"]
-    (marks,) = guard.marks(hf_segment(engine, ids), forbid_all(1))
-    neutral = engine.agent.special.neutral_id
-    return [neutral if mark >= 0 else i for i, mark in zip(ids, marks.tolist(), strict=True)]
-
-
-def test_twin_looks_for_secrets_itself_and_stores_the_prompt_without_them(engine: Engine) -> None:
-    """One call of the user's: the segment is that of the prompt with all that the detector finds
-    in it replaced, as over transformers, and several at once do not mix."""
-    chosen = records(engine.agent, 3, seed=84)
-    asked = [{"agent": "intake", "prompt": list(r.ids), "audience": "twin"} for r in chosen]
-    handles = engine.llm.publish_all(asked)
-    for record, handle in zip(chosen, handles, strict=True):
-        segment, twin = stored(engine, handle), found_in(engine, record.ids)
-        assert twin != list(record.ids)
-        wanted = hf_segment(engine, twin)
-        torch.testing.assert_close(segment.keys, wanted.keys[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(segment.values, wanted.values[0], atol=1e-4, rtol=1e-4)
-        assert segment.manifest.guard_digest == engine.worker.guards["twin"].digest
-    answers = engine.run(
-        [list(question(r).prompt) for r in chosen], [consume(h) for h in handles], max_tokens=16
-    )
-    plain = engine.run(
-        [[*found_in(engine, r.ids), *question(r).prompt] for r in chosen], max_tokens=16
-    )
-    assert [tokens(a) for a in answers] == [tokens(p) for p in plain]
-
-
-def test_nothing_of_a_prompt_that_was_looked_at_stays(engine: Engine) -> None:
-    """The first pass stores nothing and is found in no cache; its word fits one prompt alone."""
-    first, second = records(engine.agent, 2, seed=85)
-    before = set(engine.store.rglob("*.safetensors"))
-    raw = {"publish": {"source": "intake", "audience": "twin"}}
-    (looked,) = engine.run([list(first.ids)], [raw], max_tokens=1)
-    answer = looked.kv_transfer_params["lcguard"]
-    assert set(answer) == {"scanned"}
-    assert set(engine.store.rglob("*.safetensors")) == before
-    (again,) = engine.run([list(first.ids)], [raw], max_tokens=1)
-    assert again.num_cached_tokens == 0
-    scanned = answer["scanned"]
-    assert scanned["spans"]
-    for ids, changes in (
-        (second.ids, {}),
-        (first.ids, {"spans": scanned["spans"][1:]}),
-        (first.ids, {"forbid": ["health"], "source": "lab"}),
-        (first.ids, {"scan": "0" + scanned["scan"]}),
-    ):
-        wish = {"publish": {**raw["publish"], **scanned, **changes}}
-        with pytest.raises(Exception, match=r"scan|not within"):
-            engine.run([list(ids)], [wish], max_tokens=1)
-    with pytest.raises(Exception, match="leave spans out"):
-        engine.run([list(first.ids)], [{"publish": {**raw["publish"], "spans": [[1, 2]]}}])
-    assert set(engine.store.rglob("*.safetensors")) == before
-
-
 def test_where_nobody_wrote_an_edge_redact_asks_what_is_secret(engine: Engine) -> None:
     """By default nothing is stored on a guess; what is named is hidden in any spelling."""
     note = "The patient's name is {}. Chief complaint: back pain. Again, {}. SSN: {}."
