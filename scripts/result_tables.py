@@ -36,6 +36,10 @@ COMMANDS = {
     "attacked_rounds": f"python scripts/bench_attacked_rounds.py {OUT}/attacked_rounds.json",
     "residual_search": "python scripts/search_residual.py",
     "handoff": f"python scripts/bench_handoff.py --repeats 11 {OUT}/handoff.json",
+    "handoff-smollm2": "python scripts/bench_handoff.py --tokens 128 512 --model FOLDER "
+    f"--guard twin --guard-path smollm2:twin --dtype bfloat16 {OUT}/handoff-smollm2.json",
+    "publish-smollm2": "python scripts/bench_publish_records.py --model FOLDER --data PATH "
+    f"--records 40 {OUT}/publish-smollm2.json",
     "publish": f"python scripts/bench_publish.py --tokens 4096 --repeats 2 "
     f"--synthetic 1024x36 4096x9 {OUT}/publish.json",
     "reach": f"python scripts/measure_reach.py --records 80 {OUT}/reach.json",
@@ -85,6 +89,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "attacked_rounds": ("attacked_rounds", rounds.attacked_rounds),
     "residual_search": ("residual_search", columns.search),
     "handoff": ("handoff", speed.handoff),
+    "handoff_real": ("handoff-smollm2", speed.handoff),
+    "publish_records": ("publish-smollm2", speed.publish_records),
     "publish": ("publish", speed.publish),
     "synthetic": ("publish", speed.synthetic),
     "reach": ("reach", speed.reach),
