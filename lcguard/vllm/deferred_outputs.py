@@ -17,6 +17,7 @@ from vllm.v1.request import RequestStatus
 from lcguard.handoff.gatekeeper import Gatekeeper
 from lcguard.handoff.plan import PublishPlan
 from lcguard.handoff.request import PARAM, SCANNED
+from lcguard.manifest import Manifest
 from lcguard.vllm.errors import NOT_STORED
 from lcguard.vllm.jobs import SaveResults
 from lcguard.vllm.scanned_prefixes import ScannedPrefixes
@@ -34,6 +35,8 @@ class _Expected:
     """A publish whose tokens are all there."""
 
     plan: PublishPlan
+    consumed: Sequence[Manifest]
+    """What stands before the segment."""
     own: Sequence[int]
     """The segment's tokens."""
     answer: dict[str, Any]
@@ -64,7 +67,13 @@ class DeferredOutputs:
         """The worker is told to save it."""
         self._reasons[plan.handle] = None
 
-    def expect(self, request: Any, plan: PublishPlan, answer: dict[str, Any]) -> None:
+    def expect(
+        self,
+        request: Any,
+        plan: PublishPlan,
+        consumed: Sequence[Manifest],
+        answer: dict[str, Any],
+    ) -> None:
         """A publish that was begun has finished; ``answer``: the rest of what it says."""
         if request.status in _UNANSWERED:  # a stop string may have ended it: see the front end
             self._reasons.pop(plan.handle, None)
@@ -73,7 +82,7 @@ class DeferredOutputs:
                 self._prefixes.release(plan.handle)
             return
         own = request.prompt_token_ids[plan.start_token :]
-        self._expected[request.request_id] = _Expected(plan, own, answer)
+        self._expected[request.request_id] = _Expected(plan, consumed, own, answer)
 
     def take(self, saved: SaveResults) -> None:
         """The worker's word."""
@@ -115,6 +124,6 @@ class DeferredOutputs:
         if plan.scan:
             scanned = gatekeeper.scanned(plan, expected.own, found or [])
             if kept:
-                self._prefixes.offer(scanned["scan"], plan.handle, kept)
+                self._prefixes.offer(scanned["scan"], expected.consumed, plan.handle, kept)
             return {SCANNED: scanned}
         return gatekeeper.answer_planned(plan, len(expected.own))

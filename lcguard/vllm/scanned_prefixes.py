@@ -3,19 +3,20 @@
 The pass in which a guard looks for secrets and the one that publishes read the same tokens up to
 the first that is marked, and attention reads nothing behind a token: their keys and values are the
 same. The worker keeps a copy of those, never of a marked token or of one behind it, and writes it
-into the pages of the second pass. The engine's signed word on the scan names the copy, so it is for
-this prompt under this rule alone, and for one request. The scheduler says when a copy goes.
+into the pages of the second pass. It is named by the engine's signed word on the scan and by what
+was consumed before it: it is for this prompt under this rule behind these segments alone, and for
+one request. The scheduler says when a copy goes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lcguard.manifest import SegmentError
+from lcguard.manifest import Manifest, SegmentError
 from lcguard.vllm.pages import gather_layers, write_layers
 from lcguard.vllm.rank_pages import RankPages
 
@@ -77,19 +78,21 @@ class ScannedPrefixes:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._offered: dict[str, tuple[Prefix, float]] = {}
-        """The engine's word on a scan to what was kept of it, and until when."""
+        self._offered: dict[tuple[str, ...], tuple[Prefix, float]] = {}
+        """The engine's word on a scan, and handles of what stood before it, to what was kept of it,
+        and until when."""
         self._released: list[str] = []
 
-    def offer(self, scan: str, handle: str, n_tokens: int) -> None:
-        """The next publish with this word may use what the worker keeps of it."""
-        if (older := self.claim(scan)) is not None:  # the same prompt twice within a second
+    def offer(self, scan: str, consumed: Sequence[Manifest], handle: str, n_tokens: int) -> None:
+        """The next publish with this word behind the same segments may use what the worker keeps:
+        behind others these tokens would tell of segments that their lineage knows nothing of."""
+        if (older := self.claim(scan, consumed)) is not None:  # the same twice within a second
             self.release(older.handle)
-        self._offered[scan] = Prefix(handle, n_tokens), self._clock() + KEPT_S
+        self._offered[_name(scan, consumed)] = Prefix(handle, n_tokens), self._clock() + KEPT_S
 
-    def claim(self, scan: str) -> Prefix | None:
+    def claim(self, scan: str, consumed: Sequence[Manifest]) -> Prefix | None:
         """Once; to be released when its request ends."""
-        found = self._offered.pop(scan, None)
+        found = self._offered.pop(_name(scan, consumed), None)
         return None if found is None else found[0]
 
     def release(self, handle: str) -> None:
@@ -98,7 +101,11 @@ class ScannedPrefixes:
     def to_drop(self) -> list[str]:
         """Copies that nobody will ask for any more, each told once."""
         now = self._clock()
-        late = [scan for scan, (_, until) in self._offered.items() if until <= now]
-        out = self._released + [self._offered.pop(scan)[0].handle for scan in late]
+        late = [name for name, (_, until) in self._offered.items() if until <= now]
+        out = self._released + [self._offered.pop(name)[0].handle for name in late]
         self._released = []
         return out
+
+
+def _name(scan: str, consumed: Sequence[Manifest]) -> tuple[str, ...]:
+    return (scan, *(manifest.handle for manifest in consumed))

@@ -110,7 +110,8 @@ class HandoffScheduler:
         tracked.n_external = tracked.plan.n_consumed
         publish = tracked.handoff.publish
         if publish is not None and publish.scan is not None:
-            tracked.prefix = self.prefixes.claim(publish.scan)  # the plan has checked the word
+            # the plan has checked the word
+            tracked.prefix = self.prefixes.claim(publish.scan, tracked.plan.consume)
         if tracked.prefix is not None:
             brought = tracked.n_external + tracked.prefix.n_tokens
             # the last token is computed: its output is the answer
@@ -217,7 +218,8 @@ class HandoffScheduler:
         if tracked.plan.consume:
             answer["consumed_tokens"] = tracked.plan.shown_tokens
         if tracked.saved and tracked.plan.publish is not None:
-            self.deferred.expect(request, tracked.plan.publish, answer)
+            consumed = tracked.plan.consume
+            self.deferred.expect(request, tracked.plan.publish, consumed, answer)
         return {PARAM: answer}
 
     def close(self) -> None:

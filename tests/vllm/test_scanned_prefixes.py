@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from lcguard.manifest import SegmentError
+from lcguard.manifest import Manifest, SegmentError
 from lcguard.vllm import scanned_prefixes
 from lcguard.vllm.pages import LayerPages
 from lcguard.vllm.rank_pages import RankPages
@@ -74,17 +75,27 @@ def test_keeps_what_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_word_is_good_once_and_for_a_while() -> None:
     now = [100.0]
     prefixes = ScannedPrefixes(clock=lambda: now[0])
-    prefixes.offer("word", "a", 20)
-    assert prefixes.claim("another word") is None
-    assert prefixes.claim("word") == ("a", 20)
-    assert prefixes.claim("word") is None
+    prefixes.offer("word", (), "a", 20)
+    assert prefixes.claim("another word", ()) is None
+    assert prefixes.claim("word", ()) == ("a", 20)
+    assert prefixes.claim("word", ()) is None
     assert prefixes.to_drop() == []  # its request has not ended
     prefixes.release("a")
     assert prefixes.to_drop() == ["a"]
     assert prefixes.to_drop() == []
-    prefixes.offer("same", "b", 20)
-    prefixes.offer("same", "c", 20)  # the same prompt within a second
+    prefixes.offer("same", (), "b", 20)
+    prefixes.offer("same", (), "c", 20)  # the same prompt within a second
     assert prefixes.to_drop() == ["b"]
     now[0] += KEPT_S
     assert prefixes.to_drop() == ["c"]
-    assert prefixes.claim("same") is None
+    assert prefixes.claim("same", ()) is None
+
+
+def test_a_word_is_good_behind_the_same_segments_alone() -> None:
+    """Tokens read behind one segment would carry what is in it past the lineage of another."""
+    one, two = (cast(Manifest, SimpleNamespace(handle=name)) for name in "ab")
+    prefixes = ScannedPrefixes()
+    prefixes.offer("word", [one], "scan", 20)
+    for others in ([], [two], [one, two], [two, one], [one, one]):
+        assert prefixes.claim("word", others) is None
+    assert prefixes.claim("word", [one]) == ("scan", 20)
