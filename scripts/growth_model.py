@@ -18,8 +18,6 @@ from typing import Any
 import simpy
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-SLICE_MS = 1.0
-"""For which a process keeps a core that others want."""
 PROMPT_TOKENS = 120
 """Of a request of ``bench_proxy`` and ``soak``: 24 words with numbers, and a question."""
 Process = Generator[simpy.Event, Any, Any]
@@ -79,53 +77,24 @@ def measured(context_tokens: int) -> Costs:
     )
 
 
-class Machine:
-    """Cores that processes take in turns."""
-
-    def __init__(self, env: simpy.Environment, cores: int) -> None:
-        self.env, self.cores = env, simpy.Resource(env, cores)
-
-    def work(self, ms: float) -> Process:
-        """So much of a core's time, a slice of it at a time."""
-        while ms > 0:
-            with self.cores.request() as turn:
-                yield turn
-                yield self.env.timeout(min(ms, SLICE_MS))
-            ms -= SLICE_MS
-
-
 class Station:
-    """One who serves one after the other, such as a proxy's processor; ``machine``: whose cores it
-    shares, None where it has its own."""
+    """One who serves one after the other, such as a proxy's processor."""
 
-    def __init__(
-        self,
-        env: simpy.Environment,
-        service_ms: Callable[[], float] = lambda: 0.0,
-        machine: Machine | None = None,
-    ) -> None:
-        self.env, self.service_ms, self.machine = env, service_ms, machine
+    def __init__(self, env: simpy.Environment, service_ms: Callable[[], float]) -> None:
+        self.env, self.service_ms = env, service_ms
         self.free = simpy.Resource(env)
 
-    def serve(self, ms: float | None = None) -> Process:
-        """``ms`` instead of its own time."""
+    def serve(self) -> Process:
         with self.free.request() as turn:
             yield turn
-            spent = self.service_ms() if ms is None else ms
-            if self.machine is None:
-                yield self.env.timeout(spent)
-            else:
-                yield from self.machine.work(spent)
+            yield self.env.timeout(self.service_ms())
 
 
 class Engine:
     """Steps as long as there is something to do."""
 
-    def __init__(
-        self, env: simpy.Environment, costs: Costs, machine: Machine | None = None
-    ) -> None:
+    def __init__(self, env: simpy.Environment, costs: Costs) -> None:
         self.env, self.costs = env, costs
-        self.own = Station(env, machine=machine)
         self.waiting: deque[tuple[float, int, simpy.Event]] = deque()
         self.running: list[list[Any]] = []
         self.woken = env.event()
@@ -159,7 +128,7 @@ class Engine:
                 spent, tokens, done = self.waiting.popleft()
                 work += spent
                 self.running.append([tokens, done])
-            yield from self.own.serve(c.step + c.token * len(self.running) + work)
+            yield self.env.timeout(c.step + c.token * len(self.running) + work)
             for request in self.running:
                 request[0] -= 1
                 if request[0] <= 0:
@@ -277,53 +246,25 @@ class Kind:
     weight: float = 1.0
     leaves_ms: tuple[float, float] | None = None
     """Between which the client hangs up, all times alike; None waits for the answer."""
-    others_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Of the processors of client, proxy and server, where they share the engine's cores."""
 
 
 def closed(
-    costs: Costs, clients: int, kind: Kind, requests: int, *, proxied: bool = False
+    costs: Costs, clients: int, kinds: Sequence[Kind], requests: int, *, proxied: bool = False
 ) -> tuple[float, float]:
     """Requests a second and median milliseconds, where ``clients`` each send the next of
-    ``requests`` when one is answered, as ``bench_proxy`` does."""
-    env = simpy.Environment()
-    engine, proxy = Engine(env, costs), Station(env, lambda: costs.proxy)
-    spent: list[float] = []
-
-    def client() -> Process:
-        for _ in range(requests):
-            started = env.now
-            if proxied:
-                yield env.process(proxy.serve())
-            yield env.timeout(costs.front)
-            yield engine.ask(kind.work_ms, kind.tokens)
-            spent.append(env.now - started)
-
-    for _ in range(clients):
-        env.process(client())
-    env.run()
-    return len(spent) / env.now * 1e3, statistics.median(spent)
-
-
-def shared(
-    costs: Costs, clients: int, kinds: Sequence[Kind], requests: int, cores: int
-) -> tuple[float, float]:
-    """The same for ``kinds`` mixed, as ``soak`` does, on one machine, whose cores clients, proxy,
-    server and engine take in turns: of ``costs`` the engine's alone."""
+    ``requests`` when one is answered, as ``bench_proxy`` and ``soak`` do."""
     env, rng = simpy.Environment(), random.Random(0)
-    machine = Machine(env, cores)
-    engine = Engine(env, costs, machine)
-    others = [Station(env, machine=machine) for _ in range(3)]
+    engine, proxy = Engine(env, costs), Station(env, lambda: costs.proxy)
     weights, spent = [k.weight for k in kinds], list[float]()
 
     def client() -> Process:
         for _ in range(requests):
             started = env.now
             (kind,) = rng.choices(kinds, weights)
-            way = list(zip(others, kind.others_ms, strict=True))
-            for station, ms in way:  # half of it there, half back
-                yield from station.serve(ms / 2)
+            if proxied:
+                yield env.process(proxy.serve())
             if kind.tokens:
+                yield env.timeout(costs.front)
                 done = engine.ask(kind.work_ms, kind.tokens)
                 if kind.leaves_ms is None:
                     yield done
@@ -331,8 +272,6 @@ def shared(
                     left_ms = rng.uniform(*kind.leaves_ms) - (env.now - started)
                     yield done | env.timeout(max(0.0, left_ms))
                     engine.abort(done)
-            for station, ms in reversed(way):
-                yield from station.serve(ms / 2)
             spent.append(env.now - started)
 
     for _ in range(clients):

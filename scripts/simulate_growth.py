@@ -18,21 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from growth_model import PROMPT_TOKENS, RESULTS, Costs, Kind, Plan, Site, closed, measured, shared
+from growth_model import PROMPT_TOKENS, RESULTS, Costs, Kind, Plan, Site, closed, measured
 
 from lcguard.commands.script import run_script, script_parser, write_report
 
 RATES = (100, 1_000, 10_000, 100_000, 1_000_000)
-TOKENS = {
-    "chat": 16,
-    "stream": 32,
-    "publish": 2,
-    "consume": 16,
-    "refused": 0,
-    "malformed": 0,
-    "hangs_up": 512,
-}
-"""Of the answers that ``soak`` asks for."""
 SMALL = 0.7
 """Share of its time that a proxy is kept below."""
 
@@ -44,7 +34,7 @@ def checks(costs: Costs) -> list[dict[str, Any]]:
     prefill = costs.prefill_token * PROMPT_TOKENS
 
     def ran(clients: int, tokens: int, proxied: bool = False) -> tuple[float, float]:
-        return closed(costs, clients, Kind(prefill, tokens), 40, proxied=proxied)
+        return closed(costs, clients, [Kind(prefill, tokens)], 40, proxied=proxied)
 
     paired, alone = seen["paired_at_concurrency"], seen["paired_alone"]
     rows = [
@@ -59,7 +49,7 @@ def checks(costs: Costs) -> list[dict[str, Any]]:
         ran(1, short)[1],
         ran(many, short)[1],
         ran(many, short, True)[1],
-        soaked(costs, soak),
+        closed(costs, 32, soak_kinds(costs, soak["latency"]), 200, proxied=True)[0],
     )
     return [
         {
@@ -73,38 +63,26 @@ def checks(costs: Costs) -> list[dict[str, Any]]:
     ]
 
 
-def soaked(costs: Costs, soak: Mapping[str, Any]) -> float:
-    """Requests a second of a soak, from what its requests took of each processor one at a time. How
-    much more a step takes for each request in it is fitted to its chats alone."""
-    own, clients = soak["costs"], soak["concurrency"]
-    ms: Mapping[str, Mapping[str, float]] = own["kinds_ms"]
-    longer, shorter = ("stream", "chat")
-    alone = (ms[longer]["engine"] - ms[shorter]["engine"]) / (TOKENS[longer] - TOKENS[shorter])
-
-    def kind(name: str) -> Kind:
-        work = max(0.0, ms[name]["engine"] - TOKENS[name] * alone)
-        others = ms[name]["client"], ms[name]["proxy"], ms[name]["server"]
-        return Kind(work, TOKENS[name], soak["latency"][name]["n"], others_ms=others)
-
-    def run(token: float, kinds: Sequence[Kind], requests: int) -> float:
-        step = replace(costs, step=alone - token, token=token)
-        return shared(step, clients, kinds, requests, own["cores"])[0]
-
-    low, high = 0.0, alone
-    for _ in range(8):
-        token = (low + high) / 2
-        fast = run(token, [kind(shorter)], 12) > own["chats_per_s"]
-        low, high = (token, high) if fast else (low, token)
-    # half of those that hang up publish; half do at their first token, the others within a second
-    gone = replace(kind("publish"), others_ms=kind("hangs_up").others_ms)
-    gone = replace(gone, work_ms=(gone.work_ms + kind(shorter).work_ms) / 2)
-    weight = soak["latency"]["hangs_up"]["n"] / 2
-    kinds = [
-        *(kind(name) for name in TOKENS if name != "hangs_up"),
-        replace(gone, tokens=1, weight=weight),
-        replace(gone, tokens=TOKENS["hangs_up"], weight=weight, leaves_ms=(10.0, 1000.0)),
+def soak_kinds(costs: Costs, latency: Mapping[str, Any]) -> list[Kind]:
+    """The requests of ``soak``, as often as they were answered. Half of the clients that hang up
+    publish; half do at their first token, the others within a second, of an answer of 512."""
+    short = measured(256)  # the shortest context whose publish was measured
+    prefill = costs.prefill_token * PROMPT_TOKENS
+    gone = (prefill + short.publish) / 2
+    asked = {
+        "chat": (prefill, 16),
+        "stream": (prefill, 32),
+        "publish": (short.publish, 2),
+        "consume": (short.consume, 16),
+        "refused": (0.0, 0),
+        "malformed": (0.0, 0),
+    }
+    hang_up = latency["hangs_up"]["n"] / 2
+    return [
+        *(Kind(*asked[name], weight=latency[name]["n"]) for name in asked),
+        Kind(gone, 1, weight=hang_up),
+        Kind(gone, 512, weight=hang_up, leaves_ms=(10.0, 1000.0)),
     ]
-    return run((low + high) / 2, kinds, 60)
 
 
 def quantile(values: Sequence[float], q: float) -> float:

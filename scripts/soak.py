@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from soak_costs import measured_costs, processes
 
 from lcguard.categories import CATEGORIES
 from lcguard.commands.live_servers import Running, Site
@@ -309,48 +308,36 @@ def audited(database: Path | str, key: bytes, seen: Seen) -> dict[str, Any]:
 
 async def soak(
     args: argparse.Namespace, proxy: Running, keys: dict[str, str]
-) -> tuple[Seen, list[dict[str, float]], Any]:
-    """What clients saw, samples of the proxy, and what single requests cost before it."""
+) -> tuple[Seen, list[dict[str, float]]]:
     seconds, samples = args.minutes * 60, list[dict[str, float]]()
     # shorter than the proxy's: a connection that it closes meanwhile is no lost answer
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
         load = Load(session, [proxy.url], keys, args.seed)
-        await load._publish()  # the engine's own warm-up
-        of = processes(proxy.process.pid)
-        costs = await measured_costs(load, of, args.alone, args.concurrency)
-        load.seen.started_s = time.monotonic()
         until_s = time.monotonic() + seconds
         watching = asyncio.ensure_future(watch(proxy, min(10.0, seconds / 12), samples))
         workers = [load.worker(lambda: time.monotonic() < until_s) for _ in range(args.concurrency)]
         await asyncio.gather(*workers)
         watching.cancel()
-    return load.seen, samples, costs
+    return load.seen, samples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = script_parser(
-        __doc__,
-        concurrency=32,
-        minutes=10.0,
-        alone=(40, "requests of each kind, one at a time, before the load"),
-        seed=0,
-    )
+    parser = script_parser(__doc__, concurrency=32, minutes=10.0, seed=0)
     args = parser.parse_args(argv)
-    if min(args.concurrency, args.alone) < 1 or args.minutes <= 0:
-        raise ValueError("--concurrency, --alone, --minutes: use 1 or more, and above 0")
+    if args.concurrency < 1 or args.minutes <= 0:
+        raise ValueError("--concurrency and --minutes: use 1 or more, and above 0")
     with tempfile.TemporaryDirectory(prefix="lcguard-soak-") as folder:
         site = Site(Path(folder), POLICY)
         keys = {agent: site.key(agent) for agent in AGENTS}
         with site.proxy(store_max_bytes=STORE_BYTES) as proxy:
-            seen, samples, costs = asyncio.run(soak(args, proxy, keys))
+            seen, samples = asyncio.run(soak(args, proxy, keys))
         # stopped: whatever was on its way has its row
         key = bytes.fromhex(site.environment["LCGUARD_KEY"])
         audit = audited(Path(folder) / "lcguard.sqlite", key, seen)
     statuses = {kind: dict(found) for kind, found in sorted(seen.statuses.items())}
     n_5xx = sum(n for found in statuses.values() for s, n in found.items() if s.startswith("5"))
     found: dict[str, Any] = {
-        "concurrency": args.concurrency,
         "requests": sum(sum(s.values()) for s in statuses.values()),
         "statuses": statuses,
         "n_5xx": n_5xx,
@@ -360,7 +347,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "audit": audit,
         "latency": latencies(seen, args.minutes * 60),
         "samples": samples,
-        "costs": costs,
     }
     wrong = {
         "memory grows": found["memory"]["growth_second_half"] > GROWTH,
@@ -373,8 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [what for what, is_wrong in wrong.items() if is_wrong]
     found["failed"] = failed
     command = f"python scripts/soak.py --concurrency {args.concurrency} --minutes {args.minutes:g}"
-    short = {k: v for k, v in found.items() if k not in ("samples", "latency", "costs")}
-    print(json.dumps(short, indent=1))
+    print(json.dumps({k: v for k, v in found.items() if k not in ("samples", "latency")}, indent=1))
     write_report(args, "Soak of the proxy", command, found)
     return 1 if failed else 0
 

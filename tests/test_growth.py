@@ -100,37 +100,11 @@ def test_one_server_is_an_mm1_queue(model: Any, load: float) -> None:
 def test_an_engine_alone_and_full(model: Any) -> None:
     """Steps of its own measured length: one request, and so many that all run at once."""
     c = replace(costs(model), front=0.0)
-    _, alone = model.closed(c, 1, model.Kind(10.0, 4), 5)
+    _, alone = model.closed(c, 1, [model.Kind(10.0, 4)], 5)
     assert alone == pytest.approx(10 + 4 * (5 + 0.2))
-    rps, full = model.closed(c, 10, model.Kind(0.0, 50), 5)
+    rps, full = model.closed(c, 10, [model.Kind(0.0, 50)], 5)
     assert full == pytest.approx(50 * (5 + 10 * 0.2))
     assert rps == pytest.approx(10 / full * 1000)
-
-
-def test_cores_are_shared(model: Any) -> None:
-    """Where they are full, their time divided by what a request takes of it; with one core or more
-    than a client can use, one after the other."""
-    c = replace(costs(model), step=2.0, token=0.0)
-    kind = model.Kind(6.0, 1, others_ms=(3.0, 4.0, 5.0))
-    rps, _ = model.shared(c, 1, [kind], 20, 4)
-    assert rps == pytest.approx(1000 / (3 + 4 + 5 + 6 + 2))
-    # of an engine's step, shared by all that run, no request takes a whole one
-    full, _ = model.shared(c, 40, [kind], 20, 1)
-    assert 1000 / 20 <= full <= 1000 / 18
-    # the engine is one process: with cores enough it is what others wait for
-    wide, _ = model.shared(c, 40, [kind], 20, 8)
-    assert 1000 / 8 * 0.9 < wide <= 1000 / 6
-    refused = model.Kind(0.0, 0, others_ms=(1.0, 1.0, 0.0))
-    rps, _ = model.shared(c, 40, [refused], 20, 2)
-    assert rps == pytest.approx(1000, rel=0.05)
-
-
-def test_who_hangs_up_is_let_go_of(model: Any) -> None:
-    c = replace(costs(model), step=2.0, token=0.0)
-    gone = model.Kind(0.0, 10_000, leaves_ms=(20.0, 20.0))
-    rps, spent = model.shared(c, 3, [gone], 10, 2)
-    assert spent == pytest.approx(20.0)
-    assert rps == pytest.approx(3 / 20 * 1000, rel=0.02)  # the engine ends its step
 
 
 def test_more_handoffs_need_more_engines(model: Any) -> None:
