@@ -203,3 +203,32 @@ def test_a_proxy_loads_no_detector_before_an_edge_has_one() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_proxy_that_checked_its_model_has_none_of_its_code() -> None:
+    """Which the check imports, in a process of its own."""
+    code = (
+        "import sys\n"
+        "from lcguard.agents.nano.load import model_path\n"
+        "from lcguard.commands.serve import _checked\n"
+        "_checked(str(model_path()), {'gate': 'nano:gate'}, True)\n"
+        "print([n for n in sys.modules if n.startswith('transformers.models.qwen3.')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"LCGUARD_KEY": "5a" * 32},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+    bad = subprocess.run(
+        [sys.executable, "-c", code.replace("'nano:gate'", "'./nowhere'")],
+        cwd=ROOT,
+        env=os.environ | {"LCGUARD_KEY": "5a" * 32},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "StartError: guards.gate: guard './nowhere' is not a folder" in bad.stderr

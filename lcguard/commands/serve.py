@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import multiprocessing
 import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
@@ -214,6 +216,13 @@ def _text_detector() -> TextFinder:
     return shared_text_detector()
 
 
+def _checked(model: str, guards: dict[str, str], tokenizer: bool) -> None:
+    """``check_start`` in a process of its own: reading a model's configuration imports its code,
+    200 MiB that a proxy needs no more."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(check_start, model, guards, tokenizer).result()
+
+
 def _serve(state: Path, settings: ServerSettings, console: Console, door: socket.socket) -> int:
     changed = private_folder(state)
     key = state_key(state)
@@ -222,7 +231,7 @@ def _serve(state: Path, settings: ServerSettings, console: Console, door: socket
     check_proven(engine.guards, engine.unproven, "--set engine.unproven=[{}]")
     if not settings.upstream.url:
         own = not any("tokenizer" in word for word in settings.engine.args)
-        check_start(model, settings.engine.guards, tokenizer=own)
+        _checked(model, dict(settings.engine.guards), own)
         plan = EnginePlan(
             replace(settings.engine, args=args),
             model,
