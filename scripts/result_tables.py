@@ -40,7 +40,7 @@ COMMANDS = {
     f"--guard twin --guard-path smollm2:twin --dtype bfloat16 {OUT}/handoff-smollm2.json",
     "publish-smollm2": "python scripts/bench_publish_records.py --model FOLDER --data PATH "
     f"--records 40 {OUT}/publish-smollm2.json",
-    "publish": f"python scripts/bench_publish.py --tokens 4096 --repeats 2 "
+    "publish": f"python scripts/bench_publish.py --tokens 4096 --repeats 15 --maps per_head "
     f"--synthetic 1024x36 4096x9 {OUT}/publish.json",
     "reach": f"python scripts/measure_reach.py --records 80 {OUT}/reach.json",
     "proxy": f"python scripts/bench_proxy.py --concurrency 32 {OUT}/proxy.json",
