@@ -128,6 +128,10 @@ class WrongRows(rank_pages.PageTokens):
         kv = super().read(start, end, layers)
         return KVBatch(kv.keys.roll(1, 3), kv.values, kv.valid)
 
+    def copy(self, keys: Tensor, values: Tensor) -> None:
+        super().copy(keys, values)
+        keys.copy_(keys.roll(1, 2))
+
 
 class WrongPosition(rank_pages.PageTokens):
     def read(self, start: int, end: int, layers: Sequence[int] | None = None) -> KVBatch:
@@ -136,6 +140,10 @@ class WrongPosition(rank_pages.PageTokens):
             return super().read(start, end, layers)
         finally:
             self.start -= 1
+
+    def copy(self, keys: Tensor, values: Tensor) -> None:
+        self.start += 1
+        super().copy(keys, values)
 
 
 @pytest.mark.parametrize("wrong", [WrongRows, WrongPosition])
