@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,16 +50,13 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def _digests(keys: Tensor, values: Tensor) -> tuple[str, str]:
-    """Of both, large ones side by side: hashing holds no lock. A thread of the moment, as a pool's
-    would be missing in a forked process."""
+    """Of both, large ones side by side: hashing holds no lock. A pool of the moment, as the
+    threads of one that stays would be missing in a forked process."""
     if keys.nbytes < _SIDE_BY_SIDE_BYTES:
         return tensor_digest(keys), tensor_digest(values)
-    found: list[str] = []
-    beside = threading.Thread(target=lambda: found.append(tensor_digest(values)))
-    beside.start()
-    first = tensor_digest(keys)
-    beside.join()
-    return first, found[0] if found else tensor_digest(values)  # it failed: so does this
+    with ThreadPoolExecutor(1) as beside:
+        other = beside.submit(tensor_digest, values)
+        return tensor_digest(keys), other.result()
 
 
 def utc_now() -> str:
@@ -86,7 +83,8 @@ class TensorDigests(_Frozen):
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> TensorDigests:
-        return cls(**dict(zip(("keys", "values"), _digests(keys, values), strict=True)))
+        of_keys, of_values = _digests(keys, values)
+        return cls(keys=of_keys, values=of_values)
 
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Raises ``SegmentError`` unless the tensors have these digests."""

@@ -151,9 +151,8 @@ class Passage:
 
     def blocks(self, key: bytes, block_tokens: int) -> Iterator[KVBatch]:
         """The whole segment, so many tokens at a time."""
-        n = self._tokens.n_tokens
-        for start in range(0, n, block_tokens):
-            yield self.block(key, start, min(start + block_tokens, n))
+        for start, end in _ranges(self._tokens.n_tokens, block_tokens):
+            yield self.block(key, start, end)
 
     def fill(self, key: bytes, keys: Tensor, values: Tensor) -> None:
         """Writes the whole segment into ``keys`` and ``values [L, H, T, D]``, of any device."""

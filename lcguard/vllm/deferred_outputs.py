@@ -89,9 +89,9 @@ class DeferredOutputs:
         self._reasons |= {h: why for h, why in saved.reasons.items() if h in self._reasons}
         self._found |= {h: spans for h, spans in saved.found.items() if h in self._reasons}
         for handle, n_tokens in saved.kept.items():
-            if n_tokens and handle in self._reasons:
+            if handle in self._reasons:
                 self._kept[handle] = n_tokens
-            elif n_tokens:  # its client left
+            else:  # its client left
                 self._prefixes.release(handle)
 
     def pass_on(self, outputs: dict[int, EngineCoreOutputs]) -> dict[int, EngineCoreOutputs]:

@@ -143,7 +143,8 @@ class SegmentSaver:
         found = [(start, end) for start, end, _ in runs(hidden.tolist())]
         clean = min((start for start, _ in found), default=tokens.n_tokens)
         first = plan.start_token
-        self._kept[plan.handle] = self._prefixes.keep(plan.handle, job.blocks, first, first + clean)
+        if kept := self._prefixes.keep(plan.handle, job.blocks, first, first + clean):
+            self._kept[plan.handle] = kept
         self._found[plan.handle] = found
 
     def _digest(self, guard: FrozenGuard) -> str:

@@ -14,6 +14,7 @@ from lcguard.vllm.rank_pages import PageTokens, RankPages
 from lcguard.vllm.rewrite import arithmetic, by_pages
 from tests.fixtures import forbid_all
 from tests.ops.triton_cases import LAYERS, Case, module_of, rotary_of
+from tests.vllm.cpu_pages import Writer
 
 HEADS, DIM, BLOCK, TOKENS, START = 2, 16, 16, 40, 23
 BLOCKS = [4, 1, 3, 5]
@@ -26,7 +27,7 @@ def pages(dtype: torch.dtype = torch.float32) -> RankPages:
     layers = [
         LayerPages(
             f"layer {i}",
-            SimpleNamespace(isa="vec"),
+            SimpleNamespace(isa="vec", impl=Writer()),
             torch.randn(6, HEADS, BLOCK, 2 * DIM, generator=generator).to(dtype),
         )
         for i in range(LAYERS)

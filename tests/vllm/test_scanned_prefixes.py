@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -12,26 +12,8 @@ from torch import Tensor
 from lcguard.manifest import Manifest, SegmentError
 from lcguard.vllm import scanned_prefixes
 from lcguard.vllm.pages import LayerPages
-from lcguard.vllm.rank_pages import RankPages
 from lcguard.vllm.scanned_prefixes import KEPT_S, LEAST_TOKENS, PrefixCopies, ScannedPrefixes
 from tests.vllm.test_rank_pages import BLOCK, BLOCKS, pages
-
-
-class Writes:
-    """vLLM's operation that writes into pages, by hand."""
-
-    def do_kv_cache_update(
-        self, layer: Any, keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor
-    ) -> None:
-        block, row = slots // layer.own.block, slots % layer.own.block
-        layer.own.keys[block, :, row] = keys
-        layer.own.values[block, :, row] = values
-
-
-def writable(made: RankPages) -> RankPages:
-    for layer in made.layers:
-        layer.layer.impl, layer.layer.own = Writes(), layer
-    return made
 
 
 def content(layers: list[LayerPages], slots: Tensor) -> Tensor:
@@ -39,7 +21,7 @@ def content(layers: list[LayerPages], slots: Tensor) -> Tensor:
 
 
 def test_brings_the_tokens_that_were_asked_for_and_no_other() -> None:
-    made = writable(pages())
+    made = pages()
     copies, other = PrefixCopies(made), [0, 2]
     before = content(made.layers, made.slots(BLOCKS, 5, 35))
     assert copies.keep("scan", BLOCKS, 5, 35) == 30
@@ -58,7 +40,7 @@ def test_brings_the_tokens_that_were_asked_for_and_no_other() -> None:
 
 
 def test_keeps_what_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = writable(pages())
+    made = pages()
     each = sum(2 * x.heads * x.dim * 4 for x in made.layers)
     monkeypatch.setattr(scanned_prefixes, "KEPT_BYTES", 50 * each)
     copies = PrefixCopies(made)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lcguard.guards.frozen import FrozenGuard
 from lcguard.ops import reference
 from tests.ops.triton_cases import LAYERS, Case, module_of, rotary_of
+from tests.vllm.cpu_pages import Writer
 
 pytest.importorskip("vllm")
 
@@ -30,17 +31,6 @@ GUARDS = {
     name: FrozenGuard(module_of(Case(name, dim=DIM, heads=HEADS, noise=noise)))
     for name, noise in {"identity": 0.0, "gaussian": 0.5, "residual": 0.2, "gate": 0.3}.items()
 }
-
-
-class Writer:
-    """vLLM's write for the CPU layout: keys ``[D, N]``, then values ``[N, D]``, in each page."""
-
-    def do_kv_cache_update(
-        self, layer: Any, keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor
-    ) -> None:
-        at = LayerPages("writer", layer, pages)
-        at.keys[slots // BLOCK, :, slots % BLOCK] = keys
-        at.values[slots // BLOCK, :, slots % BLOCK] = values
 
 
 def layers(dtype: torch.dtype = torch.float32) -> list[LayerPages]:
